@@ -1,0 +1,59 @@
+"""fluxfire: faster FLUX.1 Kontext pipelines, one reversible pass at a time.
+
+Importing this package loads neither torch nor diffusers; the first use of a name does.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+if TYPE_CHECKING:
+    from fluxfire import errors, passes, presets, testing
+    from fluxfire.api import optimize, optimized, plan, report, restore, warmup
+    from fluxfire.planner import order
+    from fluxfire.protocol import Change, Finding, Pass, Target
+    from fluxfire.transaction import Transaction
+
+__all__ = [
+    "Change",
+    "Finding",
+    "Pass",
+    "Target",
+    "Transaction",
+    "errors",
+    "optimize",
+    "optimized",
+    "order",
+    "passes",
+    "plan",
+    "presets",
+    "report",
+    "restore",
+    "testing",
+    "warmup",
+]
+
+_HOME = {
+    **dict.fromkeys(("optimize", "optimized", "plan", "report", "restore", "warmup"), "api"),
+    **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
+    "Transaction": "transaction",
+    "order": "planner",
+}
+_SUBMODULES = ("errors", "passes", "presets", "testing")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return importlib.import_module(f"{__name__}.{name}")
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

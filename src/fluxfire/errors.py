@@ -1,0 +1,43 @@
+"""What fluxfire raises."""
+
+from __future__ import annotations
+
+
+class FluxfireError(Exception):
+    """Base of every error that fluxfire raises on purpose."""
+
+
+class PlanError(FluxfireError):
+    """The request cannot be carried out; nothing was changed."""
+
+
+class PassError(FluxfireError):
+    """A pass failed while it was being applied; everything was rolled back.
+
+    Attributes:
+        pass_name: name of the pass that failed. The cause is chained.
+    """
+
+    def __init__(self, message: str, *, pass_name: str) -> None:
+        super().__init__(message)
+        self.pass_name = pass_name
+
+
+class BusyError(FluxfireError):
+    """The pipeline is generating, and what was asked for needs it idle."""
+
+
+class RestoreError(FluxfireError):
+    """Some edits could not be taken back; all the others were.
+
+    Attributes:
+        failures: what each failed inverse raised, in the order of undoing.
+    """
+
+    def __init__(self, message: str, *, failures: tuple[Exception, ...]) -> None:
+        super().__init__(message)
+        self.failures = failures
+
+
+class LoadError(FluxfireError):
+    """A pipeline could not be loaded; the message says what to do."""

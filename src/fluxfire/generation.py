@@ -1,0 +1,227 @@
+"""One run of a pipeline at a time: it begins, goes step by step and branch by branch, and ends.
+
+diffusers looks `__call__` up on the class, so an instance attribute would be ignored, and a
+patch of the class would reach every other pipeline. The conductor therefore turns this one
+pipeline and its transformer into instances of private subclasses of their own classes, which
+carry the same names and pickle as the plain class.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from fluxfire.blocks import BlockStack
+from fluxfire.errors import BusyError, FluxfireError
+from fluxfire.kontext import Tokens
+
+if TYPE_CHECKING:
+    import torch
+
+    from fluxfire.transaction import Transaction
+
+_CONDUCTOR = "_fluxfire_conductor"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of the transformer within a generation.
+
+    Attributes:
+        step: denoising step, counted from 0.
+        steps: how many steps the generation plans.
+        branch: `"cond"`, or `"uncond"` for the second call of a step under true CFG.
+        timestep: (batch,), in [0, 1]; a tensor, so that it can enter compiled code.
+        tokens: how many tokens of each kind.
+    """
+
+    step: int
+    steps: int
+    branch: str
+    timestep: torch.Tensor
+    tokens: Tokens
+
+
+@dataclass(eq=False)
+class Generation:
+    """One call of the pipeline.
+
+    Attributes:
+        number: counts this pipeline's generations, from 1.
+        step: the current step, from 0; -1 before the first.
+        calls: how often the transformer ran.
+    """
+
+    number: int
+    thread: int = field(default_factory=threading.get_ident)
+    step: int = -1
+    calls: int = 0
+    _branch: int = 0
+    _timestep: object = None
+    _img_ids: object = None
+    _tokens: Tokens | None = None
+
+    def advance(self, pipe: Any, inputs: dict[str, Any]) -> Call:
+        """Take note of the next call of the transformer and say which it is.
+
+        The pipeline makes a new timestep object for each step and shows it as
+        `current_timestep`; comparing identities needs no wait for the device.
+        """
+        if pipe.current_timestep is not self._timestep:
+            self._timestep = pipe.current_timestep
+            self.step += 1
+            self._branch = 0
+        else:
+            self._branch += 1
+        self.calls += 1
+        if inputs["img_ids"] is not self._img_ids:
+            self._img_ids = inputs["img_ids"]
+            self._tokens = Tokens.from_ids(inputs["img_ids"], inputs["txt_ids"])
+        assert self._tokens is not None  # noqa: S101 - img_ids is never None
+        branch = ("cond", "uncond")[self._branch] if self._branch < 2 else f"#{self._branch}"  # noqa: PLR2004
+        return Call(self.step, pipe.num_timesteps, branch, inputs["timestep"], self._tokens)
+
+
+class Listener:
+    """Hears of generations. Override either method; both default to nothing.
+
+    Both return context managers, so that what begins also ends, whatever is raised.
+    """
+
+    def during(self, generation: Generation) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Be entered around a whole call of the pipeline."""
+        return nullcontext()
+
+    def around(self, call: Call) -> AbstractContextManager[object]:  # noqa: ARG002
+        """Be entered around one call of the transformer."""
+        return nullcontext()
+
+
+class Conductor:
+    """Owns one pipeline's generations, and the record of what was applied to it.
+
+    Attributes:
+        listeners: who hears of generations, in the order of the passes.
+        stack: the run through the blocks.
+        record: what `fluxfire.api` keeps here.
+    """
+
+    def __init__(self) -> None:
+        self.listeners: list[Listener] = []
+        self.stack = BlockStack()
+        self.record: Any = None
+        self._lock = threading.Lock()
+        self._generation: Generation | None = None
+        self._count = 0
+
+    def install(self, tx: Transaction) -> None:
+        """Make the pipeline and its transformer report to this conductor."""
+        pipe, transformer = tx.pipe, tx.pipe.transformer
+
+        def call_pipeline(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self._run(pipe, transformer):
+                return plain(*args, **kwargs)
+
+        def call_transformer(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with self._step(pipe, transformer, kwargs) as inputs:
+                return plain(*args, **inputs)
+
+        tx.set_class(pipe, _subclass(type(pipe), call_pipeline, self))
+        tx.set_class(transformer, _subclass(type(transformer), call_transformer, self))
+
+    @contextmanager
+    def idle(self, wish: str) -> Iterator[None]:
+        """Hold generations off while the pipeline is being changed.
+
+        Raises:
+            BusyError: if a generation is running.
+        """
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(f"cannot {wish}: the pipeline is generating; wait for it to finish")
+        try:
+            yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _run(self, pipe: Any, transformer: object) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            running = self._generation
+            same = running is not None and running.thread == threading.get_ident()
+            raise BusyError(
+                "this pipeline is already generating "
+                + ("in this call's own thread" if same else "in another thread")
+                + "; a diffusers pipeline runs one generation at a time: "
+                "queue the calls, or give each thread a pipeline of its own"
+            )
+        try:
+            if pipe.transformer is not transformer:
+                raise FluxfireError(
+                    "pipe.transformer was replaced after optimize(); "
+                    "put it back, or call restore(pipe) and optimize(pipe) again"
+                )
+            self._count += 1
+            generation = self._generation = Generation(self._count)
+            with ExitStack() as entered:
+                for listener in self.listeners:
+                    entered.enter_context(listener.during(generation))
+                yield
+        finally:
+            self._generation = None
+            self._lock.release()
+
+    @contextmanager
+    def _step(
+        self, pipe: Any, transformer: Any, inputs: dict[str, Any]
+    ) -> Iterator[dict[str, Any]]:
+        generation = self._generation
+        if generation is None or not {"img_ids", "txt_ids", "timestep"} <= inputs.keys():
+            # Called directly, or by another pipeline that shares the model: run it plain.
+            yield inputs
+            return
+        if generation.thread != threading.get_ident():
+            raise BusyError(
+                "this transformer is generating in another thread, for the pipeline that "
+                "fluxfire optimized; two threads cannot share it"
+            )
+        call = generation.advance(pipe, inputs)
+        with ExitStack() as entered:
+            for listener in self.listeners:
+                entered.enter_context(listener.around(call))
+            yield entered.enter_context(self.stack.mounted(transformer, call, inputs))
+
+
+def conductor_of(obj: object) -> Conductor | None:
+    """Return the conductor of an optimized pipeline or transformer, or None."""
+    found: Conductor | None = vars(type(obj)).get(_CONDUCTOR)
+    return found
+
+
+def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> type:
+    """Make a subclass that differs from `plain` only in how it is called."""
+
+    @functools.wraps(plain.__call__)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        return call(functools.partial(plain.__call__, self), *args, **kwargs)
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
+        # Pickles and copies are of the plain class: the conductor stays with this object.
+        reduced: Any = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
+        if isinstance(reduced, tuple):
+            args = tuple(plain if a is type(self) else a for a in reduced[1])
+            reduced = (reduced[0], args, *reduced[2:])
+        return reduced
+
+    namespace = {
+        "__module__": plain.__module__,
+        "__qualname__": plain.__qualname__,
+        "__doc__": plain.__doc__,
+        "__call__": __call__,
+        "__reduce_ex__": __reduce_ex__,
+        _CONDUCTOR: conductor,
+    }
+    return type(plain.__name__, (plain,), namespace)

@@ -1,0 +1,141 @@
+"""What a FLUX.1 Kontext pipeline is: its parts, its tokens, its traits.
+
+Everything here was read off diffusers 0.35 to 0.42; nothing here changes a pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTransformer2DModel
+from torch import nn
+
+PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """How many tokens of each kind a transformer call carries.
+
+    The image stream is `noise` tokens followed by `reference` tokens; only the noise
+    tokens of the output are used. The text stream has `text` tokens.
+    """
+
+    noise: int
+    reference: int
+    text: int
+
+    @classmethod
+    def from_ids(cls, img_ids: torch.Tensor, txt_ids: torch.Tensor) -> Tokens:
+        """Count tokens from the position ids.
+
+        Args:
+            img_ids: (image tokens, 3); the first column is 0 for noise, 1 for reference.
+            txt_ids: (text tokens, 3).
+        """
+        noise = int((img_ids[..., 0] == 0).sum())  # waits for the device, once a generation
+        return cls(noise, img_ids.shape[-2] - noise, txt_ids.shape[-2])
+
+
+def unsupported(pipe: object) -> str | None:
+    """Say why fluxfire cannot work on this object at all, or None if it can."""
+    if not isinstance(pipe, PIPELINES):
+        names = " and ".join(p.__name__ for p in PIPELINES)
+        return f"fluxfire works on {names}, not on {type(pipe).__name__}"
+    transformer = pipe.transformer
+    if not isinstance(transformer, FluxTransformer2DModel):
+        hint = ""
+        if hasattr(transformer, "_orig_mod"):
+            hint = "; it was wrapped by torch.compile: pass the plain model and add Compile()"
+        return (
+            f"pipe.transformer is a {type(transformer).__name__}, "
+            f"not a FluxTransformer2DModel{hint}"
+        )
+    on_meta = next((n for n, p in transformer.named_parameters() if p.is_meta), None)
+    if on_meta is not None and "sequential-offload" not in traits(pipe):
+        return (
+            f"the transformer's weights are on the meta device ({on_meta} has no data); "
+            f"load them before optimizing"
+        )
+    return None
+
+
+def modules(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over the pipeline's components that hold weights, by name."""
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            yield name, component
+
+
+def blocks(transformer: Any) -> list[nn.Module]:
+    """Return the transformer's blocks in the order they run: double, then single."""
+    return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def reference_size(width: int, height: int) -> tuple[int, int]:
+    """Return the size (width, height) to which Kontext resizes a reference by default."""
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
+    return w // 16 * 16, h // 16 * 16
+
+
+def traits(pipe: Any) -> frozenset[str]:
+    """Find out what is already true of a pipeline.
+
+    Returns:
+        Any of `quantised`, `lora`, `ip-adapter`, `compiled`, `fused-qkv`, `native-cache`,
+        `model-offload`, `sequential-offload`, `group-offload`, `layerwise-casting`.
+    """
+    found: set[str] = set()
+    for _, component in modules(pipe):
+        for module in component.modules():
+            found.update(_module_traits(module))
+    transformer = pipe.transformer
+    if getattr(transformer, "is_cache_enabled", False):
+        found.add("native-cache")
+    if getattr(transformer, "encoder_hid_proj", None) is not None:
+        found.add("ip-adapter")
+    return frozenset(found)
+
+
+def _module_traits(module: nn.Module) -> Iterator[str]:
+    own = vars(module)
+    if own.get("_compiled_call_impl") is not None:
+        yield "compiled"
+    if own.get("fused_projections"):
+        yield "fused-qkv"
+    if hasattr(module, "lora_A"):
+        yield "lora"
+    if any(is_quantised(p) for p in own["_parameters"].values() if p is not None):
+        yield "quantised"
+    if (hook := own.get("_hf_hook")) is not None:  # accelerate
+        if getattr(hook, "offload", False):
+            yield "sequential-offload"
+        elif type(hook).__name__ == "CpuOffload":
+            yield "model-offload"
+    if (registry := own.get("_diffusers_hook")) is not None:
+        names = set(registry.hooks)
+        if any("group_offloading" in n for n in names):
+            yield "group-offload"
+        if any("layerwise_casting" in n for n in names):
+            yield "layerwise-casting"
+
+
+def is_quantised(weight: torch.Tensor) -> bool:
+    """Whether a parameter holds quantised data: a tensor subclass, or not floating point."""
+    plain = type(weight.data) is torch.Tensor and type(weight) is nn.Parameter
+    return not plain or not weight.is_floating_point()
+
+
+def storage_bytes(pipe: Any) -> int:
+    """Count the bytes of the pipeline's weights and buffers, shared storage once."""
+    seen: dict[int, int] = {}
+    for _, component in modules(pipe):
+        for tensor in (*component.parameters(), *component.buffers()):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr()] = storage.nbytes()
+    return sum(seen.values())

@@ -1,0 +1,10 @@
+"""fluxfire's own passes, one file each."""
+
+from __future__ import annotations
+
+from fluxfire.passes.compile import Compile
+from fluxfire.passes.inductor_patch import InductorPatch
+from fluxfire.passes.memory_layout import MemoryLayout
+from fluxfire.passes.qkv_fusion import QKVFusion
+
+__all__ = ["Compile", "InductorPatch", "MemoryLayout", "QKVFusion"]

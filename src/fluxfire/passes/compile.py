@@ -1,0 +1,173 @@
+"""Compile: torch.compile, block by block or whole, with everything in scope."""
+
+from __future__ import annotations
+
+import shutil
+import types
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from fluxfire import kontext
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fluxfire.transaction import Transaction
+
+Option = bool | int | float | str | None
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+Region = Literal["blocks", "transformer"]
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Compiles the transformer, and the VAE on request.
+
+    By blocks, the 57 blocks share three graphs, which compile in half a minute where the
+    whole model takes minutes, and passes that wrap the blocks run between the graphs.
+
+    A mode is expanded into its inductor options, so that both can be given, and all options
+    travel with this compilation alone. Each application compiles through a function of its
+    own, so that neither its graphs nor its recompilations count against the limits of
+    any other compiled model in the process. `region="blocks"` on an H100 (torch 2.11, bf16,
+    1024² edit): 1.32 times eager; autotuning on top of it gained nothing and took five times
+    as long to compile.
+
+    Attributes:
+        region: `"blocks"` or `"transformer"`.
+        vae: also compile the VAE's encoder and decoder.
+        mode: a mode of `torch.compile`, or None for its default.
+        dynamic: True makes sizes symbolic from the start, False never; None means on
+            the second size.
+        fullgraph: raise where a graph would be cut in two.
+        options: inductor options by name; they win over the mode's. Kept as sorted pairs.
+    """
+
+    region: Region = "blocks"
+    vae: bool = False
+    mode: Mode | None = None
+    dynamic: bool | None = None
+    fullgraph: bool = True
+    options: Mapping[str, Option] | Iterable[tuple[str, Option]] = ()
+
+    name: ClassVar[str] = "compile"
+    stage: ClassVar[Stage] = "compile"
+    slot: ClassVar[str | None] = "compile"
+    exactness: ClassVar[Exactness] = "close"
+
+    def __post_init__(self) -> None:
+        regions = ("blocks", "transformer")
+        if self.region not in regions:
+            raise ValueError(f"region={self.region!r}; it must be one of {', '.join(regions)}")
+        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse what cannot be compiled, and options that inductor does not know."""
+        if "compiled" in target.traits:
+            yield Finding(
+                "error",
+                "the pipeline is compiled already, outside fluxfire",
+                "leave compile() out and let this pass do it",
+            )
+        if self.region == "transformer" and "wraps-blocks" in target.traits:
+            yield Finding(
+                "error",
+                "an earlier pass decides between the blocks, which one graph of the whole "
+                "transformer cannot hold",
+                'use Compile(region="blocks")',
+            )
+        moved = target.traits & {"sequential-offload", "group-offload"}
+        if moved and self.fullgraph:
+            yield Finding(
+                "error",
+                f"the hooks of {', '.join(sorted(moved))} cut every graph",
+                "use enable_model_cpu_offload(), or Compile(fullgraph=False)",
+            )
+        yield from self._check_options()
+        yield from _check_compiler(target)
+
+    def apply(self, tx: Transaction) -> Change:
+        """Compile lazily: each module at its first call."""
+        settings = {
+            "fullgraph": self.fullgraph,
+            "dynamic": self.dynamic,
+            "options": self._inductor_options() or None,
+        }
+        targets = self._targets(tx.pipe)
+        for group in targets:
+            _compile_alike(tx, group, settings)
+        where = "blocks" if self.region == "blocks" else "whole models"
+        return Change(sum(map(len, targets)), f"{where} set to compile at their first call")
+
+    def _targets(self, pipe: Any) -> list[list[nn.Module]]:
+        """Group the modules to compile; the modules of a group share their graphs."""
+        groups: list[list[nn.Module]] = []
+        if self.region == "blocks":
+            by_class: dict[type, list[nn.Module]] = {}
+            for block in kontext.blocks(pipe.transformer):
+                by_class.setdefault(type(block), []).append(block)
+            groups += by_class.values()
+        else:
+            groups.append([pipe.transformer])
+        if self.vae:
+            groups += [[pipe.vae.encoder], [pipe.vae.decoder]]
+        return groups
+
+    def _inductor_options(self) -> dict[str, Option]:
+        from torch._inductor import list_mode_options
+
+        expanded = list_mode_options(self.mode) if self.mode else {}
+        return {**expanded, **dict(self.options)}
+
+    def _check_options(self) -> Iterator[Finding]:
+        from torch._inductor import list_mode_options, list_options
+
+        if self.mode is not None and self.mode not in list_mode_options():
+            known = ", ".join(list_mode_options())
+            yield Finding("error", f"torch.compile has no mode {self.mode!r}", f"it has {known}")
+            return
+        unknown = [name for name in dict(self.options) if name not in list_options()]
+        if unknown:
+            yield Finding(
+                "error",
+                f"inductor has no option {', '.join(unknown)}",
+                "torch._inductor.list_options() lists them",
+            )
+
+
+def _check_compiler(target: Target) -> Iterator[Finding]:
+    """Look for what inductor needs to generate code for the pipeline's device."""
+    on_gpu = target.pipe.transformer.device.type == "cuda" or "model-offload" in target.traits
+    if on_gpu and target.environment.packages["triton"] is None:
+        yield Finding("error", "compiling for CUDA needs triton", "pip install triton")
+    if not on_gpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
+        yield Finding(
+            "error", "compiling for the CPU needs a C++ compiler", "install g++ or clang++"
+        )
+
+
+def _compile_alike(tx: Transaction, modules: list[nn.Module], settings: dict[str, Any]) -> None:
+    """Compile modules of one class through one private function, so that they share graphs."""
+    import torch
+
+    call = _private(_call)
+    for module in modules:
+        compiled = torch.compile(types.MethodType(call, module), **settings)
+        tx.setattr(module, "_compiled_call_impl", compiled)
+
+
+def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    call: Any = module._call_impl  # noqa: SLF001 - what Module.compile compiles
+    return call(*args, **kwargs)
+
+
+def _private(function: types.FunctionType | Any) -> Any:
+    """Copy a function together with its code.
+
+    Dynamo keeps graphs, and counts recompilations against a limit of eight, per code object.
+    Compiled the usual way, the eighth optimize-and-restore would raise, and the user's
+    own compiled FLUX would share the count.
+    """
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)

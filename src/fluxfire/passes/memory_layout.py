@@ -1,0 +1,75 @@
+"""MemoryLayout: channels-last convolution weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import nn
+
+from fluxfire import kontext
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+
+if TYPE_CHECKING:
+    from fluxfire.transaction import Transaction
+
+_DIMENSIONS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryLayout:
+    """Stores the weights of 2-D convolutions channels-last.
+
+    FLUX's transformer has no 4-D weight, so nothing changes there. The VAE's convolutions
+    do change, for the worse: on an H100 (torch 2.11, bf16, 1024²) decoding took 142 ms
+    instead of 91 in eager and 38.7 ms either way when compiled; encoding 75 ms instead of
+    50, and 21.4 instead of 21.6. It is here because the article that fluxfire grew from
+    uses it, and is in no other preset.
+    """
+
+    name: ClassVar[str] = "memory-layout"
+    stage: ClassVar[Stage] = "weights"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[Exactness] = "close"
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse weights that cannot be laid out anew, and say when there are none."""
+        if "sequential-offload" in target.traits or "group-offload" in target.traits:
+            yield Finding(
+                "error",
+                "the weights are moved module by module while the pipeline runs, "
+                "which would undo the layout",
+                "use enable_model_cpu_offload() or none",
+            )
+        if not list(_convolutions(target.pipe)):
+            yield Finding("info", "no component has 4-D weights; nothing to do")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Lay out every 4-D weight that is not channels-last yet; strides are restored."""
+        count = 0
+        for weight in _convolutions(tx.pipe):
+            if weight.is_contiguous(memory_format=torch.channels_last):
+                continue
+            tx.on_undo(partial(_lay_out, weight, weight.stride()))
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            count += 1
+        return Change(count, "convolution weights made channels-last")
+
+
+def _convolutions(pipe: object) -> Iterator[nn.Parameter]:
+    for _, component in kontext.modules(pipe):
+        for weight in component.parameters():
+            if weight.ndim == _DIMENSIONS and not kontext.is_quantised(weight):
+                yield weight
+
+
+def _lay_out(weight: nn.Parameter, strides: tuple[int, ...]) -> None:
+    """Give a weight the strides it had, wherever and in whichever dtype it is now."""
+    if weight.stride() != strides:
+        old = weight.data
+        weight.data = torch.empty_strided(
+            old.shape, strides, dtype=old.dtype, device=old.device
+        ).copy_(old)

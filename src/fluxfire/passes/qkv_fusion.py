@@ -1,0 +1,229 @@
+"""QKVFusion: one matrix product for query, key and value."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from torch import nn
+
+from fluxfire import kontext
+from fluxfire.generation import Generation, Listener
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+
+if TYPE_CHECKING:
+    from fluxfire.transaction import Transaction
+
+_SELF = ("to_q", "to_k", "to_v")
+_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKVFusion:
+    """Computes the query, key and value of each attention in one matrix product.
+
+    diffusers' own `fuse_qkv_projections` keeps the separate weights beside the fused copy
+    (4.0 GiB for FLUX in bf16) and lets a LoRA lose its effect without a word. Here the three
+    parameters become row views of the fused weight: memory stays as it was, state-dict
+    keys too, and `save_pretrained` works. Moving or casting the model, which copies
+    parameters one by one, fuses them anew.
+
+    A projection that is more than a plain `nn.Linear` (a LoRA is loaded) is called as
+    it is, so its effect is that of the plain pipeline, whichever came first.
+
+    Attributes:
+        transformer: fuse the transformer's attentions.
+        vae: fuse the VAE's attentions (one in the encoder, one in the decoder).
+    """
+
+    transformer: bool = True
+    vae: bool = True
+
+    name: ClassVar[str] = "qkv-fusion"
+    stage: ClassVar[Stage] = "weights"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[Exactness] = "close"
+    leaves: ClassVar[frozenset[str]] = frozenset({"fused-qkv"})
+
+    def __post_init__(self) -> None:
+        if not (self.transformer or self.vae):
+            raise ValueError("QKVFusion(transformer=False, vae=False) has nothing to fuse")
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse weights that cannot become views, and attentions already fused."""
+        if "fused-qkv" in target.traits:
+            yield Finding(
+                "error",
+                "the projections are fused already, by fuse_qkv_projections()",
+                "call unfuse_qkv_projections() first",
+            )
+        moved = target.traits & {"sequential-offload", "group-offload", "layerwise-casting"}
+        if moved:
+            yield Finding(
+                "error",
+                f"weights are swapped module by module while the pipeline runs "
+                f"({', '.join(sorted(moved))}), which would separate the fused ones",
+                "use enable_model_cpu_offload() or none",
+            )
+        for attention in self._attentions(target.pipe):
+            for names in _groups(attention):
+                linears = [_base(getattr(attention, n)) for n in names]
+                if any(kontext.is_quantised(linear.weight) for linear in linears):
+                    yield Finding(
+                        "error",
+                        f"the weights of {', '.join(names)} are quantised "
+                        f"({type(linears[0].weight.data).__name__}, {linears[0].weight.dtype})",
+                        "put QKVFusion before quantisation, or leave it out",
+                    )
+                    return
+        if "lora" in target.traits:
+            yield Finding("info", "projections that carry a LoRA are left unfused")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Fuse every self-attention's projections and share the storage."""
+        fused: list[FusedProjection] = []
+        for attention in self._attentions(tx.pipe):
+            for names in _groups(attention):
+                projection = FusedProjection(attention, names)
+                tx.on_undo(projection.separate)
+                projection.share()
+                tx.setattr(attention, projection.attribute, projection)
+                fused.append(projection)
+            tx.setattr(attention, "fused_projections", True)
+            if (processor := _fused_processor(attention)) is not None:
+                tx.setattr(attention, "processor", processor)
+        tx.listen(_KeepShared(fused))
+        return Change(len(fused), "query-key-value triples fused, storage shared")
+
+    def _attentions(self, pipe: Any) -> Iterator[Any]:
+        """Iterate over the attentions that can be fused."""
+        from diffusers.models.attention import AttentionModuleMixin
+
+        if self.transformer:
+            for module in pipe.transformer.modules():
+                if isinstance(module, AttentionModuleMixin) and hasattr(module, "to_q"):
+                    yield module
+        if self.vae:
+            for module in pipe.vae.modules():
+                if _fused_processor(module) is not None and not module.is_cross_attention:
+                    yield module
+
+
+class FusedProjection(nn.Module):
+    """Stands where diffusers looks for a fused linear: `attn.to_qkv` or `attn.to_added_qkv`.
+
+    Holds the fused weight and bias as buffers outside the state dict, and the attention
+    (outside the module tree, which must not become a circle) to find the projections.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(self, attention: nn.Module, names: tuple[str, str, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.attribute = "to_qkv" if names == _SELF else "to_added_qkv"
+        self._attention = (attention,)
+        self.register_buffer("weight", None, persistent=False)
+        self.register_buffer("bias", None, persistent=False)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Project (batch, tokens, width) to (batch, tokens, 3 · inner width)."""
+        attention = self._attention[0]
+        q, k, v = self.names
+        q, k, v = getattr(attention, q), getattr(attention, k), getattr(attention, v)
+        if self.weight is None or not type(q) is type(k) is type(v) is nn.Linear:
+            return torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1)
+        return F.linear(hidden_states, self.weight, self.bias)
+
+    def share(self) -> None:
+        """Copy the projections into one storage and make them views of it."""
+        linears = self._linears()
+        with torch.no_grad():
+            self.weight = torch.cat([m.weight for m in linears])
+            has_bias = linears[0].bias is not None
+            self.bias = torch.cat([m.bias for m in linears]) if has_bias else None
+        for fused, parameters in self._parts(linears):
+            for parameter, view in zip(parameters, fused.chunk(3), strict=True):
+                parameter.data = view
+
+    @property
+    def shared(self) -> bool:
+        """Whether the projections still are views of the fused weight."""
+        return self.weight is not None and all(
+            parameter.data_ptr() == view.data_ptr() and parameter.dtype == view.dtype
+            for fused, parameters in self._parts(self._linears())
+            for parameter, view in zip(parameters, fused.chunk(3), strict=True)
+        )
+
+    def separate(self) -> None:
+        """Give each projection a storage of its own again."""
+        storages = [
+            t.untyped_storage().data_ptr() for t in (self.weight, self.bias) if t is not None
+        ]
+        for linear in self._linears():
+            for parameter in (linear.weight, linear.bias):
+                if parameter is not None and parameter.untyped_storage().data_ptr() in storages:
+                    parameter.data = parameter.data.clone()
+        self.weight = self.bias = None
+
+    def _linears(self) -> list[nn.Linear]:
+        return [_base(getattr(self._attention[0], name)) for name in self.names]
+
+    def _parts(self, linears: list[Any]) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        if self.weight is not None:
+            yield self.weight, [m.weight for m in linears]
+        if self.bias is not None:
+            yield self.bias, [m.bias for m in linears]
+
+    def _apply(self, *_: Any, **__: Any) -> Any:
+        """Follow `.to()`: the projections, registered earlier, have just been moved."""
+        if self.weight is not None and not self.shared:
+            self.share()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the shared storage out: a copy projects one by one, correctly."""
+        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state["_buffers"] = dict.fromkeys(state["_buffers"])
+        return state
+
+
+class _KeepShared(Listener):
+    """Fuses anew what was replaced between generations (a merged LoRA, a loaded state)."""
+
+    def __init__(self, fused: list[FusedProjection]) -> None:
+        self._fused = fused
+
+    @contextmanager
+    def during(self, generation: Generation) -> Iterator[None]:  # noqa: ARG002
+        for projection in self._fused:
+            if not projection.shared:
+                projection.share()
+        yield
+
+
+def _groups(attention: Any) -> Iterator[tuple[str, str, str]]:
+    yield _SELF
+    if getattr(attention, "add_q_proj", None) is not None:
+        yield _ADDED
+
+
+def _base(linear: Any) -> Any:
+    """Look under a PEFT adapter."""
+    return getattr(linear, "base_layer", linear)
+
+
+def _fused_processor(module: Any) -> Any:
+    """Return diffusers' fused twin of a VAE attention's processor, or None if it has none."""
+    from diffusers.models import attention_processor as diffusers_attention
+
+    if not isinstance(module, diffusers_attention.Attention):
+        return None
+    if type(module.processor) is not diffusers_attention.AttnProcessor2_0:
+        return None
+    return diffusers_attention.FusedAttnProcessor2_0()

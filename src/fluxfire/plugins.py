@@ -1,0 +1,52 @@
+"""Passes by name: fluxfire's own, and those that installed packages announce.
+
+A package announces a pass as an entry point of the group `fluxfire.passes`, whose name is
+the pass's name and whose value is the class:
+
+    [project.entry-points."fluxfire.passes"]
+    my-pass = "my_package:MyPass"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+
+from fluxfire import passes
+from fluxfire.errors import PlanError
+from fluxfire.protocol import Pass
+
+GROUP = "fluxfire.passes"
+
+
+def own() -> dict[str, type[Pass]]:
+    """Return fluxfire's own passes by name."""
+    classes = [getattr(passes, name) for name in passes.__all__]
+    return {cls.name: cls for cls in classes}
+
+
+def announced() -> dict[str, EntryPoint]:
+    """Return the passes that other packages announce, not yet imported."""
+    return {entry.name: entry for entry in entry_points(group=GROUP)}
+
+
+def find(name: str) -> Callable[[], Pass]:
+    """Return the class of the pass with this name.
+
+    Raises:
+        PlanError: there is none, or its package cannot be imported.
+    """
+    ours, theirs = own(), announced()
+    if name in ours:
+        return ours[name]
+    if name not in theirs:
+        known = ", ".join(sorted({*ours, *theirs}))
+        raise PlanError(f"there is no pass {name!r}; there are {known}")
+    try:
+        cls: Callable[[], Pass] = theirs[name].load()
+    except (ImportError, AttributeError) as error:
+        raise PlanError(
+            f"the pass {name!r} is announced as {theirs[name].value}, "
+            f"which cannot be imported: {error}"
+        ) from error
+    return cls

@@ -1,0 +1,135 @@
+"""The contract between fluxfire and a pass. No torch in here.
+
+A pass is any object with the members of `Pass`; nothing needs to be inherited. By
+convention it is a frozen, keyword-only dataclass whose fields are its configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from fluxfire.environment import Environment
+    from fluxfire.transaction import Transaction
+
+Stage = Literal["environment", "weights", "blocks", "caching", "artifacts", "compile"]
+Exactness = Literal["bitwise", "close", "lossy"]
+Level = Literal["error", "warning", "info"]
+
+STAGES: tuple[Stage, ...] = ("environment", "weights", "blocks", "caching", "artifacts", "compile")
+EXACTNESS: tuple[Exactness, ...] = ("bitwise", "close", "lossy")
+
+BOUNDARIES: Mapping[Stage, str] = {
+    "environment": "what it sets up must be in place before any other pass relies on it",
+    "weights": "blocks, caches and graphs take the weights as they find them",
+    "blocks": "a cache must skip the blocks as they will really run",
+    "caching": "saved artifacts are keyed by the graphs, and caches decide which graphs there are",
+    "artifacts": "saved artifacts must be loaded before the first compilation",
+    "compile": "a compiled graph freezes what it saw; a later change costs a second compilation",
+}
+"""For each stage, why it must come before the stages that follow it (for the last: why
+nothing may follow). This is the sentence that an ordering error prints."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Something that `Pass.check` noticed.
+
+    Attributes:
+        level: `"error"` stops the plan; `"warning"` and `"info"` are only reported.
+        message: what is the case, with the values seen.
+        remedy: what the user can do about it.
+    """
+
+    level: Level
+    message: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.message}; {self.remedy}" if self.remedy else self.message
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass did.
+
+    Attributes:
+        count: how many things were changed; 0 is an honest answer.
+        what: what they are, as a plural phrase ("attention projections fused").
+        bytes: bytes of weights and buffers gained (positive) or freed (negative).
+    """
+
+    count: int
+    what: str
+    bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Configured:
+    """A pass of the list as data: what another pass may know of it.
+
+    Attributes:
+        name: the pass's `name`.
+        stage: its stage.
+        settings: its fields by name.
+    """
+
+    name: str
+    stage: Stage
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Target:
+    """What `Pass.check` looks at.
+
+    Attributes:
+        pipe: the pipeline. To be read, never touched.
+        environment: versions and device facts.
+        passes: the whole list, those already applied included, in order.
+        traits: what is true of the pipeline when this pass's turn comes: facts found on
+            the pipeline (`kontext.traits`) and those that earlier passes say they leave
+            (`leaves`). A pass refuses by trait, never by a sister's name.
+    """
+
+    pipe: Any
+    environment: Environment
+    passes: tuple[Configured, ...] = ()
+    traits: frozenset[str] = field(default_factory=frozenset)
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """One reversible optimisation.
+
+    Two members are optional and therefore not part of the protocol's type:
+    `leaves: frozenset[str]`, traits that hold once the pass is applied, and
+    `after_warmup(tx)`, called when `fluxfire.warmup` has run the pipeline.
+    """
+
+    name: ClassVar[str]
+    """Short kebab-case name, unique among the applied passes."""
+    stage: ClassVar[Stage]
+    """Its place in the order of `STAGES`."""
+    slot: ClassVar[str | None]
+    """A name that only one pass of a list may fill (such as `"block-cache"`), or None."""
+
+    @property
+    def exactness(self) -> Exactness:
+        """What the pass does to the picture, given its configuration.
+
+        `"bitwise"`: the same bits. `"close"`: rounding only; one transformer forward in
+        the deployed dtype errs from a float64 forward at most twice as much as plain
+        eager does. `"lossy"`: anything else.
+        """
+        ...
+
+    def check(self, target: Target) -> Iterable[Finding]:
+        """Look at the pipeline and say what stands in the way. Changes nothing."""
+        ...
+
+    def apply(self, tx: Transaction) -> Change:
+        """Change the pipeline, through `tx` alone, so that every edit can be undone."""
+        ...

@@ -1,0 +1,224 @@
+"""Kontext pipelines with random weights, built offline.
+
+They run the real code on the real architecture, so time and memory are faithful. Their
+pictures are noise: they say nothing about quality.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+_KINDS = {"edit": FluxKontextPipeline, "inpaint": FluxKontextInpaintPipeline}
+
+
+def tiny_kontext(
+    kind: str = "edit",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    double_blocks: int = 2,
+    single_blocks: int = 3,
+) -> Any:
+    """Build a Kontext pipeline small enough to edit a picture in milliseconds on a CPU.
+
+    Its VAE halves the size once, so a 32-by-32 picture has 64 tokens: pass `height`,
+    `width`, `max_area=height * width` and `_auto_resize=False` to keep it at that.
+
+    Args:
+        kind: `"edit"` (`FluxKontextPipeline`) or `"inpaint"` (`FluxKontextInpaintPipeline`).
+        seed: seeds the weights; the global random state is left alone.
+        dtype: of all weights.
+        device: of all weights.
+        double_blocks: number of two-stream blocks.
+        single_blocks: number of one-stream blocks.
+
+    Returns:
+        The pipeline, in evaluation mode, its progress bar off.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(
+            in_channels=16,
+            num_layers=double_blocks,
+            num_single_layers=single_blocks,
+            attention_head_dim=16,
+            num_attention_heads=3,
+            joint_attention_dim=40,
+            pooled_projection_dim=24,
+            axes_dims_rope=(4, 4, 8),
+            guidance_embeds=True,
+        )
+        vae = AutoencoderKL(
+            block_out_channels=(8, 8),
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+            sample_size=32,
+            shift_factor=0.1159,
+            scaling_factor=0.3611,
+        )
+        pipe = _assemble(
+            kind,
+            transformer,
+            vae,
+            clip={"hidden_size": 24, "intermediate_size": 48, "layers": 2, "heads": 4},
+            t5={"d_model": 40, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
+        )
+    pipe = pipe.to(device=device, dtype=dtype, silence_dtype_warnings=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def full_kontext(
+    kind: str = "edit",
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str | torch.device = "cuda",
+) -> Any:
+    """Build a Kontext pipeline of FLUX.1 Kontext [dev]'s own sizes (31 GiB in bfloat16).
+
+    Args:
+        kind: as for `tiny_kontext`.
+        seed: seeds the weights.
+        dtype: of all weights, which are created in it.
+        device: on which the weights are created; a GPU takes about ten seconds.
+
+    Returns:
+        The pipeline, in evaluation mode.
+    """
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            torch.manual_seed(seed)
+            transformer = FluxTransformer2DModel(guidance_embeds=True)
+            vae = AutoencoderKL(
+                block_out_channels=(128, 256, 512, 512),
+                down_block_types=("DownEncoderBlock2D",) * 4,
+                up_block_types=("UpDecoderBlock2D",) * 4,
+                layers_per_block=2,
+                latent_channels=16,
+                use_quant_conv=False,
+                use_post_quant_conv=False,
+                sample_size=1024,
+                shift_factor=0.1159,
+                scaling_factor=0.3611,
+            )
+            return _assemble(
+                kind,
+                transformer,
+                vae,
+                clip={"hidden_size": 768, "intermediate_size": 3072, "layers": 12, "heads": 12},
+                t5={
+                    "d_model": 4096,
+                    "d_kv": 64,
+                    "d_ff": 10240,
+                    "num_layers": 24,
+                    "num_heads": 64,
+                    "feed_forward_proj": "gated-gelu",
+                },
+            )
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _assemble(
+    kind: str, transformer: Any, vae: Any, clip: dict[str, Any], t5: dict[str, Any]
+) -> Any:
+    if kind not in _KINDS:
+        raise ValueError(f"kind={kind!r}; it must be one of {', '.join(_KINDS)}")
+    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(clip_tokenizer),
+            bos_token_id=clip_tokenizer.bos_token_id,
+            eos_token_id=clip_tokenizer.eos_token_id,
+            pad_token_id=clip_tokenizer.pad_token_id,
+            hidden_size=clip["hidden_size"],
+            intermediate_size=clip["intermediate_size"],
+            num_hidden_layers=clip["layers"],
+            num_attention_heads=clip["heads"],
+            projection_dim=clip["hidden_size"],
+        )
+    )
+    text_encoder_2 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **t5))
+    for model in (transformer, vae, text_encoder, text_encoder_2):
+        model.eval()
+    return _KINDS[kind](
+        scheduler=FlowMatchEulerDiscreteScheduler(
+            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
+        ),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=text_encoder_2,
+        tokenizer_2=t5_tokenizer,
+        transformer=transformer,
+    )
+
+
+def _clip_tokenizer() -> CLIPTokenizer:
+    """Make a CLIP tokenizer that knows bytes and no merges."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    letters = sorted(ByteLevel.alphabet())
+    entries = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {entry: i for i, entry in enumerate(entries)}
+    try:
+        return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
+    except TypeError:  # transformers 4 reads its vocabulary from files
+        return _clip_tokenizer_from_files(vocabulary)
+
+
+def _clip_tokenizer_from_files(vocabulary: dict[str, int]) -> CLIPTokenizer:
+    import json
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        vocabulary_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
+        vocabulary_file.write_text(json.dumps(vocabulary))
+        merges_file.write_text("#version: 0.2\n")
+        return CLIPTokenizer(str(vocabulary_file), str(merges_file), model_max_length=77)
+
+
+def _t5_tokenizer() -> Any:
+    """Make a T5 tokenizer that knows printable ASCII, a character a token."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    pieces += [(chr(code), -3.0) for code in range(33, 127)]
+    try:
+        return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+    except TypeError:  # transformers 4: the fast tokenizer can be built from an object
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+        from transformers import T5TokenizerFast
+
+        raw = Tokenizer(models.Unigram(pieces, unk_id=2))
+        raw.pre_tokenizer = pre_tokenizers.Metaspace()
+        raw.decoder = decoders.Metaspace()
+        raw.post_processor = processors.TemplateProcessing(
+            single="$A </s>", special_tokens=[("</s>", 1)]
+        )
+        return T5TokenizerFast(tokenizer_object=raw, extra_ids=0, model_max_length=512)

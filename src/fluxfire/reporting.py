@@ -1,0 +1,108 @@
+"""What was done to a pipeline, and what its generations cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fluxfire.protocol import Change, Exactness, Finding, Pass, Stage
+from fluxfire.statistics import RunStatistics
+from fluxfire.text import human_bytes, human_seconds, table
+
+
+@dataclass(frozen=True)
+class PassReport:
+    """One applied pass.
+
+    Attributes:
+        name: its name.
+        configuration: its repr, which rebuilds it.
+        stage: its stage.
+        exactness: what it does to the picture.
+        change: what it changed.
+        seconds: how long applying it took.
+        findings: what its `check` remarked.
+    """
+
+    name: str
+    configuration: str
+    stage: Stage
+    exactness: Exactness
+    change: Change
+    seconds: float
+    findings: tuple[Finding, ...] = ()
+
+    @classmethod
+    def of(
+        cls, pass_: Pass, change: Change, seconds: float, findings: tuple[Finding, ...]
+    ) -> PassReport:
+        """Make the report of a pass that was just applied."""
+        return cls(pass_.name, repr(pass_), pass_.stage, pass_.exactness, change, seconds, findings)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything known about an optimized pipeline. Prints as tables.
+
+    Attributes:
+        passes: the applied passes, in order; empty for a plain pipeline.
+        warmup_seconds: what `warmup` took, or None if it was not called.
+        runs: statistics of the latest generations, oldest first.
+    """
+
+    passes: tuple[PassReport, ...] = ()
+    warmup_seconds: float | None = None
+    runs: tuple[RunStatistics, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data, fit for JSON."""
+        return {
+            "passes": [asdict(p) for p in self.passes],
+            "warmup_seconds": self.warmup_seconds,
+            "generations": [r.to_dict() for r in self.runs],
+        }
+
+    def __str__(self) -> str:
+        if not self.passes and not self.runs:
+            return "No passes applied, nothing generated."
+        rows = [
+            (
+                p.name,
+                p.stage,
+                p.exactness,
+                f"{p.change.count} {p.change.what}",
+                human_bytes(p.change.bytes),
+                human_seconds(p.seconds),
+            )
+            for p in self.passes
+        ]
+        parts = ["No passes applied."]
+        if rows:
+            parts = [table(("pass", "stage", "exactness", "changed", "memory", "applied in"), rows)]
+        parts += [f"{p.name}: {f.level}: {f}" for p in self.passes for f in p.findings]
+        if self.warmup_seconds is not None:
+            parts.append(f"warm-up: {human_seconds(self.warmup_seconds)}")
+        if self.runs:
+            parts += ["", _runs(self.runs)]
+        return "\n".join(parts)
+
+
+def _runs(runs: tuple[RunStatistics, ...]) -> str:
+    rows = []
+    for run in runs:
+        facts = run.to_dict()
+        pace = facts["seconds_a_step"]
+        rows.append(
+            (
+                run.number,
+                facts["steps"],
+                human_seconds(pace) if pace is not None else "-",
+                human_seconds(run.seconds),
+                run.compiles,
+                run.recompiles,
+                run.graph_breaks,
+                run.error or "",
+            )
+        )
+    head = ("generation", "steps", "a step", "in all", "compiles", "recompiles", "breaks", "error")
+    return table(head, rows)

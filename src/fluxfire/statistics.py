@@ -1,0 +1,190 @@
+"""What each generation cost: steps, seconds, compilations."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+import torch
+
+from fluxfire.generation import Call, Generation, Listener
+
+_KEPT = 100
+
+
+@dataclass(eq=False)
+class RunStatistics:
+    """One generation.
+
+    Attributes:
+        number: which generation of the pipeline, from 1.
+        seconds: wall time of the whole call.
+        calls: how often the transformer ran; twice a step under true CFG.
+        compiles: how often torch.compile traced code during the call.
+        recompiles: how many of these were for code that had been compiled before.
+        graph_breaks: places where a graph was cut in two.
+        error: what the call raised, or None.
+    """
+
+    number: int
+    seconds: float = 0.0
+    calls: int = 0
+    compiles: int = 0
+    recompiles: int = 0
+    graph_breaks: int = 0
+    error: str | None = None
+    _marks: list[Callable[[], float]] = field(default_factory=list, repr=False)
+
+    @property
+    def step_seconds(self) -> list[float]:
+        """Seconds of each step, from one step's first transformer call to the next one's.
+
+        The last step ends with its last transformer call. On CUDA the device's own clock
+        is read, which waits for the device the first time.
+        """
+        times = [mark() for mark in self._marks]
+        return [after - before for before, after in pairwise(times)]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain data; `seconds_a_step` is the median over the steps."""
+        steps = self.step_seconds
+        return {
+            "number": self.number,
+            "seconds": self.seconds,
+            "steps": len(steps),
+            "seconds_a_step": median(steps) if steps else None,
+            "step_seconds": steps,
+            "transformer_calls": self.calls,
+            "compiles": self.compiles,
+            "recompiles": self.recompiles,
+            "graph_breaks": self.graph_breaks,
+            "error": self.error,
+        }
+
+
+class Statistics(Listener):
+    """Keeps the statistics of the latest generations.
+
+    Attributes:
+        runs: the latest hundred, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.runs: deque[RunStatistics] = deque(maxlen=_KEPT)
+        self._step = -1
+        self._clock: _Clock | None = None
+
+    @contextmanager
+    def during(self, generation: Generation) -> Iterator[None]:
+        """Time the whole call and count what is compiled in it."""
+        run = RunStatistics(generation.number)
+        self._step, self._clock = -1, None
+        breaks = _graph_breaks()
+        began = time.perf_counter()
+        try:
+            with _compilations() as compile_ids:
+                yield
+        except BaseException as error:
+            run.error = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            run.seconds = time.perf_counter() - began
+            run.calls = generation.calls
+            run.compiles = len(compile_ids)
+            run.recompiles = sum(map(_is_recompile, compile_ids))
+            run.graph_breaks = _graph_breaks() - breaks
+            if self._clock is not None:
+                run._marks = self._clock.marks  # noqa: SLF001 - ours
+            self._clock = None
+            self.runs.append(run)
+
+    @contextmanager
+    def around(self, call: Call) -> Iterator[None]:
+        """Mark where each step begins, and where the latest call ends."""
+        if self._clock is None:
+            self._clock = _Clock(call.timestep.device)
+        if call.step != self._step:
+            self._step = call.step
+            self._clock.begin_step()
+        yield
+        self._clock.end_call()
+
+
+class _Clock:
+    """Marks points in time without waiting for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._origin: Any = None
+        self._starts: list[Callable[[], float]] = []
+        self._end: Callable[[], float] | None = None
+
+    @property
+    def marks(self) -> list[Callable[[], float]]:
+        """The beginning of every step, and the end of the last call."""
+        return [*self._starts, self._end] if self._end else self._starts
+
+    def begin_step(self) -> None:
+        self._starts.append(self._now())
+
+    def end_call(self) -> None:
+        self._end = self._now()
+
+    def _now(self) -> Callable[[], float]:
+        if not self._cuda:
+            now = time.perf_counter()
+            return lambda: now
+        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        origin = self._origin = self._origin or event
+
+        def read() -> float:
+            event.synchronize()
+            return float(origin.elapsed_time(event)) / 1e3
+
+        return read
+
+
+@contextmanager
+def _compilations() -> Iterator[list[str]]:
+    """Collect the ids of the compilations that this thread starts."""
+    ids: list[str] = []
+    if "torch._dynamo" not in sys.modules:  # nothing here can compile; importing costs seconds
+        yield ids
+        return
+    from torch._dynamo.callback import callback_handler
+
+    thread = threading.get_ident()
+
+    def started(args: Any) -> None:
+        if threading.get_ident() == thread:
+            ids.append(str(args.compile_id))
+
+    callback_handler.register_start_callback(started)
+    try:
+        yield ids
+    finally:
+        callback_handler.remove_start_callback(started)
+
+
+def _is_recompile(compile_id: str) -> bool:
+    """Dynamo numbers compilations "frame/attempt"; a later attempt is a recompilation."""
+    numbers = re.search(r"(\d+)/(\d+)", compile_id)
+    return numbers is not None and numbers[2] != "0"
+
+
+def _graph_breaks() -> int:
+    if "torch._dynamo" not in sys.modules:
+        return 0
+    from torch._dynamo.utils import counters
+
+    return sum(counters["graph_break"].values())

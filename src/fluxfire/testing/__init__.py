@@ -1,0 +1,18 @@
+"""For authors of passes: a tiny pipeline, and a conformance suite for any pass."""
+
+from __future__ import annotations
+
+from fluxfire.random_kontext import tiny_kontext
+from fluxfire.testing.conformance import ConformanceError, check_pass, edit
+from fluxfire.testing.fingerprint import differences, fingerprint
+from fluxfire.testing.oracle import forward_errors
+
+__all__ = [
+    "ConformanceError",
+    "check_pass",
+    "differences",
+    "edit",
+    "fingerprint",
+    "forward_errors",
+    "tiny_kontext",
+]

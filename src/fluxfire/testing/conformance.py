@@ -1,0 +1,259 @@
+"""check_pass: does a pass keep every promise of the protocol?"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import FrozenInstanceError, fields, is_dataclass
+from typing import Any, NoReturn
+
+import numpy as np
+import numpy.typing as npt
+
+from fluxfire import api, kontext
+from fluxfire.environment import environment
+from fluxfire.errors import PassError
+from fluxfire.planner import configured, malformed
+from fluxfire.protocol import Change, Finding, Pass, Target
+from fluxfire.random_kontext import tiny_kontext
+from fluxfire.testing.fingerprint import differences, fingerprint
+from fluxfire.testing.oracle import forward_errors
+from fluxfire.transaction import Transaction
+
+Image = npt.NDArray[np.float32]
+MakePipe = Callable[[], Any]
+Edit = Callable[..., Image]
+
+_SIZE, _OTHER = (32, 32), (48, 32)
+_ROUNDING = 1e-4  # of a picture in [0, 1]: what "close" may differ by between two graphs
+
+
+class ConformanceError(AssertionError):
+    """A pass breaks a promise; the message says which, and where to look."""
+
+
+class InjectedFailureError(Exception):
+    """What `check_pass` raises in the middle of things, on purpose."""
+
+
+def edit(pipe: Any, size: tuple[int, int] = _SIZE, *, steps: int = 3, **call: Any) -> Image:
+    """Edit a small fixed picture.
+
+    Args:
+        pipe: a tiny Kontext pipeline, editing or inpainting.
+        size: (width, height) of the result and of the reference.
+        steps: denoising steps.
+        **call: further arguments of the pipeline.
+
+    Returns:
+        (1, height, width, 3), float32 in [0, 1].
+    """
+    import torch
+    from PIL import Image as Pictures
+
+    width, height = size
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    picture = Pictures.fromarray(pixels)
+    arguments: dict[str, Any] = {
+        "image": picture,
+        "prompt": "make it night",
+        "width": width,
+        "height": height,
+        "max_area": width * height,
+        "num_inference_steps": steps,
+        "max_sequence_length": 24,
+        "generator": torch.Generator().manual_seed(1),
+        "output_type": "np",
+        "_auto_resize": False,
+    }
+    if hasattr(pipe, "mask_processor"):
+        mask = Pictures.new("L", size)
+        mask.paste(255, (0, 0, width // 2, height))
+        arguments |= {"mask_image": mask, "image_reference": picture}
+    result: Image = pipe(**(arguments | call)).images
+    return result
+
+
+def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = edit) -> None:
+    """Check a pass against everything that the protocol promises.
+
+    Frozen configuration and a repr that rebuilds it; a `check` that changes nothing; a
+    truthful `Change`; the declared exactness; output and structure given back by
+    `restore`; a roll-back after a failure at each recorded edit; a second pipeline that
+    never notices; and no state across generations, sizes and exceptions.
+
+    Args:
+        pass_: the pass, configured.
+        make_pipe: builds a fresh pipeline, each time with the same weights.
+        run: generates with a pipeline at a size, as `edit` does.
+
+    Raises:
+        ConformanceError: at the first promise that is not kept.
+    """
+    _check_configuration(pass_)
+    plain = make_pipe()
+    reference = run(plain)
+    before = fingerprint(plain)
+
+    _check_is_pure(pass_, plain, before)
+    _check_change_and_restore(pass_, plain, before, reference, run)
+    _check_rollback(pass_, plain, before, reference, run)
+    _check_exactness(pass_, make_pipe, reference, run)
+    _check_no_state(pass_, make_pipe, run)
+    _check_neighbour(pass_, make_pipe, run)
+
+
+def _fail(pass_: Pass, promise: str, detail: str) -> NoReturn:
+    name = getattr(pass_, "name", repr(pass_))
+    raise ConformanceError(f"{name} breaks a promise: {promise}. {detail}")
+
+
+def _check_configuration(pass_: Pass) -> None:
+    if (why := malformed(pass_)) is not None:
+        _fail(pass_, "it has the members of fluxfire.Pass", why)
+    if not is_dataclass(pass_):
+        _fail(pass_, "its configuration is a frozen dataclass", f"{type(pass_)} is no dataclass")
+    for field in fields(pass_):
+        try:
+            setattr(pass_, field.name, getattr(pass_, field.name))
+        except FrozenInstanceError:
+            continue
+        _fail(pass_, "its configuration is frozen", f"field {field.name!r} could be set")
+    rebuilt = eval(repr(pass_), {type(pass_).__name__: type(pass_)})  # noqa: S307 - our own repr
+    if rebuilt != pass_:
+        _fail(pass_, "its repr rebuilds it", f"{pass_!r} gave {rebuilt!r}")
+
+
+def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
+    target = Target(pipe, environment(), (configured(pass_),), kontext.traits(pipe))
+    findings = list(pass_.check(target))
+    if strangers := [f for f in findings if not isinstance(f, Finding)]:
+        _fail(pass_, "check yields Findings", f"it gave {strangers[0]!r}")
+    if errors := [f for f in findings if f.level == "error"]:
+        _fail(pass_, "it can be applied to the pipeline of make_pipe", str(errors[0]))
+    _same(pass_, "check changes nothing", before, pipe)
+
+
+def _check_change_and_restore(
+    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
+) -> None:
+    bytes_before = kontext.storage_bytes(pipe)
+    api.optimize(pipe, [pass_])
+    change = api.report(pipe).passes[0].change
+    grown = kontext.storage_bytes(pipe) - bytes_before
+    if change.bytes != grown:
+        _fail(
+            pass_,
+            "Change.bytes is what weights and buffers grew by",
+            f"it says {change.bytes}, but they grew by {grown}",
+        )
+    run(pipe)
+    api.restore(pipe)
+    _same(pass_, "restore gives the structure back", before, pipe)
+    if not np.array_equal(run(pipe), reference):
+        _fail(pass_, "restore gives the output back bit for bit", "the picture changed")
+
+
+def _check_rollback(
+    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
+) -> None:
+    edits = _count_edits(pass_, pipe)
+    for fail_at in range(edits):
+        transaction = functools.partial(FaultyTransaction, fail_at=fail_at)
+        try:
+            api._apply(pipe, [pass_], transaction)  # noqa: SLF001 - ours
+        except PassError as error:
+            if not isinstance(error.__cause__, InjectedFailureError):
+                _fail(pass_, "it can be applied twice", str(error))
+        else:
+            _fail(pass_, "a failure is not swallowed", f"the one at edit {fail_at} was")
+        _same(pass_, f"a failure at edit {fail_at} of {edits} rolls back", before, pipe)
+    if not np.array_equal(run(pipe), reference):
+        _fail(pass_, "a failure rolls back bit for bit", "the picture changed")
+
+
+def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Edit) -> None:
+    optimized = api.optimize(make_pipe(), [pass_])
+    if pass_.exactness == "bitwise":
+        worst = float(np.abs(run(optimized) - reference).max())
+        if worst != 0:
+            _fail(pass_, "it is bitwise", f"a pixel differs by {worst:.3g}")
+    elif pass_.exactness == "close":
+        ours, eager = forward_errors(make_pipe(), optimized, run)
+        if not ours <= 2 * eager:
+            _fail(
+                pass_,
+                "it is close: at most twice plain eager's error against float64",
+                f"its error is {ours:.3g}, eager's {eager:.3g}",
+            )
+
+
+def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
+    fresh = {size: run(api.optimize(make_pipe(), [pass_]), size) for size in (_SIZE, _OTHER)}
+    used = api.optimize(make_pipe(), [pass_])
+    for size in (_SIZE, _OTHER, _SIZE):
+        worst = float(np.abs(run(used, size) - fresh[size]).max())
+        if worst > (_ROUNDING if pass_.exactness == "close" else 0):
+            _fail(
+                pass_,
+                "nothing is kept from one generation to the next",
+                f"at {size} a pixel differs by {worst:.3g} from a fresh pipeline's",
+            )
+        try:
+            run(used, size, callback_on_step_end=_raise)
+        except InjectedFailureError:
+            continue
+        _fail(pass_, "exceptions of a generation reach the caller", "one was swallowed")
+
+
+def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
+    neighbour, pipe = make_pipe(), make_pipe()
+    reference = run(neighbour)
+    before = fingerprint(neighbour)
+    api.optimize(pipe, [pass_])
+    run(pipe)
+    _same(pass_, "a second pipeline is left alone", before, neighbour)
+    if not np.array_equal(run(neighbour), reference):
+        _fail(pass_, "a second pipeline is left alone", "its picture changed")
+    api.restore(pipe)
+
+
+def _same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
+    changed = differences(before, fingerprint(pipe))
+    if changed:
+        shown = "\n  ".join(changed[:10])
+        _fail(pass_, promise, f"{len(changed)} things differ:\n  {shown}")
+
+
+def _count_edits(pass_: Pass, pipe: Any) -> int:
+    counted: list[FaultyTransaction] = []
+
+    def transaction(*args: Any) -> FaultyTransaction:
+        counted.append(FaultyTransaction(*args))
+        return counted[0]
+
+    api._apply(pipe, [pass_], transaction)  # noqa: SLF001 - ours
+    api.restore(pipe)
+    return counted[0].edits
+
+
+class FaultyTransaction(Transaction):
+    """Fails right after its n-th edit was made and recorded.
+
+    Attributes:
+        edits: how many were recorded.
+    """
+
+    def __init__(self, pipe: Any, conductor: Any, fail_at: int | None = None) -> None:
+        super().__init__(pipe, conductor)
+        self.edits = 0
+        self._fail_at = fail_at
+
+    def _recorded(self, label: str) -> None:
+        self.edits += 1
+        if self.edits - 1 == self._fail_at:
+            raise InjectedFailureError(f"injected after: {label}")
+
+
+def _raise(*_: object) -> Change:
+    raise InjectedFailureError("injected into a generation")

@@ -1,0 +1,122 @@
+"""A pipeline's structure as flat, comparable data, and that of what it could leak into."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from fluxfire import kontext
+
+# Dynamo replaces these of torch.nn.Module at the process's first compilation, for good.
+_DYNAMOS_OWN = ("__init__", "__setstate__", "___needs_generation_tag_patch")
+_LOADED = "if loaded: "
+
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+def fingerprint(pipe: Any) -> dict[str, Any]:
+    """Describe everything about a pipeline that `restore` must give back.
+
+    Modules and their order, instance dictionaries, weights' shapes, strides and storage,
+    state-dict keys, attributes of all classes involved, compiler settings, backend flags,
+    and inductor's functions. Take it after one call of the pipeline: the first call of a
+    diffusers pipeline leaves hooks behind.
+    """
+    return dict(_entries(pipe))
+
+
+def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Say in words where two fingerprints differ.
+
+    What belongs to a module of torch that was imported only in between is no difference.
+    """
+    found = []
+    for key in [*before, *(k for k in after if k not in before)]:
+        old, new = before.get(key, "absent"), after.get(key, "absent")
+        if old != new and not (old == "absent" and key.startswith(_LOADED)):
+            found.append(f"{key}: {old} became {new}")
+    return found
+
+
+def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
+    classes: dict[type, None] = dict.fromkeys(type(pipe).__mro__)
+    yield "pipe", _own(pipe)
+    for component_name, component in kontext.modules(pipe):
+        yield f"{component_name} state-dict keys", tuple(component.state_dict())
+        for name, module in component.named_modules():
+            where = f"{component_name}.{name}".rstrip(".")
+            yield where, _own(module)
+            classes.update(dict.fromkeys(type(module).__mro__))
+            for kind in ("_parameters", "_buffers"):
+                for key, tensor in vars(module)[kind].items():
+                    yield f"{where}.{key}", _tensor(tensor)
+    for cls in classes:
+        for attribute, value in vars(cls).items():
+            if attribute not in _DYNAMOS_OWN:
+                yield f"class {cls.__qualname__}.{attribute}", id(value)
+    yield from _process_wide()
+
+
+def _own(obj: object) -> tuple[Any, ...]:
+    """Describe an object's class and its instance dictionary, order included."""
+    return (id(type(obj)), tuple((k, _value(v)) for k, v in vars(obj).items()))
+
+
+def _value(value: object) -> Any:
+    if isinstance(value, _SIMPLE):
+        return value
+    if isinstance(value, torch.Tensor):
+        return _tensor(value)
+    if isinstance(value, dict):
+        keys = tuple(map(str, value))
+        return (type(value).__name__, keys if any(map(_is_module, value.values())) else len(keys))
+    if isinstance(value, list | tuple | set | frozenset):
+        return (type(value).__name__, len(value))
+    if callable(value) or isinstance(value, nn.Module):
+        return (type(value).__name__, id(value))
+    return type(value).__name__
+
+
+def _is_module(value: object) -> bool:
+    return isinstance(value, nn.Module)
+
+
+def _tensor(tensor: torch.Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    storage = tensor.untyped_storage()
+    return (
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.storage_offset(),
+        tensor.dtype,
+        tensor.device,
+        storage.nbytes(),
+    )
+
+
+def _process_wide() -> Iterator[tuple[str, Any]]:
+    """Describe the settings of torch that a pass could leave changed."""
+    yield "default dtype", torch.get_default_dtype()
+    yield "grad enabled", torch.is_grad_enabled()
+    yield "matmul precision", torch.get_float32_matmul_precision()
+    yield "deterministic", torch.are_deterministic_algorithms_enabled()
+    yield "cudnn", (torch.backends.cudnn.enabled, torch.backends.cudnn.benchmark)
+    matmul = torch.backends.cuda.matmul
+    yield "cuda matmul", (matmul.allow_bf16_reduced_precision_reduction, matmul.allow_tf32)
+    for name in ("torch._inductor.config", "torch._dynamo.config", "torch._functorch.config"):
+        if name in sys.modules:
+            for key, value in sys.modules[name].get_config_copy().items():
+                yield f"{_LOADED}{name}.{key}", repr(value)
+    if (post_grad := sys.modules.get("torch._inductor.fx_passes.post_grad")) is not None:
+        for name, value in vars(post_grad).items():
+            if callable(value):
+                yield f"{_LOADED}post_grad.{name}", id(value)
+    if (callbacks := sys.modules.get("torch._dynamo.callback")) is not None:
+        handler = callbacks.callback_handler
+        counts = (len(handler.start_callbacks), len(handler.end_callbacks))
+        yield f"{_LOADED}dynamo callbacks", counts

@@ -1,0 +1,41 @@
+"""Plain-text tables and units, for everything that fluxfire prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Lay rows out in columns under a head.
+
+    Args:
+        head: names of the columns.
+        rows: cells, as many in each row as there are columns.
+
+    Returns:
+        The table's lines, joined; no line ends in spaces.
+    """
+    cells = [list(head), *([str(c) for c in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * w for w in widths])
+    return "\n".join(
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
+    )
+
+
+def human_bytes(count: int) -> str:
+    """Write a number of bytes with its sign and a binary unit."""
+    if count == 0:
+        return "±0"
+    size = float(abs(count))
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while size >= 1024 and len(units) > 1:  # noqa: PLR2004 - a KiB is what it is
+        size /= 1024
+        units.pop(0)
+    digits = 0 if units[0] == "B" else 1
+    return f"{'+' if count > 0 else '-'}{size:.{digits}f} {units[0]}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Write a duration in seconds or milliseconds, three digits."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

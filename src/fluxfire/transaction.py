@@ -1,0 +1,129 @@
+"""Reversible edits: every change records its inverse in the moment it is made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from fluxfire.blocks import BlockWrapper
+    from fluxfire.generation import Conductor, Listener
+
+T = TypeVar("T")
+
+
+class Transaction:
+    """What a pass changes the pipeline through.
+
+    There is no undo method for a pass to forget: the inverses recorded here are run, last
+    in, first out, when a pass fails half-way and when the user restores the pipeline.
+
+    Attributes:
+        pipe: the pipeline.
+    """
+
+    def __init__(self, pipe: Any, conductor: Conductor) -> None:
+        self.pipe = pipe
+        self._conductor = conductor
+        self._inverses: list[tuple[str, Callable[[], None]]] = []
+
+    def setattr(self, obj: object, name: str, value: object) -> None:
+        """Set an attribute; its inverse sets the old value, or deletes a new attribute."""
+        own = _owns(obj, name)
+        old = getattr(obj, name, None)
+
+        def inverse() -> None:
+            if own:
+                setattr(obj, name, old)
+            else:
+                delattr(obj, name)
+
+        with self._edit(f"set {type(obj).__name__}.{name}", inverse):
+            setattr(obj, name, value)
+
+    def set_class(self, obj: object, cls: type) -> None:
+        """Turn an object into an instance of another class, normally a subclass of its own."""
+        old = type(obj)
+
+        def inverse() -> None:
+            obj.__class__ = old
+
+        with self._edit(f"turn {old.__name__} into a subclass", inverse):
+            obj.__class__ = cls
+
+    def enter(self, manager: AbstractContextManager[T]) -> T:
+        """Enter a context manager that stays entered until the pipeline is restored.
+
+        For what must be live only while this pipeline runs, `listen` is the right verb.
+        """
+
+        def inverse() -> None:
+            manager.__exit__(None, None, None)
+
+        with self._edit(f"enter {type(manager).__name__}", inverse):
+            value = manager.__enter__()
+        return value
+
+    def on_undo(self, inverse: Callable[[], object]) -> None:
+        """Record the inverse of an edit that was just made in another way.
+
+        To stay safe if the very next line fails, record before a change that can be
+        undone even when it has not happened yet, or change one thing at a time.
+        """
+
+        def run() -> None:
+            inverse()
+
+        with self._edit("record an inverse", run):
+            pass
+
+    def wrap_blocks(self, wrapper: BlockWrapper) -> None:
+        """Put a wrapper around the run through the blocks, inside those already there."""
+        self._append(self._conductor.stack.wrappers, wrapper, "wrap the blocks")
+
+    def listen(self, listener: Listener) -> None:
+        """Have a listener hear of this pipeline's generations."""
+        self._append(self._conductor.listeners, listener, "listen")
+
+    def rollback(self) -> list[Exception]:
+        """Undo every edit, last in, first out; collect what the inverses raise."""
+        failures: list[Exception] = []
+        while self._inverses:
+            label, inverse = self._inverses.pop()
+            try:
+                inverse()
+            except Exception as error:  # noqa: BLE001 - the other inverses must still run
+                error.add_note(f"while undoing: {label}")
+                failures.append(error)
+        return failures
+
+    def _append(self, items: list[Any], item: object, label: str) -> None:
+        with self._edit(label, lambda: _remove_last(items, item)):
+            items.append(item)
+
+    @contextmanager
+    def _edit(self, label: str, inverse: Callable[[], None]) -> Iterator[None]:
+        """Make one edit; only an edit that happened is recorded."""
+        yield
+        self._inverses.append((label, inverse))
+        self._recorded(label)
+
+    def _recorded(self, label: str) -> None:
+        """Called after each recorded edit, for `fluxfire.testing` to inject failures."""
+
+
+def _owns(obj: object, name: str) -> bool:
+    """Whether deleting the attribute would lose something of the object's own."""
+    if name in vars(obj):
+        return True
+    registries = ("_parameters", "_buffers", "_modules")  # torch.nn.Module's
+    return any(name in vars(obj).get(registry, ()) for registry in registries)
+
+
+def _remove_last(items: list[Any], item: object) -> None:
+    """Remove by identity: two equal listeners are two listeners."""
+    for index in reversed(range(len(items))):
+        if items[index] is item:
+            del items[index]
+            return

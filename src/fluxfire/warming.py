@@ -1,0 +1,80 @@
+"""Blank generations of given sizes, for `fluxfire.warmup`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxfire import kontext
+from fluxfire.errors import PlanError
+
+Size = tuple[int, int]
+
+
+def check_sizes(pipe: Any, sizes: Sequence[Size]) -> None:
+    """Refuse output sizes that the pipeline cannot run exactly.
+
+    Raises:
+        PlanError: naming the size and what it must be.
+    """
+    multiple = pipe.vae_scale_factor * 2
+    if not sizes:
+        raise PlanError("warmup needs at least one size, such as sizes=[(1024, 1024)]")
+    for size in sizes:
+        fits = (
+            isinstance(size, Sequence)
+            and len(size) == 2  # noqa: PLR2004 - width and height
+            and all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in size)
+        )
+        if not fits:
+            raise PlanError(
+                f"warmup cannot run size {size!r}: it must be (width, height), "
+                f"both positive multiples of {multiple}"
+            )
+
+
+def blank_calls(
+    pipe: Any, size: Size, references: Sequence[Size] | None, call: dict[str, Any]
+) -> Iterator[dict[str, Any]]:
+    """Yield the arguments of one generation for each reference.
+
+    Args:
+        pipe: the pipeline, editing or inpainting.
+        size: output size, (width, height).
+        references: sizes of reference pictures before the pipeline resizes them; None for
+            one of the output's shape, empty for none.
+        call: the user's arguments, which win.
+    """
+    width, height = size
+    arguments: dict[str, Any] = {
+        "prompt": "warm-up",
+        "num_inference_steps": 2,
+        "generator": torch.Generator().manual_seed(0),
+        "output_type": "np",
+        "width": width,
+        "height": height,
+        "max_area": width * height,
+    }
+    if "prompt_embeds" in call:
+        del arguments["prompt"]
+    inpaints = hasattr(pipe, "mask_processor")
+    if inpaints:  # the output has the picture's size
+        arguments |= {"image": _blank(size), "mask_image": _blank(size)}
+    if "image" in call or "image_reference" in call:
+        yield arguments | call
+        return
+    resized = call.get("_auto_resize", True)
+    for reference in [size] if references is None else references:
+        picture = _blank(kontext.reference_size(*reference) if resized else reference)
+        role = "image_reference" if inpaints else "image"
+        # The blank already has the size that the pipeline would give it.
+        yield arguments | {role: picture} | call | {"_auto_resize": False}
+    if references is not None and not references:
+        yield arguments | call | {"_auto_resize": False}
+
+
+def _blank(size: Size) -> Image.Image:
+    return Image.new("RGB", size, "gray")
