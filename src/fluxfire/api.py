@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from fluxfire import kontext, plugins, presets
 from fluxfire.environment import environment
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
-from fluxfire.generation import Conductor, conductor_of
+from fluxfire.generation import Conductor, conductor_of, shared_conductor
 from fluxfire.planner import Plan, Step, configured, malformed, problems, workable
 from fluxfire.protocol import Change, Pass, Target
 from fluxfire.reporting import PassReport, Report
@@ -48,7 +48,7 @@ def plan(pipe: Any, passes: Passes = None) -> Plan:
     if (why := kontext.unsupported(pipe)) is not None:
         return Plan(tuple(map(Step, wanted)), (why, *wrong))
     conductor = conductor_of(pipe)
-    if conductor is None and conductor_of(pipe.transformer) is not None:
+    if conductor is None and shared_conductor(pipe.transformer) is not None:
         wrong.append(
             "this pipeline's transformer is already optimized through another pipeline; "
             "restore that one first"
@@ -60,8 +60,9 @@ def plan(pipe: Any, passes: Passes = None) -> Plan:
     traits = kontext.traits(pipe).union(*(_leaves(p) for p in applied))
     steps = []
     for pass_ in wanted:
+        twin = any(p.name == pass_.name for p in applied)  # complained of already
         target = Target(pipe, environment(), data, traits)
-        steps.append(Step(pass_, tuple(pass_.check(target))))
+        steps.append(Step(pass_, () if twin else tuple(pass_.check(target))))
         traits |= _leaves(pass_)
     result = Plan(tuple(steps), tuple(wrong), applied)
     if result.ok or not wanted or conductor is not None:

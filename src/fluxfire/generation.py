@@ -1,9 +1,10 @@
 """One run of a pipeline at a time: it begins, goes step by step and branch by branch, and ends.
 
-diffusers looks `__call__` up on the class, so an instance attribute would be ignored, and a
+Python looks `__call__` up on the class, so an instance attribute would be ignored, and a
 patch of the class would reach every other pipeline. The conductor therefore turns this one
-pipeline and its transformer into instances of private subclasses of their own classes, which
-carry the same names and pickle as the plain class.
+pipeline into an instance of a private subclass of its own class, which carries the same name
+and pickles as the plain class. The transformer keeps its class (diffusers compares it when
+components are shared): torch's own slot for how a module instance is called serves there.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
@@ -24,7 +25,10 @@ if TYPE_CHECKING:
 
     from fluxfire.transaction import Transaction
 
+T = TypeVar("T")
 _CONDUCTOR = "_fluxfire_conductor"
+CALL_SLOT = "_compiled_call_impl"
+"""Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -107,12 +111,15 @@ class Conductor:
     Attributes:
         listeners: who hears of generations, in the order of the passes.
         stack: the run through the blocks.
+        run_transformer: what a call of the transformer comes down to; compiling the whole
+            model replaces it.
         record: what `fluxfire.api` keeps here.
     """
 
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
         self.stack = BlockStack()
+        self.run_transformer: Callable[..., Any] | None = None
         self.record: Any = None
         self._lock = threading.Lock()
         self._generation: Generation | None = None
@@ -126,12 +133,9 @@ class Conductor:
             with self._run(pipe, transformer):
                 return plain(*args, **kwargs)
 
-        def call_transformer(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._step(pipe, transformer, kwargs) as inputs:
-                return plain(*args, **inputs)
-
+        self.run_transformer = transformer._call_impl  # noqa: SLF001 - what __call__ runs
         tx.set_class(pipe, _subclass(type(pipe), call_pipeline, self))
-        tx.set_class(transformer, _subclass(type(transformer), call_transformer, self))
+        tx.setattr(transformer, CALL_SLOT, TransformerCall(self, pipe, transformer))
 
     @contextmanager
     def idle(self, wish: str) -> Iterator[None]:
@@ -195,10 +199,32 @@ class Conductor:
             yield entered.enter_context(self.stack.mounted(transformer, call, inputs))
 
 
-def conductor_of(obj: object) -> Conductor | None:
-    """Return the conductor of an optimized pipeline or transformer, or None."""
-    found: Conductor | None = vars(type(obj)).get(_CONDUCTOR)
+@dataclass(frozen=True, eq=False)
+class TransformerCall:
+    """Stands in an optimized transformer's call slot."""
+
+    conductor: Conductor
+    pipe: Any
+    transformer: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the transformer as the step of a generation that it is."""
+        run = self.conductor.run_transformer
+        assert run is not None  # noqa: S101 - set before this was put into the slot
+        with self.conductor._step(self.pipe, self.transformer, kwargs) as inputs:  # noqa: SLF001
+            return run(*args, **inputs)
+
+
+def conductor_of(pipe: object) -> Conductor | None:
+    """Return the conductor of an optimized pipeline, or None."""
+    found: Conductor | None = vars(type(pipe)).get(_CONDUCTOR)
     return found
+
+
+def shared_conductor(transformer: object) -> Conductor | None:
+    """Return the conductor of whichever pipeline a transformer was optimized for, or None."""
+    call = vars(transformer).get(CALL_SLOT)
+    return call.conductor if isinstance(call, TransformerCall) else None
 
 
 def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> type:
@@ -210,11 +236,8 @@ def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> ty
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         # Pickles and copies are of the plain class: the conductor stays with this object.
-        reduced: Any = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg]
-        if isinstance(reduced, tuple):
-            args = tuple(plain if a is type(self) else a for a in reduced[1])
-            reduced = (reduced[0], args, *reduced[2:])
-        return reduced
+        _, _, *state = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg, str-unpack]
+        return (_blank, (plain,), *state)
 
     namespace = {
         "__module__": plain.__module__,
@@ -225,3 +248,8 @@ def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> ty
         _CONDUCTOR: conductor,
     }
     return type(plain.__name__, (plain,), namespace)
+
+
+def _blank(cls: type[T]) -> T:
+    """Make an instance without initialising it, for a pickle's state to fill."""
+    return cls.__new__(cls)

@@ -104,7 +104,7 @@ def traits(pipe: Any) -> frozenset[str]:
 
 def _module_traits(module: nn.Module) -> Iterator[str]:
     own = vars(module)
-    if own.get("_compiled_call_impl") is not None:
+    if hasattr(own.get("_compiled_call_impl"), "_torchdynamo_orig_callable"):
         yield "compiled"
     if own.get("fused_projections"):
         yield "fused-qkv"

@@ -6,7 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from fluxfire.generation import CALL_SLOT
+
 if TYPE_CHECKING:
+    from torch import nn
+
     from fluxfire.blocks import BlockWrapper
     from fluxfire.generation import Conductor, Listener
 
@@ -51,6 +55,13 @@ class Transaction:
 
         with self._edit(f"turn {old.__name__} into a subclass", inverse):
             obj.__class__ = cls
+
+    def set_call(self, module: nn.Module, call: Callable[..., object]) -> None:
+        """Replace what calling a module runs; what listens to the transformer stays around it."""
+        if module is self.pipe.transformer:
+            self.setattr(self._conductor, "run_transformer", call)
+        else:
+            self.setattr(module, CALL_SLOT, call)
 
     def enter(self, manager: AbstractContextManager[T]) -> T:
         """Enter a context manager that stays entered until the pipeline is restored.

@@ -155,7 +155,7 @@ def _compile_alike(tx: Transaction, modules: list[nn.Module], settings: dict[str
     call = _private(_call)
     for module in modules:
         compiled = torch.compile(types.MethodType(call, module), **settings)
-        tx.setattr(module, "_compiled_call_impl", compiled)
+        tx.set_call(module, compiled)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,248 @@
+"""The command `fluxfire`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxfire import __version__
+from fluxfire.errors import FluxfireError
+from fluxfire.protocol import Pass
+from fluxfire.text import human_seconds, table
+
+_DEFAULT_MODEL = "random-tiny"
+_RANDOM_NOTE = (
+    "note: {} has random weights: the result is noise, and only shows that all parts work"
+)
+_TINY_SIZE = (128, 128)
+
+
+class UsageError(FluxfireError):
+    """The command line asks for something impossible."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments; those of the process by default.
+
+    Returns:
+        0, or 1 after an error (printed as `error: …`); argparse itself exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except FluxfireError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is a command line
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fluxfire", description="Faster FLUX.1 Kontext pipelines.")
+    parser.add_argument("--version", action="version", version=f"fluxfire {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], help_: str) -> Any:
+        sub = commands.add_parser(name, help=help_, description=help_)
+        sub.set_defaults(command=command)
+        return sub
+
+    add("passes", _passes, "list the passes, fluxfire's own and installed plugins'")
+
+    plan = add("plan", _plan, "say what optimizing would do, and change nothing")
+    _add_model(plan)
+    _add_passes(plan)
+
+    doctor = add("doctor", _doctor, "print versions, the GPU, and which passes apply")
+    _add_model(doctor)
+
+    run = add("run", _run, "edit a picture with an optimized pipeline, and report")
+    _add_model(run)
+    _add_passes(run)
+    run.add_argument("--image", required=True, help="the picture to edit")
+    run.add_argument("--prompt", required=True, help="the instruction")
+    run.add_argument("-o", "--output", default="out.png", help="where to write (default: out.png)")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--steps", type=_positive, default=28)
+    run.add_argument("--size", type=_size, help="WIDTHxHEIGHT (default: the picture's shape)")
+    run.add_argument("--report", choices=("table", "json"), default="table")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model",
+        default=_DEFAULT_MODEL,
+        help="a folder, a hub id, random-tiny or random-full (default: %(default)s)",
+    )
+
+
+def _add_passes(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--preset", default="faithful", help="default: %(default)s")
+    which.add_argument("--passes", help="names of passes in order, separated by commas")
+
+
+def _wanted(arguments: argparse.Namespace) -> list[Pass]:
+    """Find the passes asked for; names are checked before any model is loaded."""
+    from fluxfire import plugins, presets
+
+    if arguments.passes is None:
+        return list(presets.named(arguments.preset))
+    return [plugins.find(name.strip())() for name in arguments.passes.split(",") if name.strip()]
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
+    return int(match[1]), int(match[2])
+
+
+def _say(text: object = "") -> None:
+    print(text)  # noqa: T201 - this is a command line
+
+
+def _note(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201 - this is a command line
+
+
+def _passes(_: argparse.Namespace) -> int:
+    from fluxfire import plugins
+
+    rows: list[tuple[str, ...]] = []
+    for name, cls in plugins.own().items():
+        story = (cls.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, cls.stage, cls.slot or "-", cls().exactness, story))
+    for name, entry in plugins.announced().items():
+        rows.append((name, "?", "?", "?", f"announced by a plugin: {entry.value}"))
+    _say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
+    return 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    from fluxfire import api
+
+    wanted = _wanted(arguments)
+    planned = api.plan(_load(arguments.model), wanted)
+    _say(planned)
+    return 0 if planned.ok else 1
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from fluxfire import api, plugins
+    from fluxfire.environment import environment
+
+    env = environment()
+    rows = [("python", env.python)]
+    rows += [(name, version or "not installed") for name, version in env.packages.items()]
+    rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
+    _say(table(("what", "found"), rows))
+    _say()
+    pipe = _load(arguments.model)
+    verdicts = []
+    for name, cls in plugins.own().items():
+        planned = api.plan(pipe, [cls()])
+        findings = [str(f) for step in planned.steps for f in step.findings]
+        verdict = "applies" if planned.ok else "does not apply"
+        verdicts.append((name, verdict, "; ".join([*planned.problems, *findings])))
+    _say(table(("pass", f"on {arguments.model}", "why"), verdicts))
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    picture = _open(arguments.image)
+    output = _writable(arguments.output)
+    if arguments.size is not None and any(n == 0 or n % 16 for n in arguments.size):
+        width, height = arguments.size
+        raise UsageError(f"size {width}x{height}: both sides must be positive multiples of 16")
+    wanted = _wanted(arguments)
+    import torch
+
+    from fluxfire import api
+
+    pipe = _load(arguments.model)
+    api.optimize(pipe, wanted)
+    pipe.set_progress_bar_config(disable=False)
+    began = time.perf_counter()
+    result = pipe(
+        prompt=arguments.prompt,
+        num_inference_steps=arguments.steps,
+        generator=torch.Generator().manual_seed(arguments.seed),
+        **_sizes(arguments, picture),
+    ).images[0]
+    seconds = time.perf_counter() - began
+    result.save(output)
+    _note(f"{output}: {result.width}x{result.height} in {human_seconds(seconds)}")
+    report = api.report(pipe)
+    _say(json.dumps(report.to_dict(), indent=2) if arguments.report == "json" else report)
+    return 0
+
+
+def _load(model: str) -> Any:
+    from fluxfire import loading
+
+    if model in loading.RANDOM:
+        _note(_RANDOM_NOTE.format(model))
+    return loading.load(model)
+
+
+def _sizes(arguments: argparse.Namespace, picture: Any) -> dict[str, Any]:
+    """Say at which size to generate, and give the picture."""
+    from fluxfire import kontext
+
+    if arguments.model == _DEFAULT_MODEL:  # a megapixel of its 2-pixel patches takes minutes
+        width, height = arguments.size or _TINY_SIZE
+        picture = picture.resize((width, height))
+        extra = {"_auto_resize": False}
+    else:
+        width, height = arguments.size or kontext.reference_size(*picture.size)
+        extra = {}
+    return {
+        "image": picture,
+        "width": width,
+        "height": height,
+        "max_area": width * height,
+        **extra,
+    }
+
+
+def _open(name: str) -> Any:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(name) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except UnidentifiedImageError:
+        raise UsageError(f"{name} is not a picture that can be read") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"cannot read {name}: {reason}") from None
+
+
+def _writable(name: str) -> Path:
+    from PIL import Image
+
+    path = Path(name)
+    if not path.parent.is_dir():
+        raise UsageError(f"cannot write {name}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UsageError(f"cannot write {name}: it is a folder")
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise UsageError(f"cannot write {name}: {path.suffix or 'no suffix'} is no picture format")
+    return path

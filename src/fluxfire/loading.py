@@ -1,0 +1,110 @@
+"""Where pipelines come from: a folder, the Hugging Face hub, or random weights."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fluxfire import kontext
+from fluxfire.errors import LoadError
+from fluxfire.random_kontext import full_kontext, tiny_kontext
+
+RANDOM = {"random-tiny": tiny_kontext, "random-full": full_kontext}
+
+
+def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+    """Load a Kontext pipeline.
+
+    Args:
+        model: a folder written by `save_pretrained`, a hub id such as
+            `black-forest-labs/FLUX.1-Kontext-dev`, or `random-tiny` or `random-full`.
+        device: `"cuda"` by default where there is one, else `"cpu"`.
+        dtype: bfloat16 by default on CUDA, else float32.
+
+    Raises:
+        LoadError: with the reason, and what to do about it.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    if model in RANDOM:
+        return RANDOM[model](device=device, dtype=dtype)
+    _check_folder(model)
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, token=hub_token())
+    except (OSError, ValueError, RuntimeError) as error:
+        raise LoadError(_explain(model, error)) from error
+    if (why := kontext.unsupported(pipe)) is not None:
+        raise LoadError(f"{model} is not a Kontext pipeline: {why}")
+    return pipe.to(device)
+
+
+def hub_token(folder: Path | None = None) -> str | None:
+    """Return the user's Hugging Face token: HF_TOKEN of the environment, or of a .env file.
+
+    Args:
+        folder: where to look for `.env`; the current folder by default.
+
+    Raises:
+        LoadError: there is a .env file, but nothing to read it with.
+    """
+    if token := os.environ.get("HF_TOKEN"):
+        return token
+    file = (folder or Path.cwd()) / ".env"
+    if not file.is_file():
+        return None
+    try:
+        from dotenv import dotenv_values
+    except ImportError as error:
+        raise LoadError(
+            f'{file} is there, but python-dotenv is not: pip install "fluxfire[cli]", '
+            f"or set HF_TOKEN in the environment"
+        ) from error
+    token = dotenv_values(file).get("HF_TOKEN")
+    return str(token) if token else None
+
+
+def _check_folder(model: str) -> None:
+    """Tell a folder that is wrong from a hub id, before anything goes over the network."""
+    path = Path(model).expanduser()
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            raise LoadError(
+                f"{model} holds no diffusers pipeline: it has no model_index.json "
+                f"(a folder written by pipe.save_pretrained has one)"
+            )
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise LoadError(
+            f"there is no folder {model}, and it is no hub id (such as "
+            f"black-forest-labs/FLUX.1-Kontext-dev); {' and '.join(RANDOM)} need no weights"
+        )
+
+
+def _explain(model: str, error: BaseException) -> str:
+    """Say in one sentence why loading failed and what to do."""
+    statuses = {_status(e) for e in _chain(error)}
+    if statuses & {401, 403}:
+        return (
+            f"the hub refused {model}: if it is gated, accept the licence on "
+            f"https://huggingface.co/{model}, then set HF_TOKEN (environment or .env) to a "
+            f"token of that account"
+        )
+    if 404 in statuses:  # noqa: PLR2004 - HTTP's own number
+        return f"the hub has no model {model}; check the id's spelling"
+    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{model} could not be loaded: {first}"
+
+
+def _status(error: BaseException) -> int | None:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+
+import pytest
+import torch
+
+from fluxfire.testing import edit, tiny_kontext
+
+# Tiny tensors are slower on many threads, and bits depend on their number.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["edit", "inpaint"])
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def pipe():
+    return tiny_kontext()
+
+
+@pytest.fixture(scope="session")
+def reference():
+    """What the plain tiny pipeline makes of the fixed picture."""
+    return edit(tiny_kontext())
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,157 @@
+"""Compile, mostly with the inductor on the CPU, and therefore slow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.loaders.ip_adapter import FluxIPAdapterMixin
+
+import fluxfire
+from fluxfire import presets
+from fluxfire.errors import PlanError
+from fluxfire.passes import Compile, QKVFusion
+from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+
+CLOSE = 1e-4
+
+
+def test_configuration_is_plain_data():
+    one = Compile(options={"b": 1, "a": True})
+    assert one == Compile(options=[("a", True), ("b", 1)])
+    assert repr(one).endswith("options=(('a', True), ('b', 1)))")
+    assert hash(one) == hash(eval(repr(one)))
+    with pytest.raises(ValueError, match="region='all'; it must be one of blocks, transformer"):
+        Compile(region="all")
+
+
+@pytest.mark.parametrize(
+    ("pass_", "words"),
+    [
+        (Compile(mode="fastest"), "torch.compile has no mode 'fastest'; it has default, lite"),
+        (Compile(options={"max_autotuna": 1}), "inductor has no option max_autotuna"),
+    ],
+)
+def test_unknown_settings_are_refused(pipe, pass_, words):
+    with pytest.raises(PlanError, match=words):
+        fluxfire.optimize(pipe, [pass_])
+
+
+def test_a_pipeline_that_is_compiled_already_is_refused(pipe):
+    pipe.transformer.compile_repeated_blocks(fullgraph=True)
+    with pytest.raises(PlanError, match="compiled already, outside fluxfire"):
+        fluxfire.optimize(pipe, [Compile()])
+
+
+def test_mode_and_options_travel_together():
+    options = Compile(mode="max-autotune-no-cudagraphs", options={"shape_padding": True})
+    assert options._inductor_options() == {
+        "max_autotune": True,
+        "coordinate_descent_tuning": True,
+        "shape_padding": True,
+    }
+    overruled = Compile(mode="max-autotune", options={"triton.cudagraphs": False})
+    assert overruled._inductor_options()["triton.cudagraphs"] is False
+
+
+@pytest.mark.slow
+def test_blocks_share_graphs_and_report_them(reference):
+    pipe = tiny_kontext()
+    edit(pipe)
+    before = fingerprint(pipe)
+    fluxfire.optimize(pipe, [Compile()])
+    assert np.abs(edit(pipe) - reference).max() < CLOSE
+    edit(pipe)
+    first, second = fluxfire.report(pipe).runs
+    # One graph for the double blocks; two for the single ones, of which the first gets
+    # its streams apart and the others get views of one tensor.
+    assert (first.compiles, first.recompiles, first.graph_breaks) == (3, 1, 0)
+    assert (second.compiles, second.recompiles) == (0, 0)
+    fluxfire.restore(pipe)
+    assert differences(before, fingerprint(pipe)) == []
+    assert np.array_equal(edit(pipe), reference)
+
+
+@pytest.mark.slow
+def test_it_can_be_undone_and_redone_more_often_than_dynamos_limit(reference):
+    limit = torch._dynamo.config.recompile_limit
+    pipe = tiny_kontext()
+    for _ in range(limit + 2):
+        with fluxfire.optimized(pipe, [Compile(fullgraph=True)]):
+            assert np.abs(edit(pipe, steps=1) - edit(pipe, steps=1)).max() == 0
+    assert np.array_equal(edit(pipe), reference)
+
+
+@pytest.mark.slow
+def test_dynamic_sizes_and_the_vae():
+    sizes = [(32, 32), (48, 32), (64, 48)]
+    plain = tiny_kontext()
+    pipe = fluxfire.optimize(tiny_kontext(), [QKVFusion(), Compile(dynamic=True, vae=True)])
+    for size in sizes:
+        assert np.abs(edit(pipe, size) - edit(plain, size)).max() < CLOSE
+    assert fluxfire.report(pipe).runs[-1].compiles == 0
+
+
+@pytest.mark.slow
+def test_a_lora_scale_under_compile_is_right(reference):
+    """Python floats that became symbolic were once baked into graphs by torch's caches."""
+    from passes.test_qkv_fusion import with_lora
+
+    plain = with_lora(tiny_kontext())
+    pipe = fluxfire.optimize(with_lora(tiny_kontext()), [Compile()])
+    for scale in (1.0, 0.4, 0.7, 0.2):
+        call = {"joint_attention_kwargs": {"scale": scale}, "steps": 1}
+        assert np.abs(edit(pipe, **call) - edit(plain, **call)).max() < CLOSE
+
+
+def with_ip_adapter(pipe):
+    """Give the transformer random IP-Adapter weights, as `load_ip_adapter` would."""
+    transformer = pipe.transformer
+    generator = torch.Generator().manual_seed(3)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator) * 0.2
+
+    joint, inner = transformer.config.joint_attention_dim, transformer.inner_dim
+    image = {
+        "proj.weight": random(4 * joint, 12),
+        "proj.bias": random(4 * joint),
+        "norm.weight": torch.ones(joint),
+        "norm.bias": torch.zeros(joint),
+    }
+    layers = {}
+    for i in range(len(transformer.transformer_blocks)):
+        for kind in ("k", "v"):
+            layers[f"{i}.to_{kind}_ip.weight"] = random(inner, joint)
+            layers[f"{i}.to_{kind}_ip.bias"] = random(inner)
+    transformer._load_ip_adapter_weights([{"image_proj": image, "ip_adapter": layers}])
+    assert isinstance(pipe, FluxIPAdapterMixin)
+    pipe.set_ip_adapter_scale(1.0)
+    transformer.to(torch.float32)
+    return pipe
+
+
+@pytest.mark.parametrize(
+    "passes", [[QKVFusion()], pytest.param([Compile()], marks=pytest.mark.slow)]
+)
+def test_ip_adapter_inputs_are_right(passes, reference):
+    call = {
+        "ip_adapter_image_embeds": [torch.randn(1, 1, 12, generator=torch.Generator())],
+        "negative_ip_adapter_image_embeds": [torch.zeros(1, 1, 12)],
+    }
+    expected = edit(with_ip_adapter(tiny_kontext()), **call)
+    assert np.abs(expected - reference).max() > 1e-3
+    pipe = fluxfire.optimize(with_ip_adapter(tiny_kontext()), passes)
+    assert np.abs(edit(pipe, **call) - expected).max() < CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["faithful", "article"])
+def test_presets_run(preset, reference):
+    pipe = fluxfire.optimize(tiny_kontext(), preset)
+    assert [p.name for p in fluxfire.report(pipe).passes] == [
+        p.name for p in getattr(presets, preset)
+    ]
+    assert np.abs(edit(pipe) - reference).max() < CLOSE
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)

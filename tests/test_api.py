@@ -1,0 +1,337 @@
+"""optimize, and everything a user goes on doing with the pipeline afterwards."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTransformer2DModel
+
+import fluxfire
+from doubles import Fake, Listen, ScaleTemb, SkipBlock
+from fluxfire.errors import BusyError, FluxfireError, PassError, PlanError
+from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+
+EAGER = [InductorPatch(), QKVFusion(), MemoryLayout()]
+CLOSE = 1e-5
+
+
+def test_it_returns_the_same_object_of_the_same_kind(kind):
+    pipe = tiny_kontext(kind)
+    plain = edit(pipe)
+    cls = type(pipe)
+    assert fluxfire.optimize(pipe, EAGER) is pipe
+    assert isinstance(pipe, cls)
+    assert type(pipe).__name__ == cls.__name__
+    assert isinstance(pipe.transformer, FluxTransformer2DModel)
+    assert np.abs(edit(pipe) - plain).max() < CLOSE
+    fluxfire.restore(pipe)
+    assert type(pipe) is cls
+    assert np.array_equal(edit(pipe), plain)
+
+
+def test_no_passes_and_no_wrappers_are_bitwise(pipe, reference):
+    fluxfire.optimize(pipe, [])
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_text_to_image(pipe):
+    plain = edit(pipe, image=None)
+    fluxfire.optimize(pipe, EAGER)
+    assert np.abs(edit(pipe, image=None) - plain).max() < CLOSE
+
+
+def test_true_cfg_and_batches(pipe):
+    call = {"prompt": ["a", "b"], "negative_prompt": ["c", "d"], "true_cfg_scale": 3.0}
+    plain = edit(pipe, **call)
+    fluxfire.optimize(pipe, EAGER)
+    assert np.abs(edit(pipe, **call) - plain).max() < CLOSE
+
+
+def test_save_pretrained_while_optimized(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path / "plain")
+    fluxfire.optimize(pipe, EAGER)
+    pipe.save_pretrained(tmp_path / "optimized")
+    for component in ("transformer", "vae"):
+        name = f"{component}/diffusion_pytorch_model.safetensors"
+        plain, ours = tmp_path / "plain" / name, tmp_path / "optimized" / name
+        assert plain.read_bytes() == ours.read_bytes()
+    again = FluxKontextPipeline.from_pretrained(tmp_path / "optimized")
+    assert type(again.transformer) is FluxTransformer2DModel
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_casting_while_optimized(dtype):
+    plain = edit(tiny_kontext().to(dtype))
+    pipe = fluxfire.optimize(tiny_kontext(), EAGER).to(dtype)
+    assert pipe.dtype == dtype
+    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-6
+    assert np.abs(edit(pipe) - plain).max() < tolerance
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), plain)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda p: pickle.loads(pickle.dumps(p))])
+def test_copies_are_plain_pipelines(pipe, reference, duplicate):
+    fluxfire.optimize(pipe, EAGER)
+    twin = duplicate(pipe)
+    assert type(twin) is FluxKontextPipeline
+    assert type(twin.transformer) is FluxTransformer2DModel
+    fluxfire.restore(pipe)
+    assert np.abs(edit(twin) - reference).max() < CLOSE
+    assert fluxfire.report(twin).passes == ()
+
+
+def test_from_pipe_shares_the_model_and_works(pipe):
+    plain = edit(FluxKontextInpaintPipeline.from_pipe(pipe))
+    fluxfire.optimize(pipe, EAGER)
+    sister = FluxKontextInpaintPipeline.from_pipe(pipe)
+    assert np.abs(edit(sister) - plain).max() < CLOSE
+    with pytest.raises(PlanError, match="already optimized through another pipeline"):
+        fluxfire.optimize(sister, [ScaleTemb()])
+
+
+def test_a_second_pipeline_and_the_classes_never_notice(pipe, reference):
+    other = tiny_kontext()
+    edit(other)
+    before = fingerprint(other)
+    fluxfire.optimize(pipe, [*EAGER, SkipBlock()])
+    edit(pipe)
+    assert differences(before, fingerprint(other)) == []
+    assert np.array_equal(edit(other), reference)
+
+
+def test_a_dropped_pipeline_is_collected():
+    pipe = tiny_kontext()
+    fluxfire.optimize(pipe, EAGER)
+    edit(pipe)
+    gone = weakref.ref(pipe.transformer)
+    del pipe
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_second_optimize_adds_to_the_first(pipe, reference):
+    fluxfire.optimize(pipe, [QKVFusion()])
+    fluxfire.optimize(pipe, [MemoryLayout()])
+    assert [p.name for p in fluxfire.report(pipe).passes] == ["qkv-fusion", "memory-layout"]
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_a_second_optimize_says_why_it_cannot(pipe):
+    fluxfire.optimize(pipe, [QKVFusion()])
+    with pytest.raises(PlanError, match=r"qkv-fusion is already applied, as QKVFusion\(") as e:
+        fluxfire.optimize(pipe, [QKVFusion(vae=False)])
+    assert "restore(pipe) and optimize again" in str(e.value)
+    with pytest.raises(PlanError, match="listen .stage environment. must come before qkv-fusion"):
+        fluxfire.optimize(pipe, [Listen()])
+    assert len(fluxfire.report(pipe).passes) == 1
+
+
+def test_a_failed_second_optimize_keeps_the_first(pipe):
+    class Failing(ScaleTemb):
+        def apply(self, tx):
+            super().apply(tx)
+            raise RuntimeError("no")
+
+    fluxfire.optimize(pipe, [QKVFusion()])
+    picture = edit(pipe)
+    with pytest.raises(PassError, match="scale-temb failed while it was applied") as caught:
+        fluxfire.optimize(pipe, [Failing()])
+    assert caught.value.pass_name == "scale-temb"
+    assert np.array_equal(edit(pipe), picture)
+    assert [p.name for p in fluxfire.report(pipe).passes] == ["qkv-fusion"]
+
+
+def test_a_pass_that_returns_no_change_is_rolled_back(pipe, reference):
+    class Mute(ScaleTemb):
+        def apply(self, tx):
+            super().apply(tx)
+
+    with pytest.raises(PassError, match="returned None, not a fluxfire.Change"):
+        fluxfire.optimize(pipe, [Mute()])
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_two_threads_in_one_pipeline_get_a_clear_error(pipe, reference):
+    fluxfire.optimize(pipe, [])
+    inside, done = threading.Event(), threading.Event()
+
+    def wait(_pipe, _step, _t, tensors):
+        inside.set()
+        done.wait(20)
+        return tensors
+
+    result = []
+    thread = threading.Thread(target=lambda: result.append(edit(pipe, callback_on_step_end=wait)))
+    thread.start()
+    assert inside.wait(20)
+    try:
+        with pytest.raises(BusyError, match="already generating in another thread"):
+            edit(pipe)
+        with pytest.raises(BusyError, match="cannot restore: the pipeline is generating"):
+            fluxfire.restore(pipe)
+        with pytest.raises(BusyError, match="another thread"):
+            pipe.transformer(img_ids=None, txt_ids=None, timestep=None)
+    finally:
+        done.set()
+        thread.join()
+    assert np.array_equal(result[0], reference)
+
+
+def test_a_call_within_a_call_gets_a_clear_error(pipe):
+    fluxfire.optimize(pipe, [])
+
+    def again(pipe, *_):
+        edit(pipe)
+
+    with pytest.raises(BusyError, match="in this call's own thread"):
+        edit(pipe, callback_on_step_end=again)
+    edit(pipe)
+
+
+def test_a_replaced_transformer_is_noticed(pipe):
+    fluxfire.optimize(pipe, [])
+    mine = pipe.transformer
+    pipe.transformer = tiny_kontext(seed=1).transformer
+    with pytest.raises(FluxfireError, match="replaced after optimize"):
+        edit(pipe)
+    pipe.transformer = mine
+    edit(pipe)
+
+
+@pytest.mark.parametrize(
+    ("break_it", "words"),
+    [
+        (lambda p: p.transformer.to("meta"), "on the meta device"),
+        (
+            lambda p: setattr(p, "transformer", torch.compile(p.transformer)),
+            "wrapped by torch.compile: pass the plain model and add Compile",
+        ),
+        (lambda p: setattr(p, "transformer", p.vae), "not a FluxTransformer2DModel"),
+    ],
+)
+def test_pipelines_that_cannot_be_optimized(pipe, break_it, words):
+    break_it(pipe)
+    with pytest.raises(PlanError, match=words) as caught:
+        fluxfire.optimize(pipe, [QKVFusion()])
+    assert "Nothing was changed" in str(caught.value)
+
+
+def test_something_that_is_no_kontext_pipeline():
+    with pytest.raises(PlanError, match="works on FluxKontextPipeline and .*, not on dict"):
+        fluxfire.optimize({})
+
+
+def test_everything_wrong_is_said_at_once_with_a_list_that_works(pipe):
+    edit(pipe)
+    before = fingerprint(pipe)
+    with pytest.raises(PlanError) as caught:
+        fluxfire.optimize(
+            pipe, [Compile(options={"no_such": 1}), QKVFusion(), MemoryLayout, Fake(), Fake()]
+        )
+    assert str(caught.value) == (
+        "This list of passes cannot be applied. Nothing was changed.\n"
+        "  - MemoryLayout is a class; pass an instance, MemoryLayout()\n"
+        "  - qkv-fusion (stage weights) must come before compile (stage compile): blocks, "
+        "caches and graphs take the weights as they find them\n"
+        "  - fake (stage weights) must come before compile (stage compile): blocks, caches "
+        "and graphs take the weights as they find them\n"
+        "  - fake is in the list twice, as Fake(name='fake', stage='weights', slot=None, "
+        "exactness='bitwise') and Fake(name='fake', stage='weights', slot=None, "
+        "exactness='bitwise'); keep one\n"
+        "  - fake (stage weights) must come before compile (stage compile): blocks, caches "
+        "and graphs take the weights as they find them\n"
+        "  - compile: inductor has no option no_such; torch._inductor.list_options() lists "
+        "them\n"
+        "A list that would work: [QKVFusion(transformer=True, vae=True), Fake(name='fake', "
+        "stage='weights', slot=None, exactness='bitwise')]"
+    )
+    assert differences(before, fingerprint(pipe)) == []
+
+
+def test_names_of_presets_and_passes(pipe):
+    planned = fluxfire.plan(pipe, ["inductor-patch", "memory-layout"])
+    assert [s.pass_ for s in planned.steps] == [InductorPatch(), MemoryLayout()]
+    assert [s.pass_.name for s in fluxfire.plan(pipe).steps] == [
+        p.name for p in fluxfire.presets.faithful
+    ]
+    with pytest.raises(PlanError, match="no preset 'fastest'; there are faithful, article"):
+        fluxfire.optimize(pipe, "fastest")
+    with pytest.raises(PlanError, match="no pass 'qkv'; there are compile, inductor-patch"):
+        fluxfire.optimize(pipe, ["qkv"])
+    with pytest.raises(PlanError, match=r"did you mean passes=\[Compile\("):
+        fluxfire.optimize(pipe, Compile())
+
+
+def test_report(pipe):
+    assert str(fluxfire.report(pipe)) == "No passes applied, nothing generated."
+    fluxfire.optimize(pipe, EAGER)
+    edit(pipe, steps=4)
+    edit(pipe, steps=2, negative_prompt="x", true_cfg_scale=2.0)
+    facts = fluxfire.report(pipe).to_dict()
+    assert [p["name"] for p in facts["passes"]] == [p.name for p in EAGER]
+    fusion = facts["passes"][1]
+    assert fusion["change"] == {
+        "count": 9,
+        "what": "query-key-value triples fused, storage shared",
+        "bytes": 0,
+    }
+    first, second = facts["generations"]
+    assert (first["steps"], first["transformer_calls"]) == (4, 4)
+    assert (second["steps"], second["transformer_calls"]) == (2, 4)
+    assert 0 < first["seconds_a_step"] < first["seconds"]
+    assert first["compiles"] == first["recompiles"] == first["graph_breaks"] == 0
+    printed = str(fluxfire.report(pipe))
+    assert "qkv-fusion      weights      close" in printed
+
+
+def test_warmup_runs_exactly_the_sizes(pipe):
+    listen = Listen()
+    with pytest.raises(PlanError, match="call optimize"):
+        fluxfire.warmup(pipe, sizes=[(32, 32)])
+    fluxfire.optimize(pipe, [listen])
+    state = torch.get_rng_state()
+    fluxfire.warmup(pipe, sizes=[(32, 32), (64, 48)], max_sequence_length=24, _auto_resize=False)
+    calls = listen.tallies[-1].calls
+    assert [(c.tokens.noise, c.tokens.reference) for c in calls[::2]] == [(64, 64), (192, 192)]
+    fluxfire.warmup(pipe, sizes=[(32, 32)], references=[], max_sequence_length=24)
+    assert calls[-1].tokens.reference == 0
+    fluxfire.warmup(
+        pipe,
+        sizes=[(32, 32)],
+        references=[(48, 32), (64, 64)],
+        _auto_resize=False,
+        max_sequence_length=24,
+    )
+    assert [c.tokens.reference for c in calls[-4::2]] == [96, 256]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert fluxfire.report(pipe).warmup_seconds > 0
+    with pytest.raises(PlanError, match=r"size \(30, 32\): it must be \(width, height\)"):
+        fluxfire.warmup(pipe, sizes=[(30, 32)])
+
+
+def test_warmup_of_an_inpainting_pipeline():
+    pipe = fluxfire.optimize(tiny_kontext("inpaint"), [Listen()])
+    fluxfire.warmup(pipe, sizes=[(64, 48)], max_sequence_length=24, _auto_resize=False)
+    assert Listen.tallies[-1].calls[0].tokens.noise == 192
+
+
+def test_after_warmup_is_called_with_a_transaction_that_restore_undoes(pipe):
+    class Late(ScaleTemb):
+        def after_warmup(self, tx):
+            tx.setattr(tx.pipe.transformer, "late", True)
+
+    fluxfire.optimize(pipe, [Late()])
+    fluxfire.warmup(pipe, sizes=[(32, 32)], _auto_resize=False, max_sequence_length=24)
+    assert pipe.transformer.late
+    fluxfire.restore(pipe)
+    assert not hasattr(pipe.transformer, "late")

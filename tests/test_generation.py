@@ -1,0 +1,106 @@
+"""What listeners hear: steps, branches, tokens, beginnings and ends."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fluxfire
+from doubles import Listen, Tally
+from fluxfire.testing import edit, tiny_kontext
+
+
+@pytest.fixture
+def heard():
+    """An optimized pipeline and what its listener hears."""
+    pipe = fluxfire.optimize(tiny_kontext(), [Listen()])
+    return pipe, Listen.tallies[-1]
+
+
+def test_steps_and_tokens(heard):
+    pipe, tally = heard
+    edit(pipe, (48, 32), steps=4)
+    assert [(c.step, c.steps, c.branch) for c in tally.calls] == [(i, 4, "cond") for i in range(4)]
+    tokens = tally.calls[0].tokens
+    assert (tokens.noise, tokens.reference, tokens.text) == (96, 96, 24)
+    times = [float(c.timestep[0]) for c in tally.calls]
+    assert times[0] == 1
+    assert times == sorted(times, reverse=True)
+
+
+def test_branches_of_true_cfg(heard):
+    pipe, tally = heard
+    edit(pipe, negative_prompt="blurry", true_cfg_scale=2.0, steps=2)
+    assert [(c.step, c.branch) for c in tally.calls] == [
+        (0, "cond"),
+        (0, "uncond"),
+        (1, "cond"),
+        (1, "uncond"),
+    ]
+
+
+def test_text_to_image_has_no_reference(heard):
+    pipe, tally = heard
+    edit(pipe, image=None)
+    assert tally.calls[0].tokens.reference == 0
+
+
+def test_inpainting():
+    pipe = fluxfire.optimize(tiny_kontext("inpaint"), [Listen()])
+    edit(pipe, steps=4, strength=0.5)
+    calls = Listen.tallies[-1].calls
+    assert [(c.step, c.steps) for c in calls] == [(0, 2), (1, 2)]
+    assert calls[0].tokens.reference == calls[0].tokens.noise == 64
+
+
+def test_what_begins_ends_when_a_generation_raises(heard):
+    pipe, tally = heard
+
+    def fail(*_):
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        edit(pipe, callback_on_step_end=fail)
+    assert (tally.open, tally.ended) == (0, 1)
+    edit(pipe)
+    assert [c.step for c in tally.calls] == [0, 0, 1, 2]
+
+
+def test_a_listener_that_raises_does_not_block_the_pipeline(pipe, reference):
+    class Deaf(Tally):
+        def during(self, generation):
+            raise RuntimeError("deaf")
+
+    class Broken(Listen):
+        def apply(self, tx):
+            tx.listen(Deaf())
+            return super().apply(tx)
+
+    fluxfire.optimize(pipe, [Broken()])
+    with pytest.raises(RuntimeError, match="deaf"):
+        edit(pipe)
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_direct_calls_of_the_transformer_are_no_steps(heard):
+    pipe, tally = heard
+    ids = torch.zeros(4, 3)
+    with torch.no_grad():
+        pipe.transformer(
+            hidden_states=torch.zeros(1, 4, 16),
+            encoder_hidden_states=torch.zeros(1, 2, 40),
+            pooled_projections=torch.zeros(1, 24),
+            timestep=torch.tensor([0.5]),
+            guidance=torch.tensor([3.5]),
+            img_ids=ids,
+            txt_ids=torch.zeros(2, 3),
+        )
+    assert tally.calls == []
+
+
+def test_a_second_pipelines_generation_is_not_heard(heard):
+    _, tally = heard
+    edit(tiny_kontext())
+    assert (tally.ended, tally.calls) == (0, [])

@@ -1,0 +1,124 @@
+"""Whatever happens, the pipeline ends bit for bit where it began."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import fluxfire
+from doubles import HalfTheTokens, Listen, ScaleTemb, SkipBlock
+from fluxfire import api
+from fluxfire.errors import PassError, PlanError, RestoreError
+from fluxfire.passes import InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+from fluxfire.testing.conformance import FaultyTransaction, InjectedFailureError
+
+PASSES = [
+    InductorPatch(),
+    Listen(),
+    QKVFusion(),
+    QKVFusion(vae=False),
+    QKVFusion(transformer=False),
+    MemoryLayout(),
+    ScaleTemb(),
+    SkipBlock(),
+    HalfTheTokens(),
+]
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """One pipeline for all examples: each must leave it as it was."""
+    pipe = tiny_kontext()
+    picture = edit(pipe, steps=1)
+    facts = pipe, picture, fingerprint(pipe)
+    return lambda: facts  # hypothesis prints arguments, and printing a pipeline changes it
+
+
+@settings(
+    max_examples=250, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    passes=st.lists(st.sampled_from(PASSES), max_size=5, unique_by=lambda p: p.name),
+    in_order=st.booleans(),
+    fail_at=st.one_of(st.none(), st.integers(0, 40)),
+    generate=st.booleans(),
+)
+def test_random_lists_with_failures_at_random_edits(shared, passes, in_order, fail_at, generate):
+    pipe, picture, before = shared()
+    entered = len(Listen.entered)
+    if in_order:
+        passes = fluxfire.order(passes)
+    transaction = functools.partial(FaultyTransaction, fail_at=fail_at)
+    try:
+        api._apply(pipe, passes, transaction)
+        if generate:
+            edit(pipe, steps=1)
+    except PlanError:
+        assert not in_order
+    except PassError as error:
+        assert isinstance(error.__cause__, InjectedFailureError)
+    else:
+        fluxfire.restore(pipe)
+    assert differences(before, fingerprint(pipe)) == []
+    assert np.array_equal(edit(pipe, steps=1), picture)
+    assert len(Listen.entered) == entered
+
+
+def test_restore_twice_and_on_a_plain_pipeline(pipe, reference):
+    assert fluxfire.restore(pipe) is pipe
+    fluxfire.optimize(pipe, [QKVFusion()])
+    assert fluxfire.restore(fluxfire.restore(pipe)) is pipe
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_restore_after_a_generation_that_raised(pipe, reference):
+    fluxfire.optimize(pipe, [QKVFusion(), MemoryLayout(), SkipBlock()])
+
+    def fail(*_):
+        raise InjectedFailureError
+
+    with pytest.raises(InjectedFailureError):
+        edit(pipe, callback_on_step_end=fail)
+    assert fluxfire.report(pipe).runs[-1].error.startswith("InjectedFailureError")
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_an_interrupt_rolls_back_and_stays_an_interrupt(pipe, reference):
+    class Interrupted(ScaleTemb):
+        def apply(self, tx):
+            super().apply(tx)
+            raise KeyboardInterrupt
+
+    edit(pipe)
+    before = fingerprint(pipe)
+    with pytest.raises(KeyboardInterrupt):
+        fluxfire.optimize(pipe, [QKVFusion(), Interrupted()])
+    assert differences(before, fingerprint(pipe)) == []
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_an_inverse_that_fails_does_not_stop_the_others(pipe, reference):
+    class Broken(ScaleTemb):
+        def apply(self, tx):
+            tx.on_undo(lambda: 1 / 0)
+            return super().apply(tx)
+
+    fluxfire.optimize(pipe, [QKVFusion(), Broken()])
+    with pytest.raises(RestoreError, match="1 edits could not be undone") as caught:
+        fluxfire.restore(pipe)
+    assert isinstance(caught.value.failures[0], ZeroDivisionError)
+    assert np.array_equal(edit(pipe), reference)
+    assert fluxfire.report(pipe).passes == ()
+
+
+def test_optimized_is_undone_at_the_end_of_the_block(pipe, reference):
+    with pytest.raises(InjectedFailureError), fluxfire.optimized(pipe, [ScaleTemb()]):
+        assert not np.array_equal(edit(pipe), reference)
+        raise InjectedFailureError
+    assert np.array_equal(edit(pipe), reference)
