@@ -34,3 +34,10 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(request):
+    """Forget which sizes earlier tests compiled, or the number of graphs depends on them."""
+    if request.node.get_closest_marker("slow"):
+        torch.compiler.reset()

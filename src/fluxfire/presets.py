@@ -6,7 +6,11 @@ from fluxfire.errors import PlanError
 from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
 from fluxfire.protocol import Pass
 
-faithful: tuple[Pass, ...] = (InductorPatch(), QKVFusion(), Compile())
+faithful: tuple[Pass, ...] = (
+    InductorPatch(),
+    QKVFusion(),
+    Compile(options={"max_autotune_pointwise": True}),
+)
 """Nothing lossy: rounding only. What `optimize(pipe)` does."""
 
 article: tuple[Pass, ...] = (

@@ -1,0 +1,210 @@
+"""check_pass: our own passes keep every promise, and each broken promise is found."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+from torch._inductor import config as inductor_config
+
+from doubles import HalfTheTokens, Listen, ScaleTemb, SkipBlock
+from fluxfire import Change, Finding
+from fluxfire.generation import Listener
+from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
+
+OURS = [InductorPatch(), MemoryLayout(), QKVFusion(), QKVFusion(vae=False)]
+DOUBLES = [Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
+
+
+@pytest.mark.parametrize("pass_", [*OURS, *DOUBLES], ids=lambda p: p.name)
+def test_passes_conform(pass_, kind):
+    check_pass(pass_, functools.partial(tiny_kontext, kind))
+
+
+@pytest.mark.parametrize("pass_", [QKVFusion(), MemoryLayout()], ids=lambda p: p.name)
+def test_passes_conform_in_bfloat16(pass_):
+    check_pass(pass_, functools.partial(tiny_kontext, dtype=torch.bfloat16))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pass_", [Compile(), Compile(region="transformer", fullgraph=False)])
+def test_compile_conforms(pass_):
+    check_pass(pass_)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Broken:
+    """Conforms, until a test breaks one promise."""
+
+    name: ClassVar[str] = "broken"
+    stage: ClassVar[str] = "weights"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[str] = "bitwise"
+
+    def check(self, target):
+        return ()
+
+    def apply(self, tx):
+        return Change(0, "things")
+
+
+def test_the_double_conforms_unbroken():
+    check_pass(Broken())
+
+
+@dataclass(kw_only=True)
+class NotFrozen(Broken.__base__):
+    setting: int = 1
+    name, stage, slot, exactness = "broken", "weights", None, "bitwise"
+    check, apply = Broken.check, Broken.apply
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class BadRepr(Broken):
+    setting: int = 1
+
+    def __repr__(self):
+        return "BadRepr(setting=2)"
+
+
+class CheckTouches(Broken):
+    def check(self, target):
+        target.pipe.transformer.touched = True
+        return ()
+
+
+class CheckSaysNonsense(Broken):
+    def check(self, target):
+        return ["fine"]
+
+
+class Refuses(Broken):
+    def check(self, target):
+        yield Finding("error", "I won't", "don't ask")
+
+
+class PatchesBehindTheBack(Broken):
+    def apply(self, tx):
+        tx.pipe.transformer.proj_out.bias.data = tx.pipe.transformer.proj_out.bias.data.clone() + 1
+        return Change(1, "biases")
+
+
+class LeavesAnAttribute(Broken):
+    def apply(self, tx):
+        tx.pipe.vae.left_behind = True
+        return Change(1, "attributes")
+
+
+class LeavesAFlag(Broken):
+    def apply(self, tx):
+        inductor_config.epilogue_fusion = not inductor_config.epilogue_fusion
+        return Change(1, "flags")
+
+
+class LiesAboutBytes(Broken):
+    def apply(self, tx):
+        return Change(1, "things", bytes=-1000)
+
+
+class PatchesTheClass(Broken):
+    def apply(self, tx):
+        cls = type(tx.pipe.transformer)
+        plain = cls.forward
+        tx.on_undo(lambda: setattr(cls, "forward", plain))
+        cls.forward = functools.wraps(plain)(lambda *a, **k: plain(*a, **k))  # noqa: PLW0108
+        return Change(1, "classes")
+
+
+class NotBitwise(Broken):
+    def apply(self, tx):
+        return SkipBlock().apply(tx)
+
+
+class NotClose(Broken):
+    exactness = "close"
+
+    def apply(self, tx):
+        return SkipBlock().apply(tx)
+
+
+class RecordsTooLate(Broken):
+    def apply(self, tx):
+        module = tx.pipe.transformer
+        module.first, module.second = 1, 2
+        tx.on_undo(lambda: delattr(module, "first"))
+        tx.on_undo(lambda: delattr(module, "second"))
+        return Change(2, "attributes")
+
+
+class KeepsState(Broken):
+    exactness = "lossy"
+
+    def apply(self, tx):
+        class Counting(Listener):
+            calls = 0
+
+            def around(self, call):
+                type(self).calls += 1
+                return super().around(call)
+
+        counting = Counting()
+        tx.listen(counting)
+
+        def drift(run, streams, blocks, call):
+            out = run(streams, blocks)
+            return type(out)(out.image + counting.calls, out.text, *list_rest(out))
+
+        tx.wrap_blocks(drift)
+        return Change(1, "runs")
+
+
+def list_rest(streams):
+    return streams.temb, streams.rotary, streams.attention_kwargs
+
+
+@pytest.fixture(autouse=True)
+def _flags_back():
+    before = inductor_config.epilogue_fusion
+    yield
+    inductor_config.epilogue_fusion = before
+
+
+@pytest.mark.parametrize(
+    ("broken", "promise"),
+    [
+        (NotFrozen(), "its configuration is frozen"),
+        (BadRepr(), "its repr rebuilds it"),
+        (CheckTouches(), "check changes nothing"),
+        (CheckSaysNonsense(), "check yields Findings"),
+        (Refuses(), "it can be applied to the pipeline of make_pipe"),
+        (PatchesBehindTheBack(), "restore gives the output back bit for bit"),
+        (LeavesAnAttribute(), "restore gives the structure back"),
+        (LeavesAFlag(), "restore gives the structure back"),
+        (LiesAboutBytes(), "Change.bytes is what weights and buffers grew by"),
+        (PatchesTheClass(), "a second pipeline is left alone"),
+        (NotBitwise(), "it is bitwise"),
+        (NotClose(), "it is close"),
+        (RecordsTooLate(), "a failure at edit"),
+        (KeepsState(), "nothing is kept from one generation to the next"),
+        (Broken, "it has the members of fluxfire.Pass"),
+    ],
+)
+def test_each_broken_promise_is_found(broken, promise):
+    with pytest.raises(ConformanceError, match=promise):
+        check_pass(broken)
+
+
+def test_the_float64_oracle_is_far_more_exact_than_what_it_judges():
+    from fluxfire.testing import edit
+
+    plain = tiny_kontext(dtype=torch.bfloat16)
+    ours, eager = forward_errors(plain, tiny_kontext(dtype=torch.bfloat16), edit)
+    assert ours == eager
+    assert 1e-4 < eager < 0.1
+    plain = tiny_kontext(dtype=torch.float64)
+    ours, eager = forward_errors(plain, tiny_kontext(dtype=torch.float64), edit)
+    assert eager < 1e-5
