@@ -1,0 +1,112 @@
+"""Whole edits and their steps: eager, `faithful`, and the article's settings by blocks.
+
+python benchmarks/edits.py --full --out benchmarks/results/edits.json    # needs a GPU
+python benchmarks/edits.py --tiny --out /tmp/edits.json                  # seconds on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fluxfire import presets
+from fluxfire.bench import Workload, measure_edits, save, stamp
+from fluxfire.loading import load
+from fluxfire.passes import Compile, QKVFusion
+from fluxfire.text import human_seconds, table
+
+FULL = [
+    Workload(name=f"edit {side}, {steps} steps", width=side, height=side, steps=steps)
+    for side in (1024, 512)
+    for steps in (28, 20)
+]
+TINY = [
+    replace(w, width=w.width // 16, height=w.height // 16, auto_resize=False, text_tokens=32)
+    for w in FULL
+]
+
+
+def regional(preset: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a preset with the blocks compiled instead of the whole transformer."""
+    return tuple(
+        replace(p, region="blocks", vae=False) if isinstance(p, Compile) else p for p in preset
+    )
+
+
+STACKS = {
+    "eager": (),
+    "QKVFusion alone": (QKVFusion(),),
+    "Compile() alone": (Compile(),),
+    "faithful": presets.faithful,
+    "article, by blocks": regional(presets.article),
+}
+
+
+def main() -> None:
+    """Run the benchmark; rows are saved after each stack's turn."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")
+    size.add_argument("--tiny", action="store_true", help="a tiny pipeline, for trying this out")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--picture", help="the picture to edit (default: a plain one)")
+    parser.add_argument("--stacks", nargs="*", choices=STACKS, default=list(STACKS))
+    parser.add_argument("--workloads", nargs="*", choices=[w.name for w in FULL])
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+
+    pipe = load("random-full" if arguments.full else "random-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    picture = _picture(arguments.picture, 1024 if arguments.full else 64)
+    result: dict[str, Any] = {"benchmark": "edits", **stamp(), "rows": []}
+
+    def keep(rows: list[dict[str, Any]]) -> None:
+        result["rows"] = rows
+        save(result, arguments.out)
+        print(_line(rows[-1]), flush=True)
+
+    stacks = {name: STACKS[name] for name in arguments.stacks}
+    workloads = FULL if arguments.full else TINY
+    if arguments.workloads:
+        workloads = [w for w in workloads if w.name in arguments.workloads]
+    rows = measure_edits(pipe, stacks, workloads, picture, rounds=arguments.rounds, on_rows=keep)
+    print(_summary(rows))
+
+
+def _picture(name: str | None, side: int) -> Image.Image:
+    picture = Image.open(name) if name else Image.new("RGB", (side, side), "olive")
+    return picture.convert("RGB").resize((side, side))
+
+
+def _line(row: dict[str, Any]) -> str:
+    step, edit = human_seconds(row["step"]["median"]), human_seconds(row["edit"]["median"])
+    return f"{row['stack']}, {row['workload']['name']}: a step {step}, the edit {edit}"
+
+
+def _summary(rows: list[dict[str, Any]]) -> str:
+    eager = {r["workload"]["name"]: r for r in rows if r["stack"] == "eager"}
+    lines = []
+    for row in rows:
+        base = eager.get(row["workload"]["name"], row)
+        lines.append(
+            (
+                row["stack"],
+                row["workload"]["name"],
+                human_seconds(row["step"]["median"]),
+                f"{base['step']['median'] / row['step']['median']:.3f}x",
+                human_seconds(row["edit"]["median"]),
+                f"{base['edit']['median'] / row['edit']['median']:.3f}x",
+                human_seconds(row["first_seconds"][0]),
+                f"{row['apply_gib']:+.2f}",
+            )
+        )
+    head = ("stack", "workload", "a step", "", "the edit", "", "first run", "GiB")
+    return table(head, lines)
+
+
+if __name__ == "__main__":
+    main()

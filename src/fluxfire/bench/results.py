@@ -1,0 +1,46 @@
+"""Results as JSON files that say where they come from."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from fluxfire.environment import environment
+
+
+def stamp() -> dict[str, Any]:
+    """Say when, where and with which code a result was measured.
+
+    The commit is git's, or FLUXFIRE_COMMIT's where the code runs outside its checkout.
+    """
+    return {
+        "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": os.environ.get("FLUXFIRE_COMMIT") or _commit(),
+        "environment": environment().to_dict(),
+    }
+
+
+def save(result: dict[str, Any], path: Path) -> None:
+    """Write a result, replacing the file in one step so that a crash leaves no half."""
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.replace(path)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a result."""
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def _commit() -> str | None:
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
