@@ -1,0 +1,123 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fluxfire.cli import main
+
+
+@pytest.fixture
+def photo(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+    path = tmp_path / "in.jpg"
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+def run(capsys, *arguments):
+    status = main(list(map(str, arguments)))
+    out = capsys.readouterr()
+    return status, out.out, out.err
+
+
+def test_passes(capsys):
+    status, out, _ = run(capsys, "passes")
+    assert status == 0
+    for name in ("inductor-patch", "qkv-fusion", "memory-layout", "compile"):
+        assert name in out
+
+
+def test_plan(capsys):
+    status, out, _ = run(capsys, "plan")
+    assert status == 0
+    assert "qkv-fusion      weights      close      ready" in out
+    status, out, _ = run(capsys, "plan", "--passes", "compile,qkv-fusion")
+    assert status == 1
+    assert "must come before compile" in out
+
+
+def test_doctor(capsys):
+    status, out, _ = run(capsys, "doctor")
+    assert status == 0
+    assert "torch " in out
+    assert "GPU " in out
+    assert "memory-layout   applies" in out
+
+
+def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):
+    output = tmp_path / "out.png"
+    status, out, err = run(
+        capsys, "run", "--image", photo, "--prompt", "make it night", "--passes",
+        "inductor-patch,qkv-fusion", "-o", output, "--size", "64x48", "--steps", 3,
+        "--seed", 7, "--report", "json",
+    )  # fmt: skip
+    assert status == 0
+    with Image.open(output) as picture:
+        assert picture.size == (64, 48)
+    report = json.loads(out)
+    assert [p["name"] for p in report["passes"]] == ["inductor-patch", "qkv-fusion"]
+    assert report["generations"][0]["steps"] == 3
+    assert "random-tiny has random weights" in err
+    assert "3/3" in err  # the progress bar
+
+
+def test_the_seed_decides(capsys, photo, tmp_path):
+    pictures = []
+    for seed in (1, 1, 2):
+        output = tmp_path / "out.png"
+        run(
+            capsys, "run", "--image", photo, "--prompt", "x", "--passes", "qkv-fusion",
+            "--size", "32x32", "--steps", 2, "--seed", seed, "-o", output,
+        )  # fmt: skip
+        pictures.append(np.asarray(Image.open(output)))
+    assert np.array_equal(pictures[0], pictures[1])
+    assert not np.array_equal(pictures[0], pictures[2])
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"--image": "nowhere.jpg"}, "cannot read nowhere.jpg: No such file or directory"),
+        ({"--image": __file__}, "is not a picture that can be read"),
+        ({"--image": "."}, "cannot read .: Is a directory"),
+        ({"-o": "no/such/folder/x.png"}, "there is no folder no/such/folder"),
+        ({"-o": "."}, "cannot write .: it is a folder"),
+        ({"-o": "x.doc"}, "cannot write x.doc: .doc is no picture format"),
+        ({"--size": "100x64"}, "size 100x64: both sides must be positive multiples of 16"),
+        ({"--preset": "quick"}, "there is no preset 'quick'; there are faithful, article"),
+        ({"--model": "./nowhere"}, "there is no folder ./nowhere, and it is no hub id"),
+    ],
+)
+def test_bad_input_gets_one_line_and_a_status(capsys, photo, tmp_path, changed, words):
+    arguments = {"--image": photo, "--prompt": "x", "-o": str(tmp_path / "out.png")} | changed
+    status, out, err = run(capsys, "run", *(a for pair in arguments.items() for a in pair))
+    assert status == 1
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert words in lines[0]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["run"], ["run", "--image", "a", "--prompt", "b", "--size", "big"], ["dance"], []],
+)
+def test_misuse_is_argparses(arguments, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert "usage: fluxfire" in capsys.readouterr().err
+
+
+def test_python_dash_m():
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxfire", "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("fluxfire 0.")

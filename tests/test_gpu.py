@@ -1,0 +1,92 @@
+"""What only a CUDA device can show, on models small enough for any."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+
+import fluxfire
+from fluxfire import presets
+from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.testing import check_pass, edit, tiny_kontext
+
+pytestmark = pytest.mark.gpu
+
+on_gpu = functools.partial(tiny_kontext, device="cuda", dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        InductorPatch(),
+        QKVFusion(),
+        MemoryLayout(),
+        pytest.param(Compile(), marks=pytest.mark.slow),
+        pytest.param(presets.faithful[-1], marks=pytest.mark.slow),
+    ],
+    ids=lambda p: p.name,
+)
+def test_passes_conform_on_cuda(pass_):
+    if pass_.name == "compile":  # bits of bfloat16 autotuning differ between two compilations
+        pipe = on_gpu()
+        plain = edit(pipe)
+        with fluxfire.optimized(pipe, [pass_]):
+            assert np.abs(edit(pipe) - plain).mean() < 0.02
+        assert np.array_equal(edit(pipe), plain)
+    else:
+        check_pass(pass_, on_gpu)
+
+
+def test_fusion_allocates_nothing_also_after_moving():
+    pipe = on_gpu(double_blocks=4, single_blocks=8)
+    before = torch.cuda.memory_allocated()
+    fluxfire.optimize(pipe, [QKVFusion()])
+    rounding = 512 * 100  # the allocator rounds each tensor up to 512 bytes
+    assert abs(torch.cuda.memory_allocated() - before) < rounding
+    pipe.to("cpu")
+    assert torch.cuda.memory_allocated() < before / 2
+    pipe.to("cuda")
+    assert abs(torch.cuda.memory_allocated() - before) < rounding
+
+
+def test_model_offload_works_with_passes_before_and_after():
+    plain = edit(on_gpu())
+    for offload_first in (True, False):
+        pipe = tiny_kontext(dtype=torch.bfloat16)
+        if offload_first:
+            pipe.enable_model_cpu_offload()
+        fluxfire.optimize(pipe, [InductorPatch(), QKVFusion(), MemoryLayout()])
+        if not offload_first:
+            pipe.enable_model_cpu_offload()
+        assert np.abs(edit(pipe) - plain).max() < 0.1
+        assert np.abs(edit(pipe) - plain).max() < 0.1
+        fluxfire.restore(pipe)
+
+
+def test_steps_are_timed_by_the_device():
+    pipe = fluxfire.optimize(on_gpu(), [])
+    edit(pipe, steps=5)
+    steps = fluxfire.report(pipe).runs[-1].step_seconds
+    assert len(steps) == 5
+    assert all(0 < s < 10 for s in steps)
+
+
+@pytest.mark.slow
+def test_inductor_patch_rescues_the_failing_case():
+    from fluxfire.passes.inductor_patch import guarded, needed
+
+    if not needed():
+        pytest.skip("this torch guards same_meta itself")
+
+    def compiled():
+        return torch.compile(lambda x, s: torch.pow(x.shape[0] * 0.5, x.abs()) * s, dynamic=True)
+
+    x = torch.randn(8, device="cuda")
+    with pytest.raises(Exception, match="size"):
+        compiled()(x, 0.3)
+    torch.compiler.reset()
+    with guarded():
+        assert torch.allclose(compiled()(x, 0.3), torch.pow(4.0, x.abs()) * 0.3)

@@ -1,0 +1,130 @@
+"""Loading, against a hub on this machine that answers as the real one does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+
+from fluxfire.errors import LoadError
+from fluxfire.loading import hub_token, load
+from fluxfire.testing import edit
+
+
+@pytest.fixture
+def hub():
+    """Answer 401, 403 or 404, as the id's last part asks; remember the tokens sent."""
+
+    class Handler(BaseHTTPRequestHandler):
+        tokens = []  # noqa: RUF012
+
+        def do_GET(self):
+            self.tokens.append(self.headers.get("Authorization"))
+            status = next((s for s in (401, 403, 404) if str(s) in self.path), 500)
+            code = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}.get(status)
+            self.send_response(status)
+            if code:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}", Handler.tokens
+    server.shutdown()
+    server.server_close()
+
+
+def run_against(hub_url, model, **environment):
+    code = (
+        "import sys, fluxfire.loading as l\n"
+        "try: l.load(sys.argv[1])\n"
+        "except l.LoadError as e: print(e)"
+    )
+    settings = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
+    settings |= {"HF_ENDPOINT": hub_url, "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code, model],
+        capture_output=True,
+        text=True,
+        env=settings,
+        check=False,
+        timeout=120,
+    )
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_gated_model_says_accept_the_licence_then_set_the_token(hub, tmp_path, status):
+    url, tokens = hub
+    said = run_against(url, f"someone/model-{status}", HF_TOKEN="hf_mine", HF_HOME=str(tmp_path))
+    assert said == (
+        f"the hub refused someone/model-{status}: if it is gated, accept the licence on "
+        f"https://huggingface.co/someone/model-{status}, then set HF_TOKEN (environment or "
+        f".env) to a token of that account"
+    )
+    assert "Bearer hf_mine" in tokens
+
+
+def test_an_unknown_model(hub, tmp_path):
+    said = run_against(hub[0], "someone/model-404", HF_HOME=str(tmp_path))
+    assert said == "the hub has no model someone/model-404; check the id's spelling"
+
+
+def test_a_saved_pipeline_is_loaded(pipe, reference, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    again = load(str(tmp_path), device="cpu")
+    again.set_progress_bar_config(disable=True)
+    assert np.abs(edit(again) - reference).max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("./nowhere", "there is no folder ./nowhere, and it is no hub id"),
+        ("kontext", "there is no folder kontext, and it is no hub id"),
+        ("a/b/c", "there is no folder a/b/c"),
+    ],
+)
+def test_what_is_neither_folder_nor_id(model, words):
+    with pytest.raises(LoadError, match=words):
+        load(model)
+
+
+def test_a_folder_without_a_pipeline(tmp_path):
+    with pytest.raises(LoadError, match=r"it has no model_index.json"):
+        load(str(tmp_path))
+
+
+def test_a_damaged_pipeline(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    (tmp_path / "transformer" / "config.json").write_text("{")
+    with pytest.raises(LoadError, match="could not be loaded"):
+        load(str(tmp_path))
+
+
+def test_token_from_the_environment_or_a_dotenv_file(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    assert hub_token(tmp_path) is None
+    (tmp_path / ".env").write_text('# mine\nHF_TOKEN="hf_from_file"\n')
+    assert hub_token(tmp_path) == "hf_from_file"
+    monkeypatch.setenv("HF_TOKEN", "hf_from_environment")
+    assert hub_token(tmp_path) == "hf_from_environment"
+
+
+def test_a_dotenv_file_that_cannot_be_read(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setitem(sys.modules, "dotenv", None)
+    (tmp_path / ".env").write_text("HF_TOKEN=x\n")
+    with pytest.raises(LoadError, match=r'pip install "fluxfire\[cli\]"'):
+        hub_token(tmp_path)

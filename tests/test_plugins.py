@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+
+import pytest
+
+import fluxfire
+from doubles import SkipBlock
+from fluxfire import plugins
+from fluxfire.errors import PlanError
+
+
+@pytest.fixture
+def announced(monkeypatch):
+    entries = [
+        EntryPoint("skip-block", "doubles:SkipBlock", plugins.GROUP),
+        EntryPoint("gone", "no_such_package:Gone", plugins.GROUP),
+    ]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+
+
+def test_an_announced_pass_is_found_by_name(pipe, announced):
+    fluxfire.optimize(pipe, ["skip-block"])
+    assert fluxfire.report(pipe).passes[0].configuration == repr(SkipBlock())
+
+
+def test_a_plugin_that_cannot_be_imported_says_so(pipe, announced):
+    with pytest.raises(PlanError, match="'gone' is announced as no_such_package:Gone, which"):
+        fluxfire.optimize(pipe, ["gone"])
+
+
+def test_unknown_names_list_plugins_too(pipe, announced):
+    with pytest.raises(PlanError, match="compile, gone, inductor-patch"):
+        fluxfire.plan(pipe, ["cache"])
