@@ -46,9 +46,7 @@ def install(session: nox.Session, *groups: str, extras: str = "") -> None:
 
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """Run pytest on two processes of one thread each, unless told otherwise."""
-    session.run(
-        "pytest", "-n", "2", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1"}
-    )
+    session.run("pytest", "-n", "2", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -16,7 +16,7 @@ from PIL import Image
 from fluxfire import presets
 from fluxfire.bench import Workload, measure_edits, save, stamp
 from fluxfire.loading import load
-from fluxfire.passes import Compile, QKVFusion
+from fluxfire.passes import Compile, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table
 
 FULL = [
@@ -37,12 +37,16 @@ def regional(preset: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+POINTWISE = {"max_autotune_pointwise": True}
 STACKS = {
     "eager": (),
-    "QKVFusion alone": (QKVFusion(),),
-    "Compile() alone": (Compile(),),
     "faithful": presets.faithful,
     "article, by blocks": regional(presets.article),
+    "QKVFusion alone": (QKVFusion(),),
+    "MemoryLayout alone": (MemoryLayout(),),
+    "Compile alone": (Compile(),),
+    "Compile alone, pointwise autotuned": (Compile(options=POINTWISE),),
+    "QKVFusion + Compile": (QKVFusion(), Compile()),
 }
 
 

@@ -13,7 +13,7 @@ import fluxfire
 from doubles import HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import api
 from fluxfire.errors import PassError, PlanError, RestoreError
-from fluxfire.passes import InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from fluxfire.testing.conformance import FaultyTransaction, InjectedFailureError
 
@@ -122,3 +122,25 @@ def test_optimized_is_undone_at_the_end_of_the_block(pipe, reference):
         assert not np.array_equal(edit(pipe), reference)
         raise InjectedFailureError
     assert np.array_equal(edit(pipe), reference)
+
+
+COMPILED = [
+    [Compile()],
+    [InductorPatch(), QKVFusion(), Compile()],
+    [MemoryLayout(), SkipBlock(), HalfTheTokens(), Compile()],
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", COMPILED, ids=lambda p: "+".join(x.name for x in p))
+def test_compiled_lists_with_a_failure_at_each_third_edit(shared, passes):
+    pipe, picture, before = shared()
+    made = []
+    api._apply(pipe, passes, lambda *a: made.append(FaultyTransaction(*a)) or made[0])
+    edit(pipe, steps=1)
+    fluxfire.restore(pipe)
+    for fail_at in range(0, made[0].edits, 3):
+        with pytest.raises(PassError):
+            api._apply(pipe, passes, functools.partial(FaultyTransaction, fail_at=fail_at))
+        assert differences(before, fingerprint(pipe)) == []
+    assert np.array_equal(edit(pipe, steps=1), picture)

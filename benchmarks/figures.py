@@ -1,0 +1,178 @@
+"""Writes the published figures into README and docs, from the committed results.
+
+    python benchmarks/figures.py           # rewrite the regions
+    python benchmarks/figures.py --check   # status 1 if a page is not up to date
+
+A region begins with `<!-- figures: name -->` and ends with `<!-- /figures -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxfire.bench import load
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "pages" / "explanation" / "figures.md")
+Row = dict[str, Any]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay a table out in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def where(result: Row) -> str:
+    """Say on what a result was measured."""
+    facts = result["environment"]
+    packages = facts["packages"]
+    return (
+        f"{facts['gpu']}, torch {packages['torch']}, diffusers {packages['diffusers']}, "
+        f"{result['when'][:10]}, commit {result['commit']}"
+    )
+
+
+def find(rows: Sequence[Row], stack: str, workload: str) -> Row:
+    """Return the row of a stack on a workload."""
+    return next(r for r in rows if r["stack"] == stack and r["workload"]["name"] == workload)
+
+
+def stacks(rows: Sequence[Row]) -> list[str]:
+    """List the stacks in the order measured."""
+    return list(dict.fromkeys(r["stack"] for r in rows))
+
+
+def ratio(rows: Sequence[Row], row: Row, what: str) -> str:
+    """Say how many times faster than eager a row is."""
+    eager = find(rows, "eager", row["workload"]["name"])
+    return f"{eager[what]['median'] / row[what]['median']:.2f}×"
+
+
+def edits_summary() -> str:
+    """Steps and whole edits, in brief."""
+    result = load(RESULTS / "edits.json")
+    rows = result["rows"]
+    first, *others = list(dict.fromkeys(r["workload"]["name"] for r in rows))
+    table = []
+    for stack in stacks(rows):
+        row = find(rows, stack, first)
+        cells = [stack, f"{row['step']['median'] * 1e3:.0f} ms", ratio(rows, row, "step")]
+        for name in (first, *others):
+            one = find(rows, stack, name)
+            cells.append(f"{one['edit']['median']:.2f} s ({ratio(rows, one, 'edit')})")
+        cells.append(f"{row['first_seconds'][0]:.0f} s")
+        table.append(cells)
+    head = ("", "a step", "", first, *others, "first run")
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def edits_detail(name: str) -> str:
+    """Every row of a result with its spread."""
+    result = load(RESULTS / name)
+    rows = result["rows"]
+    table = []
+    for row in rows:
+        step, edit = row["step"], row["edit"]
+        table.append(
+            (
+                row["stack"],
+                row["workload"]["name"],
+                f"{step['median'] * 1e3:.1f} ({step['min'] * 1e3:.1f} to {step['max'] * 1e3:.1f})",
+                ratio(rows, row, "step"),
+                f"{edit['median']:.2f}",
+                ratio(rows, row, "edit"),
+                f"{row['first_seconds'][0]:.1f}",
+                f"{row['apply_gib']:+.2f}",
+                f"{row['apply_peak_gib']:.2f}",
+                f"{row['peak_gib']:.1f}",
+            )
+        )
+    head = (
+        "stack", "workload", "step, ms: median (spread)", "", "edit, s", "",
+        "first run, s", "GiB added", "GiB peak of optimize", "GiB peak of the edit",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def literal() -> str:
+    """How long the article's own settings compiled."""
+    result = load(RESULTS / "literal.json")
+    limit, seconds = result["limit_seconds"], result["seconds"]
+    if not result["finished"]:
+        said = f"had not finished its first two steps after {limit:.0f} s, and was stopped"
+    else:
+        said = f"took {seconds:.0f} s for two generations of two steps"
+    return f"The article's literal preset (whole-model autotuning) {said}.\n\n{where(result)}."
+
+
+def symfloat() -> str:
+    """The crash of inductor, without and with the pass."""
+    result = load(RESULTS / "symfloat.json")
+    rows = [("without", f"`{result['without']}`"), ("with InductorPatch", result["with"])]
+    return f"{markdown(('', 'outcome'), rows)}\n\n{where(result)}."
+
+
+def main_job() -> str:
+    """The report of one whole edit by the command line."""
+    report = load(RESULTS / "main_job.json")
+    rows = [
+        (
+            f"`{p['configuration']}`",
+            p["exactness"],
+            f"{p['change']['count']} {p['change']['what']}",
+            f"{p['change']['bytes']:+d}",
+            f"{p['seconds']:.2f}",
+        )
+        for p in report["passes"]
+    ]
+    run = report["generations"][-1]
+    table = markdown(("pass", "exactness", "changed", "bytes", "applied in, s"), rows)
+    return (
+        f"{table}\n\n{run['steps']} steps in {run['seconds']:.1f} s, the compilation of "
+        f"{run['compiles']} graphs included; {run['seconds_a_step'] * 1e3:.0f} ms a step "
+        f"(median), {run['graph_breaks']} graph breaks."
+    )
+
+
+REGIONS: dict[str, Callable[[], str]] = {
+    "summary": edits_summary,
+    "edits": lambda: edits_detail("edits.json"),
+    "passes": lambda: edits_detail("passes.json"),
+    "literal": literal,
+    "symfloat": symfloat,
+    "main job": main_job,
+}
+
+
+def render(text: str) -> str:
+    """Fill every region of a page."""
+
+    def fill(match: re.Match[str]) -> str:
+        body = REGIONS[match[1]]()
+        return f"<!-- figures: {match[1]} -->\n{body}\n<!-- /figures -->"
+
+    return re.sub(r"<!-- figures: (.+?) -->.*?<!-- /figures -->", fill, text, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Rewrite the pages, or check them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    stale = [page for page in PAGES if render(page.read_text()) != page.read_text()]
+    for page in stale:
+        print(f"{'stale' if arguments.check else 'written'}: {page.relative_to(ROOT)}")
+        if not arguments.check:
+            page.write_text(render(page.read_text()))
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
