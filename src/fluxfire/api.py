@@ -204,7 +204,8 @@ def _apply(pipe: Any, passes: Passes, transaction: Callable[[Any, Conductor], Tr
         current = "fluxfire"
         try:
             if conductor_of(pipe) is None:
-                conductor.install(tx)
+                tx.set_class(pipe, conductor.pipeline_class(pipe))
+                tx.setattr(pipe.transformer, kontext.CALL_SLOT, conductor.transformer_call(pipe))
                 tx.listen(record.statistics)
             for step in planned.steps:
                 current = step.pass_.name

@@ -23,14 +23,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import torch
 
 from fluxfire import kontext
-
-if TYPE_CHECKING:
-    import torch
-
-    from fluxfire.generation import Call
+from fluxfire.kontext import Call
 
 
 @dataclass(frozen=True, slots=True, eq=False)

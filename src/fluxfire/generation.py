@@ -14,40 +14,14 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
-from fluxfire.kontext import Tokens
-
-if TYPE_CHECKING:
-    import torch
-
-    from fluxfire.transaction import Transaction
+from fluxfire.kontext import CALL_SLOT, Call, Tokens
 
 T = TypeVar("T")
 _CONDUCTOR = "_fluxfire_conductor"
-CALL_SLOT = "_compiled_call_impl"
-"""Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """One call of the transformer within a generation.
-
-    Attributes:
-        step: denoising step, counted from 0.
-        steps: how many steps the generation plans.
-        branch: `"cond"`, or `"uncond"` for the second call of a step under true CFG.
-        timestep: (batch,), in [0, 1]; a tensor, so that it can enter compiled code.
-        tokens: how many tokens of each kind.
-    """
-
-    step: int
-    steps: int
-    branch: str
-    timestep: torch.Tensor
-    tokens: Tokens
 
 
 @dataclass(eq=False)
@@ -125,17 +99,20 @@ class Conductor:
         self._generation: Generation | None = None
         self._count = 0
 
-    def install(self, tx: Transaction) -> None:
-        """Make the pipeline and its transformer report to this conductor."""
-        pipe, transformer = tx.pipe, tx.pipe.transformer
+    def pipeline_class(self, pipe: Any) -> type:
+        """Make the class that this one pipeline becomes an instance of."""
+        transformer = pipe.transformer
 
         def call_pipeline(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             with self._run(pipe, transformer):
                 return plain(*args, **kwargs)
 
-        self.run_transformer = transformer._call_impl  # noqa: SLF001 - what __call__ runs
-        tx.set_class(pipe, _subclass(type(pipe), call_pipeline, self))
-        tx.setattr(transformer, CALL_SLOT, TransformerCall(self, pipe, transformer))
+        return _subclass(type(pipe), call_pipeline, self)
+
+    def transformer_call(self, pipe: Any) -> TransformerCall:
+        """Make what goes into the transformer's call slot."""
+        self.run_transformer = pipe.transformer._call_impl  # noqa: SLF001 - what __call__ runs
+        return TransformerCall(self, pipe, pipe.transformer)
 
     @contextmanager
     def idle(self, wish: str) -> Iterator[None]:

@@ -14,6 +14,8 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTrans
 from torch import nn
 
 PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
+CALL_SLOT = "_compiled_call_impl"
+"""Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,25 @@ class Tokens:
         """
         noise = int((img_ids[..., 0] == 0).sum())  # waits for the device, once a generation
         return cls(noise, img_ids.shape[-2] - noise, txt_ids.shape[-2])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Call:
+    """One call of the transformer within a generation.
+
+    Attributes:
+        step: denoising step, counted from 0.
+        steps: how many steps the generation plans.
+        branch: `"cond"`, or `"uncond"` for the second call of a step under true CFG.
+        timestep: (batch,), in [0, 1]; a tensor, so that it can enter compiled code.
+        tokens: how many tokens of each kind.
+    """
+
+    step: int
+    steps: int
+    branch: str
+    timestep: torch.Tensor
+    tokens: Tokens
 
 
 def unsupported(pipe: object) -> str | None:
@@ -104,7 +125,7 @@ def traits(pipe: Any) -> frozenset[str]:
 
 def _module_traits(module: nn.Module) -> Iterator[str]:
     own = vars(module)
-    if hasattr(own.get("_compiled_call_impl"), "_torchdynamo_orig_callable"):
+    if hasattr(own.get(CALL_SLOT), "_torchdynamo_orig_callable"):
         yield "compiled"
     if own.get("fused_projections"):
         yield "fused-qkv"

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from fluxfire.generation import Call, Generation, Listener
+from fluxfire.generation import Generation, Listener
+from fluxfire.kontext import Call
 
 _KEPT = 100
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from fluxfire.generation import CALL_SLOT
+from fluxfire.kontext import CALL_SLOT
 
 if TYPE_CHECKING:
     from torch import nn
