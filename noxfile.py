@@ -20,7 +20,7 @@ TORCH = next(line for line in CONSTRAINTS.read_text().split() if line.startswith
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
 # The oldest versions that pyproject.toml admits.
-MINIMUMS = ("diffusers==0.35.0", "transformers==4.56.0", "safetensors==0.6.0", "peft==0.17.0")
+MINIMUMS = ("diffusers==0.35.0", "transformers==4.56.0", "safetensors==0.6.2", "peft==0.17.0")
 
 
 def install_torch(session: nox.Session) -> None:

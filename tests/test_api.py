@@ -67,13 +67,12 @@ def test_save_pretrained_while_optimized(pipe, tmp_path):
     assert type(again.transformer) is FluxTransformer2DModel
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_casting_while_optimized(dtype):
     plain = edit(tiny_kontext().to(dtype))
     pipe = fluxfire.optimize(tiny_kontext(), EAGER).to(dtype)
     assert pipe.dtype == dtype
-    tolerance = 0.1 if dtype == torch.bfloat16 else 1e-6
-    assert np.abs(edit(pipe) - plain).max() < tolerance
+    assert np.abs(edit(pipe) - plain).max() < 0.1
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), plain)
 
