@@ -15,6 +15,7 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTrans
 
 import fluxfire
 from doubles import Fake, Listen, ScaleTemb, SkipBlock
+from fluxfire import Change
 from fluxfire.errors import BusyError, FluxfireError, PassError, PlanError
 from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
@@ -334,3 +335,71 @@ def test_after_warmup_is_called_with_a_transaction_that_restore_undoes(pipe):
     assert pipe.transformer.late
     fluxfire.restore(pipe)
     assert not hasattr(pipe.transformer, "late")
+
+
+def test_a_late_failure_of_after_warmup_is_rolled_back(pipe):
+    class Late(ScaleTemb):
+        def after_warmup(self, tx):
+            tx.setattr(tx.pipe.transformer, "late", True)
+            raise RuntimeError("too late")
+
+    fluxfire.optimize(pipe, [Late()])
+    with pytest.raises(PassError, match="scale-temb failed"):
+        fluxfire.warmup(pipe, sizes=[(32, 32)], _auto_resize=False, max_sequence_length=24)
+    assert not hasattr(pipe.transformer, "late")
+
+
+@pytest.mark.parametrize("references", [[(0, 0)], [32], [(32, 32.5)]])
+def test_warmup_refuses_references_that_are_no_sizes(pipe, references):
+    fluxfire.optimize(pipe, [])
+    with pytest.raises(PlanError, match="cannot use a reference of size"):
+        fluxfire.warmup(pipe, sizes=[(32, 32)], references=references)
+
+
+def test_a_suggestion_is_tried_before_it_is_made(pipe):
+    planned = fluxfire.plan(pipe, [Compile(region="transformer"), SkipBlock()])
+    assert planned.suggestion == (SkipBlock(),)
+    assert "A list that would work: [SkipBlock(index=1)]" in str(planned)
+    assert fluxfire.plan(pipe, planned.suggestion).ok
+    hopeless = fluxfire.plan(pipe, [Compile(options={"no_such": 1})])
+    assert hopeless.suggestion is None
+    assert "would work" not in str(hopeless)
+
+
+def test_unknown_names_do_not_hide_other_mistakes(pipe):
+    with pytest.raises(PlanError) as caught:
+        fluxfire.optimize(pipe, ["qkv", MemoryLayout, "nope", QKVFusion()])
+    said = str(caught.value)
+    for words in ("no pass 'qkv'", "MemoryLayout is a class", "no pass 'nope'"):
+        assert words in said
+    assert said.startswith("This list of passes cannot be applied. Nothing was changed.")
+
+
+def test_a_check_that_fails_is_blamed_on_its_pass(pipe):
+    class Clumsy(ScaleTemb):
+        def check(self, target):
+            raise KeyError("x")
+
+    with pytest.raises(PlanError, match="scale-temb: its check.. failed with KeyError: 'x'"):
+        fluxfire.optimize(pipe, [Clumsy()])
+
+
+def test_setattr_is_undone_across_torchs_registries(pipe):
+    """A torch module moves an attribute to another dictionary when its type changes."""
+    from torch import nn
+
+    class Replaces(ScaleTemb):
+        def apply(self, tx):
+            transformer = tx.pipe.transformer
+            tx.setattr(transformer, "plain", nn.Identity())
+            tx.setattr(transformer, "function", nn.Identity())
+            tx.setattr(transformer, "proj_out", None)
+            return Change(3, "attributes")
+
+    pipe.transformer.plain = None
+    pipe.transformer.function = len
+    edit(pipe)
+    before = fingerprint(pipe)
+    fluxfire.optimize(pipe, [Replaces()])
+    fluxfire.restore(pipe)
+    assert differences(before, fingerprint(pipe)) == []

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
+import tempfile
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from fluxfire.cli import main
+from fluxfire.cli import UsageError, _open, main
 
 
 @pytest.fixture
@@ -90,6 +95,8 @@ def test_the_seed_decides(capsys, photo, tmp_path):
         ({"-o": "no/such/folder/x.png"}, "there is no folder no/such/folder"),
         ({"-o": "."}, "cannot write .: it is a folder"),
         ({"-o": "x.doc"}, "cannot write x.doc: .doc is no picture format"),
+        ({"-o": "x.psd"}, "cannot write x.psd: .psd is no picture format"),
+        ({"--size": "160000x160000"}, "size 160000x160000: no side can be longer than 4096"),
         ({"--size": "100x64"}, "size 100x64: both sides must be positive multiples of 16"),
         ({"--preset": "quick"}, "there is no preset 'quick'; there are faithful, article"),
         ({"--model": "./nowhere"}, "there is no folder ./nowhere, and it is no hub id"),
@@ -107,7 +114,13 @@ def test_bad_input_gets_one_line_and_a_status(capsys, photo, tmp_path, changed, 
 
 @pytest.mark.parametrize(
     "arguments",
-    [["run"], ["run", "--image", "a", "--prompt", "b", "--size", "big"], ["dance"], []],
+    [
+        ["run"],
+        ["run", "--image", "a", "--prompt", "b", "--size", "big"],
+        ["dance"],
+        ["run", "--image", "a", "--prompt", "b", "--seed", "99999999999999999999"],
+        [],
+    ],
 )
 def test_misuse_is_argparses(arguments, capsys):
     with pytest.raises(SystemExit) as caught:
@@ -121,3 +134,26 @@ def test_python_dash_m():
         [sys.executable, "-m", "fluxfire", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fluxfire 0.")
+
+
+def test_a_saved_tiny_pipeline_stays_tiny(capsys, photo, tmp_path, pipe):
+    pipe.save_pretrained(tmp_path / "model")
+    status, _, _ = run(
+        capsys, "run", "--image", photo, "--prompt", "x", "--passes", "qkv-fusion",
+        "--model", tmp_path / "model", "--steps", 1, "-o", tmp_path / "out.png",
+    )  # fmt: skip
+    assert status == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=60), st.integers(0, 700), st.sampled_from(["PNG", "JPEG", "GIF"]))
+def test_damaged_pictures_are_refused_in_words(damage, place, kind):
+    whole = io.BytesIO()
+    Image.new("RGB", (40, 30), "teal").save(whole, kind)
+    data = bytearray(whole.getvalue())
+    data[place : place + len(damage)] = damage
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(UsageError):
+            assert _open(file.name).mode == "RGB"

@@ -71,6 +71,28 @@ class BadRepr(Broken):
         return "BadRepr(setting=2)"
 
 
+@dataclass(frozen=True)
+class TwoPositional(Broken):
+    one: int = 1
+    two: int = 2
+
+
+class CountsNothing(Broken):
+    def apply(self, tx):
+        return Change(7, "things")
+
+
+class CountsTooLittle(Broken):
+    def apply(self, tx):
+        tx.setattr(tx.pipe.vae, "new", 1)
+        return Change(0, "things")
+
+
+class LeaksAfterWarmup(Broken):
+    def after_warmup(self, tx):
+        tx.pipe.vae.leaked = True
+
+
 class CheckTouches(Broken):
     def check(self, target):
         target.pipe.transformer.touched = True
@@ -178,6 +200,10 @@ def _flags_back():
     [
         (NotFrozen(), "its configuration is frozen"),
         (BadRepr(), "its repr rebuilds it"),
+        (TwoPositional(), "its fields are keyword-only"),
+        (CountsNothing(), "Change.count is 0 exactly when nothing was changed"),
+        (CountsTooLittle(), "Change.count is 0 exactly when nothing was changed"),
+        (LeaksAfterWarmup(), "restore gives the structure back"),
         (CheckTouches(), "check changes nothing"),
         (CheckSaysNonsense(), "check yields Findings"),
         (Refuses(), "it can be applied to the pipeline of make_pipe"),
@@ -196,6 +222,14 @@ def _flags_back():
 def test_each_broken_promise_is_found(broken, promise):
     with pytest.raises(ConformanceError, match=promise):
         check_pass(broken)
+
+
+def test_a_pass_defined_in_a_function_conforms():
+    @dataclass(frozen=True, kw_only=True)
+    class Local(Broken):
+        setting: int = 3
+
+    check_pass(Local())
 
 
 def test_the_float64_oracle_is_far_more_exact_than_what_it_judges():

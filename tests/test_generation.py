@@ -8,6 +8,7 @@ import torch
 
 import fluxfire
 from doubles import Listen, Tally
+from fluxfire.errors import FluxfireError, PassError
 from fluxfire.testing import edit, tiny_kontext
 
 
@@ -104,3 +105,52 @@ def test_a_second_pipelines_generation_is_not_heard(heard):
     _, tally = heard
     edit(tiny_kontext())
     assert (tally.ended, tally.calls) == (0, [])
+
+
+def test_a_transformer_that_the_user_compiled_stays_compiled(pipe, reference):
+    frames = []
+
+    def backend(graph, inputs):
+        frames.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    pipe.transformer.compile(backend=backend)
+    fluxfire.optimize(pipe, [Listen()])
+    assert np.abs(edit(pipe) - reference).max() < 1e-5
+    assert frames
+    fluxfire.restore(pipe)
+    assert hasattr(pipe.transformer._compiled_call_impl, "_torchdynamo_orig_callable")
+
+
+def test_compiling_by_hand_afterwards_is_noticed(pipe):
+    fluxfire.optimize(pipe, [Listen()])
+    pipe.transformer.compile()
+    with pytest.raises(FluxfireError, match=r"compiled after optimize\(\), which cut fluxfire off"):
+        edit(pipe)
+
+
+def test_a_step_that_fails_takes_no_negative_time(pipe):
+    fluxfire.optimize(pipe, [])
+    calls = []
+
+    def fail(*_):
+        calls.append(1)
+        if len(calls) == 3:
+            raise RuntimeError("in the third step")
+
+    pipe.transformer.proj_out.register_forward_hook(fail)
+    with pytest.raises(RuntimeError):
+        edit(pipe)
+    steps = fluxfire.report(pipe).runs[-1].step_seconds
+    assert len(steps) == 3
+    assert min(steps) > 0
+
+
+def test_generating_while_being_optimized_is_told_apart(pipe):
+    class Generates(Listen):
+        def apply(self, tx):
+            edit(tx.pipe)
+
+    with pytest.raises(PassError, match="is being optimized or restored"):
+        fluxfire.optimize(pipe, [Generates()])

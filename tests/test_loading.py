@@ -113,6 +113,23 @@ def test_a_damaged_pipeline(pipe, tmp_path):
         load(str(tmp_path))
 
 
+def test_damaged_weights(pipe, tmp_path):
+    pipe.save_pretrained(tmp_path)
+    weights = tmp_path / "text_encoder" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(LoadError, match="could not be loaded"):
+        load(str(tmp_path))
+
+
+def test_a_folder_needs_no_token(pipe, tmp_path, monkeypatch):
+    pipe.save_pretrained(tmp_path / "model")
+    (tmp_path / ".env").write_text("OTHER=1\n")
+    monkeypatch.setitem(sys.modules, "dotenv", None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    load("~/model", device="cpu")
+
+
 def test_token_from_the_environment_or_a_dotenv_file(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN", raising=False)
     assert hub_token(tmp_path) is None

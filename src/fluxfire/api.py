@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from fluxfire import kontext, plugins, presets
-from fluxfire.environment import environment
+import torch
+
+from fluxfire import kontext
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
-from fluxfire.generation import Conductor, conductor_of, shared_conductor
-from fluxfire.planner import Plan, Step, configured, malformed, problems, workable
-from fluxfire.protocol import Change, Pass, Target
+from fluxfire.generation import Conductor, conductor_of
+from fluxfire.planner import Plan
+from fluxfire.planning import Passes, make_plan
+from fluxfire.protocol import Change, Pass
 from fluxfire.reporting import PassReport, Report
 from fluxfire.statistics import Statistics
 from fluxfire.transaction import Transaction
 from fluxfire.warming import Size, blank_calls, check_sizes
 
 P = TypeVar("P")
-Passes = str | Iterable[Pass | str] | None
 
 
 @dataclass
@@ -44,31 +45,9 @@ def plan(pipe: Any, passes: Passes = None) -> Plan:
     Returns:
         The plan. It prints as a table; `plan.ok` says whether `optimize` would go ahead.
     """
-    wanted, wrong = _resolve(passes)
-    if (why := kontext.unsupported(pipe)) is not None:
-        return Plan(tuple(map(Step, wanted)), (why, *wrong))
     conductor = conductor_of(pipe)
-    if conductor is None and shared_conductor(pipe.transformer) is not None:
-        wrong.append(
-            "this pipeline's transformer is already optimized through another pipeline; "
-            "restore that one first"
-        )
-    applied = tuple(_record(conductor).passes) if conductor else ()
-    wrong += problems([*applied, *wanted], applied=len(applied))
-
-    data = tuple(map(configured, (*applied, *wanted)))
-    traits = kontext.traits(pipe).union(*(_leaves(p) for p in applied))
-    steps = []
-    for pass_ in wanted:
-        twin = any(p.name == pass_.name for p in applied)  # complained of already
-        target = Target(pipe, environment(), data, traits)
-        steps.append(Step(pass_, () if twin else tuple(pass_.check(target))))
-        traits |= _leaves(pass_)
-    result = Plan(tuple(steps), tuple(wrong), applied)
-    if result.ok or not wanted or conductor is not None:
-        return result
-    rest = workable(wanted, refused=[s.pass_ for s in steps if s.refused])
-    return Plan(result.steps, result.problems, applied, tuple(rest))
+    applied = _record(conductor).passes if conductor else ()
+    return make_plan(pipe, passes, applied)
 
 
 def optimize(pipe: P, passes: Passes = None) -> P:
@@ -109,7 +88,7 @@ def restore(pipe: P) -> P:
     conductor = conductor_of(pipe)
     if conductor is None:
         return pipe
-    with conductor.idle("restore"):
+    with conductor.idle("restore"), _editing():
         transactions = _record(conductor).transactions
         failures = [e for tx in reversed(transactions) for e in tx.rollback()]
         transactions.clear()
@@ -172,22 +151,19 @@ def warmup(
 
     Raises:
         PlanError: the pipeline is not optimized, or a size cannot be run.
+        PassError: a pass's `after_warmup` failed; what it did was rolled back.
+        BusyError: the pipeline is generating.
     """
     conductor = conductor_of(pipe)
     if conductor is None:
         raise PlanError("warmup needs an optimized pipeline; call optimize(pipe) first")
-    check_sizes(pipe, sizes)
+    check_sizes(pipe, sizes, references or ())
     record = _record(conductor)
     began = time.perf_counter()
     for size in sizes:
         for arguments in blank_calls(pipe, size, references, call):
             pipe(**arguments)
-    with conductor.idle("finish the warm-up"):
-        tx = Transaction(pipe, conductor)
-        record.transactions.append(tx)
-        for pass_ in record.passes:
-            if (after := getattr(pass_, "after_warmup", None)) is not None:
-                after(tx)
+    finish_warmup(pipe)
     record.warmup_seconds = (record.warmup_seconds or 0.0) + time.perf_counter() - began
     return pipe
 
@@ -197,68 +173,87 @@ def _apply(pipe: Any, passes: Passes, transaction: Callable[[Any, Conductor], Tr
     planned = plan(pipe, passes)
     planned.raise_if_bad()
     conductor = conductor_of(pipe) or Conductor()
-    with conductor.idle("optimize"):
+    with conductor.idle("optimize"), _editing():
         record = conductor.record = conductor.record or _Record()
         tx = transaction(pipe, conductor)
-        applied, reports = [], []
-        current = "fluxfire"
-        try:
+        reports = []
+        with _all_or_nothing(tx):
             if conductor_of(pipe) is None:
-                tx.set_class(pipe, conductor.pipeline_class(pipe))
-                tx.setattr(pipe.transformer, kontext.CALL_SLOT, conductor.transformer_call(pipe))
-                tx.listen(record.statistics)
+                with _naming("fluxfire"):
+                    tx.set_class(pipe, conductor.pipeline_class(pipe))
+                    call = conductor.transformer_call(pipe)
+                    tx.setattr(pipe.transformer, kontext.CALL_SLOT, call)
+                    tx.listen(record.statistics)
             for step in planned.steps:
-                current = step.pass_.name
                 began = time.perf_counter()
-                change = _checked(step.pass_.apply(tx))
+                with _naming(step.pass_.name):
+                    change = _checked(step.pass_.apply(tx))
                 seconds = time.perf_counter() - began
-                applied.append(step.pass_)
                 reports.append(PassReport.of(step.pass_, change, seconds, step.findings))
-        except BaseException as error:
-            failures = tx.rollback()
-            for failure in failures:
-                error.add_note(f"rolling back also failed: {failure!r} {failure.__notes__}")
-            if not isinstance(error, Exception):
-                raise
-            raise PassError(
-                f"{current} failed while it was applied ({type(error).__name__}: {error}); "
-                f"everything was rolled back",
-                pass_name=current,
-            ) from error
         record.transactions.append(tx)
-        record.passes += applied
+        record.passes += [step.pass_ for step in planned.steps]
         record.reports += reports
+
+
+def finish_warmup(pipe: Any) -> None:
+    """Let the passes do what only a pipeline that has run allows: `after_warmup`.
+
+    `warmup` does this; call it where a pipeline was warmed up in another way.
+
+    Raises:
+        PlanError: the pipeline is not optimized.
+        PassError: a pass's `after_warmup` failed; what it did was rolled back.
+        BusyError: the pipeline is generating.
+    """
+    conductor = conductor_of(pipe)
+    if conductor is None:
+        raise PlanError("only an optimized pipeline can finish a warm-up; call optimize(pipe)")
+    record = _record(conductor)
+    with conductor.idle("finish the warm-up"), _editing():
+        tx = Transaction(pipe, conductor)
+        with _all_or_nothing(tx):
+            for pass_ in record.passes:
+                if (after := getattr(pass_, "after_warmup", None)) is not None:
+                    with _naming(pass_.name):
+                        after(tx)
+        record.transactions.append(tx)
+
+
+@contextmanager
+def _editing() -> Iterator[None]:
+    """Make tensors that are good for anything, also where the user is in inference mode."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _all_or_nothing(tx: Transaction) -> Iterator[None]:
+    """Roll the transaction back if anything is raised, interrupts included."""
+    try:
+        yield
+    except BaseException as error:
+        for failure in tx.rollback():
+            error.add_note(f"rolling back also failed: {failure!r} {failure.__notes__}")
+        raise
+
+
+@contextmanager
+def _naming(pass_name: str) -> Iterator[None]:
+    """Turn what a pass raises into a PassError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise PassError(
+            f"{pass_name} failed while it was applied ({type(error).__name__}: {error}); "
+            f"everything was rolled back",
+            pass_name=pass_name,
+        ) from error
 
 
 def _checked(change: object) -> Change:
     if not isinstance(change, Change):
         raise TypeError(f"apply() returned {change!r}, not a fluxfire.Change")
     return change
-
-
-def _resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
-    """Turn names into passes; return the well-formed passes and what is wrong with the rest."""
-    if passes is None:
-        passes = "faithful"
-    if isinstance(passes, str):
-        passes = presets.named(passes)
-    if not isinstance(passes, Iterable):
-        hint = malformed(passes)
-        single = f"; did you mean passes=[{passes!r}]?" if hint is None else ""
-        raise PlanError(f"passes must be a list or a preset's name, not {passes!r}{single}")
-    found, wrong = [], []
-    for entry in passes:
-        if isinstance(entry, str):
-            found.append(plugins.find(entry)())
-        elif (why := malformed(entry)) is not None:
-            wrong.append(why)
-        else:
-            found.append(entry)
-    return found, wrong
-
-
-def _leaves(pass_: Pass) -> frozenset[str]:
-    return frozenset(getattr(pass_, "leaves", ()))
 
 
 def _record(conductor: Conductor) -> _Record:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
+import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,6 +23,8 @@ _RANDOM_NOTE = (
     "note: {} has random weights: the result is noise, and only shows that all parts work"
 )
 _TINY_SIZE = (128, 128)
+_LONGEST_SIDE = 4096
+_LARGEST_SEED = 2**63 - 1
 
 
 class UsageError(FluxfireError):
@@ -70,7 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--image", required=True, help="the picture to edit")
     run.add_argument("--prompt", required=True, help="the instruction")
     run.add_argument("-o", "--output", default="out.png", help="where to write (default: out.png)")
-    run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--seed", type=_seed, default=0)
     run.add_argument("--steps", type=_positive, default=28)
     run.add_argument("--size", type=_size, help="WIDTHxHEIGHT (default: the picture's shape)")
     run.add_argument("--report", choices=("table", "json"), default="table")
@@ -104,6 +108,13 @@ def _positive(text: str) -> int:
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if not 0 <= number <= _LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {_LARGEST_SEED}")
     return number
 
 
@@ -168,9 +179,8 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     picture = _open(arguments.image)
     output = _writable(arguments.output)
-    if arguments.size is not None and any(n == 0 or n % 16 for n in arguments.size):
-        width, height = arguments.size
-        raise UsageError(f"size {width}x{height}: both sides must be positive multiples of 16")
+    if arguments.size is not None:
+        _check_size(*arguments.size)
     wanted = _wanted(arguments)
     import torch
 
@@ -180,14 +190,21 @@ def _run(arguments: argparse.Namespace) -> int:
     api.optimize(pipe, wanted)
     pipe.set_progress_bar_config(disable=False)
     began = time.perf_counter()
-    result = pipe(
-        prompt=arguments.prompt,
-        num_inference_steps=arguments.steps,
-        generator=torch.Generator().manual_seed(arguments.seed),
-        **_sizes(arguments, picture),
-    ).images[0]
+    try:
+        result = pipe(
+            prompt=arguments.prompt,
+            num_inference_steps=arguments.steps,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            **_sizes(pipe, arguments.size, picture),
+        ).images[0]
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise UsageError(f"{first} Try a smaller --size, or a GPU with more memory") from None
     seconds = time.perf_counter() - began
-    result.save(output)
+    try:
+        result.save(output)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"cannot write {output}: {error}") from None
     _note(f"{output}: {result.width}x{result.height} in {human_seconds(seconds)}")
     report = api.report(pipe)
     _say(json.dumps(report.to_dict(), indent=2) if arguments.report == "json" else report)
@@ -202,17 +219,24 @@ def _load(model: str) -> Any:
     return loading.load(model)
 
 
-def _sizes(arguments: argparse.Namespace, picture: Any) -> dict[str, Any]:
+def _check_size(width: int, height: int) -> None:
+    if any(n == 0 or n % 16 for n in (width, height)):
+        raise UsageError(f"size {width}x{height}: both sides must be positive multiples of 16")
+    if max(width, height) > _LONGEST_SIDE:
+        raise UsageError(f"size {width}x{height}: no side can be longer than {_LONGEST_SIDE}")
+
+
+def _sizes(pipe: Any, size: tuple[int, int] | None, picture: Any) -> dict[str, Any]:
     """Say at which size to generate, and give the picture."""
     from fluxfire import kontext
 
-    if arguments.model == _DEFAULT_MODEL:  # a megapixel of its 2-pixel patches takes minutes
-        width, height = arguments.size or _TINY_SIZE
+    extra: dict[str, Any] = {}
+    if kontext.is_tiny(pipe):  # a megapixel of its small patches would take minutes
+        width, height = size or _TINY_SIZE
         picture = picture.resize((width, height))
-        extra = {"_auto_resize": False}
+        extra["_auto_resize"] = False
     else:
-        width, height = arguments.size or kontext.reference_size(*picture.size)
-        extra = {}
+        width, height = size or kontext.reference_size(*picture.size)
     return {
         "image": picture,
         "width": width,
@@ -230,7 +254,7 @@ def _open(name: str) -> Any:
             return ImageOps.exif_transpose(file).convert("RGB")
     except UnidentifiedImageError:
         raise UsageError(f"{name} is not a picture that can be read") from None
-    except (OSError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"cannot read {name}: {reason}") from None
 
@@ -243,6 +267,8 @@ def _writable(name: str) -> Path:
         raise UsageError(f"cannot write {name}: there is no folder {path.parent}")
     if path.is_dir():
         raise UsageError(f"cannot write {name}: it is a folder")
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise UsageError(f"cannot write {name}: {path.suffix or 'no suffix'} is no picture format")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise UsageError(f"cannot write {name}: permission denied")
     return path

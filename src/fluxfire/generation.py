@@ -14,13 +14,12 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.kontext import CALL_SLOT, Call, Tokens
 
-T = TypeVar("T")
 _CONDUCTOR = "_fluxfire_conductor"
 
 
@@ -65,10 +64,14 @@ class Generation:
 
 
 class Listener:
-    """Hears of generations. Override either method; both default to nothing.
+    """Hears of generations. Override any method; all default to nothing.
 
-    Both return context managers, so that what begins also ends, whatever is raised.
+    `during` and `around` return context managers, so that what begins also ends, whatever is
+    raised.
     """
+
+    def prepare(self) -> None:
+        """Be called before each generation, and before each call of the transformer outside one."""
 
     def during(self, generation: Generation) -> AbstractContextManager[object]:  # noqa: ARG002
         """Be entered around a whole call of the pipeline."""
@@ -98,21 +101,23 @@ class Conductor:
         self._lock = threading.Lock()
         self._generation: Generation | None = None
         self._count = 0
+        self._transformer: Any = None
 
     def pipeline_class(self, pipe: Any) -> type:
         """Make the class that this one pipeline becomes an instance of."""
-        transformer = pipe.transformer
 
         def call_pipeline(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._run(pipe, transformer):
+            with self._run(pipe):
                 return plain(*args, **kwargs)
 
         return _subclass(type(pipe), call_pipeline, self)
 
     def transformer_call(self, pipe: Any) -> TransformerCall:
         """Make what goes into the transformer's call slot."""
-        self.run_transformer = pipe.transformer._call_impl  # noqa: SLF001 - what __call__ runs
-        return TransformerCall(self, pipe, pipe.transformer)
+        transformer = self._transformer = pipe.transformer
+        plain = transformer._call_impl  # noqa: SLF001 - what __call__ runs
+        self.run_transformer = vars(transformer).get(CALL_SLOT) or plain
+        return TransformerCall(self, pipe, transformer)
 
     @contextmanager
     def idle(self, wish: str) -> Iterator[None]:
@@ -128,23 +133,44 @@ class Conductor:
         finally:
             self._lock.release()
 
-    @contextmanager
-    def _run(self, pipe: Any, transformer: object) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            running = self._generation
-            same = running is not None and running.thread == threading.get_ident()
-            raise BusyError(
-                "this pipeline is already generating "
-                + ("in this call's own thread" if same else "in another thread")
-                + "; a diffusers pipeline runs one generation at a time: "
-                "queue the calls, or give each thread a pipeline of its own"
+    def prepare(self) -> None:
+        """Have every listener put its affairs in order before the models are used."""
+        for listener in self.listeners:
+            listener.prepare()
+
+    def disturbed(self, pipe: Any) -> str | None:
+        """Say what was done to the pipeline that fluxfire cannot live with, or None."""
+        if pipe.transformer is not self._transformer:
+            return (
+                "pipe.transformer was replaced after optimize(); "
+                "put it back, or call restore(pipe) and optimize(pipe) again"
             )
+        if shared_conductor(pipe.transformer) is not self:
+            return (
+                "pipe.transformer was compiled after optimize(), which cut fluxfire off; "
+                "call restore(pipe), and optimize(pipe) with Compile() instead"
+            )
+        return None
+
+    def _why_busy(self) -> str:
+        running = self._generation
+        if running is None:
+            return "this pipeline is being optimized or restored; generate when that is done"
+        here = running.thread == threading.get_ident()
+        where = "in this call's own thread" if here else "in another thread"
+        return (
+            f"this pipeline is already generating {where}; a diffusers pipeline runs one "
+            f"generation at a time: queue the calls, or give each thread a pipeline of its own"
+        )
+
+    @contextmanager
+    def _run(self, pipe: Any) -> Iterator[None]:
+        if not self._lock.acquire(blocking=False):
+            raise BusyError(self._why_busy())
         try:
-            if pipe.transformer is not transformer:
-                raise FluxfireError(
-                    "pipe.transformer was replaced after optimize(); "
-                    "put it back, or call restore(pipe) and optimize(pipe) again"
-                )
+            if (why := self.disturbed(pipe)) is not None:
+                raise FluxfireError(why)
+            self.prepare()
             self._count += 1
             generation = self._generation = Generation(self._count)
             with ExitStack() as entered:
@@ -162,6 +188,7 @@ class Conductor:
         generation = self._generation
         if generation is None or not {"img_ids", "txt_ids", "timestep"} <= inputs.keys():
             # Called directly, or by another pipeline that shares the model: run it plain.
+            self.prepare()
             yield inputs
             return
         if generation.thread != threading.get_ident():
@@ -214,7 +241,7 @@ def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> ty
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         # Pickles and copies are of the plain class: the conductor stays with this object.
         _, _, *state = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg, str-unpack]
-        return (_blank, (plain,), *state)
+        return (object.__new__, (plain,), *state)
 
     namespace = {
         "__module__": plain.__module__,
@@ -225,8 +252,3 @@ def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> ty
         _CONDUCTOR: conductor,
     }
     return type(plain.__name__, (plain,), namespace)
-
-
-def _blank(cls: type[T]) -> T:
-    """Make an instance without initialising it, for a pickle's state to fill."""
-    return cls.__new__(cls)

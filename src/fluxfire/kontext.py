@@ -75,12 +75,13 @@ def unsupported(pipe: object) -> str | None:
             f"pipe.transformer is a {type(transformer).__name__}, "
             f"not a FluxTransformer2DModel{hint}"
         )
-    on_meta = next((n for n, p in transformer.named_parameters() if p.is_meta), None)
-    if on_meta is not None and "sequential-offload" not in traits(pipe):
-        return (
-            f"the transformer's weights are on the meta device ({on_meta} has no data); "
-            f"load them before optimizing"
-        )
+    for name, component in optimizable(pipe):
+        on_meta = next((n for n, p in component.named_parameters() if p.is_meta), None)
+        if on_meta is not None and "sequential-offload" not in traits(pipe):
+            return (
+                f"the {name}'s weights are on the meta device ({on_meta} has no data); "
+                f"load them before optimizing"
+            )
     return None
 
 
@@ -91,9 +92,22 @@ def modules(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, component
 
 
+def optimizable(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over the components that passes work on: the transformer, and the VAE if any."""
+    for name, component in modules(pipe):
+        if name in ("transformer", "vae"):
+            yield name, component
+
+
 def blocks(transformer: Any) -> list[nn.Module]:
     """Return the transformer's blocks in the order they run: double, then single."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def is_tiny(pipe: Any) -> bool:
+    """Whether a pipeline's latents are finer than FLUX's, as those of test pipelines are."""
+    flux = 8  # pixels of a side for one latent
+    return bool(pipe.vae_scale_factor < flux)
 
 
 def reference_size(width: int, height: int) -> tuple[int, int]:
@@ -105,14 +119,14 @@ def reference_size(width: int, height: int) -> tuple[int, int]:
 
 
 def traits(pipe: Any) -> frozenset[str]:
-    """Find out what is already true of a pipeline.
+    """Find out what is already true of a pipeline's transformer and VAE.
 
     Returns:
         Any of `quantised`, `lora`, `ip-adapter`, `compiled`, `fused-qkv`, `native-cache`,
         `model-offload`, `sequential-offload`, `group-offload`, `layerwise-casting`.
     """
     found: set[str] = set()
-    for _, component in modules(pipe):
+    for _, component in optimizable(pipe):
         for module in component.modules():
             found.update(_module_traits(module))
     transformer = pipe.transformer
@@ -127,7 +141,8 @@ def _module_traits(module: nn.Module) -> Iterator[str]:
     own = vars(module)
     if hasattr(own.get(CALL_SLOT), "_torchdynamo_orig_callable"):
         yield "compiled"
-    if own.get("fused_projections"):
+    # A copy of a pipeline that fluxfire optimized keeps an empty fused projection.
+    if own.get("fused_projections") and getattr(module.to_qkv, "weight", None) is not None:
         yield "fused-qkv"
     if hasattr(module, "lora_A"):
         yield "lora"

@@ -32,12 +32,13 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     if model in RANDOM:
         return RANDOM[model](device=device, dtype=dtype)
-    _check_folder(model)
+    folder = _folder(model)
+    token = None if folder else hub_token()
     from diffusers import DiffusionPipeline
 
     try:
-        pipe = DiffusionPipeline.from_pretrained(model, torch_dtype=dtype, token=hub_token())
-    except (OSError, ValueError, RuntimeError) as error:
+        pipe = DiffusionPipeline.from_pretrained(folder or model, torch_dtype=dtype, token=token)
+    except Exception as error:
         raise LoadError(_explain(model, error)) from error
     if (why := kontext.unsupported(pipe)) is not None:
         raise LoadError(f"{model} is not a Kontext pipeline: {why}")
@@ -69,8 +70,8 @@ def hub_token(folder: Path | None = None) -> str | None:
     return str(token) if token else None
 
 
-def _check_folder(model: str) -> None:
-    """Tell a folder that is wrong from a hub id, before anything goes over the network."""
+def _folder(model: str) -> Path | None:
+    """Tell a folder from a hub id, and a wrong one before anything goes over the network."""
     path = Path(model).expanduser()
     if path.exists():
         if not (path / "model_index.json").is_file():
@@ -78,11 +79,13 @@ def _check_folder(model: str) -> None:
                 f"{model} holds no diffusers pipeline: it has no model_index.json "
                 f"(a folder written by pipe.save_pretrained has one)"
             )
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise LoadError(
             f"there is no folder {model}, and it is no hub id (such as "
             f"black-forest-labs/FLUX.1-Kontext-dev); {' and '.join(RANDOM)} need no weights"
         )
+    return None
 
 
 def _explain(model: str, error: BaseException) -> str:

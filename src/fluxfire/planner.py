@@ -133,6 +133,7 @@ class Plan:
         steps: the passes to apply, in order, with their findings.
         problems: what is wrong with the pipeline or with the list as a list.
         applied: passes that the pipeline already carries.
+        suggestion: if the plan is not ok, a list that would be; None where there is none.
     """
 
     steps: tuple[Step, ...]
@@ -157,11 +158,13 @@ class Plan:
         if self.ok:
             return
         lines = ["This list of passes cannot be applied. Nothing was changed."]
-        lines.append(_bullets(self.complaints()))
-        if self.suggestion is not None:
-            listed = ", ".join(map(repr, self.suggestion))
-            lines.append(f"A list that would work: [{listed}]")
+        lines += [_bullets(self.complaints()), *self._suggested()]
         raise PlanError("\n".join(lines))
+
+    def _suggested(self) -> list[str]:
+        if not self.suggestion:
+            return []
+        return [f"A list that would work: [{', '.join(map(repr, self.suggestion))}]"]
 
     def __str__(self) -> str:
         rows = [(p.name, p.stage, p.exactness, "already applied") for p in self.applied]
@@ -169,7 +172,7 @@ class Plan:
             said = "; ".join(f"{f.level}: {f}" for f in step.findings) or "ready"
             rows.append((step.pass_.name, step.pass_.stage, step.pass_.exactness, said))
         text = table(("pass", "stage", "exactness", "verdict"), rows) if rows else "No passes."
-        return "\n".join([text, *(f"error: {p}" for p in self.problems)])
+        return "\n".join([text, *(f"error: {p}" for p in self.problems), *self._suggested()])
 
 
 def _bullets(lines: Iterable[str]) -> str:

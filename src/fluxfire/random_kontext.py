@@ -102,7 +102,7 @@ def full_kontext(
 
     Args:
         kind: as for `tiny_kontext`.
-        seed: seeds the weights.
+        seed: seeds the weights; the global random state is left alone.
         dtype: of all weights, which are created in it.
         device: on which the weights are created; a GPU takes about ten seconds.
 
@@ -112,7 +112,7 @@ def full_kontext(
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.device(device):
+        with torch.random.fork_rng(), torch.device(device):
             torch.manual_seed(seed)
             transformer = FluxTransformer2DModel(guidance_embeds=True)
             vae = AutoencoderKL(

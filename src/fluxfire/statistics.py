@@ -116,8 +116,10 @@ class Statistics(Listener):
         if call.step != self._step:
             self._step = call.step
             self._clock.begin_step()
-        yield
-        self._clock.end_call()
+        try:
+            yield
+        finally:  # a step that fails ends, too
+            self._clock.end_call()
 
 
 class _Clock:

@@ -37,5 +37,6 @@ def human_bytes(count: int) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Write a duration in seconds or milliseconds, three digits."""
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+    """Write a duration in seconds or milliseconds, with three digits or more."""
+    number, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1e3, "ms")  # noqa: PLR2004
+    return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.3g} {unit}"  # noqa: PLR2004

@@ -34,14 +34,14 @@ class Transaction:
 
     def setattr(self, obj: object, name: str, value: object) -> None:
         """Set an attribute; its inverse sets the old value, or deletes a new attribute."""
-        own = _owns(obj, name)
-        old = getattr(obj, name, None)
+        holder = _holder(obj, name)
+        before = None if holder is None else dict(holder)
 
         def inverse() -> None:
-            if own:
-                setattr(obj, name, old)
-            else:
+            if _holder(obj, name) is not None:
                 delattr(obj, name)
+            if holder is not None and before is not None:
+                _put_back(holder, name, before)
 
         with self._edit(f"set {type(obj).__name__}.{name}", inverse):
             setattr(obj, name, value)
@@ -124,12 +124,27 @@ class Transaction:
         """Called after each recorded edit, for `fluxfire.testing` to inject failures."""
 
 
-def _owns(obj: object, name: str) -> bool:
-    """Whether deleting the attribute would lose something of the object's own."""
-    if name in vars(obj):
-        return True
-    registries = ("_parameters", "_buffers", "_modules")  # torch.nn.Module's
-    return any(name in vars(obj).get(registry, ()) for registry in registries)
+def _holder(obj: object, name: str) -> dict[str, Any] | None:
+    """Return the dictionary in which an object keeps an attribute of its own, or None.
+
+    A torch module keeps parameters, buffers and submodules in dictionaries apart, and moves
+    an attribute from one to another when its type changes.
+    """
+    own = vars(obj)
+    places = (own, *(own.get(r, {}) for r in ("_parameters", "_buffers", "_modules")))
+    return next((place for place in places if name in place), None)
+
+
+def _put_back(holder: dict[str, Any], name: str, before: dict[str, Any]) -> None:
+    """Put an old value back where it was, also in the order of its neighbours."""
+    now = dict(holder)
+    holder.clear()
+    for key, old in before.items():
+        if key == name:
+            holder[key] = old
+        elif key in now:
+            holder[key] = now.pop(key)
+    holder.update(now)
 
 
 def _remove_last(items: list[Any], item: object) -> None:

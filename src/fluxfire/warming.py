@@ -14,8 +14,8 @@ from fluxfire.errors import PlanError
 Size = tuple[int, int]
 
 
-def check_sizes(pipe: Any, sizes: Sequence[Size]) -> None:
-    """Refuse output sizes that the pipeline cannot run exactly.
+def check_sizes(pipe: Any, sizes: Sequence[Size], references: Sequence[Size]) -> None:
+    """Refuse output sizes that the pipeline cannot run exactly, and what is no size.
 
     Raises:
         PlanError: naming the size and what it must be.
@@ -24,16 +24,25 @@ def check_sizes(pipe: Any, sizes: Sequence[Size]) -> None:
     if not sizes:
         raise PlanError("warmup needs at least one size, such as sizes=[(1024, 1024)]")
     for size in sizes:
-        fits = (
-            isinstance(size, Sequence)
-            and len(size) == 2  # noqa: PLR2004 - width and height
-            and all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in size)
-        )
-        if not fits:
+        if not _is_size(size, multiple):
             raise PlanError(
                 f"warmup cannot run size {size!r}: it must be (width, height), "
                 f"both positive multiples of {multiple}"
             )
+    for size in references:
+        if not _is_size(size, 1):
+            raise PlanError(
+                f"warmup cannot use a reference of size {size!r}: it must be (width, height), "
+                f"both positive"
+            )
+
+
+def _is_size(size: object, multiple: int) -> bool:
+    return (
+        isinstance(size, Sequence)
+        and len(size) == 2  # noqa: PLR2004 - width and height
+        and all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in size)
+    )
 
 
 def blank_calls(

@@ -43,6 +43,23 @@ def test_a_pipeline_that_is_compiled_already_is_refused(pipe):
         fluxfire.optimize(pipe, [Compile()])
 
 
+def test_a_native_cache_is_refused(pipe):
+    from diffusers import FirstBlockCacheConfig
+
+    pipe.transformer.enable_cache(FirstBlockCacheConfig())
+    with pytest.raises(PlanError, match="the hooks of native-cache cut the graph"):
+        fluxfire.optimize(pipe, [Compile()])
+
+
+def test_model_offload_is_refused_for_the_whole_transformer_alone(pipe):
+    from accelerate import cpu_offload_with_hook
+
+    cpu_offload_with_hook(pipe.transformer, "cpu")
+    assert not any("cut the graph" in c for c in fluxfire.plan(pipe, [Compile()]).complaints())
+    refused = fluxfire.plan(pipe, [Compile(region="transformer")])
+    assert "model-offload" in refused.complaints()[0]
+
+
 def test_mode_and_options_travel_together():
     options = Compile(mode="max-autotune-no-cudagraphs", options={"shape_padding": True})
     assert options._inductor_options() == {

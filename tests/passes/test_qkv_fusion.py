@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from diffusers import FluxKontextPipeline
 
 import fluxfire
 from fluxfire import kontext
@@ -166,6 +167,94 @@ def test_sequential_offload_is_refused_by_name(pipe, passes):
     cpu_offload(pipe.transformer, torch.device("cpu"))
     with pytest.raises(PlanError, match="module by module while the pipeline runs"):
         fluxfire.optimize(pipe, passes)
+
+
+def test_a_sister_pipeline_and_direct_calls_see_replaced_weights(pipe):
+    donor = tiny_kontext(seed=7)
+    fluxfire.optimize(pipe, [QKVFusion()])
+    sister = FluxKontextPipeline.from_pipe(pipe)
+    sister.set_progress_bar_config(disable=True)
+    pipe.transformer.load_state_dict(copy.deepcopy(donor.transformer.state_dict()), assign=True)
+    expected = tiny_kontext()
+    expected.transformer.load_state_dict(donor.transformer.state_dict())
+    assert np.abs(edit(sister) - edit(expected)).max() < CLOSE
+
+
+def test_gradients_reach_the_projections(pipe):
+    fluxfire.optimize(pipe, [QKVFusion()])
+    attention = pipe.transformer.transformer_blocks[0].attn
+    attention.to_qkv(torch.ones(1, 2, 48)).sum().backward()
+    assert attention.to_q.weight.grad is not None
+
+
+def test_a_users_hook_on_a_projection_is_heard(reference):
+    def hooked(pipe):
+        attention = pipe.transformer.transformer_blocks[0].attn
+        attention.to_q.register_forward_hook(lambda module, inputs, out: out * 0)
+        return pipe
+
+    expected = edit(hooked(tiny_kontext()))
+    assert np.abs(expected - reference).max() > 1e-3
+    pipe = hooked(fluxfire.optimize(tiny_kontext(), [QKVFusion()]))
+    assert np.abs(edit(pipe) - expected).max() < CLOSE
+
+
+def test_layerwise_casting_enabled_afterwards():
+    def cast(pipe):
+        pipe.transformer.enable_layerwise_casting(
+            storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+        )
+        return pipe
+
+    expected = edit(cast(tiny_kontext()))
+    pipe = cast(fluxfire.optimize(tiny_kontext(), [QKVFusion()]))
+    assert np.abs(edit(pipe) - expected).max() < CLOSE
+
+
+def test_sequential_offload_enabled_afterwards(reference):
+    from accelerate import cpu_offload
+
+    pipe = fluxfire.optimize(tiny_kontext(), [QKVFusion()])
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert np.abs(edit(pipe) - reference).max() < CLOSE
+
+
+def test_weights_stay_good_for_training_when_applied_in_inference_mode(pipe):
+    edit(pipe)
+    before = fingerprint(pipe)
+    with torch.inference_mode():
+        fluxfire.optimize(pipe, [QKVFusion(), MemoryLayout()])
+        edit(pipe)
+        fluxfire.restore(pipe)
+    assert differences(before, fingerprint(pipe)) == []
+
+
+def test_a_copy_can_be_optimized_again(pipe, reference):
+    twin = copy.deepcopy(fluxfire.optimize(pipe, [QKVFusion()]))
+    fluxfire.optimize(twin, [QKVFusion()])
+    assert fluxfire.report(twin).passes[0].change.count == 9
+    assert np.abs(edit(twin) - reference).max() < CLOSE
+    fluxfire.restore(twin)
+    assert np.abs(edit(twin) - reference).max() < CLOSE
+
+
+def test_unfused_by_hand_in_between(pipe, reference):
+    fluxfire.optimize(pipe, [QKVFusion()])
+    pipe.transformer.unfuse_qkv_projections()
+    assert np.abs(edit(pipe) - reference).max() < CLOSE
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_other_components_do_not_matter(pipe):
+    from accelerate import cpu_offload
+
+    cpu_offload(pipe.text_encoder_2, torch.device("cpu"))
+    assert fluxfire.plan(pipe, [QKVFusion(), MemoryLayout()]).ok
+    pipe.vae.to("meta")
+    assert "the vae's weights are on the meta device" in fluxfire.plan(pipe, []).problems[0]
+    pipe.vae = None
+    assert fluxfire.plan(pipe, [QKVFusion(), MemoryLayout()]).ok
 
 
 @pytest.mark.slow

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 import types
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fluxfire import kontext
@@ -46,6 +47,7 @@ class Compile:
     """
 
     region: Region = "blocks"
+    _: KW_ONLY
     vae: bool = False
     mode: Mode | None = None
     dynamic: bool | None = None
@@ -78,13 +80,17 @@ class Compile:
                 "transformer cannot hold",
                 'use Compile(region="blocks")',
             )
-        moved = target.traits & {"sequential-offload", "group-offload"}
-        if moved and self.fullgraph:
+        hooked = target.traits & {"sequential-offload", "group-offload", "native-cache"}
+        if self.region == "transformer":
+            hooked |= target.traits & {"model-offload"}
+        if hooked and self.fullgraph:
             yield Finding(
                 "error",
-                f"the hooks of {', '.join(sorted(moved))} cut every graph",
-                "use enable_model_cpu_offload(), or Compile(fullgraph=False)",
+                f"the hooks of {', '.join(sorted(hooked))} cut the graph",
+                "take them off, or use Compile(fullgraph=False)",
             )
+        if self.vae and target.pipe.vae is None:
+            yield Finding("error", "the pipeline has no VAE", "use Compile(vae=False)")
         yield from self._check_options()
         yield from _check_compiler(target)
 
@@ -112,7 +118,7 @@ class Compile:
         else:
             groups.append([pipe.transformer])
         if self.vae:
-            groups += [[pipe.vae.encoder], [pipe.vae.decoder]]
+            groups += [[part] for part in (pipe.vae.encoder, pipe.vae.decoder)]
         return groups
 
     def _inductor_options(self) -> dict[str, Option]:
@@ -140,7 +146,7 @@ class Compile:
 def _check_compiler(target: Target) -> Iterator[Finding]:
     """Look for what inductor needs to generate code for the pipeline's device."""
     on_gpu = target.pipe.transformer.device.type == "cuda" or "model-offload" in target.traits
-    if on_gpu and target.environment.packages["triton"] is None:
+    if on_gpu and importlib.util.find_spec("triton") is None:
         yield Finding("error", "compiling for CUDA needs triton", "pip install triton")
     if not on_gpu and not any(map(shutil.which, ("g++", "clang++", "cl"))):
         yield Finding(

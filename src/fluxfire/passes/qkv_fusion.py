@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import nn
 
 from fluxfire import kontext
-from fluxfire.generation import Generation, Listener
+from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
 if TYPE_CHECKING:
@@ -32,8 +31,9 @@ class QKVFusion:
     keys too, and `save_pretrained` works. Moving or casting the model, which copies
     parameters one by one, fuses them anew.
 
-    A projection that is more than a plain `nn.Linear` (a LoRA is loaded) is called as
-    it is, so its effect is that of the plain pipeline, whichever came first.
+    A projection that is more than a plain `nn.Linear` (a LoRA is loaded, a hook is set, its
+    weight is swapped in and out) is called as it is, so its effect is that of the plain
+    pipeline, whichever came first; and so is every projection while gradients are on.
 
     Attributes:
         transformer: fuse the transformer's attentions.
@@ -107,7 +107,7 @@ class QKVFusion:
             for module in pipe.transformer.modules():
                 if isinstance(module, AttentionModuleMixin) and hasattr(module, "to_q"):
                     yield module
-        if self.vae:
+        if self.vae and pipe.vae is not None:
             for module in pipe.vae.modules():
                 if _fused_processor(module) is not None and not module.is_cross_attention:
                     yield module
@@ -133,12 +133,16 @@ class FusedProjection(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Project (batch, tokens, width) to (batch, tokens, 3 · inner width)."""
-        attention = self._attention[0]
-        q, k, v = self.names
-        q, k, v = getattr(attention, q), getattr(attention, k), getattr(attention, v)
-        if self.weight is None or not type(q) is type(k) is type(v) is nn.Linear:
+        q, k, v = self._projections()
+        plain = type(q) is type(k) is type(v) is nn.Linear
+        if self.weight is None or not plain or torch.is_grad_enabled():
             return torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1)
         return F.linear(hidden_states, self.weight, self.bias)
+
+    @property
+    def fusible(self) -> bool:
+        """Whether calling a projection means nothing but its matrix product."""
+        return all(map(_is_plain, self._projections()))
 
     def share(self) -> None:
         """Copy the projections into one storage and make them views of it."""
@@ -171,8 +175,11 @@ class FusedProjection(nn.Module):
                     parameter.data = parameter.data.clone()
         self.weight = self.bias = None
 
+    def _projections(self) -> list[Any]:
+        return [getattr(self._attention[0], name) for name in self.names]
+
     def _linears(self) -> list[nn.Linear]:
-        return [_base(getattr(self._attention[0], name)) for name in self.names]
+        return [_base(projection) for projection in self._projections()]
 
     def _parts(self, linears: list[Any]) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         if self.weight is not None:
@@ -194,23 +201,38 @@ class FusedProjection(nn.Module):
 
 
 class _KeepShared(Listener):
-    """Fuses anew what was replaced between generations (a merged LoRA, a loaded state)."""
+    """Fuses anew what was replaced (a merged LoRA, a loaded state), and lets go of the rest."""
 
     def __init__(self, fused: list[FusedProjection]) -> None:
         self._fused = fused
 
-    @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:  # noqa: ARG002
+    def prepare(self) -> None:
+        """Look at every projection, since anything may have been done to it in between."""
         for projection in self._fused:
-            if not projection.shared:
-                projection.share()
-        yield
+            if not projection.fusible:
+                projection.separate()
+            elif not projection.shared:
+                with torch.inference_mode(mode=False):
+                    projection.share()
 
 
 def _groups(attention: Any) -> Iterator[tuple[str, str, str]]:
     yield _SELF
     if getattr(attention, "add_q_proj", None) is not None:
         yield _ADDED
+
+
+def _is_plain(projection: Any) -> bool:
+    """Whether a projection is a linear layer without hooks, its weight at hand."""
+    own = vars(projection)
+    return (
+        type(projection) is nn.Linear
+        and "forward" not in own  # where accelerate and diffusers put their hooks
+        and not own["_forward_hooks"]
+        and not own["_forward_pre_hooks"]
+        and not projection.weight.is_meta
+        and not kontext.is_quantised(projection.weight)
+    )
 
 
 def _base(linear: Any) -> Any:
@@ -224,6 +246,7 @@ def _fused_processor(module: Any) -> Any:
 
     if not isinstance(module, diffusers_attention.Attention):
         return None
-    if type(module.processor) is not diffusers_attention.AttnProcessor2_0:
+    fused = diffusers_attention.FusedAttnProcessor2_0
+    if type(module.processor) not in (diffusers_attention.AttnProcessor2_0, fused):
         return None
-    return diffusers_attention.FusedAttnProcessor2_0()
+    return fused()

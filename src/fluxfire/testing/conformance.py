@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any, NoReturn
@@ -119,9 +120,30 @@ def _check_configuration(pass_: Pass) -> None:
         except FrozenInstanceError:
             continue
         _fail(pass_, "its configuration is frozen", f"field {field.name!r} could be set")
-    rebuilt = eval(repr(pass_), {type(pass_).__name__: type(pass_)})  # noqa: S307 - our own repr
+    cls = type(pass_)
+    known = vars(sys.modules[cls.__module__]) | {cls.__name__: cls}
+    try:
+        rebuilt = eval(repr(pass_).removeprefix(_outer(cls)), known)  # noqa: S307 - its own repr
+    except Exception as error:  # noqa: BLE001 - whatever it is, the repr caused it
+        _fail(pass_, "its repr rebuilds it", f"{pass_!r} raised {type(error).__name__}: {error}")
     if rebuilt != pass_:
         _fail(pass_, "its repr rebuilds it", f"{pass_!r} gave {rebuilt!r}")
+    _check_keywords(pass_)
+
+
+def _outer(cls: type) -> str:
+    """Return what a dataclass's repr puts before the name of a class defined in another scope."""
+    return cls.__qualname__.removesuffix(cls.__name__)
+
+
+def _check_keywords(pass_: Any) -> None:
+    positional = [f.name for f in fields(pass_) if f.init and not f.kw_only]
+    if len(positional) > 1:
+        _fail(
+            pass_,
+            "its fields are keyword-only, but for at most one leading field",
+            f"{', '.join(positional)} can be given by position",
+        )
 
 
 def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
@@ -148,6 +170,8 @@ def _check_change_and_restore(
             f"it says {change.bytes}, but they grew by {grown}",
         )
     run(pipe)
+    api.finish_warmup(pipe)
+    run(pipe)
     api.restore(pipe)
     _same(pass_, "restore gives the structure back", before, pipe)
     if not np.array_equal(run(pipe), reference):
@@ -157,7 +181,16 @@ def _check_change_and_restore(
 def _check_rollback(
     pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
 ) -> None:
-    edits = _count_edits(pass_, pipe)
+    edits = _count_edits([pass_], pipe)
+    own = edits - _count_edits([], pipe)
+    with api.optimized(pipe, [pass_]):
+        change = api.report(pipe).passes[0].change
+    if (change.count > 0) != (own > 0):
+        _fail(
+            pass_,
+            "Change.count is 0 exactly when nothing was changed",
+            f"it says {change.count}, and {own} edits were recorded",
+        )
     for fail_at in range(edits):
         transaction = functools.partial(FaultyTransaction, fail_at=fail_at)
         try:
@@ -225,14 +258,14 @@ def _same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
         _fail(pass_, promise, f"{len(changed)} things differ:\n  {shown}")
 
 
-def _count_edits(pass_: Pass, pipe: Any) -> int:
+def _count_edits(passes: list[Pass], pipe: Any) -> int:
     counted: list[FaultyTransaction] = []
 
     def transaction(*args: Any) -> FaultyTransaction:
         counted.append(FaultyTransaction(*args))
         return counted[0]
 
-    api._apply(pipe, [pass_], transaction)  # noqa: SLF001 - ours
+    api._apply(pipe, passes, transaction)  # noqa: SLF001 - ours
     api.restore(pipe)
     return counted[0].edits
 

@@ -96,6 +96,7 @@ def _tensor(tensor: torch.Tensor | None) -> Any:
         tensor.dtype,
         tensor.device,
         storage.nbytes(),
+        tensor.is_inference(),
     )
 
 

@@ -1,0 +1,113 @@
+"""From what the user asks for to a plan: names resolved, order looked at, every check run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fluxfire import kontext, plugins, presets
+from fluxfire.environment import environment
+from fluxfire.errors import PlanError
+from fluxfire.generation import conductor_of, shared_conductor
+from fluxfire.planner import Plan, Step, configured, malformed, problems, workable
+from fluxfire.protocol import Finding, Pass, Target
+
+Passes = str | Iterable[Pass | str] | None
+
+
+def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
+    """Say what applying passes would do.
+
+    Args:
+        pipe: what is hoped to be a Kontext pipeline.
+        passes: as for `fluxfire.optimize`.
+        applied: the passes that the pipeline carries already.
+    """
+    wanted, wrong = resolve(passes)
+    if (why := kontext.unsupported(pipe) or _disturbed(pipe)) is not None:
+        return Plan(tuple(map(Step, wanted)), (why, *wrong), tuple(applied))
+    wrong += problems([*applied, *wanted], applied=len(applied))
+    steps = _checked(pipe, applied, wanted)
+    result = Plan(tuple(steps), tuple(wrong), tuple(applied))
+    if result.ok or applied:
+        return result
+    return replace(result, suggestion=_suggestion(pipe, steps))
+
+
+def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
+    """Turn names into passes; return the well-formed passes and what is wrong with the rest.
+
+    Raises:
+        PlanError: there is no such preset, or this is no list at all.
+    """
+    if passes is None:
+        passes = "faithful"
+    if isinstance(passes, str):
+        passes = presets.named(passes)
+    if not isinstance(passes, Iterable):
+        single = f"; did you mean passes=[{passes!r}]?" if malformed(passes) is None else ""
+        raise PlanError(f"passes must be a list or a preset's name, not {passes!r}{single}")
+    found: list[Pass] = []
+    wrong: list[str] = []
+    for entry in passes:
+        try:
+            candidate = plugins.find(entry)() if isinstance(entry, str) else entry
+        except PlanError as error:
+            wrong.append(str(error))
+            continue
+        if (why := malformed(candidate)) is None:
+            found.append(candidate)
+        else:
+            wrong.append(why)
+    return found, wrong
+
+
+def leaves(pass_: Pass) -> frozenset[str]:
+    """Return the traits that hold once a pass is applied."""
+    return frozenset(getattr(pass_, "leaves", ()))
+
+
+def _disturbed(pipe: Any) -> str | None:
+    """Say what keeps fluxfire from working on this pipeline now, or None."""
+    owner = conductor_of(pipe)
+    if owner is not None:
+        return owner.disturbed(pipe)
+    if shared_conductor(pipe.transformer) is not None:
+        return (
+            "this pipeline's transformer is already optimized through another pipeline; "
+            "restore that one first"
+        )
+    return None
+
+
+def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list[Step]:
+    """Run every pass's check, each knowing the whole list and what earlier passes leave."""
+    data = tuple(map(configured, (*applied, *wanted)))
+    traits = kontext.traits(pipe).union(*map(leaves, applied))
+    steps = []
+    for pass_ in wanted:
+        twin = any(p.name == pass_.name for p in applied)  # complained of already
+        target = Target(pipe, environment(), data, traits)
+        steps.append(Step(pass_, () if twin else _findings(pass_, target)))
+        traits |= leaves(pass_)
+    return steps
+
+
+def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:
+    try:
+        return tuple(pass_.check(target))
+    except Exception as error:  # noqa: BLE001 - anyone's code; the plan must name it
+        said = f"its check() failed with {type(error).__name__}: {error}"
+        return (Finding("error", said, "this is a fault of the pass; leave it out"),)
+
+
+def _suggestion(pipe: Any, steps: Sequence[Step]) -> tuple[Pass, ...] | None:
+    """Find a list that would work, by trying."""
+    rest = [s.pass_ for s in steps]
+    refused = [s.pass_ for s in steps if s.refused]
+    while rest := workable(rest, refused):
+        refused = [s.pass_ for s in _checked(pipe, (), rest) if s.refused]
+        if not refused:
+            return tuple(rest)
+    return None
