@@ -137,7 +137,7 @@ def main_job() -> str:
     return (
         f"{table}\n\n{run['steps']} steps in {run['seconds']:.1f} s, the compilation of "
         f"{run['compiles']} graphs included; {run['seconds_a_step'] * 1e3:.0f} ms a step "
-        f"(median), {run['graph_breaks']} graph breaks."
+        f"(median), {run['graph_breaks']} graph breaks.\n\n{where(report)}."
     )
 
 
@@ -155,7 +155,10 @@ def render(text: str) -> str:
     """Fill every region of a page."""
 
     def fill(match: re.Match[str]) -> str:
-        body = REGIONS[match[1]]()
+        try:
+            body = REGIONS[match[1]]()
+        except FileNotFoundError:
+            body = "Not yet measured."
         return f"<!-- figures: {match[1]} -->\n{body}\n<!-- /figures -->"
 
     return re.sub(r"<!-- figures: (.+?) -->.*?<!-- /figures -->", fill, text, flags=re.DOTALL)

@@ -67,6 +67,7 @@ def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):
     with Image.open(output) as picture:
         assert picture.size == (64, 48)
     report = json.loads(out)
+    assert report["environment"]["packages"]["diffusers"]
     assert [p["name"] for p in report["passes"]] == ["inductor-patch", "qkv-fusion"]
     assert report["generations"][0]["steps"] == 3
     assert "random-tiny has random weights" in err

@@ -6,6 +6,8 @@ the same interface, which shrinks sizes and steps.
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -61,3 +63,9 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
 def test_some_pages_have_code():
     blocks = sum(page.read_text().count("```python") for page in PAGES)
     assert blocks >= 15
+
+
+def test_figures_are_those_of_the_committed_results():
+    command = [sys.executable, str(ROOT / "benchmarks" / "figures.py"), "--check"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "")

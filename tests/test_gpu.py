@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import gc
 
 import numpy as np
 import pytest
 import torch
+from torch._inductor import config as inductor_config
 
 import fluxfire
 from fluxfire import presets
@@ -41,13 +43,15 @@ def test_passes_conform_on_cuda(pass_):
 
 
 def test_fusion_allocates_nothing_also_after_moving():
+    gc.collect()
+    nothing = torch.cuda.memory_allocated()
     pipe = on_gpu(double_blocks=4, single_blocks=8)
     before = torch.cuda.memory_allocated()
     fluxfire.optimize(pipe, [QKVFusion()])
     rounding = 512 * 100  # the allocator rounds each tensor up to 512 bytes
     assert abs(torch.cuda.memory_allocated() - before) < rounding
     pipe.to("cpu")
-    assert torch.cuda.memory_allocated() < before / 2
+    assert torch.cuda.memory_allocated() - nothing < rounding
     pipe.to("cuda")
     assert abs(torch.cuda.memory_allocated() - before) < rounding
 
@@ -85,8 +89,10 @@ def test_inductor_patch_rescues_the_failing_case():
         return torch.compile(lambda x, s: torch.pow(x.shape[0] * 0.5, x.abs()) * s, dynamic=True)
 
     x = torch.randn(8, device="cuda")
-    with pytest.raises(Exception, match="size"):
+    # A graph from the cache on disk would skip the code that crashes.
+    uncached = inductor_config.patch(force_disable_caches=True)
+    with uncached, pytest.raises(Exception, match="size"):
         compiled()(x, 0.3)
     torch.compiler.reset()
-    with guarded():
+    with uncached, guarded():
         assert torch.allclose(compiled()(x, 0.3), torch.pow(4.0, x.abs()) * 0.3)

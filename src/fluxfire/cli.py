@@ -185,6 +185,7 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     from fluxfire import api
+    from fluxfire.environment import environment
 
     pipe = _load(arguments.model)
     api.optimize(pipe, wanted)
@@ -207,7 +208,11 @@ def _run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"cannot write {output}: {error}") from None
     _note(f"{output}: {result.width}x{result.height} in {human_seconds(seconds)}")
     report = api.report(pipe)
-    _say(json.dumps(report.to_dict(), indent=2) if arguments.report == "json" else report)
+    if arguments.report == "json":
+        facts = {"environment": environment().to_dict(), **report.to_dict()}
+        _say(json.dumps(facts, indent=2))
+    else:
+        _say(report)
     return 0
 
 
