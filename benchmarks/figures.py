@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from fluxfire.bench import load
@@ -141,9 +142,42 @@ def main_job() -> str:
     )
 
 
+def options() -> str:
+    """What inductor's options change, the variants taking turns."""
+    result = load(RESULTS / "compile_options.json")
+    eager = {r["fused"]: median(r["step_ms"]) for r in result["rows"] if r["variant"] == "eager"}
+    rows = []
+    for row in result["rows"]:
+        times = row["step_ms"]
+        name = f"QKVFusion, {row['variant']}" if row["fused"] else row["variant"]
+        spread = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
+        rows.append((name, spread, f"{eager[False] / median(times):.2f}×"))
+    return f"{markdown(('', 'step, ms: median (spread)', ''), rows)}\n\n{where(result)}."
+
+
+def profile() -> str:
+    """Where a compiled step goes, by kind of kernel."""
+    result = load(RESULTS / "profile.json")
+    kinds = {
+        "matrix products": ("nvjet", "gemm", "cublas"),
+        "attention": ("cudnn_generated_fort_native_sdpa", "flash", "fmha"),
+        "fused elementwise kernels, norms and rotations": ("triton",),
+    }
+    spent: dict[str, float] = {}
+    for kernel in result["kernels"]:
+        name = kernel["name"].lower()
+        kind = next((k for k, marks in kinds.items() if name.startswith(marks)), "the rest")
+        spent[kind] = spent.get(kind, 0.0) + kernel["ms"]
+    rows = [(kind, f"{ms:.0f} ms") for kind, ms in sorted(spent.items(), key=lambda i: -i[1])]
+    passes = ", ".join(f"`{p}`" for p in result["passes"])
+    return f"{markdown(('kernels', 'of one step'), rows)}\n\nWith {passes}. {where(result)}."
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": edits_summary,
     "edits": lambda: edits_detail("edits.json"),
+    "profile": profile,
+    "options": options,
     "passes": lambda: edits_detail("passes.json"),
     "literal": literal,
     "symfloat": symfloat,

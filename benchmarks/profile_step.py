@@ -1,0 +1,92 @@
+"""Where the time of one denoising step goes: every kernel, with its milliseconds and calls.
+
+python benchmarks/profile_step.py --out benchmarks/results/profile.json
+python benchmarks/profile_step.py --model random-tiny --side 64 --out /tmp/profile.json
+"""
+
+from __future__ import annotations
+
+import argparse
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from PIL import Image
+from torch.profiler import ProfilerActivity, profile
+
+import fluxfire
+from fluxfire import Change, Finding, Target, Transaction, presets
+from fluxfire.bench import Workload, save, stamp
+from fluxfire.generation import Listener
+from fluxfire.kontext import Call
+from fluxfire.loading import RANDOM, load
+from fluxfire.protocol import Exactness, Stage
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProfileStep(Listener):
+    """Profiles the second step of every generation: a pass, applied like any other."""
+
+    profiler: profile = field(repr=False)
+
+    name: ClassVar[str] = "profile-step"
+    stage: ClassVar[Stage] = "environment"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[Exactness] = "bitwise"
+
+    def check(self, target: Target) -> tuple[Finding, ...]:  # noqa: ARG002
+        """Find nothing."""
+        return ()
+
+    def apply(self, tx: Transaction) -> Change:
+        """Listen."""
+        tx.listen(self)
+        return Change(1, "profilers attached")
+
+    def around(self, call: Call) -> AbstractContextManager[object]:
+        """Profile step 1; step 0 may compile."""
+        return self.profiler if call.step == 1 else nullcontext()
+
+
+def main() -> None:
+    """Edit in two steps: the first compiles, the second is profiled."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=RANDOM, default="random-full")
+    parser.add_argument("--side", type=int, default=1024, help="of the picture, in pixels")
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+
+    pipe = load(arguments.model)
+    side, resize = arguments.side, arguments.model == "random-full"
+    work = Workload(name="edit", width=side, height=side, steps=2, auto_resize=resize)
+    picture = Image.new("RGB", (side, side), "olive")
+    on_gpu = torch.cuda.is_available()
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    profiler = profile(activities=[activity])
+    with fluxfire.optimized(pipe, [ProfileStep(profiler=profiler), *presets.faithful]):
+        work.run(pipe, picture)
+    save(
+        {
+            "benchmark": "profile",
+            **stamp(),
+            "passes": [repr(p) for p in presets.faithful],
+            "kernels": _kernels(profiler, on_gpu),
+        },
+        arguments.out,
+    )
+
+
+def _kernels(profiler: profile, on_gpu: bool) -> list[dict[str, Any]]:
+    """List kernels, the costliest first."""
+    rows = []
+    for event in profiler.key_averages():
+        spent = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if spent > 0:
+            rows.append({"name": event.key, "ms": spent / 1e3, "calls": event.count})
+    return sorted(rows, key=lambda row: -row["ms"])
+
+
+if __name__ == "__main__":
+    main()
