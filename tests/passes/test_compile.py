@@ -43,6 +43,14 @@ def test_a_pipeline_that_is_compiled_already_is_refused(pipe):
         fluxfire.optimize(pipe, [Compile()])
 
 
+def test_what_the_cpu_needs_is_asked_for_by_name(pipe, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: "/nowhere")
+    said = " ".join(fluxfire.plan(pipe, [Compile()]).complaints())
+    assert "needs a C++ compiler; install g++ or clang++" in said
+    assert "/nowhere has no Python.h" in said
+
+
 def test_a_native_cache_is_refused(pipe):
     from diffusers import FirstBlockCacheConfig
 
