@@ -108,6 +108,6 @@ def demo(session: nox.Session) -> None:
         [str(Path(session.bin) / "fluxfire"), "plan"], capture_output=True, check=False
     )
     if planned.returncode != 0:
-        session.warn("no C++ compiler to compile with: the demo leaves Compile out")
+        session.warn(f"the demo leaves Compile out: {planned.stdout.decode()}")
         arguments += ["--passes", "inductor-patch,qkv-fusion"]
     session.run("fluxfire", "run", *arguments, *session.posargs, env=dict(os.environ))

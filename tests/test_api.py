@@ -288,6 +288,7 @@ def test_report(pipe):
     first, second = facts["generations"]
     assert (first["steps"], first["transformer_calls"]) == (4, 4)
     assert (second["steps"], second["transformer_calls"]) == (2, 4)
+    assert first["tokens"] == {"noise": 64, "reference": 64, "text": 24}
     assert 0 < first["seconds_a_step"] < first["seconds"]
     assert first["compiles"] == first["recompiles"] == first["graph_breaks"] == 0
     printed = str(fluxfire.report(pipe))
@@ -403,3 +404,47 @@ def test_setattr_is_undone_across_torchs_registries(pipe):
     fluxfire.optimize(pipe, [Replaces()])
     fluxfire.restore(pipe)
     assert differences(before, fingerprint(pipe)) == []
+
+
+def test_a_check_that_yields_nonsense_is_blamed_on_its_pass(pipe):
+    class Clumsy(ScaleTemb):
+        def check(self, target):
+            return ["bad"]
+
+    with pytest.raises(PlanError, match="scale-temb: its check.. gave 'bad', not a Finding"):
+        fluxfire.optimize(pipe, [Clumsy()])
+
+
+def test_hints_for_lists_written_in_other_ways(pipe):
+    with pytest.raises(PlanError, match=r"did you mean passes=\['qkv-fusion'\]"):
+        fluxfire.optimize(pipe, "qkv-fusion")
+    with pytest.raises(PlanError, match=r"is a list within the list; write \* before it"):
+        fluxfire.optimize(pipe, [fluxfire.presets.faithful])
+    with pytest.raises(PlanError, match="did you mean 'qkv-fusion'"):
+        fluxfire.optimize(pipe, ["qkv_fusion"])
+
+
+def test_a_pass_twice_is_one_mistake(pipe):
+    planned = fluxfire.plan(pipe, [QKVFusion(), QKVFusion(vae=False)])
+    assert len(planned.complaints()) == 1
+    assert planned.suggestion == (QKVFusion(),)
+
+
+def test_an_early_pass_after_a_late_one_is_told_the_way(pipe):
+    fluxfire.optimize(pipe, [SkipBlock()])
+    with pytest.raises(PlanError, match=r"skip-block is already applied: restore\(pipe\), and"):
+        fluxfire.optimize(pipe, [QKVFusion()])
+
+
+@pytest.mark.parametrize("verb", [fluxfire.restore, fluxfire.report])
+def test_what_is_no_pipeline_is_refused_by_every_verb(verb):
+    with pytest.raises(PlanError, match="not on int"):
+        verb(3)
+
+
+def test_warmup_sizes_cannot_be_overruled(pipe):
+    fluxfire.optimize(pipe, [])
+    with pytest.raises(PlanError, match="instead of height, max_area"):
+        fluxfire.warmup(pipe, sizes=[(32, 32)], height=64, max_area=1)
+    with pytest.raises(PlanError, match=r"such as \[\(1024, 1024\)\], not \(64, 64\)"):
+        fluxfire.warmup(pipe, sizes=(64, 64))

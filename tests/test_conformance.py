@@ -141,12 +141,29 @@ class PatchesTheClass(Broken):
         return Change(1, "classes")
 
 
-class NotBitwise(Broken):
+class Wrapping(Broken):
+    leaves = frozenset({"wraps-blocks"})
+
+
+class WrapsUndeclared(Broken):
+    exactness = "lossy"
+
     def apply(self, tx):
         return SkipBlock().apply(tx)
 
 
-class NotClose(Broken):
+class WrapsWrongly(Wrapping):
+    def apply(self, tx):
+        tx.wrap_blocks(lambda run, streams: run(streams))
+        return Change(1, "runs")
+
+
+class NotBitwise(Wrapping):
+    def apply(self, tx):
+        return SkipBlock().apply(tx)
+
+
+class NotClose(Wrapping):
     exactness = "close"
 
     def apply(self, tx):
@@ -162,7 +179,7 @@ class RecordsTooLate(Broken):
         return Change(2, "attributes")
 
 
-class KeepsState(Broken):
+class KeepsState(Wrapping):
     exactness = "lossy"
 
     def apply(self, tx):
@@ -212,6 +229,8 @@ def _flags_back():
         (LeavesAFlag(), "restore gives the structure back"),
         (LiesAboutBytes(), "Change.bytes is what weights and buffers grew by"),
         (PatchesTheClass(), "a second pipeline is left alone"),
+        (WrapsUndeclared(), "what it leaves is declared"),
+        (WrapsWrongly(), "it raises nothing. It raised TypeError"),
         (NotBitwise(), "it is bitwise"),
         (NotClose(), "it is close"),
         (RecordsTooLate(), "a failure at edit"),

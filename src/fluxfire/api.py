@@ -19,7 +19,7 @@ from fluxfire.protocol import Change, Pass
 from fluxfire.reporting import PassReport, Report
 from fluxfire.statistics import Statistics
 from fluxfire.transaction import Transaction
-from fluxfire.warming import Size, blank_calls, check_sizes
+from fluxfire.warming import Size, blank_calls, check_call, check_sizes
 
 P = TypeVar("P")
 
@@ -82,10 +82,11 @@ def restore(pipe: P) -> P:
         The same pipeline.
 
     Raises:
+        PlanError: this is no Kontext pipeline.
         BusyError: the pipeline is generating.
         RestoreError: some edits could not be undone; all others were.
     """
-    conductor = conductor_of(pipe)
+    conductor = _conductor(pipe)
     if conductor is None:
         return pipe
     with conductor.idle("restore"), _editing():
@@ -121,7 +122,7 @@ def optimized(pipe: P, passes: Passes = None) -> Iterator[P]:
 
 def report(pipe: Any) -> Report:
     """Say what was done to a pipeline and what its generations cost so far."""
-    conductor = conductor_of(pipe)
+    conductor = _conductor(pipe)
     if conductor is None:
         return Report()
     record = _record(conductor)
@@ -154,10 +155,11 @@ def warmup(
         PassError: a pass's `after_warmup` failed; what it did was rolled back.
         BusyError: the pipeline is generating.
     """
-    conductor = conductor_of(pipe)
+    conductor = _conductor(pipe)
     if conductor is None:
         raise PlanError("warmup needs an optimized pipeline; call optimize(pipe) first")
     check_sizes(pipe, sizes, references or ())
+    check_call(call)
     record = _record(conductor)
     began = time.perf_counter()
     for size in sizes:
@@ -254,6 +256,13 @@ def _checked(change: object) -> Change:
     if not isinstance(change, Change):
         raise TypeError(f"apply() returned {change!r}, not a fluxfire.Change")
     return change
+
+
+def _conductor(pipe: object) -> Conductor | None:
+    """Return a pipeline's conductor, or None for a plain one; refuse what is no pipeline."""
+    if not isinstance(pipe, kontext.PIPELINES):
+        raise PlanError(str(kontext.unsupported(pipe)))
+    return conductor_of(pipe)
 
 
 def _record(conductor: Conductor) -> _Record:

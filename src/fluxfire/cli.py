@@ -74,8 +74,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--image", required=True, help="the picture to edit")
     run.add_argument("--prompt", required=True, help="the instruction")
     run.add_argument("-o", "--output", default="out.png", help="where to write (default: out.png)")
-    run.add_argument("--seed", type=_seed, default=0)
-    run.add_argument("--steps", type=_positive, default=28)
+    run.add_argument("--seed", type=_seed, default=0, help="default: %(default)s")
+    run.add_argument(
+        "--steps", type=_positive, default=28, help="denoising steps (default: %(default)s)"
+    )
     run.add_argument("--size", type=_size, help="WIDTHxHEIGHT (default: the picture's shape)")
     run.add_argument("--report", choices=("table", "json"), default="table")
     return parser
@@ -91,8 +93,10 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
 
 def _add_passes(parser: argparse.ArgumentParser) -> None:
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--preset", default="faithful", help="default: %(default)s")
-    which.add_argument("--passes", help="names of passes in order, separated by commas")
+    which.add_argument(
+        "--preset", default="faithful", help="faithful or article (default: %(default)s)"
+    )
+    which.add_argument("--passes", help="names in order, separated by commas, or none")
 
 
 def _wanted(arguments: argparse.Namespace) -> list[Pass]:
@@ -101,18 +105,27 @@ def _wanted(arguments: argparse.Namespace) -> list[Pass]:
 
     if arguments.passes is None:
         return list(presets.named(arguments.preset))
+    if arguments.passes == "none":
+        return []
     return [plugins.find(name.strip())() for name in arguments.passes.split(",") if name.strip()]
 
 
 def _positive(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return number
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
 def _seed(text: str) -> int:
-    number = int(text)
+    number = _whole(text)
     if not 0 <= number <= _LARGEST_SEED:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and {_LARGEST_SEED}")
     return number

@@ -13,6 +13,9 @@ from fluxfire import kontext
 from fluxfire.errors import LoadError
 from fluxfire.random_kontext import full_kontext, tiny_kontext
 
+_UNREACHABLE = {  # of httpx, requests and huggingface_hub, whose bases differ by version
+    "ConnectError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
+}  # fmt: skip
 RANDOM = {"random-tiny": tiny_kontext, "random-full": full_kontext}
 
 
@@ -99,6 +102,11 @@ def _explain(model: str, error: BaseException) -> str:
         )
     if 404 in statuses:  # noqa: PLR2004 - HTTP's own number
         return f"the hub has no model {model}; check the id's spelling"
+    if _UNREACHABLE & {type(e).__name__ for e in _chain(error)}:
+        return (
+            f"{model} is not on this machine, and the hub cannot be reached (a gated model also "
+            f"needs its licence accepted and HF_TOKEN set)"
+        )
     first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     return f"{model} could not be loaded: {first}"
 

@@ -27,6 +27,8 @@ def malformed(candidate: object) -> str | None:
         return f"{name} is a class; pass an instance, {name}()"
     if isinstance(candidate, Finding | str | bytes):
         return f"{candidate!r} is not a pass"
+    if isinstance(candidate, list | tuple):
+        return f"{candidate!r} is a list within the list; write * before it"
     missing = [m for m in ("name", "stage", "slot", "exactness") if not hasattr(candidate, m)]
     missing += [f"{m}()" for m in ("check", "apply") if not callable(getattr(candidate, m, None))]
     if missing:
@@ -73,9 +75,15 @@ def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
                     f"{pass_.slot!r}, which has room for one; keep one of them"
                 )
         if latest is not None and STAGES.index(pass_.stage) < STAGES.index(latest.stage):
+            late = any(latest is p for p in passes[:applied]) and index >= applied
             found.append(
                 f"{pass_.name} (stage {pass_.stage}) must come before {latest.name} "
                 f"(stage {latest.stage}): {BOUNDARIES[pass_.stage]}"
+                + (
+                    f"; {latest.name} is already applied: restore(pipe), and optimize with both"
+                    if late
+                    else ""
+                )
             )
         else:
             latest = pass_

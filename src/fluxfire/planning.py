@@ -44,7 +44,7 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     if passes is None:
         passes = "faithful"
     if isinstance(passes, str):
-        passes = presets.named(passes)
+        passes = _preset(passes)
     if not isinstance(passes, Iterable):
         single = f"; did you mean passes=[{passes!r}]?" if malformed(passes) is None else ""
         raise PlanError(f"passes must be a list or a preset's name, not {passes!r}{single}")
@@ -61,6 +61,15 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
         else:
             wrong.append(why)
     return found, wrong
+
+
+def _preset(name: str) -> Iterable[Pass]:
+    try:
+        return presets.named(name)
+    except PlanError as error:
+        if name in plugins.own() or name in plugins.announced():
+            raise PlanError(f"{error}; did you mean passes=[{name!r}]?") from None
+        raise
 
 
 def leaves(pass_: Pass) -> frozenset[str]:
@@ -86,8 +95,9 @@ def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list
     data = tuple(map(configured, (*applied, *wanted)))
     traits = kontext.traits(pipe).union(*map(leaves, applied))
     steps = []
-    for pass_ in wanted:
-        twin = any(p.name == pass_.name for p in applied)  # complained of already
+    for index, pass_ in enumerate(wanted):
+        others = (*applied, *wanted[:index])
+        twin = any(p.name == pass_.name for p in others)  # complained of already
         target = Target(pipe, environment(), data, traits)
         steps.append(Step(pass_, () if twin else _findings(pass_, target)))
         traits |= leaves(pass_)
@@ -95,11 +105,16 @@ def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list
 
 
 def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:
+    fault = "this is a fault of the pass; leave it out"
     try:
-        return tuple(pass_.check(target))
+        findings = tuple(pass_.check(target))
     except Exception as error:  # noqa: BLE001 - anyone's code; the plan must name it
         said = f"its check() failed with {type(error).__name__}: {error}"
-        return (Finding("error", said, "this is a fault of the pass; leave it out"),)
+        return (Finding("error", said, fault),)
+    for finding in findings:
+        if not isinstance(finding, Finding):
+            return (Finding("error", f"its check() gave {finding!r}, not a Finding", fault),)
+    return findings
 
 
 def _suggestion(pipe: Any, steps: Sequence[Step]) -> tuple[Pass, ...] | None:

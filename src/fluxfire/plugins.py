@@ -10,6 +10,7 @@ the pass's name and whose value is the class:
 from __future__ import annotations
 
 from collections.abc import Callable
+from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 
 from fluxfire import passes
@@ -40,8 +41,10 @@ def find(name: str) -> Callable[[], Pass]:
     if name in ours:
         return ours[name]
     if name not in theirs:
-        known = ", ".join(sorted({*ours, *theirs}))
-        raise PlanError(f"there is no pass {name!r}; there are {known}")
+        known = sorted({*ours, *theirs})
+        close = get_close_matches(name.replace("_", "-"), known, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise PlanError(f"there is no pass {name!r}; there are {', '.join(known)}{hint}")
     try:
         cls: Callable[[], Pass] = theirs[name].load()
     except (ImportError, AttributeError) as error:

@@ -32,8 +32,9 @@ article: tuple[Pass, ...] = (
         },
     ),
 )
-"""The settings of the article that fluxfire began as a re-implementation of, in the order
-that fluxfire's stages ask for. Its whole-model autotuning takes minutes to compile."""
+"""The settings of the article that fluxfire began as a re-implementation of ("FLUX.1-Kontext:
+When Speed Meets Style"), in the order that fluxfire's stages ask for. Its whole-model autotuning
+takes minutes to compile."""
 
 _NAMES = ("faithful", "article")
 

@@ -95,6 +95,7 @@ def _runs(runs: tuple[RunStatistics, ...]) -> str:
         rows.append(
             (
                 run.number,
+                "+".join(map(str, facts["tokens"].values())) if facts["tokens"] else "-",
                 facts["steps"],
                 human_seconds(pace) if pace is not None else "-",
                 human_seconds(run.seconds),
@@ -104,5 +105,8 @@ def _runs(runs: tuple[RunStatistics, ...]) -> str:
                 run.error or "",
             )
         )
-    head = ("generation", "steps", "a step", "in all", "compiles", "recompiles", "breaks", "error")
+    head = (
+        "generation", "noise+reference+text tokens", "steps", "a step (median)", "in all",
+        "compiles", "recompiles", "breaks", "error",
+    )  # fmt: skip
     return table(head, rows)

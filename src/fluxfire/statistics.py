@@ -9,7 +9,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fluxfire.generation import Generation, Listener
-from fluxfire.kontext import Call
+from fluxfire.kontext import Call, Tokens
 
 _KEPT = 100
 
@@ -29,6 +29,7 @@ class RunStatistics:
     Attributes:
         number: which generation of the pipeline, from 1.
         seconds: wall time of the whole call.
+        tokens: what the first call of the transformer carried; tells sizes apart.
         calls: how often the transformer ran; twice a step under true CFG.
         compiles: how often torch.compile traced code during the call.
         recompiles: how many of these were for code that had been compiled before.
@@ -38,6 +39,7 @@ class RunStatistics:
 
     number: int
     seconds: float = 0.0
+    tokens: Tokens | None = None
     calls: int = 0
     compiles: int = 0
     recompiles: int = 0
@@ -61,6 +63,7 @@ class RunStatistics:
         return {
             "number": self.number,
             "seconds": self.seconds,
+            "tokens": asdict(self.tokens) if self.tokens else None,
             "steps": len(steps),
             "seconds_a_step": median(steps) if steps else None,
             "step_seconds": steps,
@@ -83,12 +86,13 @@ class Statistics(Listener):
         self.runs: deque[RunStatistics] = deque(maxlen=_KEPT)
         self._step = -1
         self._clock: _Clock | None = None
+        self._tokens: Tokens | None = None
 
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
         """Time the whole call and count what is compiled in it."""
         run = RunStatistics(generation.number)
-        self._step, self._clock = -1, None
+        self._step, self._clock, self._tokens = -1, None, None
         breaks = _graph_breaks()
         began = time.perf_counter()
         try:
@@ -100,6 +104,7 @@ class Statistics(Listener):
         finally:
             run.seconds = time.perf_counter() - began
             run.calls = generation.calls
+            run.tokens = self._tokens
             run.compiles = len(compile_ids)
             run.recompiles = sum(map(_is_recompile, compile_ids))
             run.graph_breaks = _graph_breaks() - breaks
@@ -113,6 +118,7 @@ class Statistics(Listener):
         """Mark where each step begins, and where the latest call ends."""
         if self._clock is None:
             self._clock = _Clock(call.timestep.device)
+            self._tokens = call.tokens
         if call.step != self._step:
             self._step = call.step
             self._clock.begin_step()

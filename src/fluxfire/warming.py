@@ -21,8 +21,8 @@ def check_sizes(pipe: Any, sizes: Sequence[Size], references: Sequence[Size]) ->
         PlanError: naming the size and what it must be.
     """
     multiple = pipe.vae_scale_factor * 2
-    if not sizes:
-        raise PlanError("warmup needs at least one size, such as sizes=[(1024, 1024)]")
+    if not sizes or not all(isinstance(size, Sequence) for size in sizes):
+        raise PlanError(f"warmup needs a list of sizes, such as [(1024, 1024)], not {sizes!r}")
     for size in sizes:
         if not _is_size(size, multiple):
             raise PlanError(
@@ -35,6 +35,17 @@ def check_sizes(pipe: Any, sizes: Sequence[Size], references: Sequence[Size]) ->
                 f"warmup cannot use a reference of size {size!r}: it must be (width, height), "
                 f"both positive"
             )
+
+
+def check_call(call: dict[str, Any]) -> None:
+    """Refuse arguments that would overrule the sizes.
+
+    Raises:
+        PlanError: naming them.
+    """
+    overruling = sorted(call.keys() & {"width", "height", "max_area"})
+    if overruling:
+        raise PlanError(f"warmup takes sizes=[(width, height)] instead of {', '.join(overruling)}")
 
 
 def _is_size(size: object, multiple: int) -> bool:

@@ -14,7 +14,9 @@ import numpy.typing as npt
 from fluxfire import api, kontext
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
+from fluxfire.generation import conductor_of
 from fluxfire.planner import configured, malformed
+from fluxfire.planning import leaves
 from fluxfire.protocol import Change, Finding, Pass, Target
 from fluxfire.random_kontext import tiny_kontext
 from fluxfire.testing.fingerprint import differences, fingerprint
@@ -95,18 +97,22 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = e
     plain = make_pipe()
     reference = run(plain)
     before = fingerprint(plain)
+    try:
+        _check_is_pure(pass_, plain, before)
+        _check_change_and_restore(pass_, plain, before, reference, run)
+        _check_rollback(pass_, plain, before, reference, run)
+        _check_exactness(pass_, make_pipe, reference, run)
+        _check_no_state(pass_, make_pipe, run)
+        _check_neighbour(pass_, make_pipe, run)
+    except ConformanceError:
+        raise
+    except Exception as error:  # noqa: BLE001 - anyone's code; the message must name it
+        _fail(pass_, "it raises nothing", f"It raised {type(error).__name__}: {error}", error)
 
-    _check_is_pure(pass_, plain, before)
-    _check_change_and_restore(pass_, plain, before, reference, run)
-    _check_rollback(pass_, plain, before, reference, run)
-    _check_exactness(pass_, make_pipe, reference, run)
-    _check_no_state(pass_, make_pipe, run)
-    _check_neighbour(pass_, make_pipe, run)
 
-
-def _fail(pass_: Pass, promise: str, detail: str) -> NoReturn:
+def _fail(pass_: Pass, promise: str, detail: str, cause: BaseException | None = None) -> NoReturn:
     name = getattr(pass_, "name", repr(pass_))
-    raise ConformanceError(f"{name} breaks a promise: {promise}. {detail}")
+    raise ConformanceError(f"{name} breaks a promise: {promise}. {detail}") from cause
 
 
 def _check_configuration(pass_: Pass) -> None:
@@ -168,6 +174,14 @@ def _check_change_and_restore(
             pass_,
             "Change.bytes is what weights and buffers grew by",
             f"it says {change.bytes}, but they grew by {grown}",
+        )
+    conductor = conductor_of(pipe)
+    wraps = conductor is not None and conductor.stack.wrappers
+    if wraps and "wraps-blocks" not in leaves(pass_):
+        _fail(
+            pass_,
+            "what it leaves is declared",
+            'it wraps the blocks: say leaves = frozenset({"wraps-blocks"})',
         )
     run(pipe)
     api.finish_warmup(pipe)
@@ -255,7 +269,8 @@ def _same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
     changed = differences(before, fingerprint(pipe))
     if changed:
         shown = "\n  ".join(changed[:10])
-        _fail(pass_, promise, f"{len(changed)} things differ:\n  {shown}")
+        hint = "change the pipeline through the transaction alone"
+        _fail(pass_, promise, f"{len(changed)} things differ ({hint}):\n  {shown}")
 
 
 def _count_edits(passes: list[Pass], pipe: Any) -> int:

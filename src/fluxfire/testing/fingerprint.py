@@ -44,12 +44,12 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
     classes: dict[type, None] = dict.fromkeys(type(pipe).__mro__)
-    yield "pipe", _own(pipe)
+    yield from _own("pipe", pipe)
     for component_name, component in kontext.modules(pipe):
         yield f"{component_name} state-dict keys", tuple(component.state_dict())
         for name, module in component.named_modules():
             where = f"{component_name}.{name}".rstrip(".")
-            yield where, _own(module)
+            yield from _own(where, module)
             classes.update(dict.fromkeys(type(module).__mro__))
             for kind in ("_parameters", "_buffers"):
                 for key, tensor in vars(module)[kind].items():
@@ -61,9 +61,12 @@ def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
     yield from _process_wide()
 
 
-def _own(obj: object) -> tuple[Any, ...]:
+def _own(where: str, obj: object) -> Iterator[tuple[str, Any]]:
     """Describe an object's class and its instance dictionary, order included."""
-    return (id(type(obj)), tuple((k, _value(v)) for k, v in vars(obj).items()))
+    yield f"{where}: class", id(type(obj))
+    yield f"{where}: order of attributes", tuple(vars(obj))
+    for name, value in vars(obj).items():
+        yield f"{where}: attribute {name}", _value(value)
 
 
 def _value(value: object) -> Any:
