@@ -79,6 +79,8 @@ def test_lora_before_and_after_works_as_on_the_plain_pipeline(scale, reference):
     expected = edit(with_lora(tiny_kontext()), **kwargs)
     assert np.abs(expected - reference).max() > 0.01
     before = fluxfire.optimize(with_lora(tiny_kontext()), [QKVFusion()])
+    # Every triple of the transformer carries the LoRA; the two of the VAE do not.
+    assert fluxfire.report(before).passes[0].change.count == 2
     assert np.abs(edit(before, **kwargs) - expected).max() < CLOSE
     after = with_lora(fluxfire.optimize(tiny_kontext(), [QKVFusion()]))
     assert np.abs(edit(after, **kwargs) - expected).max() < CLOSE

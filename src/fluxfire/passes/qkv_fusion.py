@@ -94,14 +94,16 @@ class QKVFusion:
             for names in _groups(attention):
                 projection = FusedProjection(attention, names)
                 tx.on_undo(projection.separate)
-                projection.share()
+                if projection.fusible:
+                    projection.share()
                 tx.setattr(attention, projection.attribute, projection)
                 fused.append(projection)
             tx.setattr(attention, "fused_projections", True)
             if (processor := _fused_processor(attention)) is not None:
                 tx.setattr(attention, "processor", processor)
         tx.listen(_KeepShared(fused))
-        return Change(len(fused), "query-key-value triples fused, storage shared")
+        shared = sum(projection.shared for projection in fused)
+        return Change(shared, "query-key-value triples fused, storage shared")
 
     def _attentions(self, pipe: Any) -> Iterator[Any]:
         """Iterate over the attentions that can be fused."""
