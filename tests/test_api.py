@@ -11,7 +11,12 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers import (
+    FlowMatchHeunDiscreteScheduler,
+    FluxKontextInpaintPipeline,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+)
 
 import fluxfire
 from doubles import Fake, Listen, ScaleTemb, SkipBlock
@@ -383,6 +388,19 @@ def test_a_check_that_fails_is_blamed_on_its_pass(pipe):
 
     with pytest.raises(PlanError, match="scale-temb: its check.. failed with KeyError: 'x'"):
         fluxfire.optimize(pipe, [Clumsy()])
+
+
+def test_a_replaced_component_is_put_back_in_the_pipelines_config_too(pipe):
+    class Replaces(ScaleTemb):
+        def apply(self, tx):
+            tx.setattr(tx.pipe, "scheduler", FlowMatchHeunDiscreteScheduler())
+            return Change(1, "schedulers")
+
+    config = dict(pipe.config)
+    fluxfire.optimize(pipe, [Replaces()])
+    assert dict(pipe.config) != config
+    fluxfire.restore(pipe)
+    assert dict(pipe.config) == config
 
 
 def test_setattr_is_undone_across_torchs_registries(pipe):

@@ -38,7 +38,11 @@ class Transaction:
         before = None if holder is None else dict(holder)
 
         def inverse() -> None:
-            if _holder(obj, name) is not None:
+            now = _holder(obj, name)
+            if before is not None and now is holder:
+                setattr(obj, name, before[name])  # a pipeline notes its components' classes
+                return
+            if now is not None:
                 delattr(obj, name)
             if holder is not None and before is not None:
                 _put_back(holder, name, before)
