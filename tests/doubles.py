@@ -27,16 +27,28 @@ class Fake:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScaleTemb:
+class Bare:
+    """Does nothing and keeps every promise; the others say where they differ."""
+
+    name: ClassVar[str] = "bare"
+    stage: ClassVar[str] = "weights"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[str] = "bitwise"
+
+    def check(self, target):
+        return ()
+
+    def apply(self, tx):
+        return Change(0, "things")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleTemb(Bare):
     """Lossy on purpose: changes an attribute, a weight in place, and a dictionary's order."""
 
     name: ClassVar[str] = "scale-temb"
     stage: ClassVar[str] = "weights"
-    slot: ClassVar[str | None] = None
     exactness: ClassVar[str] = "lossy"
-
-    def check(self, target):
-        return ()
 
     def apply(self, tx):
         bias = tx.pipe.transformer.proj_out.bias
@@ -50,19 +62,15 @@ class ScaleTemb:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SkipBlock:
+class SkipBlock(Bare):
     """Skips one block of the transformer."""
 
     index: int = 1
 
     name: ClassVar[str] = "skip-block"
     stage: ClassVar[str] = "blocks"
-    slot: ClassVar[str | None] = None
     exactness: ClassVar[str] = "lossy"
     leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
-
-    def check(self, target):
-        return ()
 
     def apply(self, tx):
         def skip(run, streams, blocks, call):
@@ -75,7 +83,7 @@ class SkipBlock:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HalfTheTokens:
+class HalfTheTokens(Bare):
     """Runs the blocks on the noise tokens and the text alone; the reference stays as it was."""
 
     name: ClassVar[str] = "half-the-tokens"
@@ -83,9 +91,6 @@ class HalfTheTokens:
     slot: ClassVar[str | None] = "block-cache"
     exactness: ClassVar[str] = "lossy"
     leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
-
-    def check(self, target):
-        return ()
 
     def apply(self, tx):
         import torch
@@ -128,18 +133,14 @@ class Tally(Listener):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Listen:
+class Listen(Bare):
     """Listens to generations, and enters a context manager for as long as it is applied."""
 
     name: ClassVar[str] = "listen"
     stage: ClassVar[str] = "environment"
-    slot: ClassVar[str | None] = None
     exactness: ClassVar[str] = "bitwise"
     entered: ClassVar[list[int]] = []
     tallies: ClassVar[list[Tally]] = []
-
-    def check(self, target):
-        return ()
 
     def apply(self, tx):
         @contextmanager

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
 from torch._inductor import config as inductor_config
 
-from doubles import HalfTheTokens, Listen, ScaleTemb, SkipBlock
+from doubles import Bare, HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change, Finding
 from fluxfire.generation import Listener
 from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
@@ -36,20 +35,8 @@ def test_compile_conforms(pass_):
     check_pass(pass_)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Broken:
+class Broken(Bare):
     """Conforms, until a test breaks one promise."""
-
-    name: ClassVar[str] = "broken"
-    stage: ClassVar[str] = "weights"
-    slot: ClassVar[str | None] = None
-    exactness: ClassVar[str] = "bitwise"
-
-    def check(self, target):
-        return ()
-
-    def apply(self, tx):
-        return Change(0, "things")
 
 
 def test_the_double_conforms_unbroken():
@@ -57,10 +44,10 @@ def test_the_double_conforms_unbroken():
 
 
 @dataclass(kw_only=True)
-class NotFrozen(Broken.__base__):
+class NotFrozen:
     setting: int = 1
     name, stage, slot, exactness = "broken", "weights", None, "bitwise"
-    check, apply = Broken.check, Broken.apply
+    check, apply = Bare.check, Bare.apply
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

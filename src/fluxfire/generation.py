@@ -117,7 +117,7 @@ class Conductor:
         transformer = self._transformer = pipe.transformer
         plain = transformer._call_impl  # noqa: SLF001 - what __call__ runs
         self.run_transformer = vars(transformer).get(CALL_SLOT) or plain
-        return TransformerCall(self, pipe, transformer)
+        return TransformerCall(self, pipe)
 
     @contextmanager
     def idle(self, wish: str) -> Iterator[None]:
@@ -182,9 +182,7 @@ class Conductor:
             self._lock.release()
 
     @contextmanager
-    def _step(
-        self, pipe: Any, transformer: Any, inputs: dict[str, Any]
-    ) -> Iterator[dict[str, Any]]:
+    def _step(self, pipe: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         generation = self._generation
         if generation is None or not {"img_ids", "txt_ids", "timestep"} <= inputs.keys():
             # Called directly, or by another pipeline that shares the model: run it plain.
@@ -200,7 +198,7 @@ class Conductor:
         with ExitStack() as entered:
             for listener in self.listeners:
                 entered.enter_context(listener.around(call))
-            yield entered.enter_context(self.stack.mounted(transformer, call, inputs))
+            yield entered.enter_context(self.stack.mounted(self._transformer, call, inputs))
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,13 +207,12 @@ class TransformerCall:
 
     conductor: Conductor
     pipe: Any
-    transformer: Any
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the transformer as the step of a generation that it is."""
         run = self.conductor.run_transformer
         assert run is not None  # noqa: S101 - set before this was put into the slot
-        with self.conductor._step(self.pipe, self.transformer, kwargs) as inputs:  # noqa: SLF001
+        with self.conductor._step(self.pipe, kwargs) as inputs:  # noqa: SLF001
             return run(*args, **inputs)
 
 

@@ -54,7 +54,7 @@ def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
         applied: how many of them are already applied, so that the words fit.
     """
     found = []
-    latest: Pass | None = None
+    highest = 0  # index of the pass with the latest stage so far
     names: dict[str, int] = {}
     slots: dict[str, Pass] = {}
     for index, pass_ in enumerate(passes):
@@ -74,19 +74,17 @@ def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
                     f"{pass_.name} and {holder.name} both fill the slot "
                     f"{pass_.slot!r}, which has room for one; keep one of them"
                 )
-        if latest is not None and STAGES.index(pass_.stage) < STAGES.index(latest.stage):
-            late = any(latest is p for p in passes[:applied]) and index >= applied
-            found.append(
-                f"{pass_.name} (stage {pass_.stage}) must come before {latest.name} "
-                f"(stage {latest.stage}): {BOUNDARIES[pass_.stage]}"
-                + (
-                    f"; {latest.name} is already applied: restore(pipe), and optimize with both"
-                    if late
-                    else ""
-                )
-            )
-        else:
-            latest = pass_
+        latest = passes[highest]
+        if STAGES.index(pass_.stage) >= STAGES.index(latest.stage):
+            highest = index
+            continue
+        why = BOUNDARIES[pass_.stage]
+        if highest < applied <= index:
+            why += f"; {latest.name} is already applied: restore(pipe), and optimize with both"
+        found.append(
+            f"{pass_.name} (stage {pass_.stage}) must come before {latest.name} "
+            f"(stage {latest.stage}): {why}"
+        )
     return found
 
 

@@ -195,10 +195,8 @@ def _check_change_and_restore(
 def _check_rollback(
     pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
 ) -> None:
-    edits = _count_edits([pass_], pipe)
-    own = edits - _count_edits([], pipe)
-    with api.optimized(pipe, [pass_]):
-        change = api.report(pipe).passes[0].change
+    edits, (change,) = _try_out([pass_], pipe)
+    own = edits - _try_out([], pipe)[0]
     if (change.count > 0) != (own > 0):
         _fail(
             pass_,
@@ -273,7 +271,8 @@ def _same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
         _fail(pass_, promise, f"{len(changed)} things differ ({hint}):\n  {shown}")
 
 
-def _count_edits(passes: list[Pass], pipe: Any) -> int:
+def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:
+    """Apply passes and restore; return how many edits were recorded, and what each said."""
     counted: list[FaultyTransaction] = []
 
     def transaction(*args: Any) -> FaultyTransaction:
@@ -281,8 +280,9 @@ def _count_edits(passes: list[Pass], pipe: Any) -> int:
         return counted[0]
 
     api._apply(pipe, passes, transaction)  # noqa: SLF001 - ours
+    changes = [p.change for p in api.report(pipe).passes]
     api.restore(pipe)
-    return counted[0].edits
+    return counted[0].edits, changes
 
 
 class FaultyTransaction(Transaction):
