@@ -16,14 +16,9 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from fluxfire import word_pieces
 
 _KINDS = {"edit": FluxKontextPipeline, "inpaint": FluxKontextInpaintPipeline}
 
@@ -150,13 +145,13 @@ def _assemble(
 ) -> Any:
     if kind not in _KINDS:
         raise ValueError(f"kind={kind!r}; it must be one of {', '.join(_KINDS)}")
-    clip_tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    tokenizer, tokenizer_2 = word_pieces.clip_tokenizer(), word_pieces.t5_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(clip_tokenizer),
-            bos_token_id=clip_tokenizer.bos_token_id,
-            eos_token_id=clip_tokenizer.eos_token_id,
-            pad_token_id=clip_tokenizer.pad_token_id,
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
             hidden_size=clip["hidden_size"],
             intermediate_size=clip["intermediate_size"],
             num_hidden_layers=clip["layers"],
@@ -164,7 +159,7 @@ def _assemble(
             projection_dim=clip["hidden_size"],
         )
     )
-    text_encoder_2 = T5EncoderModel(T5Config(vocab_size=len(t5_tokenizer), **t5))
+    text_encoder_2 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_2), **t5))
     for model in (transformer, vae, text_encoder, text_encoder_2):
         model.eval()
     return _KINDS[kind](
@@ -173,52 +168,8 @@ def _assemble(
         ),
         vae=vae,
         text_encoder=text_encoder,
-        tokenizer=clip_tokenizer,
+        tokenizer=tokenizer,
         text_encoder_2=text_encoder_2,
-        tokenizer_2=t5_tokenizer,
+        tokenizer_2=tokenizer_2,
         transformer=transformer,
     )
-
-
-def _clip_tokenizer() -> CLIPTokenizer:
-    """Make a CLIP tokenizer that knows bytes and no merges."""
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    letters = sorted(ByteLevel.alphabet())
-    entries = [*letters, *(c + "</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
-    vocabulary = {entry: i for i, entry in enumerate(entries)}
-    try:
-        return CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=77)
-    except TypeError:  # transformers 4 reads its vocabulary from files
-        return _clip_tokenizer_from_files(vocabulary)
-
-
-def _clip_tokenizer_from_files(vocabulary: dict[str, int]) -> CLIPTokenizer:
-    import json
-    import tempfile
-    from pathlib import Path
-
-    with tempfile.TemporaryDirectory() as folder:
-        vocabulary_file, merges_file = Path(folder, "vocab.json"), Path(folder, "merges.txt")
-        vocabulary_file.write_text(json.dumps(vocabulary))
-        merges_file.write_text("#version: 0.2\n")
-        return CLIPTokenizer(str(vocabulary_file), str(merges_file), model_max_length=77)
-
-
-def _t5_tokenizer() -> Any:
-    """Make a T5 tokenizer that knows printable ASCII, a character a token."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    pieces += [(chr(code), -3.0) for code in range(33, 127)]
-    try:
-        return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-    except TypeError:  # transformers 4: the fast tokenizer can be built from an object
-        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-        from transformers import T5TokenizerFast
-
-        raw = Tokenizer(models.Unigram(pieces, unk_id=2))
-        raw.pre_tokenizer = pre_tokenizers.Metaspace()
-        raw.decoder = decoders.Metaspace()
-        raw.post_processor = processors.TemplateProcessing(
-            single="$A </s>", special_tokens=[("</s>", 1)]
-        )
-        return T5TokenizerFast(tokenizer_object=raw, extra_ids=0, model_max_length=512)

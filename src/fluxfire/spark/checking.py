@@ -1,0 +1,105 @@
+"""Whether an edit was done: a picture against the exact target, by program.
+
+A picture passes if it is the target up to what an eye would forgive: edges two pixels off
+(at 128), faint noise, a hair of softness. Tolerances were set on controls, which a test
+repeats: targets and VAE round trips must pass; unedited references, other edits' targets,
+misplaced, ghosted or blurred ones must not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fluxfire.spark.drawing import blur
+
+BLEMISH = 0.05
+"""Largest error allowed in any window, mean over its pixels and channels, in [0, 1]."""
+SHARPNESS = (0.45, 2.0)
+"""Allowed gradient energy around the target's edges, as a fraction of the target's own."""
+_WINDOW, _FORGIVEN, _SOFTEN = 6, 2, 1.0  # pixels, where the shorter side has 128
+_SIDE = 128
+_EDGE = 0.08
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the checker measured.
+
+    Attributes:
+        blemish: the worst window's error; edges may be two pixels off.
+        sharpness: gradient energy around the target's edges, relative to the target's.
+    """
+
+    blemish: float
+    sharpness: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether both lie within the tolerances."""
+        low, high = SHARPNESS
+        return self.blemish <= BLEMISH and low <= self.sharpness <= high
+
+
+def as_tensor(image: Any) -> Tensor:
+    """Return a picture as (3, height, width) float32 in [0, 1].
+
+    Args:
+        image: a PIL image; or an array of (height, width, 3), uint8 or floats in [0, 1]; or
+            a tensor of (3, height, width) floats in [0, 1].
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if isinstance(image, Tensor):
+        picture = image.detach().float().cpu()
+    else:
+        array = np.array(image.convert("RGB") if hasattr(image, "convert") else image)
+        scale = 255 if array.dtype == np.uint8 else 1
+        picture = torch.from_numpy(array).float().div(scale)
+        picture = picture.movedim(-1, 0) if picture.ndim == 3 else picture  # noqa: PLR2004
+    if picture.ndim != 3 or picture.shape[0] != 3:  # noqa: PLR2004
+        raise ValueError(f"not an RGB picture: its shape is {tuple(picture.shape)}")
+    return picture
+
+
+def judge(image: Tensor, target: Tensor) -> Verdict:
+    """Compare a picture with its target, both (3, height, width) in [0, 1]."""
+    scale = min(target.shape[1:]) / _SIDE
+    pair = torch.stack([image, target])
+    soft_image, soft_target = blur(pair, _SOFTEN * scale)
+    reach = round(_FORGIVEN * scale)
+    error = _forgiving(soft_image, soft_target, reach)
+    window = max(2, round(_WINDOW * scale))
+    worst = functional.avg_pool2d(error[None, None], window, stride=1).max()
+    energy_image, energy_target = _energy(blur(pair, _SOFTEN * scale / 2))
+    near_edges = functional.max_pool2d(
+        (energy_target > _EDGE**2).float()[None, None], 2 * reach + 3, 1, reach + 1
+    )[0, 0]
+    total = (energy_target * near_edges).sum().clamp_min(1e-6)
+    return Verdict(float(worst), float((energy_image * near_edges).sum() / total))
+
+
+def _forgiving(image: Tensor, target: Tensor, reach: int) -> Tensor:
+    """Error of each pixel to the nearest of the target's pixels around it: (H, W)."""
+    height, width = target.shape[1:]
+    around = functional.pad(target[None], [reach] * 4, mode="replicate")[0]
+    error = torch.full((height, width), torch.inf)
+    for dy in range(2 * reach + 1):
+        for dx in range(2 * reach + 1):
+            moved = around[:, dy : dy + height, dx : dx + width]
+            error = torch.minimum(error, (image - moved).square().mean(0))
+    return error.sqrt()
+
+
+def _energy(pictures: Tensor) -> Tensor:
+    """Squared gradients summed over channels: (N, H, W)."""
+    padded = functional.pad(pictures, (0, 1, 0, 1), mode="replicate")
+    dx = padded[:, :, :-1, 1:] - pictures
+    dy = padded[:, :, 1:, :-1] - pictures
+    return (dx**2 + dy**2).sum(1)

@@ -1,0 +1,94 @@
+"""Spark's parts and their sizes: a FLUX.1 Kontext in small, every part diffusers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
+from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+from fluxfire import word_pieces
+from fluxfire.spark import language
+
+WIDTH = 160
+
+
+def parts(*, seed: int = 0) -> dict[str, Any]:
+    """Build every component with fresh weights, ready for a Kontext pipeline's constructor.
+
+    The transformer sees a picture of 128 × 128 as 64 tokens, as FLUX sees one of 16 pixels
+    a side less: its VAE divides by eight and its patches by two.
+
+    Args:
+        seed: seeds the weights; the global random state is left alone.
+    """
+    words = language.words()
+    tokenizer = word_pieces.clip_tokenizer(words)
+    tokenizer_2 = word_pieces.t5_tokenizer([*words, *(w.capitalize() for w in words)])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {
+            "transformer": _transformer(),
+            "vae": _vae(),
+            "text_encoder": _clip(tokenizer),
+            "text_encoder_2": _t5(len(tokenizer_2)),
+            "tokenizer": tokenizer,
+            "tokenizer_2": tokenizer_2,
+            "scheduler": FlowMatchEulerDiscreteScheduler(
+                use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
+            ),
+        }
+
+
+def _transformer() -> FluxTransformer2DModel:
+    return FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=3,
+        num_single_layers=8,
+        attention_head_dim=32,
+        num_attention_heads=WIDTH // 32,
+        joint_attention_dim=96,
+        pooled_projection_dim=64,
+        axes_dims_rope=(4, 14, 14),
+        guidance_embeds=True,
+    ).eval()
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(24, 48, 80, 80),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=16,
+        norm_num_groups=8,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+        sample_size=128,
+        shift_factor=0.0,
+        scaling_factor=1.0,
+    ).eval()
+
+
+def _clip(tokenizer: Any) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            projection_dim=64,
+        )
+    ).eval()
+
+
+def _t5(vocabulary: int) -> T5EncoderModel:
+    return T5EncoderModel(
+        T5Config(vocab_size=vocabulary, d_model=96, d_kv=32, d_ff=256, num_layers=3, num_heads=3)
+    ).eval()

@@ -1,0 +1,73 @@
+"""The pipeline that Spark comes as: diffusers' own, with defaults of Spark's size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import FluxKontextPipeline
+
+from fluxfire.spark import language, model, weights
+
+_SIDE = 128
+_AREA = _SIDE * _SIDE
+_MULTIPLE = 16
+_LARGEST = 1.3  # areas up to this share of the usual one are left as they are
+
+
+class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
+    """`FluxKontextPipeline`, but for what a call assumes where it is not told.
+
+    Kontext's defaults rescale everything to a megapixel, which Spark never saw: here a
+    reference keeps its size if that suits Spark (multiples of 16, about 128 × 128 pixels in
+    area) and is rescaled to such a size if not; the result has the reference's size; and
+    prompts are padded to 32 tokens. Whatever a call says itself is obeyed.
+    """
+
+    def __call__(self, image: Any = None, prompt: Any = None, *args: Any, **call: Any) -> Any:
+        """Generate, or edit `image`: as `FluxKontextPipeline.__call__`, of Spark's size."""
+        width = height = _SIDE
+        if image is not None and not self._holds_latents(image):
+            first = image[0] if isinstance(image, list) else image
+            high, wide = self.image_processor.get_default_height_width(first)
+            width, height = fitting(wide, high)
+            if "_auto_resize" not in call:
+                call["_auto_resize"] = False
+                image = self.image_processor.resize(image, height, width)
+        if call.get("width") is None and call.get("height") is None:
+            call["width"], call["height"] = width, height
+        call.setdefault("max_area", (call.get("width") or _SIDE) * (call.get("height") or _SIDE))
+        call.setdefault("max_sequence_length", language.LONGEST)
+        return super().__call__(image, prompt, *args, **call)
+
+    def _holds_latents(self, image: Any) -> bool:
+        return isinstance(image, torch.Tensor) and image.size(1) == self.latent_channels
+
+
+def load(
+    *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+) -> SparkPipeline:
+    """Load Spark; nothing is downloaded.
+
+    Args:
+        device: `"cuda"` by default where there is one, else `"cpu"`.
+        dtype: bfloat16 by default on CUDA, else float32; the weights are kept in float16.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
+    parts = model.parts()
+    weights.restore(parts, weights.SHIPPED)
+    pipe = SparkPipeline(**parts)
+    pipe.to(device=device, dtype=dtype, silence_dtype_warnings=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def fitting(width: int, height: int) -> tuple[int, int]:
+    """Return the size at which Spark edits a picture of this size (both in pixels)."""
+    aligned = width % _MULTIPLE == 0 and height % _MULTIPLE == 0
+    if aligned and _AREA / _LARGEST <= width * height <= _AREA * _LARGEST:
+        return width, height
+    scale = (_AREA / (width * height)) ** 0.5
+    wide, high = (max(1, round(s * scale / _MULTIPLE)) * _MULTIPLE for s in (width, height))
+    return wide, high

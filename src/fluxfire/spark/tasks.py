@@ -1,0 +1,113 @@
+"""Edits to try a pipeline on: a source, an instruction, the exact target, and a check."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxfire.spark import checking, language
+from fluxfire.spark.drawing import render
+from fluxfire.spark.drawn import Batch, draw_edits
+from fluxfire.spark.edits import KINDS, Split
+from fluxfire.spark.scenes import Dice
+
+SIZES = ((128, 128), (160, 96), (96, 160), (144, 112), (112, 144))
+"""(width, height) of Spark's pictures; the first is the usual one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """One edit.
+
+    Attributes:
+        kind: a key of `fluxfire.spark.edits.KINDS`.
+        source: the picture to edit.
+        instruction: what to do to it.
+        target: the exact result.
+        batch: the scenes behind it, a batch of one.
+    """
+
+    kind: str
+    source: Image.Image
+    instruction: str
+    target: Image.Image
+    batch: Batch
+
+    def check(self, image: Any) -> bool:
+        """Whether a picture shows the edit done and everything else unchanged.
+
+        Args:
+            image: as for `fluxfire.spark.checking.as_tensor`, of the target's size.
+
+        Raises:
+            ValueError: it is no RGB picture of that size.
+        """
+        return self.verdict(image).passed
+
+    def verdict(self, image: Any) -> checking.Verdict:
+        """As `check`, with what was measured."""
+        picture, target = checking.as_tensor(image), checking.as_tensor(self.target)
+        if picture.shape != target.shape:
+            (_, h, w), (_, high, wide) = picture.shape, target.shape
+            raise ValueError(f"the picture is {w}x{h}, but this example's are {wide}x{high}")
+        return checking.judge(picture, target)
+
+
+def examples(
+    *,
+    split: Split = "test",
+    n: int = 100,
+    seed: int = 0,
+    size: tuple[int, int] = SIZES[0],
+    kinds: tuple[str, ...] = tuple(KINDS),
+) -> list[Example]:
+    """Draw edits, the kinds taking turns; the same arguments give the same edits.
+
+    Args:
+        split: `"train"` draws what training draws. `"test"` draws what training never shows:
+            a combination of kind, shape and colour that is held out, or a wording that is,
+            or both.
+        n: how many.
+        seed: another seed gives other edits.
+        size: (width, height) in pixels, multiples of 16; the shorter side is best near 128.
+        kinds: which kinds.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if split not in ("train", "test"):
+        raise ValueError(f"split={split!r}; it must be train or test")
+    if n < 1:
+        raise ValueError(f"n={n}; it must be positive")
+    if any(side < 16 or side % 16 for side in size):  # noqa: PLR2004
+        raise ValueError(f"size={size}; both sides must be positive multiples of 16")
+    if unknown := [k for k in kinds if k not in KINDS]:
+        raise ValueError(f"there are no kinds {unknown}; there are {', '.join(KINDS)}")
+    each = -(-n // len(kinds))
+    columns = [_of_kind(kind, each, split, seed, size) for kind in kinds]
+    return [example for row in zip(*columns, strict=True) for example in row][:n]
+
+
+def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) -> list[Example]:
+    edit, dice = KINDS[kind], Dice("examples", split, seed, kind)
+    shorter = min(size)
+    extent = (size[0] / shorter, size[1] / shorter)
+    rows = []
+    for _ in range(n):
+        # Of the test split one third has a novel combination, one a novel wording, one both.
+        third = int(dice.below(3, 1)) if split == "test" else None
+        batch = draw_edits(edit, 1, extent, dice, novel=third in (0, 2))
+        known = split == "train" or (third == 0 and "subject" in batch.choice)
+        wordings = language.wordings(edit, "train" if known else "test")
+        wording = wordings[int(dice.below(len(wordings), 1))]
+        source, target = (_picture(render(s, shorter)) for s in (batch.source, batch.target))
+        instruction = language.phrase(batch.instruction(0, wording), dice)
+        rows.append(Example(kind, source, instruction, target, batch))
+    return rows
+
+
+def _picture(rendered: torch.Tensor) -> Image.Image:
+    return Image.fromarray(rendered[0].mul(255).round().byte().movedim(0, -1).numpy())

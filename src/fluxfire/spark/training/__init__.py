@@ -1,0 +1,1 @@
+"""How Spark was trained: `python -m fluxfire.spark.training --help`."""

@@ -1,0 +1,146 @@
+"""Train Spark: one command, one GPU, half an hour.
+
+    python -m fluxfire.spark.training --out runs/spark
+    python -m fluxfire.spark.training --out /tmp/try --minutes 0.2 0.2 --pool 200   # on a CPU
+
+Run again with the same `--out`, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxfire.spark import weights
+from fluxfire.spark.model import parts as build
+from fluxfire.spark.pipeline import SparkPipeline
+from fluxfire.spark.scenes import Dice
+from fluxfire.spark.scoring import Score, as_table, score, summarise
+from fluxfire.spark.tasks import SIZES, examples
+from fluxfire.spark.training.average import Average, Masters, parameters
+from fluxfire.spark.training.clock import Clock, Log
+from fluxfire.spark.training.data import Encoder, Pool
+from fluxfire.spark.training.flow import TRAINED, Flow, train_flow
+from fluxfire.spark.training.vae import train_vae
+
+
+def main() -> None:
+    """Train the VAE, encode a pool of edits, train the flow, score it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a folder, made if needed")
+    parser.add_argument(
+        "--minutes", type=float, nargs=2, default=(4.5, 18.0), metavar=("VAE", "FLOW"),
+        help="budgets of the two trainings (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--pool", type=int, default=320_000, help="edits of the usual size")
+    parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--score", type=int, default=600, help="held-out edits to score")
+    arguments = parser.parse_args()
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    log = Log(out / "log.jsonl")
+    parts = build()
+    _vae(parts, out / "vae.safetensors", arguments.minutes[0], log, device)
+    _flow(parts, out, arguments, log, device)
+    _score(parts, out, arguments.score, log, device)
+
+
+def _vae(parts: dict[str, Any], path: Path, minutes: float, log: Log, device: str) -> None:
+    vae = {"vae": parts["vae"]}
+    if path.exists():
+        weights.restore(vae, path)
+    else:
+        train_vae(parts["vae"], Clock(minutes), log, device)
+        weights.save(vae, path)
+    parts["vae"].to(device)
+
+
+def _flow(
+    parts: dict[str, Any], out: Path, arguments: argparse.Namespace, log: Log, device: str
+) -> None:
+    """Train from the last minute saved; the averages go to spark.safetensors."""
+    raw, averaged, state = out / "raw.safetensors", out / "spark.safetensors", out / "state.json"
+    trained = {name: parts[name].to(device) for name in TRAINED}
+    weights_ = parameters(trained.values())
+    before, start = 0.0, None
+    if state.exists():
+        before = json.loads(state.read_text())["seconds"]
+        weights.restore(trained, averaged)
+        start = [p.detach().float().clone() for p in weights_]
+        weights.restore(trained, raw)
+    masters = Masters(trained.values())
+    average = Average(masters.values, start=start)
+    encoder = Encoder(parts, device)
+    pools = _pools(encoder, arguments.pool, log)
+    clock = Clock(arguments.minutes[1], before=before)
+
+    def save() -> None:
+        for path, values in ((raw, masters.values), (averaged, average.values)):
+            weights.save(parts, path, values=dict(zip(weights_, values, strict=True)))
+        state.write_text(json.dumps({"seconds": clock.seconds}))
+
+    train_flow(
+        Flow(parts, encoder, device), pools, clock, log, device,
+        masters=masters, average=average, batch=arguments.batch, on_minute=save,
+    )  # fmt: skip
+    for module in trained.values():
+        module.float()
+    weights.restore(parts, averaged)
+
+
+def _pools(encoder: Encoder, n: int, log: Log) -> list[tuple[Pool, int]]:
+    """Most batches are square edits; one in four another shape, one in ten words alone."""
+    clock = Clock(1)
+    chunk = 20_000
+    usual = [encoder.edits(min(chunk, n), SIZES[0], Dice("pool", i)) for i in range(-(-n // chunk))]
+    pools = [(_join(usual), 26)]
+    pools += [(encoder.edits(n // 10, size, Dice("pool", *size)), 2) for size in SIZES[1:]]
+    pools += [(encoder.captioned(n // 10, SIZES[0], Dice("captions")), 4)]
+    log.write(part="pool", edits=float(sum(len(p) for p, _ in pools)), seconds=clock.seconds)
+    return pools
+
+
+def _join(pools: list[Pool]) -> Pool:
+    first = pools[0]
+    columns = ("source", "target", "t5", "clip")
+    return Pool(first.grid, *(torch.cat([getattr(p, c) for p in pools]) for c in columns))
+
+
+def _score(parts: dict[str, Any], out: Path, n: int, log: Log, device: str) -> None:
+    pipe = SparkPipeline(**parts).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    for split in ("test", "train"):
+        scores = score(pipe, examples(split=split, n=n), batch=min(100, n))
+        rows = summarise(scores)
+        print(split, as_table(rows), sep="\n", flush=True)  # noqa: T201
+        for row in rows:
+            log.write(
+                part=f"score {split}", kind=row.kind, edits=float(row.n), success=row.success,
+                psnr=row.psnr, gain=row.gain,
+            )  # fmt: skip
+        _grid(scores, n, split, out / f"{split}.png")
+
+
+def _grid(scores: list[Score], n: int, split: Any, path: Path) -> None:
+    """Draw sources, results and targets of the first edits."""
+    shown = list(zip(examples(split=split, n=n), scores, strict=True))[:48]
+    sheet = Image.new("RGB", (3 * 132 * 4, 132 * 12))
+    for i, (example, scored) in enumerate(shown):
+        left, top = (i // 12) * 3 * 132, (i % 12) * 132
+        for j, image in enumerate((example.source, scored.image, example.target)):
+            sheet.paste(image, (left + j * 130, top))
+    sheet.save(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Copies of weights beside the ones that compute: masters in float32, and their average."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+def parameters(modules: Iterable[nn.Module]) -> list[nn.Parameter]:
+    """List the modules' parameters, shared ones once."""
+    return [p for m in modules for p in m.parameters()]
+
+
+class Masters:
+    """Weights in float32 for an optimizer, while a model computes in bfloat16.
+
+    Attributes:
+        values: the weights.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._parameters = parameters(modules)
+        self.values = [p.detach().float().clone() for p in self._parameters]
+
+    def take_gradients(self) -> None:
+        """Move the model's gradients here."""
+        for value, parameter in zip(self.values, self._parameters, strict=True):
+            gradient = parameter.grad
+            value.grad = None if gradient is None else gradient.float()
+            parameter.grad = None
+
+    def give(self) -> None:
+        """Round the weights into the model."""
+        copy(self.values, self._parameters)
+
+
+class Average:
+    """An exponential moving average of tensors: what is evaluated and shipped.
+
+    Attributes:
+        values: the averages.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[Tensor],
+        *,
+        decay: float = 0.999,
+        start: Sequence[Tensor] | None = None,
+    ) -> None:
+        self._tensors = tensors
+        self._decay = decay
+        self._steps = 0 if start is None else 10_000
+        self.values = [t.detach().clone() for t in start or tensors]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the present values in; early on they count more."""
+        self._steps += 1
+        keep = min(self._decay, (1 + self._steps) / (10 + self._steps))
+        torch._foreach_lerp_(self.values, [t.detach() for t in self._tensors], 1 - keep)
+
+
+@contextmanager
+def holding(modules: Sequence[nn.Module], values: Sequence[Tensor]) -> Iterator[None]:
+    """Let modules compute with other weights for a while."""
+    weights = parameters(modules)
+    own = [p.detach().clone() for p in weights]
+    copy(values, weights)
+    try:
+        yield
+    finally:
+        copy(own, weights)
+
+
+@torch.no_grad()
+def copy(values: Sequence[Tensor], to: Sequence[Tensor]) -> None:
+    """Copy values into weights, rounding to their dtype."""
+    torch._foreach_copy_([t.detach() for t in to], list(values))

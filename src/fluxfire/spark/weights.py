@@ -1,0 +1,84 @@
+"""Spark's weights: one safetensors file in 16 bits, inside the package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from fluxfire.errors import LoadError
+from fluxfire.spark import language
+
+SHIPPED = Path(__file__).parent / "spark.safetensors"
+
+
+def save(
+    parts: dict[str, Any],
+    path: Path,
+    *,
+    values: Mapping[nn.Parameter, torch.Tensor] | None = None,
+    **facts: str,
+) -> None:
+    """Write every component's weights as float16.
+
+    Args:
+        parts: components by name, as `fluxfire.spark.model.parts` returns them.
+        path: where to.
+        values: other values to write for some parameters.
+        facts: more metadata to keep with them.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in parts.items():
+        if isinstance(module, nn.Module):
+            for key, tensor in own_state(module).items():
+                value = (values or {}).get(tensor, tensor)  # type: ignore[call-overload]
+                tensors[f"{name}.{key}"] = value.detach().to("cpu", torch.float16).contiguous()
+    vae = parts["vae"].config
+    scale = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
+    metadata = {"vae": json.dumps(scale), "words": _words(), **facts}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path, metadata=metadata)
+
+
+def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:
+    """Read weights into components, in place, and return the file's metadata.
+
+    Raises:
+        LoadError: the file does not fit these components or this version's vocabulary.
+    """
+    with safe_open(path, framework="pt") as file:
+        facts: dict[str, str] = file.metadata()
+        if facts["words"] != _words():
+            raise LoadError(f"{path} was trained on another vocabulary than this version's")
+        for name, module in parts.items():
+            if isinstance(module, nn.Module):
+                keys = own_state(module)
+                try:
+                    state = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+                    module.load_state_dict(state, strict=len(keys) == len(module.state_dict()))
+                except Exception as error:
+                    raise LoadError(f"{path} does not fit Spark's {name}: {error}") from error
+    if "vae" in parts:
+        parts["vae"].register_to_config(**json.loads(facts["vae"]))
+    return facts
+
+
+def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The module's state, a tensor that has two names only under the first."""
+    seen: dict[int, str] = {}
+    return {
+        key: tensor
+        for key, tensor in module.state_dict(keep_vars=True).items()
+        if seen.setdefault(id(tensor), key) == key
+    }
+
+
+def _words() -> str:
+    return hashlib.sha256(" ".join(language.words()).encode()).hexdigest()[:16]
