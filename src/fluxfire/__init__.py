@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from fluxfire import errors, passes, presets, testing
+    from fluxfire import errors, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, warmup
     from fluxfire.planner import order
     from fluxfire.protocol import Change, Finding, Pass, Target
@@ -32,6 +32,7 @@ __all__ = [
     "presets",
     "report",
     "restore",
+    "spark",
     "testing",
     "warmup",
 ]
@@ -42,7 +43,7 @@ _HOME = {
     "Transaction": "transaction",
     "order": "planner",
 }
-_SUBMODULES = ("errors", "passes", "presets", "testing")
+_SUBMODULES = ("errors", "passes", "presets", "spark", "testing")
 
 
 def __getattr__(name: str) -> Any:

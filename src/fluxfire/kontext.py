@@ -110,8 +110,15 @@ def is_tiny(pipe: Any) -> bool:
     return bool(pipe.vae_scale_factor < flux)
 
 
-def reference_size(width: int, height: int) -> tuple[int, int]:
-    """Return the size (width, height) to which Kontext resizes a reference by default."""
+def reference_size(pipe: Any, width: int, height: int) -> tuple[int, int]:
+    """Return the size (width, height) to which a pipeline resizes a reference by default.
+
+    Kontext takes the one of its preferred sizes, all about a megapixel, whose shape is
+    nearest; a pipeline of another size says so by a method of this name.
+    """
+    if (own := getattr(pipe, "reference_size", None)) is not None:
+        size: tuple[int, int] = own(width, height)
+        return size
     from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
     _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)

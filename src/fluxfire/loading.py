@@ -1,4 +1,4 @@
-"""Where pipelines come from: a folder, the Hugging Face hub, or random weights."""
+"""Where pipelines come from: the package, a folder, the Hugging Face hub, or random weights."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from fluxfire import kontext
+from fluxfire import kontext, spark
 from fluxfire.errors import LoadError
 from fluxfire.random_kontext import full_kontext, tiny_kontext
 
 _UNREACHABLE = {  # of httpx, requests and huggingface_hub, whose bases differ by version
     "ConnectError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
 }  # fmt: skip
+SPARK = "spark"
 RANDOM = {"random-tiny": tiny_kontext, "random-full": full_kontext}
 
 
@@ -24,7 +25,8 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
 
     Args:
         model: a folder written by `save_pretrained`, a hub id such as
-            `black-forest-labs/FLUX.1-Kontext-dev`, or `random-tiny` or `random-full`.
+            `black-forest-labs/FLUX.1-Kontext-dev`; or `spark`, the small trained Kontext that
+            ships with fluxfire; or `random-tiny` or `random-full`.
         device: `"cuda"` by default where there is one, else `"cpu"`.
         dtype: bfloat16 by default on CUDA, else float32.
 
@@ -33,6 +35,8 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    if model == SPARK:
+        return spark.load(device=device, dtype=dtype)
     if model in RANDOM:
         return RANDOM[model](device=device, dtype=dtype)
     folder = _folder(model)
@@ -86,7 +90,7 @@ def _folder(model: str) -> Path | None:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise LoadError(
             f"there is no folder {model}, and it is no hub id (such as "
-            f"black-forest-labs/FLUX.1-Kontext-dev); {' and '.join(RANDOM)} need no weights"
+            f"black-forest-labs/FLUX.1-Kontext-dev); {SPARK}, {' and '.join(RANDOM)} are at hand"
         )
     return None
 

@@ -88,7 +88,7 @@ def blank_calls(
         return
     resized = call.get("_auto_resize", True)
     for reference in [size] if references is None else references:
-        picture = _blank(kontext.reference_size(*reference) if resized else reference)
+        picture = _blank(kontext.reference_size(pipe, *reference) if resized else reference)
         role = "image_reference" if inpaints else "image"
         # The blank already has the size that the pipeline would give it.
         yield arguments | {role: picture} | call | {"_auto_resize": False}

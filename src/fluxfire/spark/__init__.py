@@ -17,12 +17,21 @@ if TYPE_CHECKING:
     from fluxfire.spark.language import unknown
     from fluxfire.spark.pipeline import SparkPipeline, load
     from fluxfire.spark.scoring import score
-    from fluxfire.spark.tasks import Example, examples
+    from fluxfire.spark.tasks import Drawing, Example, drawings, examples
 
-__all__ = ["Example", "SparkPipeline", "examples", "load", "score", "unknown"]
+__all__ = [
+    "Drawing",
+    "Example",
+    "SparkPipeline",
+    "drawings",
+    "examples",
+    "load",
+    "score",
+    "unknown",
+]
 
 _HOME = {
-    **dict.fromkeys(("Example", "examples"), "tasks"),
+    **dict.fromkeys(("Drawing", "Example", "drawings", "examples"), "tasks"),
     **dict.fromkeys(("SparkPipeline", "load"), "pipeline"),
     "score": "scoring",
     "unknown": "language",

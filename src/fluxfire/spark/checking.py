@@ -21,10 +21,10 @@ from fluxfire.spark.drawing import blur
 BLEMISH = 0.05
 """Largest error allowed in any window, mean over its pixels and channels, in [0, 1]."""
 SHARPNESS = (0.45, 2.0)
-"""Allowed gradient energy around the target's edges, as a fraction of the target's own."""
+"""Allowed gradient energy around edges, as a fraction of the target's."""
 _WINDOW, _FORGIVEN, _SOFTEN = 6, 2, 1.0  # pixels, where the shorter side has 128
 _SIDE = 128
-_EDGE = 0.08
+_EDGE, _FAINT = 0.08, 0.05  # a gradient that counts; an energy that doesn't
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Verdict:
 
     Attributes:
         blemish: the worst window's error; edges may be two pixels off.
-        sharpness: gradient energy around the target's edges, relative to the target's.
+        sharpness: gradient energy around edges, relative to the target's.
     """
 
     blemish: float
@@ -79,10 +79,13 @@ def judge(image: Tensor, target: Tensor) -> Verdict:
     worst = functional.avg_pool2d(error[None, None], window, stride=1).max()
     energy_image, energy_target = _energy(blur(pair, _SOFTEN * scale / 2))
     near_edges = functional.max_pool2d(
-        (energy_target > _EDGE**2).float()[None, None], 2 * reach + 3, 1, reach + 1
+        (torch.maximum(energy_image, energy_target) > _EDGE**2).float()[None, None],
+        2 * reach + 3,
+        1,
+        reach + 1,
     )[0, 0]
-    total = (energy_target * near_edges).sum().clamp_min(1e-6)
-    return Verdict(float(worst), float((energy_image * near_edges).sum() / total))
+    found, wanted = ((e * near_edges).sum() + _FAINT for e in (energy_image, energy_target))
+    return Verdict(float(worst), float(found / wanted))
 
 
 def _forgiving(image: Tensor, target: Tensor, reach: int) -> Tensor:

@@ -74,7 +74,7 @@ def draw_edits(
         choice = edit.draw(scenes, dice)
         target = edit.apply(scenes, choice)
         fresh = _novel(edit, target, choice)
-        wanted = target.orderly() & _changed(scenes, target, edit)
+        wanted = target.orderly() & changed(scenes, target, edit)
         if novel is not None and "subject" in choice:
             wanted &= fresh == novel
         found.append(Batch(edit, scenes, target, choice, fresh).take(wanted))
@@ -103,7 +103,7 @@ def _novel(edit: Edit, target: Scenes, choice: Choice) -> Tensor:
 _LEAST_MOVE, _LEAST_TONE = 0.2, 0.08
 
 
-def _changed(source: Scenes, target: Scenes, edit: Edit) -> Tensor:
+def changed(source: Scenes, target: Scenes, edit: Edit) -> Tensor:
     """Whether an edit changes enough to be seen."""
     if edit.name in {"move", "swap"}:
         return torch.hypot(source.x - target.x, source.y - target.y).amax(1) >= _LEAST_MOVE

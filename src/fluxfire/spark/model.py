@@ -90,5 +90,13 @@ def _clip(tokenizer: Any) -> CLIPTextModel:
 
 def _t5(vocabulary: int) -> T5EncoderModel:
     return T5EncoderModel(
-        T5Config(vocab_size=vocabulary, d_model=96, d_kv=32, d_ff=256, num_layers=3, num_heads=3)
+        T5Config(
+            vocab_size=vocabulary,
+            d_model=96,
+            d_kv=32,
+            d_ff=256,
+            num_layers=3,
+            num_heads=3,
+            dropout_rate=0.0,
+        )
     ).eval()

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
+from torch import nn
 
 from fluxfire.spark import language, model, weights
 
@@ -30,7 +31,7 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
         if image is not None and not self._holds_latents(image):
             first = image[0] if isinstance(image, list) else image
             high, wide = self.image_processor.get_default_height_width(first)
-            width, height = fitting(wide, high)
+            width, height = self.reference_size(wide, high)
             if "_auto_resize" not in call:
                 call["_auto_resize"] = False
                 image = self.image_processor.resize(image, height, width)
@@ -39,6 +40,16 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
         call.setdefault("max_area", (call.get("width") or _SIDE) * (call.get("height") or _SIDE))
         call.setdefault("max_sequence_length", language.LONGEST)
         return super().__call__(image, prompt, *args, **call)
+
+    @staticmethod
+    def reference_size(width: int, height: int) -> tuple[int, int]:
+        """Return the size at which Spark edits a picture of this size (both in pixels)."""
+        aligned = width % _MULTIPLE == 0 and height % _MULTIPLE == 0
+        if aligned and _AREA / _LARGEST <= width * height <= _AREA * _LARGEST:
+            return width, height
+        scale = (_AREA / (width * height)) ** 0.5
+        wide, high = (max(1, round(s * scale / _MULTIPLE)) * _MULTIPLE for s in (width, height))
+        return wide, high
 
     def _holds_latents(self, image: Any) -> bool:
         return isinstance(image, torch.Tensor) and image.size(1) == self.latent_channels
@@ -57,17 +68,9 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     parts = model.parts()
     weights.restore(parts, weights.SHIPPED)
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own warns of nothing
     pipe = SparkPipeline(**parts)
-    pipe.to(device=device, dtype=dtype, silence_dtype_warnings=True)
     pipe.set_progress_bar_config(disable=True)
     return pipe
-
-
-def fitting(width: int, height: int) -> tuple[int, int]:
-    """Return the size at which Spark edits a picture of this size (both in pixels)."""
-    aligned = width % _MULTIPLE == 0 and height % _MULTIPLE == 0
-    if aligned and _AREA / _LARGEST <= width * height <= _AREA * _LARGEST:
-        return width, height
-    scale = (_AREA / (width * height)) ** 0.5
-    wide, high = (max(1, round(s * scale / _MULTIPLE)) * _MULTIPLE for s in (width, height))
-    return wide, high

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from fluxfire.spark import checking
-from fluxfire.spark.tasks import Example
+from fluxfire.spark.tasks import Drawing, Example
 from fluxfire.text import table
 
 
@@ -23,7 +24,7 @@ class Score:
         instruction: what was asked for.
         passed: whether the checker found the edit done and the rest unchanged.
         psnr: dB of the result to the exact target.
-        psnr_source: dB of the unedited source to the target.
+        psnr_source: dB of the unedited source to the target, or nan where there is none.
         image: the result.
     """
 
@@ -43,7 +44,7 @@ def psnr(image: torch.Tensor, target: torch.Tensor) -> float:
 
 def score(
     pipe: Any,
-    examples: Sequence[Example],
+    examples: Sequence[Drawing],
     *,
     steps: int = 28,
     seed: int = 0,
@@ -54,7 +55,7 @@ def score(
 
     Args:
         pipe: a Kontext pipeline of Spark's size.
-        examples: of one size.
+        examples: edits, or pictures from words alone, not both; of one size.
         steps: denoising steps.
         seed: the first example's noise; each has its own.
         batch: how many edits to make at a time.
@@ -63,8 +64,9 @@ def score(
     scores = []
     for first in range(0, len(examples), batch):
         some = examples[first : first + batch]
+        sources = [e.source for e in some if isinstance(e, Example)]
         images = pipe(
-            image=[e.source for e in some],
+            image=sources or None,
             prompt=[e.instruction for e in some],
             num_inference_steps=steps,
             generator=[torch.Generator().manual_seed(seed + first + i) for i in range(len(some))],
@@ -74,18 +76,13 @@ def score(
     return scores
 
 
-def _score(example: Example, image: Image.Image) -> Score:
-    result, target, source = (
-        checking.as_tensor(i) for i in (image, example.target, example.source)
-    )
-    return Score(
-        example.kind,
-        example.instruction,
-        example.check(image),
-        psnr(result, target),
-        psnr(source, target),
-        image,
-    )
+def _score(example: Drawing, image: Image.Image) -> Score:
+    result, target = checking.as_tensor(image), checking.as_tensor(example.target)
+    kind, before = "from words", math.nan
+    if isinstance(example, Example):
+        kind, before = example.kind, psnr(checking.as_tensor(example.source), target)
+    passed = example.check(image)
+    return Score(kind, example.instruction, passed, psnr(result, target), before, image)
 
 
 @dataclass(frozen=True)

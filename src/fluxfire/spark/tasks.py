@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from fluxfire.spark import checking, language
+from fluxfire.spark.captions import draw_captioned
 from fluxfire.spark.drawing import render
 from fluxfire.spark.drawn import Batch, draw_edits
 from fluxfire.spark.edits import KINDS, Split
@@ -18,26 +19,20 @@ SIZES = ((128, 128), (160, 96), (96, 160), (144, 112), (112, 144))
 """(width, height) of Spark's pictures; the first is the usual one."""
 
 
-@dataclass(frozen=True, eq=False)
-class Example:
-    """One edit.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Drawing:
+    """A picture asked for in words.
 
     Attributes:
-        kind: a key of `fluxfire.spark.edits.KINDS`.
-        source: the picture to edit.
-        instruction: what to do to it.
+        instruction: what to draw, or what to do.
         target: the exact result.
-        batch: the scenes behind it, a batch of one.
     """
 
-    kind: str
-    source: Image.Image
     instruction: str
     target: Image.Image
-    batch: Batch
 
     def check(self, image: Any) -> bool:
-        """Whether a picture shows the edit done and everything else unchanged.
+        """Whether a picture is what was asked for, and nothing else is in it.
 
         Args:
             image: as for `fluxfire.spark.checking.as_tensor`, of the target's size.
@@ -54,6 +49,21 @@ class Example:
             (_, h, w), (_, high, wide) = picture.shape, target.shape
             raise ValueError(f"the picture is {w}x{h}, but this example's are {wide}x{high}")
         return checking.judge(picture, target)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Example(Drawing):
+    """One edit. `check` asks whether it was done and everything else left as it was.
+
+    Attributes:
+        kind: a key of `fluxfire.spark.edits.KINDS`.
+        source: the picture to edit.
+        batch: the scenes behind it, a batch of one.
+    """
+
+    kind: str
+    source: Image.Image
+    batch: Batch
 
 
 def examples(
@@ -91,6 +101,17 @@ def examples(
     return [example for row in zip(*columns, strict=True) for example in row][:n]
 
 
+def drawings(*, n: int = 100, seed: int = 0, size: tuple[int, int] = SIZES[0]) -> list[Drawing]:
+    """Draw pictures with captions, to be made from words alone: seeds are not training's."""
+    shorter = min(size)
+    extent = (size[0] / shorter, size[1] / shorter)
+    scenes, captions = draw_captioned(n, extent, Dice("drawings", seed))
+    return [
+        Drawing(instruction=caption, target=_picture(render(scenes.take(slice(i, i + 1)), shorter)))
+        for i, caption in enumerate(captions)
+    ]
+
+
 def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) -> list[Example]:
     edit, dice = KINDS[kind], Dice("examples", split, seed, kind)
     shorter = min(size)
@@ -105,7 +126,9 @@ def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) 
         wording = wordings[int(dice.below(len(wordings), 1))]
         source, target = (_picture(render(s, shorter)) for s in (batch.source, batch.target))
         instruction = language.phrase(batch.instruction(0, wording), dice)
-        rows.append(Example(kind, source, instruction, target, batch))
+        rows.append(
+            Example(kind=kind, source=source, instruction=instruction, target=target, batch=batch)
+        )
     return rows
 
 

@@ -51,8 +51,14 @@ def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:
     """Read weights into components, in place, and return the file's metadata.
 
     Raises:
-        LoadError: the file does not fit these components or this version's vocabulary.
+        LoadError: there is no file, or it does not fit these components or this version's
+            vocabulary.
     """
+    if not path.is_file():
+        raise LoadError(
+            f"there are no trained weights at {path}; train them (on a GPU, half an hour) with "
+            f"python -m fluxfire.spark.training --out runs/spark, and put spark.safetensors there"
+        )
     with safe_open(path, framework="pt") as file:
         facts: dict[str, str] = file.metadata()
         if facts["words"] != _words():

@@ -41,6 +41,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--pool", type=int, default=320_000, help="edits of the usual size")
     parser.add_argument("--batch", type=int, default=512)
+    parser.add_argument("--compile", action="store_true", help="compile the blocks")
     parser.add_argument("--score", type=int, default=600, help="held-out edits to score")
     arguments = parser.parse_args()
 
@@ -78,7 +79,7 @@ def _flow(
         weights.restore(trained, averaged)
         start = [p.detach().float().clone() for p in weights_]
         weights.restore(trained, raw)
-    masters = Masters(trained.values())
+    masters = Masters(weights_)
     average = Average(masters.values, start=start)
     encoder = Encoder(parts, device)
     pools = _pools(encoder, arguments.pool, log)
@@ -89,8 +90,11 @@ def _flow(
             weights.save(parts, path, values=dict(zip(weights_, values, strict=True)))
         state.write_text(json.dumps({"seconds": clock.seconds}))
 
+    flow = Flow(parts, encoder, device)
+    if arguments.compile:
+        flow.compile()
     train_flow(
-        Flow(parts, encoder, device), pools, clock, log, device,
+        flow, pools, clock, log, device,
         masters=masters, average=average, batch=arguments.batch, on_minute=save,
     )  # fmt: skip
     for module in trained.values():

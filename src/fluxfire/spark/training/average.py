@@ -21,8 +21,8 @@ class Masters:
         values: the weights.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._parameters = parameters(modules)
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = parameters
         self.values = [p.detach().float().clone() for p in self._parameters]
 
     def take_gradients(self) -> None:

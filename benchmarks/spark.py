@@ -1,0 +1,106 @@
+"""How well Spark edits, and how fast: the figures of its model card.
+
+python benchmarks/spark.py --out benchmarks/results/spark.json --pictures docs/pages/assets
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from PIL import Image, ImageDraw
+
+from fluxfire import spark
+from fluxfire.bench import save, stamp
+from fluxfire.spark import checking, weights
+from fluxfire.spark.scoring import Score, as_table, psnr, summarise
+
+_TILE, _MARGIN, _CAPTION = 128, 4, 14
+
+
+def main() -> None:
+    """Score held-out edits, training's own, pictures from words, and the VAE."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("-n", type=int, default=480, help="edits of each split")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--pictures", type=Path, help="a folder for the grid of pictures")
+    arguments = parser.parse_args()
+
+    began = time.perf_counter()
+    pipe = spark.load(dtype=torch.float32)
+    result: dict[str, Any] = {
+        "benchmark": "spark",
+        **stamp(),
+        "load_seconds": time.perf_counter() - began,
+        "bytes": weights.SHIPPED.stat().st_size,
+        "threads": torch.get_num_threads(),
+        "edit_seconds": _seconds(pipe),
+        "splits": {},
+    }
+    n, batch = arguments.n, arguments.batch
+    sets = {
+        "test": spark.examples(split="test", n=n),
+        "train": spark.examples(split="train", n=n),
+        "from words": spark.drawings(n=n // 4),
+    }
+    for name, tasks in sets.items():
+        scores = spark.score(pipe, tasks, batch=batch)
+        rows = summarise(scores)
+        result["splits"][name] = [asdict(row) for row in rows]
+        print(name, as_table(rows), sep="\n", flush=True)
+        if name == "test" and arguments.pictures:
+            _grid(tasks, scores).save(arguments.pictures / "spark.png")
+    result["vae"] = _round_trips(pipe, sets["test"])
+    save(result, arguments.out)
+    print(result["vae"], result["edit_seconds"])
+
+
+def _seconds(pipe: Any) -> float:
+    """Median seconds of an edit of 28 steps, alone, after a first one."""
+    task = spark.examples(n=1)[0]
+    taken = []
+    for _ in range(6):
+        began = time.perf_counter()
+        pipe(image=task.source, prompt=task.instruction, num_inference_steps=28)
+        taken.append(time.perf_counter() - began)
+    return median(taken[1:])
+
+
+@torch.no_grad()
+def _round_trips(pipe: Any, tasks: list[Any]) -> dict[str, float]:
+    """Encode and decode exact targets: mean PSNR, and how many the checker passes."""
+    values, passed = [], 0
+    for task in tasks:
+        target = checking.as_tensor(task.target).to(pipe.device)
+        latents = pipe.vae.encode(target[None] * 2 - 1).latent_dist.mode()
+        again = (pipe.vae.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1).cpu()
+        values.append(psnr(again, target.cpu()))
+        passed += task.check(again)
+    return {"psnr": sum(values) / len(values), "passed": passed / len(values)}
+
+
+def _grid(tasks: list[Any], scores: list[Score]) -> Image.Image:
+    """Draw two held-out edits of each kind, the first drawn: source, Spark's, target."""
+    kinds = list(dict.fromkeys(t.kind for t in tasks))
+    across, down = 3 * (_TILE + _MARGIN) + 2 * _MARGIN, _TILE + _MARGIN + _CAPTION
+    sheet = Image.new("RGB", (2 * across, len(kinds) * down), "white")
+    pen = ImageDraw.Draw(sheet)
+    for row, kind in enumerate(kinds):
+        mine = [(t, s) for t, s in zip(tasks, scores, strict=True) if t.kind == kind][:2]
+        for column, (task, scored) in enumerate(mine):
+            left, top = column * across, row * down
+            for i, picture in enumerate((task.source, scored.image, task.target)):
+                sheet.paste(picture, (left + i * (_TILE + _MARGIN), top))
+            verdict = "right" if scored.passed else "wrong"
+            pen.text((left, top + _TILE), f"{task.instruction} ({verdict})", fill="black")
+    return sheet
+
+
+if __name__ == "__main__":
+    main()
