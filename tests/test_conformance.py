@@ -12,10 +12,18 @@ from torch._inductor import config as inductor_config
 from doubles import Bare, HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change, Finding
 from fluxfire.generation import Listener
-from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MemoryLayout, QKVFusion
 from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
 
-OURS = [InductorPatch(), MemoryLayout(), QKVFusion(), QKVFusion(vae=False)]
+OURS = [
+    InductorPatch(),
+    MemoryLayout(),
+    QKVFusion(),
+    QKVFusion(vae=False),
+    FirstBlockCache(),
+    FirstBlockCache(0),
+    FirstBlockCache(schedule=[1], predict="linear"),
+]
 DOUBLES = [Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
 
 

@@ -12,7 +12,7 @@ __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
     from fluxfire import errors, passes, presets, spark, testing
-    from fluxfire.api import optimize, optimized, plan, report, restore, warmup
+    from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
     from fluxfire.planner import order
     from fluxfire.protocol import Change, Finding, Pass, Target
     from fluxfire.transaction import Transaction
@@ -34,11 +34,14 @@ __all__ = [
     "restore",
     "spark",
     "testing",
+    "using",
     "warmup",
 ]
 
 _HOME = {
-    **dict.fromkeys(("optimize", "optimized", "plan", "report", "restore", "warmup"), "api"),
+    **dict.fromkeys(
+        ("optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
+    ),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
     "Transaction": "transaction",
     "order": "planner",

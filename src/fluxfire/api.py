@@ -13,10 +13,11 @@ import torch
 from fluxfire import kontext
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
 from fluxfire.generation import Conductor, conductor_of
-from fluxfire.planner import Plan
+from fluxfire.planner import Plan, malformed
 from fluxfire.planning import Passes, make_plan
 from fluxfire.protocol import Change, Pass
 from fluxfire.reporting import PassReport, Report
+from fluxfire.retuning import retuned
 from fluxfire.statistics import Statistics
 from fluxfire.transaction import Transaction
 from fluxfire.warming import Size, blank_calls, check_call, check_sizes
@@ -118,6 +119,40 @@ def optimized(pipe: P, passes: Passes = None) -> Iterator[P]:
         yield pipe
     finally:
         restore(pipe)
+
+
+@contextmanager
+def using(pipe: P, settings: Passes | Pass) -> Iterator[P]:
+    """Run with other settings of passes already applied, for the length of a `with` block.
+
+    Nothing is applied, undone or compiled: only settings that a pass reads anew for each
+    generation can change, such as a cache's threshold or schedule.
+
+    Args:
+        pipe: an optimized pipeline.
+        settings: passes with the settings wanted, one or a list, or a preset's name. Each must be
+            applied already; applied passes that are not named stay as they are.
+
+    Raises:
+        PlanError: a pass is not applied, or a setting cannot change at run time. Nothing
+            was changed.
+        BusyError: the pipeline is generating.
+    """
+    conductor = _conductor(pipe)
+    if conductor is None:
+        raise PlanError("using() needs an optimized pipeline; call optimize(pipe) first")
+    wanted = [settings] if malformed(settings) is None else settings
+    swaps = retuned(conductor.live, _record(conductor).passes, wanted)  # type: ignore[arg-type]
+    before = [live.settings for live, _ in swaps]
+    with conductor.idle("change settings"):
+        for live, pass_ in swaps:
+            live.settings = pass_
+    try:
+        yield pipe
+    finally:
+        with conductor.idle("change settings back"):
+            for (live, _), old in zip(swaps, before, strict=True):
+                live.settings = old
 
 
 def report(pipe: Any) -> Report:

@@ -14,13 +14,32 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.kontext import CALL_SLOT, Call, Tokens
 
 _CONDUCTOR = "_fluxfire_conductor"
+P = TypeVar("P")
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What a cache decided for one call of the transformer.
+
+    Attributes:
+        step: denoising step, counted from 0.
+        branch: `"cond"` or `"uncond"`.
+        hits: for each sample of the batch, whether its blocks were left out.
+        distances: what was compared with the threshold, for each sample; empty where
+            nothing was measured.
+    """
+
+    step: int
+    branch: str
+    hits: tuple[bool, ...]
+    distances: tuple[float, ...] = ()
 
 
 @dataclass(eq=False)
@@ -31,12 +50,14 @@ class Generation:
         number: counts this pipeline's generations, from 1.
         step: the current step, from 0; -1 before the first.
         calls: how often the transformer ran.
+        decisions: what a cache decided, call by call; empty without one.
     """
 
     number: int
     thread: int = field(default_factory=threading.get_ident)
     step: int = -1
     calls: int = 0
+    decisions: list[Decision] = field(default_factory=list)
     _branch: int = 0
     _timestep: object = None
     _img_ids: object = None
@@ -61,6 +82,18 @@ class Generation:
         assert self._tokens is not None  # noqa: S101 - img_ids is never None
         branch = ("cond", "uncond")[self._branch] if self._branch < 2 else f"#{self._branch}"  # noqa: PLR2004
         return Call(self.step, pipe.num_timesteps, branch, inputs["timestep"], self._tokens)
+
+
+@dataclass(eq=False)
+class Live(Generic[P]):
+    """The settings by which an applied pass works now; `fluxfire.using` swaps them.
+
+    Attributes:
+        settings: the pass itself, or a copy of it with other run-time settings. To be read
+            where a generation begins, so that none changes half-way.
+    """
+
+    settings: P
 
 
 class Listener:
@@ -90,11 +123,13 @@ class Conductor:
         stack: the run through the blocks.
         run_transformer: what a call of the transformer comes down to; compiling the whole
             model replaces it.
+        live: the run-time settings of the passes that have some.
         record: what `fluxfire.api` keeps here.
     """
 
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
+        self.live: list[Live[Any]] = []
         self.stack = BlockStack()
         self.run_transformer: Callable[..., Any] | None = None
         self.record: Any = None

@@ -130,7 +130,8 @@ def traits(pipe: Any) -> frozenset[str]:
 
     Returns:
         Any of `quantised`, `lora`, `ip-adapter`, `compiled`, `fused-qkv`, `native-cache`,
-        `model-offload`, `sequential-offload`, `group-offload`, `layerwise-casting`.
+        `foreign-cache`, `model-offload`, `sequential-offload`, `group-offload`,
+        `layerwise-casting`.
     """
     found: set[str] = set()
     for _, component in optimizable(pipe):
@@ -139,6 +140,8 @@ def traits(pipe: Any) -> frozenset[str]:
     transformer = pipe.transformer
     if getattr(transformer, "is_cache_enabled", False):
         found.add("native-cache")
+    if getattr(transformer, "_is_cached", False):  # ParaAttention's mark, and cache-dit's
+        found.add("foreign-cache")
     if getattr(transformer, "encoder_hid_proj", None) is not None:
         found.add("ip-adapter")
     return frozenset(found)

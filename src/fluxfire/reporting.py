@@ -99,6 +99,7 @@ def _runs(runs: tuple[RunStatistics, ...]) -> str:
                 facts["steps"],
                 human_seconds(pace) if pace is not None else "-",
                 human_seconds(run.seconds),
+                f"{run.hit_rate:.0%}" if run.hit_rate is not None else "-",
                 run.compiles,
                 run.recompiles,
                 run.graph_breaks,
@@ -107,6 +108,6 @@ def _runs(runs: tuple[RunStatistics, ...]) -> str:
         )
     head = (
         "generation", "noise+reference+text tokens", "steps", "a step (median)", "in all",
-        "compiles", "recompiles", "breaks", "error",
+        "hits", "compiles", "recompiles", "breaks", "error",
     )  # fmt: skip
     return table(head, rows)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from fluxfire.generation import Generation, Listener
+from fluxfire.generation import Decision, Generation, Listener
 from fluxfire.kontext import Call, Tokens
 
 _KEPT = 100
@@ -35,6 +35,7 @@ class RunStatistics:
         recompiles: how many of these were for code that had been compiled before.
         graph_breaks: places where a graph was cut in two.
         error: what the call raised, or None.
+        decisions: what a cache decided, call by call; empty without one.
     """
 
     number: int
@@ -45,6 +46,7 @@ class RunStatistics:
     recompiles: int = 0
     graph_breaks: int = 0
     error: str | None = None
+    decisions: list[Decision] = field(default_factory=list, repr=False)
     _marks: list[Callable[[], float]] = field(default_factory=list, repr=False)
 
     @property
@@ -56,6 +58,12 @@ class RunStatistics:
         """
         times = [mark() for mark in self._marks]
         return [after - before for before, after in pairwise(times)]
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the decisions that were hits, over calls and samples; None without a cache."""
+        hits = [hit for decision in self.decisions for hit in decision.hits]
+        return sum(hits) / len(hits) if hits else None
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data; `seconds_a_step` is the median over the steps."""
@@ -72,6 +80,8 @@ class RunStatistics:
             "recompiles": self.recompiles,
             "graph_breaks": self.graph_breaks,
             "error": self.error,
+            "hit_rate": self.hit_rate,
+            "decisions": [asdict(d) for d in self.decisions],
         }
 
 
@@ -104,6 +114,7 @@ class Statistics(Listener):
         finally:
             run.seconds = time.perf_counter() - began
             run.calls = generation.calls
+            run.decisions = generation.decisions
             run.tokens = self._tokens
             run.compiles = len(compile_ids)
             run.recompiles = sum(map(_is_recompile, compile_ids))

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fluxfire.blocks import BlockWrapper
-    from fluxfire.generation import Conductor, Listener
+    from fluxfire.generation import Conductor, Listener, Live
 
+P = TypeVar("P")
 T = TypeVar("T")
 
 
@@ -100,6 +101,17 @@ class Transaction:
     def listen(self, listener: Listener) -> None:
         """Have a listener hear of this pipeline's generations."""
         self._append(self._conductor.listeners, listener, "listen")
+
+    def live(self, pass_: P) -> Live[P]:
+        """Make a pass's settings ones that `fluxfire.using` can swap while it is applied.
+
+        Of its fields those can be swapped that its class names in `tunable`.
+        """
+        from fluxfire.generation import Live
+
+        live = Live(pass_)
+        self._append(self._conductor.live, live, "hold live settings")
+        return live
 
     def rollback(self) -> list[Exception]:
         """Undo every edit, last in, first out; collect what the inverses raise."""

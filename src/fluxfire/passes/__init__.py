@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fluxfire.passes.compile import Compile
+from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.inductor_patch import InductorPatch
 from fluxfire.passes.memory_layout import MemoryLayout
 from fluxfire.passes.qkv_fusion import QKVFusion
 
-__all__ = ["Compile", "InductorPatch", "MemoryLayout", "QKVFusion"]
+__all__ = ["Compile", "FirstBlockCache", "InductorPatch", "MemoryLayout", "QKVFusion"]

@@ -1,0 +1,317 @@
+"""FirstBlockCache: leave out all blocks but the first where the first says little changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from fluxfire.generation import Decision, Generation, Listener, Live
+from fluxfire.kontext import Call
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from fluxfire.blocks import Run, Streams
+    from fluxfire.transaction import Transaction
+
+Measured = Literal["all", "noise"]
+Prediction = Literal["hold", "linear"]
+
+
+@dataclass(frozen=True)
+class FirstBlockCache:
+    """Reuses what the blocks after the first added in an earlier step.
+
+    Every step runs the first block. If what that block adds to the image tokens differs
+    from what it added at the last step that was computed in full by less than `threshold`
+    (mean absolute difference over mean absolute value), the step is a *hit*: what the other
+    blocks added then is added again. Lossy, unless nothing hits.
+
+    Conditional and unconditional calls of true CFG have a memory each, and so has every
+    sample of a batch: a sample hits where it would alone. A batch that hits in part is
+    computed whole and selected from, so that shapes never change. Nothing is remembered
+    beyond a generation.
+
+    The idea is ParaAttention's (first-block cache) after TeaCache; this is another
+    implementation, which gives the same hits and pixels as ParaAttention 0.3.38, diffusers'
+    FirstBlockCache and cache-dit's F1B0 where they run (`tests/passes/test_cache_oracles.py`).
+
+    Attributes:
+        threshold: hit below this distance; at 0 nothing hits and every bit is kept.
+        warmup_steps: first steps that are always computed. The very first always is.
+        tail_steps: last steps that are always computed.
+        max_consecutive_hits: a sample is computed after this many hits in a row.
+        schedule: exactly the steps (from 0) that hit, whatever the distance: for timing,
+            where weights are random. Kept as a sorted tuple.
+        distance: `"all"` compares all image tokens, as others do; `"noise"` those of the
+            picture being made, without the reference's.
+        predict: `"hold"` adds what was added last; `"linear"` extends the line through the
+            last two computed steps to this step's noise level.
+    """
+
+    threshold: float = 0.12
+    _: KW_ONLY
+    warmup_steps: int = 0
+    tail_steps: int = 0
+    max_consecutive_hits: int | None = None
+    schedule: Iterable[int] | None = None
+    distance: Measured = "all"
+    predict: Prediction = "hold"
+
+    name: ClassVar[str] = "first-block-cache"
+    stage: ClassVar[Stage] = "caching"
+    slot: ClassVar[str | None] = "block-cache"
+    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    tunable: ClassVar[frozenset[str]] = frozenset(
+        {
+            "threshold", "warmup_steps", "tail_steps", "max_consecutive_hits", "schedule",
+            "distance", "predict",
+        }
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if not self.threshold >= 0:
+            raise ValueError(f"threshold={self.threshold!r}; it must be 0 or more")
+        for name in ("warmup_steps", "tail_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)!r}; it must be 0 or more")
+        if self.max_consecutive_hits is not None and self.max_consecutive_hits < 1:
+            raise ValueError(
+                f"max_consecutive_hits={self.max_consecutive_hits!r}; it must be 1 or more, "
+                f"or None for no limit"
+            )
+        for name, known in (("distance", ("all", "noise")), ("predict", ("hold", "linear"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}; it must be one of {', '.join(known)}"
+                )
+        if self.schedule is not None:
+            steps = tuple(sorted(set(self.schedule)))
+            if steps and steps[0] < 1:
+                raise ValueError(
+                    f"schedule={steps!r}; step {steps[0]} cannot hit, since nothing was computed "
+                    f"before it: steps count from 0, and the first must be computed"
+                )
+            object.__setattr__(self, "schedule", steps)
+
+    @property
+    def exactness(self) -> Exactness:
+        """Bitwise if nothing can hit, else lossy."""
+        never = self.threshold == 0 and self.schedule is None
+        return "bitwise" if never or self.schedule == () else "lossy"
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse a pipeline that another cache works on already."""
+        if "native-cache" in target.traits:
+            yield Finding(
+                "error",
+                "diffusers' own cache is enabled on the transformer",
+                "call pipe.transformer.disable_cache() first",
+            )
+        if "foreign-cache" in target.traits:
+            yield Finding(
+                "error",
+                "another library's cache (ParaAttention or cache-dit) is on the transformer",
+                "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
+            )
+
+    def apply(self, tx: Transaction) -> Change:
+        """Wrap the run through the blocks, and hear where generations begin and end."""
+        engine = _Engine(tx.live(self))
+        tx.wrap_blocks(engine)
+        tx.listen(engine)
+        return Change(1, "run through the blocks cached")
+
+
+@dataclass(eq=False)
+class _Memory:
+    """What one branch remembers of its last computed steps.
+
+    Attributes:
+        first: (batch, measured tokens, width): what the first block added.
+        size: (batch,): its mean absolute value.
+        rests: what the blocks after it added to the noise tokens; by the block they begin
+            with, since an outer wrapper may run the stack in parts.
+        streak: for each sample, hits since it was last computed.
+    """
+
+    first: Tensor | None = None
+    size: Tensor | None = None
+    rests: dict[int, _Trend] = field(default_factory=dict)
+    streak: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class _Trend:
+    """The last two computed values of each sample, with their noise levels.
+
+    Attributes:
+        values: (batch, noise tokens, width), the newest last; at most two.
+        levels: (batch,), likewise.
+        known: for each sample, how many of them are its own.
+    """
+
+    values: list[Tensor]
+    levels: list[Tensor]
+    known: list[int]
+
+    def take(self, value: Tensor, level: Tensor, hits: list[bool], *, keep: int) -> None:
+        """Remember a newly computed value of the samples that did not hit."""
+        if any(hits):
+            held = _mask(hits, value)
+            value, older = _select(held, self.values[-1], value), self.values[-1]
+            level, earlier = _select(held[:, 0, 0], self.levels[-1], level), self.levels[-1]
+            if len(self.values) > 1:
+                older = _select(held, self.values[0], older)
+                earlier = _select(held[:, 0, 0], self.levels[0], earlier)
+        else:
+            older, earlier = self.values[-1], self.levels[-1]
+        self.values, self.levels = [older, value][-keep:], [earlier, level][-keep:]
+        self.known = [
+            n if hit else min(keep, n + 1) for n, hit in zip(self.known, hits, strict=True)
+        ]
+
+    def at(self, level: Tensor) -> Tensor:
+        """Predict the value at a noise level, (batch,): constant, or on a line."""
+        if len(self.values) < 2:  # noqa: PLR2004 - a line has two points
+            return self.values[-1]
+        (before, last), (earlier, later) = self.values, self.levels
+        run = later - earlier
+        slope = (level - later) / run.where(run != 0, 1)
+        slope = slope * slope.new_tensor([n > 1 for n in self.known])
+        return last + (last - before) * slope[:, None, None].to(last.dtype)
+
+
+class _Engine(Listener):
+    """Decides, remembers and forgets."""
+
+    def __init__(self, live: Live[FirstBlockCache]) -> None:
+        self._live = live
+        self._settings = live.settings
+        self._generation: Generation | None = None
+        self._memories: dict[str, _Memory] = {}
+        self._hits: list[bool] = []
+
+    @contextmanager
+    def during(self, generation: Generation) -> Iterator[None]:
+        """Remember for the length of one generation."""
+        self._settings, self._generation = self._live.settings, generation
+        self._memories.clear()
+        try:
+            yield
+        finally:
+            self._generation = None
+            self._memories.clear()
+
+    def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
+        """Run the first block, then the rest or its memory."""
+        memory = self._memories.setdefault(call.branch, _Memory())
+        if blocks.start == 0:
+            before = streams.image
+            streams = run(streams, blocks[:1])
+            self._hits = self._decide(memory, before, streams.image, call)
+            blocks = blocks[1:]
+        return self._rest(memory, run, streams, blocks, call) if blocks else streams
+
+    def _decide(self, memory: _Memory, before: Tensor, after: Tensor, call: Call) -> list[bool]:
+        """Say which samples hit, and take note."""
+        tokens = call.tokens.noise if self._settings.distance == "noise" else after.shape[1]
+        added = after[:, :tokens] - before[:, :tokens]
+        batch = len(added)
+        if memory.first is None or memory.first.shape != added.shape:
+            memory.rests.clear()
+            memory.streak = [0] * batch
+            hits, distances = [False] * batch, None
+        else:
+            distances = self._distances(memory, added)
+            hits = [
+                self._hit(call, streak, distances[i] if distances else None)
+                for i, streak in enumerate(memory.streak)
+            ]
+        memory.streak = [n + 1 if hit else 0 for n, hit in zip(memory.streak, hits, strict=True)]
+        if not all(hits):
+            size = _mean_abs(added)
+            held = None if not any(hits) else _mask(hits, added)
+            memory.first = added if held is None else _select(held, memory.first, added)
+            memory.size = size if held is None else _select(held[:, 0, 0], memory.size, size)
+        if self._generation is not None:
+            self._generation.decisions.append(
+                Decision(call.step, call.branch, tuple(hits), tuple(distances) if distances else ())
+            )
+        return hits
+
+    def _distances(self, memory: _Memory, added: Tensor) -> list[float] | None:
+        """Measure each sample, which waits for the device; a schedule needs no measure."""
+        if self._settings.schedule is not None:
+            return None
+        assert memory.first is not None  # noqa: S101 - something was computed
+        assert memory.size is not None  # noqa: S101 - with it
+        distance = _mean_abs(added - memory.first) / memory.size
+        found: list[float] = distance.tolist()
+        return found
+
+    def _hit(self, call: Call, streak: int, distance: float | None) -> bool:
+        settings = self._settings
+        if settings.schedule is not None:
+            return call.step in settings.schedule
+        if not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
+            return False
+        if settings.max_consecutive_hits is not None and streak >= settings.max_consecutive_hits:
+            return False
+        return distance is not None and distance < settings.threshold
+
+    def _rest(
+        self, memory: _Memory, run: Run, streams: Streams, blocks: range, call: Call
+    ) -> Streams:
+        """Run the rest of the blocks, or add what they added, or both and select."""
+        noise, trend = call.tokens.noise, memory.rests.get(blocks.start)
+        before = streams.image[:, :noise]
+        level = call.timestep.float()
+        predicted = before + trend.at(level) if trend is not None and any(self._hits) else None
+        if predicted is not None and all(self._hits):
+            return replace(streams, image=_joined(predicted, streams.image))
+        streams = run(streams, blocks)
+        computed = streams.image[:, :noise]
+        keep = 2 if self._settings.predict == "linear" else 1
+        if trend is None:
+            known = [1] * len(computed)
+            memory.rests[blocks.start] = _Trend([computed - before], [level], known)
+            return streams
+        trend.take(computed - before, level, self._hits, keep=keep)
+        if predicted is None:
+            return streams
+        image = _select(_mask(self._hits, computed), predicted, computed)
+        return replace(streams, image=_joined(image, streams.image))
+
+
+def _joined(noise: Tensor, image: Tensor) -> Tensor:
+    """Put noise tokens before the reference tokens of an image stream."""
+    import torch
+
+    if noise.shape[1] == image.shape[1]:
+        return noise
+    return torch.cat([noise, image[:, noise.shape[1] :]], dim=1)
+
+
+def _mean_abs(values: Tensor) -> Tensor:
+    """Mean absolute value of each sample, summed in float32: (batch,)."""
+    import torch
+
+    return values.abs().mean((1, 2), dtype=torch.float32)
+
+
+def _mask(hits: list[bool], like: Tensor) -> Tensor:
+    import torch
+
+    return torch.tensor(hits, device=like.device)[:, None, None]
+
+
+def _select(held: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
+    """Take the old value where a sample hit, the new one elsewhere."""
+    import torch
+
+    assert old is not None  # noqa: S101 - a hit has a memory
+    return torch.where(held, old, new)

@@ -1,0 +1,161 @@
+"""FirstBlockCache against the other implementations, at equal settings.
+
+Each oracle runs on a class of its own, since ParaAttention and cache-dit patch the class of
+the pipeline that they are given.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from diffusers import FirstBlockCacheConfig, FluxKontextPipeline
+
+import fluxfire
+from fluxfire.errors import PlanError
+from fluxfire.passes import FirstBlockCache
+from fluxfire.testing import edit, tiny_kontext
+
+STEPS = 12
+THRESHOLDS = [0.2, 0.28, 0.33, 0.4, 1e9]
+
+
+def own_class():
+    """A tiny pipeline of a class that no other test shares."""
+
+    class FluxOwnPipeline(FluxKontextPipeline):  # cache-dit goes by the name
+        pass
+
+    pipe = FluxOwnPipeline(**tiny_kontext().components)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def ours(threshold, **settings):
+    pipe = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(threshold, **settings)])
+    made = edit(pipe, steps=STEPS)
+    hits = [d.step for d in fluxfire.report(pipe).runs[-1].decisions if d.hits[0]]
+    return made, hits
+
+
+def theirs(pipe, **call):
+    """Edit, and see in which steps the last block did not run."""
+    ran = []
+    last = pipe.transformer.single_transformer_blocks[-1].attn
+    last.register_forward_hook(lambda *_: ran.append(step[0]))
+    step = [0]
+
+    def ended(_, index, *__):
+        step[0] = index + 1
+        return {}
+
+    made = edit(pipe, steps=STEPS, callback_on_step_end=ended, **call)
+    return made, [i for i in range(STEPS) if i not in ran]
+
+
+@contextmanager
+def in_a_cache_context(pipe):
+    """Enter diffusers' cache context, as FluxPipeline does and the Kontext pipeline does not."""
+    transformer, plain = pipe.transformer, pipe.transformer.forward
+
+    def forward(*args, **kwargs):
+        with transformer.cache_context("cond"):
+            return plain(*args, **kwargs)
+
+    transformer.forward = forward
+    try:
+        yield
+    finally:
+        del transformer.forward
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_diffusers_first_block_cache(threshold):
+    pipe = own_class()
+    with in_a_cache_context(pipe):
+        pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+        made, hits = theirs(pipe)
+    expected, ours_hit = ours(threshold)
+    assert hits == ours_hit
+    assert np.abs(made - expected).max() < 1e-6
+
+
+def test_diffusers_first_block_cache_needs_that_context():
+    """Why the oracle is repaired; when this fails, diffusers has been."""
+    pipe = own_class()
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(ValueError, match="No context is set|No cache context"):
+        edit(pipe)
+
+
+@pytest.fixture
+def para_attn(monkeypatch):
+    """ParaAttention with its loop over single blocks brought up to today's diffusers."""
+    utils = pytest.importorskip("para_attn.first_block_cache.utils")
+    from para_attn.first_block_cache.diffusers_adapters.flux import apply_cache_on_pipe
+
+    def remaining(self, hidden_states, encoder_hidden_states, *args, **kwargs):
+        image, text = hidden_states, encoder_hidden_states
+        for block in (*self.transformer_blocks[1:], *self.single_transformer_blocks):
+            text, image = block(image, text, *args, **kwargs)
+        return image, text, image - hidden_states, text - encoder_hidden_states
+
+    monkeypatch.setattr(
+        utils.CachedTransformerBlocks, "call_remaining_transformer_blocks", remaining
+    )
+    return apply_cache_on_pipe
+
+
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_para_attention(para_attn, threshold):
+    made, hits = theirs(para_attn(own_class(), residual_diff_threshold=threshold))
+    expected, ours_hit = ours(threshold)
+    assert hits == ours_hit
+    assert np.abs(made - expected).max() < 1e-6
+
+
+def test_para_attention_compares_a_batch_as_one(para_attn):
+    """The difference: one decision for all samples, where ours gives each its own."""
+    prompts = ["make it night", "x", "a very long instruction, with many words in it", "?!"]
+    _, hits = theirs(para_attn(own_class(), residual_diff_threshold=0.31), prompt=prompts)
+    pipe = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(0.31)])
+    edit(pipe, steps=STEPS, prompt=prompts)
+    own = [d.hits for d in fluxfire.report(pipe).runs[-1].decisions]
+    assert any(len(set(step)) > 1 for step in own)
+    assert all(isinstance(step, int) for step in hits)
+
+
+def test_a_pipeline_that_para_attention_took_is_refused(para_attn):
+    pipe = para_attn(own_class(), residual_diff_threshold=0.1)
+    with pytest.raises(PlanError, match="another library's cache"):
+        fluxfire.optimize(pipe, [FirstBlockCache()])
+
+
+@pytest.fixture
+def cache_dit():
+    return pytest.importorskip("cache_dit")
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 4])
+@pytest.mark.parametrize("threshold", THRESHOLDS)
+def test_cache_dit(cache_dit, threshold, warmup):
+    pipe = own_class()
+    config = cache_dit.DBCacheConfig(
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold,
+        max_warmup_steps=warmup,
+    )  # fmt: skip
+    cache_dit.enable_cache(pipe, cache_config=config)
+    made, hits = theirs(pipe)
+    expected, ours_hit = ours(threshold, warmup_steps=warmup)
+    assert hits == ours_hit
+    assert np.abs(made - expected).max() < 1e-6
+
+
+def test_a_pipeline_that_cache_dit_took_is_refused(cache_dit):
+    pipe = own_class()
+    cache_dit.enable_cache(pipe)
+    with pytest.raises(PlanError, match="another library's cache"):
+        fluxfire.optimize(pipe, [FirstBlockCache()])
+    cache_dit.disable_cache(pipe)
+    fluxfire.optimize(pipe, [FirstBlockCache()])

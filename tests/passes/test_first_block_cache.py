@@ -1,0 +1,318 @@
+"""FirstBlockCache: decisions, memory, batches, branches, and getting out again."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fluxfire
+from fluxfire import kontext
+from fluxfire.errors import PlanError
+from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
+from fluxfire.testing import edit, tiny_kontext
+
+STEPS = 12
+
+
+def cached(**settings):
+    return fluxfire.optimize(tiny_kontext(), [FirstBlockCache(**settings)])
+
+
+def decisions(pipe, branch="cond"):
+    return [d for d in fluxfire.report(pipe).runs[-1].decisions if d.branch == branch]
+
+
+def hits(pipe, branch="cond", sample=0):
+    return [d.step for d in decisions(pipe, branch) if d.hits[sample]]
+
+
+def count_blocks(pipe):
+    """Count how often each block really runs."""
+    counts = []
+    for index, block in enumerate(kontext.blocks(pipe.transformer)):
+        counts.append(0)
+
+        def note(*_, index=index):
+            counts[index] += 1
+
+        block.attn.register_forward_hook(note)
+    return counts
+
+
+def test_threshold_0_keeps_every_bit(kind):
+    plain, pipe = tiny_kontext(kind), tiny_kontext(kind)
+    fluxfire.optimize(pipe, [FirstBlockCache(0)])
+    assert np.array_equal(edit(pipe, steps=STEPS), edit(plain, steps=STEPS))
+    assert hits(pipe) == []
+    assert fluxfire.report(pipe).passes[0].exactness == "bitwise"
+
+
+def test_a_hit_runs_the_first_block_alone():
+    pipe = cached(schedule=[2, 3, 7])
+    counts = count_blocks(pipe)
+    edit(pipe, steps=STEPS)
+    assert counts == [12, 9, 9, 9, 9]
+    assert hits(pipe) == [2, 3, 7]
+    assert fluxfire.report(pipe).runs[-1].hit_rate == 3 / 12
+
+
+def test_distances_are_those_of_the_first_block(pipe):
+    """Recomputed from what forward hooks see on a plain pipeline."""
+    seen = []
+    block = pipe.transformer.transformer_blocks[0]
+    block.register_forward_hook(
+        lambda _, __, inputs, out: seen.append(out[1] - inputs["hidden_states"]), with_kwargs=True
+    )
+    edit(pipe, steps=6)
+    for distance, tokens in (("all", 128), ("noise", 64)):
+        probe = cached(threshold=0, distance=distance)
+        edit(probe, steps=6)
+        found = [d.distances for d in decisions(probe)]
+        assert found[0] == ()
+        for (got,), before, after in zip(found[1:], seen, seen[1:], strict=False):
+            before, after = before[:, :tokens].double(), after[:, :tokens].double()
+            expected = (after - before).abs().mean() / before.abs().mean()
+            assert got == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_hits_are_the_distances_below_the_threshold_from_the_last_computed_step():
+    first = []
+    pipe = tiny_kontext()
+    block = pipe.transformer.transformer_blocks[0]
+    fluxfire.optimize(pipe, [FirstBlockCache(0.33)])
+    block.register_forward_hook(
+        lambda _, __, inputs, out: first.append(out[1] - inputs["hidden_states"]), with_kwargs=True
+    )
+    edit(pipe, steps=STEPS)
+    last, expected = first[0], []
+    for step, added in enumerate(first[1:], start=1):
+        if float((added - last).abs().mean() / last.abs().mean()) < 0.33:
+            expected.append(step)
+        else:
+            last = added
+    assert 0 < len(expected) < STEPS - 1
+    assert hits(pipe) == expected
+
+
+def test_warm_up_tail_and_cap():
+    everything = {"threshold": 1e9}
+    pipe = cached(**everything)
+    edit(pipe, steps=8)
+    assert hits(pipe) == [1, 2, 3, 4, 5, 6, 7]
+    for extra, expected in (
+        ({"warmup_steps": 3}, [3, 4, 5, 6, 7]),
+        ({"tail_steps": 2}, [1, 2, 3, 4, 5]),
+        ({"max_consecutive_hits": 2}, [1, 2, 4, 5, 7]),
+        ({"warmup_steps": 8}, []),
+        ({"tail_steps": 9}, []),
+        ({"schedule": ()}, []),
+        ({"schedule": (1, 6, 40)}, [1, 6]),
+    ):
+        with fluxfire.using(pipe, FirstBlockCache(**everything, **extra)):
+            edit(pipe, steps=8)
+        assert hits(pipe) == expected, extra
+
+
+@pytest.mark.parametrize("steps", [(3,), (2, 4, 5)])
+@pytest.mark.parametrize("predict", ["hold", "linear"])
+def test_what_a_hit_adds(steps, predict):
+    """The run through the blocks redone by hand, in a wrapper-free plain transformer."""
+    pipe = cached(schedule=steps, predict=predict)
+    made = edit(pipe, steps=7)
+    plain = tiny_kontext()
+    blocks = kontext.blocks(plain.transformer)
+    original = [block.forward for block in blocks]
+    state = {"step": -1, "points": []}
+
+    def first(hidden_states, encoder_hidden_states, temb, **rest):
+        state["step"] += 1
+        out = original[0](hidden_states, encoder_hidden_states, temb=temb, **rest)
+        state["start"] = out[1]
+        return out
+
+    def skipping(index):
+        def forward(hidden_states, encoder_hidden_states, **rest):
+            if state["step"] in steps:
+                if index < len(blocks) - 1:
+                    return encoder_hidden_states, hidden_states
+                (t1, r1), (t0, r0) = state["points"][-1], state["points"][-2:][0]
+                t = plain.current_timestep / 1000
+                slope = (t - t1) / (t1 - t0) if predict == "linear" and t1 != t0 else 0.0
+                return encoder_hidden_states, state["start"] + r1 + (r1 - r0) * slope
+            out = original[index](hidden_states, encoder_hidden_states, **rest)
+            if index == len(blocks) - 1:
+                state["points"].append((plain.current_timestep / 1000, out[1] - state["start"]))
+            return out
+
+        return forward
+
+    blocks[0].forward = first
+    for index in range(1, len(blocks)):
+        blocks[index].forward = skipping(index)
+    assert np.abs(made - edit(plain, steps=7)).max() < 1e-5
+
+
+def test_the_branches_of_true_cfg_do_not_mix():
+    cfg = {"negative_prompt": "dull colours", "true_cfg_scale": 2.0, "steps": STEPS}
+    pipe = cached(threshold=0.33)
+    edit(pipe, **cfg)
+    alone = cached(threshold=1e9)
+    edit(alone, **cfg)
+    for branch in ("cond", "uncond"):
+        assert decisions(pipe, branch)[0].distances == ()
+        assert 0 < len(hits(pipe, branch)) < STEPS - 1
+        assert hits(alone, branch) == list(range(1, STEPS))
+    assert np.array_equal(edit(cached(threshold=0), **cfg), edit(tiny_kontext(), **cfg))
+
+
+def batch(n):
+    """Prompts and noise so different that samples decide differently."""
+    words = ["make it night", "x", "a very long instruction, with many words in it", "?!"]
+    return words[:n], [torch.Generator().manual_seed(10 + i) for i in range(n)]
+
+
+@pytest.mark.parametrize("predict", ["hold", "linear"])
+def test_every_sample_of_a_batch_decides_for_itself(predict):
+    settings = {"threshold": 0.31, "predict": predict}
+    prompts, generators = batch(4)
+    together = cached(**settings)
+    made = edit(together, prompt=prompts, generator=generators, steps=STEPS)
+    plain = edit(tiny_kontext(), prompt=prompts, generator=batch(4)[1], steps=STEPS)
+    patterns = set()
+    for sample in range(4):
+        alone = cached(**settings)
+        solo = edit(alone, prompt=prompts[sample], generator=batch(4)[1][sample], steps=STEPS)
+        assert hits(together, sample=sample) == hits(alone)
+        own = edit(
+            tiny_kontext(), prompt=prompts[sample], generator=batch(4)[1][sample], steps=STEPS
+        )
+        noise_floor = max(1e-5, np.abs(plain[sample] - own[0]).max())
+        assert np.abs(made[sample] - solo[0]).max() <= 3 * noise_floor
+        patterns.add(tuple(hits(alone)))
+    assert len(patterns) > 1, "all samples decided alike: nothing was tested"
+
+
+def test_nothing_is_kept_after_a_generation_that_raised():
+    pipe = cached(threshold=1e9)
+    expected = edit(pipe)
+
+    def fail(*_):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        edit(pipe, callback_on_step_end=fail)
+    assert np.array_equal(edit(pipe), expected)
+    larger = edit(pipe, (48, 32))
+    assert larger.shape == (1, 32, 48, 3)
+    assert np.array_equal(edit(pipe), expected)
+    assert hits(pipe) == [1, 2]
+
+
+def test_using_changes_settings_for_a_while_and_refuses_the_rest():
+    pipe = fluxfire.optimize(tiny_kontext(), [QKVFusion(), FirstBlockCache(0)])
+    plain = edit(pipe, steps=6)
+    with fluxfire.using(pipe, [FirstBlockCache(1e9, tail_steps=1)]) as same:
+        assert same is pipe
+        edit(pipe, steps=6)
+        assert hits(pipe) == [1, 2, 3, 4]
+        with fluxfire.using(pipe, FirstBlockCache(schedule=[5])):
+            edit(pipe, steps=6)
+            assert hits(pipe) == [5]
+        edit(pipe, steps=6)
+        assert hits(pipe) == [1, 2, 3, 4]
+    assert np.array_equal(edit(pipe, steps=6), plain)
+    with pytest.raises(RuntimeError, match="inside"), fluxfire.using(pipe, FirstBlockCache(1e9)):
+        raise RuntimeError("inside")
+    assert np.array_equal(edit(pipe, steps=6), plain)
+    for wanted, words in (
+        ([Compile()], "compile is not applied; using() changes settings only"),
+        (QKVFusion(vae=False), "qkv-fusion has no settings that can change at run time"),
+        ("quick", "there is no preset 'quick'"),
+    ):
+        with pytest.raises(PlanError) as caught, fluxfire.using(pipe, wanted):
+            pass
+        assert words in str(caught.value)
+    with (
+        pytest.raises(PlanError, match="needs an optimized pipeline"),
+        fluxfire.using(tiny_kontext(), FirstBlockCache()),
+    ):
+        pass
+
+
+def test_what_is_refused(pipe):
+    twice = fluxfire.plan(pipe, [FirstBlockCache(), FirstBlockCache(0.2)])
+    assert "in the list twice" in twice.complaints()[0]
+    fluxfire.optimize(pipe, [FirstBlockCache()])
+    again = fluxfire.plan(pipe, [FirstBlockCache(0.2)])
+    assert "already applied, as FirstBlockCache(threshold=0.12" in again.complaints()[0]
+    whole = fluxfire.plan(tiny_kontext(), [FirstBlockCache(), Compile("transformer")])
+    assert "decides between the blocks" in whole.complaints()[0]
+
+    from diffusers import FirstBlockCacheConfig
+
+    native = tiny_kontext()
+    native.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    said = fluxfire.plan(native, [FirstBlockCache()]).complaints()
+    assert "diffusers' own cache is enabled" in said[0]
+    marked = tiny_kontext()
+    marked.transformer._is_cached = True
+    said = fluxfire.plan(marked, [FirstBlockCache()]).complaints()
+    assert "another library's cache" in said[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"threshold": -0.1}, "threshold=-0.1; it must be 0 or more"),
+        ({"threshold": float("nan")}, "threshold=nan; it must be 0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps=-1; it must be 0 or more"),
+        ({"tail_steps": -2}, "tail_steps=-2; it must be 0 or more"),
+        ({"max_consecutive_hits": 0}, "max_consecutive_hits=0; it must be 1 or more"),
+        ({"schedule": [3, 0]}, "step 0 cannot hit"),
+        ({"distance": "text"}, "distance='text'; it must be one of all, noise"),
+        ({"predict": "guess"}, "predict='guess'; it must be one of hold, linear"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, words):
+    with pytest.raises(ValueError, match="must be|cannot hit") as caught:
+        FirstBlockCache(**settings)
+    assert words in str(caught.value)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    schedule=st.sets(st.integers(1, 5)),
+    predict=st.sampled_from(["hold", "linear"]),
+    seed=st.integers(0, 3),
+)
+def test_restore_gives_every_bit_back(schedule, predict, seed):
+    pipe = tiny_kontext(seed=seed)
+    plain = edit(pipe, steps=6)
+    fluxfire.optimize(pipe, [FirstBlockCache(schedule=schedule, predict=predict)])
+    edit(pipe, steps=6)
+    assert hits(pipe) == sorted(schedule)
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe, steps=6), plain)
+
+
+@pytest.mark.slow
+def test_hits_and_misses_share_graphs_under_regional_compilation():
+    compiled = fluxfire.optimize(tiny_kontext(), [Compile(fullgraph=True)])
+    edit(compiled, steps=6)
+    graphs = fluxfire.report(compiled).runs[-1].compiles
+    torch.compiler.reset()
+    expected = edit(cached(schedule=[1, 3, 4]), steps=6)
+    pipe = fluxfire.optimize(
+        tiny_kontext(), [FirstBlockCache(schedule=[1, 3, 4]), Compile(fullgraph=True)]
+    )
+    assert np.abs(edit(pipe, steps=6) - expected).max() < 1e-4
+    run = fluxfire.report(pipe).runs[-1]
+    assert run.graph_breaks == 0
+    assert run.compiles == graphs
+    for settings in (FirstBlockCache(1e9), FirstBlockCache(0), FirstBlockCache(predict="linear")):
+        with fluxfire.using(pipe, settings):
+            edit(pipe, steps=6)
+            assert fluxfire.report(pipe).runs[-1].compiles == 0
