@@ -104,9 +104,11 @@ class Target:
 class Pass(Protocol):
     """One reversible optimisation.
 
-    Two members are optional and therefore not part of the protocol's type:
-    `leaves: frozenset[str]`, traits that hold once the pass is applied, and
-    `after_warmup(tx)`, called when `fluxfire.warmup` has run the pipeline.
+    Three members are optional and therefore not part of the protocol's type:
+    `leaves: frozenset[str]`, traits that hold once the pass is applied;
+    `tunable: frozenset[str]`, fields that `fluxfire.using` may change while it is applied (see
+    `Transaction.live`); and `after_warmup(tx)`, called when `fluxfire.warmup` has run the
+    pipeline.
     """
 
     name: ClassVar[str]

@@ -10,26 +10,13 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
-from diffusers import FirstBlockCacheConfig, FluxKontextPipeline
+from caches import STEPS, THRESHOLDS, own_class, theirs
+from diffusers import FirstBlockCacheConfig
 
 import fluxfire
 from fluxfire.errors import PlanError
 from fluxfire.passes import FirstBlockCache
 from fluxfire.testing import edit, tiny_kontext
-
-STEPS = 12
-THRESHOLDS = [0.2, 0.28, 0.33, 0.4, 1e9]
-
-
-def own_class():
-    """A tiny pipeline of a class that no other test shares."""
-
-    class FluxOwnPipeline(FluxKontextPipeline):  # cache-dit goes by the name
-        pass
-
-    pipe = FluxOwnPipeline(**tiny_kontext().components)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def ours(threshold, **settings):
@@ -37,21 +24,6 @@ def ours(threshold, **settings):
     made = edit(pipe, steps=STEPS)
     hits = [d.step for d in fluxfire.report(pipe).runs[-1].decisions if d.hits[0]]
     return made, hits
-
-
-def theirs(pipe, **call):
-    """Edit, and see in which steps the last block did not run."""
-    ran = []
-    last = pipe.transformer.single_transformer_blocks[-1].attn
-    last.register_forward_hook(lambda *_: ran.append(step[0]))
-    step = [0]
-
-    def ended(_, index, *__):
-        step[0] = index + 1
-        return {}
-
-    made = edit(pipe, steps=STEPS, callback_on_step_end=ended, **call)
-    return made, [i for i in range(STEPS) if i not in ran]
 
 
 @contextmanager
@@ -87,24 +59,6 @@ def test_diffusers_first_block_cache_needs_that_context():
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="No context is set|No cache context"):
         edit(pipe)
-
-
-@pytest.fixture
-def para_attn(monkeypatch):
-    """ParaAttention with its loop over single blocks brought up to today's diffusers."""
-    utils = pytest.importorskip("para_attn.first_block_cache.utils")
-    from para_attn.first_block_cache.diffusers_adapters.flux import apply_cache_on_pipe
-
-    def remaining(self, hidden_states, encoder_hidden_states, *args, **kwargs):
-        image, text = hidden_states, encoder_hidden_states
-        for block in (*self.transformer_blocks[1:], *self.single_transformer_blocks):
-            text, image = block(image, text, *args, **kwargs)
-        return image, text, image - hidden_states, text - encoder_hidden_states
-
-    monkeypatch.setattr(
-        utils.CachedTransformerBlocks, "call_remaining_transformer_blocks", remaining
-    )
-    return apply_cache_on_pipe
 
 
 @pytest.mark.parametrize("threshold", THRESHOLDS)

@@ -73,8 +73,8 @@ def test_distances_are_those_of_the_first_block(pipe):
         found = [d.distances for d in decisions(probe)]
         assert found[0] == ()
         for (got,), before, after in zip(found[1:], seen, seen[1:], strict=False):
-            before, after = before[:, :tokens].double(), after[:, :tokens].double()
-            expected = (after - before).abs().mean() / before.abs().mean()
+            one, two = before[:, :tokens].double(), after[:, :tokens].double()
+            expected = (two - one).abs().mean() / one.abs().mean()
             assert got == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -312,7 +312,7 @@ def test_hits_and_misses_share_graphs_under_regional_compilation():
     run = fluxfire.report(pipe).runs[-1]
     assert run.graph_breaks == 0
     assert run.compiles == graphs
-    for settings in (FirstBlockCache(1e9), FirstBlockCache(0), FirstBlockCache(predict="linear")):
-        with fluxfire.using(pipe, settings):
+    for other in (FirstBlockCache(1e9), FirstBlockCache(0), FirstBlockCache(predict="linear")):
+        with fluxfire.using(pipe, other):
             edit(pipe, steps=6)
             assert fluxfire.report(pipe).runs[-1].compiles == 0

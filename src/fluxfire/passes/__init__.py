@@ -6,6 +6,14 @@ from fluxfire.passes.compile import Compile
 from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.inductor_patch import InductorPatch
 from fluxfire.passes.memory_layout import MemoryLayout
+from fluxfire.passes.para_attention import ParaAttention
 from fluxfire.passes.qkv_fusion import QKVFusion
 
-__all__ = ["Compile", "FirstBlockCache", "InductorPatch", "MemoryLayout", "QKVFusion"]
+__all__ = [
+    "Compile",
+    "FirstBlockCache",
+    "InductorPatch",
+    "MemoryLayout",
+    "ParaAttention",
+    "QKVFusion",
+]

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from fluxfire.caching import foreign_caches
 from fluxfire.generation import Decision, Generation, Listener, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -105,18 +106,7 @@ class FirstBlockCache:
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse a pipeline that another cache works on already."""
-        if "native-cache" in target.traits:
-            yield Finding(
-                "error",
-                "diffusers' own cache is enabled on the transformer",
-                "call pipe.transformer.disable_cache() first",
-            )
-        if "foreign-cache" in target.traits:
-            yield Finding(
-                "error",
-                "another library's cache (ParaAttention or cache-dit) is on the transformer",
-                "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
-            )
+        yield from foreign_caches(target)
 
     def apply(self, tx: Transaction) -> Change:
         """Wrap the run through the blocks, and hear where generations begin and end."""

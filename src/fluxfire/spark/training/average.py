@@ -27,10 +27,16 @@ class Masters:
 
     def take_gradients(self) -> None:
         """Move the model's gradients here."""
+        held, given = [], []
         for value, parameter in zip(self.values, self._parameters, strict=True):
-            gradient = parameter.grad
-            value.grad = None if gradient is None else gradient.float()
+            if parameter.grad is None:
+                value.grad = None
+                continue
+            value.grad = torch.empty_like(value) if value.grad is None else value.grad
+            held.append(value.grad)
+            given.append(parameter.grad)
             parameter.grad = None
+        copy(given, held)
 
     def give(self) -> None:
         """Round the weights into the model."""

@@ -1,0 +1,23 @@
+"""What all caches between the blocks have to look at. No torch in here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from fluxfire.protocol import Finding, Target
+
+
+def foreign_caches(target: Target) -> Iterator[Finding]:
+    """Find caches on the transformer that are not fluxfire's."""
+    if "native-cache" in target.traits:
+        yield Finding(
+            "error",
+            "diffusers' own cache is enabled on the transformer",
+            "call pipe.transformer.disable_cache() first",
+        )
+    if "foreign-cache" in target.traits:
+        yield Finding(
+            "error",
+            "another library's cache (ParaAttention or cache-dit) is on the transformer",
+            "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
+        )
