@@ -53,7 +53,7 @@ def test_doctor(capsys):
     assert status == 0
     assert "torch " in out
     assert "GPU " in out
-    assert "memory-layout   applies" in out
+    assert "memory-layout      applies" in out
 
 
 def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):

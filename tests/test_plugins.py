@@ -30,5 +30,5 @@ def test_a_plugin_that_cannot_be_imported_says_so(pipe, announced):
 
 
 def test_unknown_names_list_plugins_too(pipe, announced):
-    with pytest.raises(PlanError, match="compile, gone, inductor-patch"):
+    with pytest.raises(PlanError, match="first-block-cache, gone, inductor-patch"):
         fluxfire.optimize(pipe, ["cache"])
