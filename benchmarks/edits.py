@@ -16,13 +16,18 @@ from PIL import Image
 from fluxfire import presets
 from fluxfire.bench import Workload, measure_edits, save, stamp
 from fluxfire.loading import load
-from fluxfire.passes import Compile, MemoryLayout, QKVFusion
+from fluxfire.passes import Compile, FirstBlockCache, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table
 
 FULL = [
     Workload(name=f"edit {side}, {steps} steps", width=side, height=side, steps=steps)
     for side in (1024, 512)
     for steps in (28, 20)
+]
+FULL += [
+    Workload(
+        name="text-to-image 1024, 20 steps", width=1024, height=1024, steps=20, reference=False
+    )
 ]
 TINY = [
     replace(w, width=w.width // 16, height=w.height // 16, auto_resize=False, text_tokens=32)
@@ -37,11 +42,21 @@ def regional(preset: tuple[Any, ...]) -> tuple[Any, ...]:
     )
 
 
+def cached(preset: tuple[Any, ...], cache: FirstBlockCache) -> tuple[Any, ...]:
+    """Return a preset with a cache before its compilation."""
+    return (*preset[:-1], cache, preset[-1])
+
+
+ALTERNATE = FirstBlockCache(schedule=range(2, 28, 2))
+"""Hits every other step: 9 of 20, 13 of 28."""
 POINTWISE = {"max_autotune_pointwise": True}
 STACKS = {
     "eager": (),
     "faithful": presets.faithful,
     "article, by blocks": regional(presets.article),
+    "faithful and cache, no hits": cached(presets.faithful, FirstBlockCache(0)),
+    "faithful and cache, alternate hits": cached(presets.faithful, ALTERNATE),
+    "article, by blocks, and cache, alternate hits": cached(regional(presets.article), ALTERNATE),
     "QKVFusion alone": (QKVFusion(),),
     "MemoryLayout alone": (MemoryLayout(),),
     "Compile alone": (Compile(),),
@@ -88,7 +103,10 @@ def _picture(name: str | None, side: int) -> Image.Image:
 
 def _line(row: dict[str, Any]) -> str:
     step, edit = human_seconds(row["step"]["median"]), human_seconds(row["edit"]["median"])
-    return f"{row['stack']}, {row['workload']['name']}: a step {step}, the edit {edit}"
+    line = f"{row['stack']}, {row['workload']['name']}: a step {step}, the edit {edit}"
+    if row["hit_step"]:
+        line += f", a hit {human_seconds(row['hit_step']['median'])}, {row['hits']:.0f} hits"
+    return line
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

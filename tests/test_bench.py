@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from doubles import SkipBlock
 from fluxfire.bench import Sample, Workload, load, measure_edits, repeat, save, stamp
-from fluxfire.passes import QKVFusion
+from fluxfire.passes import FirstBlockCache, QKVFusion
 from fluxfire.testing import edit
 
 LOAD = Workload(name="tiny", width=32, height=32, steps=3, auto_resize=False, text_tokens=24)
@@ -43,6 +45,18 @@ def test_edits_are_measured_and_the_pipeline_is_plain_again(pipe, reference):
         assert len(row["edit"]["seconds"]) == len(row["first_seconds"]) == 2
         assert row["compiles"] == row["graph_breaks"] == 0
     assert np.array_equal(edit(pipe), reference)
+
+
+def test_steps_that_hit_are_timed_apart(pipe):
+    stacks = {"cached": (FirstBlockCache(schedule=[1]),)}
+    loads = [LOAD, replace(LOAD, name="from words", reference=False)]
+    rows = measure_edits(pipe, stacks, loads, Image.new("RGB", (32, 32)), rounds=2)
+    for row in rows:
+        assert row["hits"] == 1
+        assert len(row["hit_step"]["seconds"]) == 2
+        assert len(row["step"]["seconds"]) == 2 * (LOAD.steps - 1)
+    with_reference, without = (r["workload"]["name"] for r in rows)
+    assert (with_reference, without) == ("tiny", "from words")
 
 
 def test_a_crash_keeps_the_rows_before_it_and_restores(pipe, reference):

@@ -31,6 +31,7 @@ class Workload:
         auto_resize: let Kontext resize the reference to about a megapixel, as it does by
             default, whatever the output's size.
         text_tokens: length to which the prompt is padded.
+        reference: edit the picture; False makes one from words alone.
     """
 
     name: str
@@ -39,11 +40,12 @@ class Workload:
     steps: int
     auto_resize: bool = True
     text_tokens: int = 512
+    reference: bool = True
 
     def run(self, pipe: Any, picture: Image.Image, *, seed: int = 42) -> Any:
         """Edit the picture once."""
         return pipe(
-            image=picture,
+            image=picture if self.reference else None,
             prompt="make it a snowy winter evening",
             width=self.width,
             height=self.height,
@@ -80,8 +82,9 @@ def measure_edits(
         on_rows: is handed the rows so far after each turn, so that a crash loses little.
 
     Returns:
-        A row for each stack and workload: seconds of the whole edit and of a step, what
-        applying and first running cost, memory, and compilations.
+        A row for each stack and workload: seconds of the whole edit and of a step (of a
+        step that a cache left out, too), what applying and first running cost, memory, and
+        compilations.
     """
     loads = list(workloads)
     rows: dict[tuple[str, str], _Row] = {}
@@ -136,6 +139,7 @@ class _Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as plain data."""
+        hits = [s for r in self.runs for s in _steps(r, hit=True)]
         return {
             "stack": self.stack,
             "passes": [repr(p) for p in self.passes],
@@ -146,9 +150,18 @@ class _Row:
             "compiles": sum(r.compiles for r in self.runs),
             "graph_breaks": sum(r.graph_breaks for r in (*self.first, *self.runs)),
             "edit": Sample.of(self.edits).to_dict(),
-            "step": Sample.of(s for r in self.runs for s in r.step_seconds).to_dict(),
+            "step": Sample.of(s for r in self.runs for s in _steps(r, hit=False)).to_dict(),
+            "hit_step": Sample.of(hits).to_dict() if hits else None,
+            "hits": len(hits) / len(self.runs),
             "peak_gib": self.peak,
         }
+
+
+def _steps(run: RunStatistics, *, hit: bool) -> Iterator[float]:
+    """Seconds of the steps that were hits of a cache, or of those that were computed."""
+    hits = {d.step for d in run.decisions if all(d.hits)}
+    hits -= {d.step for d in run.decisions if not all(d.hits)}
+    yield from (s for i, s in enumerate(run.step_seconds) if (i in hits) == hit)
 
 
 def _memory() -> float:
