@@ -7,8 +7,14 @@ from collections.abc import Iterator
 from fluxfire.protocol import Finding, Target
 
 
-def foreign_caches(target: Target) -> Iterator[Finding]:
-    """Find caches on the transformer that are not fluxfire's."""
+def obstacles(target: Target) -> Iterator[Finding]:
+    """Find what no cache can live with: another library's cache, or prefetching hooks."""
+    if "group-offload" in target.traits:
+        yield Finding(
+            "error",
+            "group offloading prefetches blocks from the ones before them, which a hit leaves out",
+            "use enable_model_cpu_offload() instead, or leave the cache out",
+        )
     if "native-cache" in target.traits:
         yield Finding(
             "error",

@@ -81,7 +81,9 @@ class Generation:
             self._tokens = Tokens.from_ids(inputs["img_ids"], inputs["txt_ids"])
         assert self._tokens is not None  # noqa: S101 - img_ids is never None
         branch = ("cond", "uncond")[self._branch] if self._branch < 2 else f"#{self._branch}"  # noqa: PLR2004
-        return Call(self.step, pipe.num_timesteps, branch, inputs["timestep"], self._tokens)
+        level = pipe.current_timestep.float() / 1000
+        timestep = inputs["timestep"]
+        return Call(self.step, pipe.num_timesteps, branch, timestep, level, self._tokens)
 
 
 @dataclass(eq=False)

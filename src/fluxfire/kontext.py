@@ -50,7 +50,9 @@ class Call:
         step: denoising step, counted from 0.
         steps: how many steps the generation plans.
         branch: `"cond"`, or `"uncond"` for the second call of a step under true CFG.
-        timestep: (batch,), in [0, 1]; a tensor, so that it can enter compiled code.
+        timestep: (batch,), in [0, 1]; a tensor, so that it can enter compiled code. In the
+            latents' dtype: bfloat16 rounds it by up to a step's length.
+        level: the same noise level in float32, a tensor of no dimensions.
         tokens: how many tokens of each kind.
     """
 
@@ -58,6 +60,7 @@ class Call:
     steps: int
     branch: str
     timestep: torch.Tensor
+    level: torch.Tensor
     tokens: Tokens
 
 

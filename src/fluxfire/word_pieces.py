@@ -69,11 +69,27 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def t5_tokenizer(words: Sequence[str] = ()) -> Any:
-    """Make a T5 tokenizer that knows printable ASCII, and some words as one token each."""
+def t5_tokenizer(words: Sequence[str] = (), *, lower: bool = False) -> Any:
+    """Make a T5 tokenizer that knows printable ASCII, and some words as one token each.
+
+    Args:
+        words: as they are written.
+        lower: read everything in lower case, as CLIP's does.
+    """
+    from tokenizers import normalizers
+
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", _WORD)]
     pieces += [(chr(code), _LETTER) for code in range(33, 127)]
     pieces += [(f"\u2581{word}", _WORD) for word in words]
+    tokenizer = _t5_from_pieces(pieces)
+    if lower:
+        raw = tokenizer.backend_tokenizer
+        before = [raw.normalizer] if raw.normalizer is not None else []
+        raw.normalizer = normalizers.Sequence([normalizers.Lowercase(), *before])
+    return tokenizer
+
+
+def _t5_from_pieces(pieces: list[tuple[str, float]]) -> Any:
     try:
         return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
     except TypeError:  # transformers 4: the fast tokenizer can be built from an object

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluxfire
-from fluxfire import kontext
+from fluxfire import Change, kontext
 from fluxfire.errors import PlanError
 from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
 from fluxfire.testing import edit, tiny_kontext
@@ -155,6 +155,29 @@ def test_what_a_hit_adds(steps, predict):
     assert np.abs(made - edit(plain, steps=7)).max() < 1e-5
 
 
+def test_lines_are_drawn_through_exact_noise_levels():
+    """In bfloat16 the timesteps that the transformer gets are rounded; the line's are not."""
+    pipe = tiny_kontext(dtype=torch.bfloat16)
+    seen = []
+
+    class Levels(FirstBlockCache):
+        name = "levels"
+
+        def apply(self, tx):
+            def note(run, streams, blocks, call):
+                seen.append((float(call.level), float(call.timestep[0])))
+                return run(streams, blocks)
+
+            tx.wrap_blocks(note)
+            return Change(0, "things")
+
+    fluxfire.optimize(pipe, [Levels()])
+    edit(pipe, steps=40)
+    exact = (pipe.scheduler.timesteps / 1000).tolist()
+    assert [level for level, _ in seen] == pytest.approx(exact)
+    assert max(abs(rounded - level) for level, rounded in seen) > 1e-3
+
+
 def test_the_branches_of_true_cfg_do_not_mix():
     cfg = {"negative_prompt": "dull colours", "true_cfg_scale": 2.0, "steps": STEPS}
     pipe = cached(threshold=0.33)
@@ -257,6 +280,12 @@ def test_what_is_refused(pipe):
     native.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     said = fluxfire.plan(native, [FirstBlockCache()]).complaints()
     assert "diffusers' own cache is enabled" in said[0]
+    offloaded = tiny_kontext()
+    offloaded.transformer.enable_group_offload(
+        onload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+    said = fluxfire.plan(offloaded, [FirstBlockCache()]).complaints()
+    assert "group offloading prefetches blocks" in said[0]
     marked = tiny_kontext()
     marked.transformer._is_cached = True
     said = fluxfire.plan(marked, [FirstBlockCache()]).complaints()

@@ -98,8 +98,10 @@ def test_held_out_combinations_are_kept_apart(kind):
     if "subject" not in known.choice:
         return  # nothing to combine
     for batch, expected in ((known, False), (novel, True)):
-        s = batch.choice["subject"]
-        out = held_out(index, batch.target.of("shape", s), batch.target.of("colour", s))
+        out = torch.zeros(len(batch.novel), dtype=torch.bool)
+        for role in {"subject", "other"} & batch.choice.keys():
+            slot = batch.choice[role]
+            out |= held_out(index, batch.target.of("shape", slot), batch.target.of("colour", slot))
         assert (out == expected).all()
         assert (batch.novel == expected).all()
 

@@ -49,15 +49,25 @@ def test_sizes_that_fit(given, expected):
 def test_the_result_has_the_references_shape(untrained, size):
     out = edit(untrained, Image.new("RGB", size, "teal"))
     assert out.shape[1::-1] == SparkPipeline.reference_size(*size)
+    tokens = []
+    hook = untrained.transformer.register_forward_pre_hook(
+        lambda _, __, inputs: tokens.append(inputs["hidden_states"].shape[1]), with_kwargs=True
+    )
     batch = untrained(
         image=[Image.new("RGB", size)] * 2, prompt=["blur it"] * 2, num_inference_steps=1
     )
-    assert [i.size for i in batch.images] == [SparkPipeline.reference_size(*size)] * 2
+    edit(untrained, Image.new("RGB", size), num_inference_steps=1)
+    hook.remove()
+    fitting = SparkPipeline.reference_size(*size)
+    assert [i.size for i in batch.images] == [fitting] * 2
+    assert tokens == [2 * (fitting[0] // 16) * (fitting[1] // 16)] * 2
 
 
 def test_arguments_of_the_call_win(untrained):
     picture = Image.new("RGB", (128, 128), "teal")
     assert edit(untrained, picture, width=160, height=96).shape == (96, 160, 3)
+    assert edit(untrained, picture, width=160).shape == (128, 160, 3)
+    assert edit(untrained, picture, height=96).shape == (96, 128, 3)
     assert edit(untrained, None).shape == (128, 128, 3)
     small = edit(untrained, picture, width=64, height=64, max_sequence_length=16)
     assert small.shape == (64, 64, 3)

@@ -12,16 +12,18 @@ from diffusers import FluxKontextPipeline
 from torch import nn
 
 from fluxfire.errors import LoadError
-from fluxfire.spark import model, weights
+from fluxfire.spark import drawings, model, score, weights
 from fluxfire.spark.drawing import render
 from fluxfire.spark.drawn import draw_edits
 from fluxfire.spark.edits import KINDS
 from fluxfire.spark.scenes import Dice
 from fluxfire.spark.scoring import Score, psnr, summarise
+from fluxfire.spark.training import lora
 from fluxfire.spark.training.average import Average, Masters, holding
-from fluxfire.spark.training.clock import Clock, rate
+from fluxfire.spark.training.clock import Clock, Log, rate
 from fluxfire.spark.training.data import Encoder, pack, position_ids, rows
 from fluxfire.spark.training.flow import Flow
+from fluxfire.spark.training.vae import train_vae
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +174,51 @@ def test_scores_are_means_by_kind():
     assert psnr(torch.zeros(3, 4, 4), torch.full((3, 4, 4), 0.1)) == pytest.approx(20)
 
 
+def test_one_loss_is_not_averaged_with_other_sizes():
+    with pytest.raises(ValueError, match="several sizes"):
+        score(None, [*drawings(n=1), *drawings(n=1, size=(160, 96))])
+
+
+@pytest.mark.slow
+def test_the_vae_learns(tmp_path):
+    vae = model.parts()["vae"]
+    log = tmp_path / "log.jsonl"
+    train_vae(vae, 0.25, Log(log), "cpu", batch=4)
+    first, *_, last = (json.loads(line) for line in log.read_text().splitlines())
+    assert last["step"] > 5
+    assert last["psnr"] > first["psnr"] + 2
+    assert vae.config.scaling_factor != 1
+    assert not vae.training
+
+
 @pytest.mark.slow
 def test_training_runs_in_small_and_resumes(tmp_path):
     command = [
         sys.executable, "-m", "fluxfire.spark.training", "--out", str(tmp_path), "--pool", "60",
-        "--batch", "4", "--score", "12",
+        "--batch", "4", "--score", "12", "--minutes", "0.01",
     ]  # fmt: skip
-    subprocess.run([*command, "--minutes", "0.01", "0.05"], check=True, capture_output=True)
-    first = json.loads((tmp_path / "state.json").read_text())["seconds"]
-    subprocess.run([*command, "--minutes", "0.01", "0.10"], check=True, capture_output=True)
-    second = json.loads((tmp_path / "state.json").read_text())["seconds"]
-    assert second > first >= 3
-    log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
-    assert sum(r["part"] == "pool" for r in log) == 2
-    assert sum(r.get("kind") == "all" for r in log) == 4
+
+    def run(minutes):
+        subprocess.run([*command, minutes], check=True, capture_output=True)
+        return (tmp_path / "spark.safetensors").read_bytes(), (tmp_path / "log.jsonl").read_text()
+
+    once, log = run("0.05")
+    again, longer = run("0.05")
+    assert again == once, "a budget that was spent was spent again"
+    assert '"pool"' not in longer.removeprefix(log)
+    more, _ = run("0.08")
+    assert more != once
+    assert json.loads((tmp_path / "state.json").read_text())["seconds"] >= 0.08 * 60
     assert (tmp_path / "test.png").is_file()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("untrained_weights")
+def test_a_lora_is_trained_and_loads(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "grey.safetensors"
+    arguments = ["lora", "--out", str(out), "--minutes", "0.03", "--pool", "40", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    lora.main()
+    assert "after" in capsys.readouterr().out
+    assert out.stat().st_size <= 2**20

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fluxfire.caching import foreign_caches
+from fluxfire.caching import obstacles
 from fluxfire.generation import Decision, Generation, Listener, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -38,7 +38,9 @@ class FirstBlockCache:
 
     The idea is ParaAttention's (first-block cache) after TeaCache; this is another
     implementation, which gives the same hits and pixels as ParaAttention 0.3.38, diffusers'
-    FirstBlockCache and cache-dit's F1B0 where they run (`tests/passes/test_cache_oracles.py`).
+    FirstBlockCache and cache-dit's F1B0 (`tests/passes/test_cache_oracles.py`). In bfloat16 they
+    round the distance to 8 bits, where this one sums in float32: a distance that close to the
+    threshold may fall on the other side.
 
     Attributes:
         threshold: hit below this distance; at 0 nothing hits and every bit is kept.
@@ -106,7 +108,7 @@ class FirstBlockCache:
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse a pipeline that another cache works on already."""
-        yield from foreign_caches(target)
+        yield from obstacles(target)
 
     def apply(self, tx: Transaction) -> Change:
         """Wrap the run through the blocks, and hear where generations begin and end."""
@@ -259,7 +261,7 @@ class _Engine(Listener):
         """Run the rest of the blocks, or add what they added, or both and select."""
         noise, trend = call.tokens.noise, memory.rests.get(blocks.start)
         before = streams.image[:, :noise]
-        level = call.timestep.float()
+        level = call.level.to(before.device).expand(len(before))
         predicted = before + trend.at(level) if trend is not None and any(self._hits) else None
         if predicted is not None and all(self._hits):
             return replace(streams, image=_joined(predicted, streams.image))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import threading
 from collections.abc import Iterator
@@ -9,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fluxfire.caching import foreign_caches
+from fluxfire.caching import obstacles
 from fluxfire.generation import Decision, Generation, Listener, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -92,7 +93,7 @@ class ParaAttention:
                 'pip install "fluxfire[para-attn]" (its licence bars hosted services), or use '
                 "FirstBlockCache, which needs nothing and gives the same",
             )
-        yield from foreign_caches(target)
+        yield from obstacles(target)
 
     def apply(self, tx: Transaction) -> Change:
         """Wrap the run through the blocks, and hear where generations begin and end."""
@@ -144,7 +145,7 @@ class _Engine(Listener):
         key = call.branch, blocks.start  # an outer wrapper may run the stack in parts
         if key not in self._contexts:
             self._contexts[key] = self._settings.context(call.branch)
-        cached = _cached_blocks(run, streams, blocks)
+        cached = _blocks_class()(run, streams, blocks)
         with _ONE_AT_A_TIME, utils.cache_context(self._contexts[key]):
             image, text = cached(streams.image, streams.text)
         if self._generation is not None and blocks.start == 0:
@@ -154,23 +155,34 @@ class _Engine(Listener):
         return replace(streams, image=image, text=text)
 
 
-def _cached_blocks(run: Run, streams: Streams, blocks: range) -> Any:
-    """Make para-attn's module of cached blocks, over our run instead of the modules."""
+@functools.cache
+def _blocks_class() -> type:
+    """Make para-attn's module of cached blocks, over our run instead of modules; only once.
+
+    A class is a reference cycle: made anew for each call, it would keep that call's tensors
+    until the garbage collector comes by.
+    """
     from para_attn.first_block_cache.utils import CachedTransformerBlocks
 
-    def through(image: Tensor, text: Tensor, which: range) -> tuple[Tensor, Tensor]:
-        out = run(replace(streams, image=image, text=text), which)
-        return out.image, out.text
-
     class Blocks(CachedTransformerBlocks):  # type: ignore[misc] # para-attn is untyped
-        computed = False
+        def __init__(self, run: Run, streams: Streams, blocks: range) -> None:
+            super().__init__([functools.partial(_through, run, streams, blocks[:1])])
+            self.rest = functools.partial(_through, run, streams, blocks[1:])
+            self.computed = False
 
         def call_remaining_transformer_blocks(
             self, hidden_states: Tensor, encoder_hidden_states: Tensor
         ) -> tuple[Tensor, ...]:
             """Run all blocks but the first: what para-attn does, for today's signatures."""
             self.computed = True
-            image, text = through(hidden_states, encoder_hidden_states, blocks[1:])
+            image, text = self.rest(hidden_states, encoder_hidden_states)
             return image, text, image - hidden_states, text - encoder_hidden_states
 
-    return Blocks([lambda image, text: through(image, text, blocks[:1])])
+    return Blocks
+
+
+def _through(
+    run: Run, streams: Streams, blocks: range, image: Tensor, text: Tensor
+) -> tuple[Tensor, Tensor]:
+    out = run(replace(streams, image=image, text=text), blocks)
+    return out.image, out.text

@@ -95,9 +95,11 @@ def join_edits(parts: list[Batch]) -> Batch:
 def _novel(edit: Edit, target: Scenes, choice: Choice) -> Tensor:
     if "subject" not in choice:
         return torch.zeros(len(target), dtype=torch.bool)
-    subject = choice["subject"]
     kind = list(KINDS).index(edit.name)
-    return held_out(kind, target.of("shape", subject), target.of("colour", subject))
+    slots = [choice[role] for role in ("subject", "other") if role in choice]
+    return torch.stack(
+        [held_out(kind, target.of("shape", s), target.of("colour", s)) for s in slots]
+    ).any(0)
 
 
 _LEAST_MOVE, _LEAST_TONE = 0.2, 0.08

@@ -25,7 +25,7 @@ def parts(*, seed: int = 0) -> dict[str, Any]:
     """
     words = language.words()
     tokenizer = word_pieces.clip_tokenizer(words)
-    tokenizer_2 = word_pieces.t5_tokenizer([*words, *(w.capitalize() for w in words)])
+    tokenizer_2 = word_pieces.t5_tokenizer(words, lower=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {

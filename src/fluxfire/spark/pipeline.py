@@ -34,12 +34,17 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
             width, height = self.reference_size(wide, high)
             if "_auto_resize" not in call:
                 call["_auto_resize"] = False
-                image = self.image_processor.resize(image, height, width)
-        if call.get("width") is None and call.get("height") is None:
-            call["width"], call["height"] = width, height
-        call.setdefault("max_area", (call.get("width") or _SIDE) * (call.get("height") or _SIDE))
+                image = self._resized(image, height, width)
+        call["width"], call["height"] = call.get("width") or width, call.get("height") or height
+        call.setdefault("max_area", call["width"] * call["height"])
         call.setdefault("max_sequence_length", language.LONGEST)
         return super().__call__(image, prompt, *args, **call)
+
+    def _resized(self, image: Any, height: int, width: int) -> Any:
+        """Resize a picture, or each of a list (diffusers leaves lists as they are)."""
+        if isinstance(image, list):
+            return [self.image_processor.resize(one, height, width) for one in image]
+        return self.image_processor.resize(image, height, width)
 
     @staticmethod
     def reference_size(width: int, height: int) -> tuple[int, int]:

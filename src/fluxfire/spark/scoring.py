@@ -60,7 +60,15 @@ def score(
         seed: the first example's noise; each has its own.
         batch: how many edits to make at a time.
         call: more arguments of the pipeline's call.
+
+    Raises:
+        ValueError: the examples have several sizes.
     """
+    sizes = {e.target.size for e in examples}
+    if len(sizes) > 1:
+        raise ValueError(f"the examples have several sizes, {sorted(sizes)}; score each apart")
+    for width, height in sizes:
+        call = {"width": width, "height": height, "_auto_resize": False, **call}
     scores = []
     for first in range(0, len(examples), batch):
         some = examples[first : first + batch]

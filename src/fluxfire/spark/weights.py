@@ -44,7 +44,9 @@ def save(
     scale = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
     metadata = {"vae": json.dumps(scale), "words": _words(), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path, metadata=metadata)
+    partial = path.with_suffix(".part")  # so that a kill leaves the old file whole
+    save_file(tensors, partial, metadata=metadata)
+    partial.replace(path)
 
 
 def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:

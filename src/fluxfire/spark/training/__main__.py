@@ -3,7 +3,8 @@
     python -m fluxfire.spark.training --out runs/spark
     python -m fluxfire.spark.training --out /tmp/try --minutes 0.2 0.2 --pool 200   # on a CPU
 
-Run again with the same `--out`, it goes on where it was.
+Run again with the same `--out`, it goes on from the last minute that was saved: the VAE as it
+is, if it was done; the flow's weights and averages, while the optimizer's moments start anew.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ def _vae(parts: dict[str, Any], path: Path, minutes: float, log: Log, device: st
     if path.exists():
         weights.restore(vae, path)
     else:
-        train_vae(parts["vae"], Clock(minutes), log, device)
+        train_vae(parts["vae"], minutes, log, device)
         weights.save(vae, path)
     parts["vae"].to(device)
 
@@ -76,6 +77,10 @@ def _flow(
     before, start = 0.0, None
     if state.exists():
         before = json.loads(state.read_text())["seconds"]
+        if before >= arguments.minutes[1] * 60:
+            weights.restore(parts, averaged)
+            return
+        torch.manual_seed(int(before))
         weights.restore(trained, averaged)
         start = [p.detach().float().clone() for p in weights_]
         weights.restore(trained, raw)
@@ -86,9 +91,13 @@ def _flow(
     clock = Clock(arguments.minutes[1], before=before)
 
     def save() -> None:
+        if not all(bool(value.isfinite().all()) for value in masters.values):
+            raise FloatingPointError(f"training diverged; {raw} holds the last good weights")
         for path, values in ((raw, masters.values), (averaged, average.values)):
             weights.save(parts, path, values=dict(zip(weights_, values, strict=True)))
-        state.write_text(json.dumps({"seconds": clock.seconds}))
+        partial = state.with_suffix(".part")
+        partial.write_text(json.dumps({"seconds": clock.seconds}))
+        partial.replace(state)
 
     flow = Flow(parts, encoder, device)
     if arguments.compile:

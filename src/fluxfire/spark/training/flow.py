@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fluxfire.spark.scenes import Dice
 from fluxfire.spark.training.average import Average, Masters
 from fluxfire.spark.training.clock import Clock, Log, rate
 from fluxfire.spark.training.data import Encoder, Pool, position_ids, rows
@@ -64,6 +65,13 @@ class Flow:
         mixed = torch.lerp(target, noise, level[:, None, None])
         predicted = self._predict(pool.grid, mixed, reference, level, text=(t5, clip))
         return (predicted.float() - (noise - target)).square().mean()
+
+    def backward(self, pool: Pool, row: Tensor, keeping: float) -> Tensor:
+        """Add the gradients of one batch's loss, and return the loss."""
+        with sdpa_kernel(_ATTENTION):
+            loss = self.loss(pool, row, keeping)
+            loss.backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
 
     def _predict(
         self,
@@ -129,9 +137,10 @@ def train_flow(
     optimizer = torch.optim.AdamW(
         masters.values, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(int(clock.seconds))
     feeds = [rows(pool, min(batch, len(pool)), generator) for pool, _ in pools]
     turns = [i for i, (_, times) in enumerate(pools) for _ in range(times)]
+    turns = [turns[i] for i in Dice("turns").order(1, len(turns))[0].tolist()]
     for module in flow.modules:
         module.train()
     step, losses, saved = 0, torch.zeros((), device=device), clock.seconds
@@ -141,15 +150,12 @@ def train_flow(
         which = turns[step % len(turns)]
         early = max(0.0, 1 - clock.spent / _KEEPING_UNTIL)
         keeping = _KEEPING[1] + early * (_KEEPING[0] - _KEEPING[1])
-        with sdpa_kernel(_ATTENTION):
-            loss = flow.loss(pools[which][0], next(feeds[which]), keeping)
-            loss.backward()  # type: ignore[no-untyped-call]
+        losses += flow.backward(pools[which][0], next(feeds[which]), keeping)
         masters.take_gradients()
         nn.utils.clip_grad_norm_(masters.values, 1.0)
         optimizer.step()
         masters.give()
         average.update()
-        losses += loss.detach()
         step += 1
         if step % 100 == 0:
             log.write(part="flow", step=step, seconds=clock.seconds, loss=float(losses) / 100)

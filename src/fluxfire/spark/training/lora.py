@@ -21,7 +21,7 @@ from fluxfire.spark import checking
 from fluxfire.spark.pipeline import load
 from fluxfire.spark.scenes import Dice, Scenes, draw
 from fluxfire.spark.tasks import SIZES
-from fluxfire.spark.training.average import Masters
+from fluxfire.spark.training.average import Masters, copy
 from fluxfire.spark.training.clock import Clock, rate
 from fluxfire.spark.training.data import Encoder, Pool, rows
 from fluxfire.spark.training.flow import TRAINED, Flow
@@ -60,6 +60,8 @@ def main() -> None:
     before = _distance(pipe)
     _train(pipe, Clock(arguments.minutes), arguments.pool, arguments.batch)
     _save(pipe, arguments.out)
+    pipe = load(dtype=torch.float32)  # as its users will load it
+    pipe.load_lora_weights(arguments.out)
     print(f"error to grey: {before:.4f} before, {_distance(pipe):.4f} after")  # noqa: T201
 
 
@@ -87,13 +89,14 @@ def _train(pipe: Any, clock: Clock, n: int, batch: int) -> None:
     while not clock.over:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * rate(clock.spent, step, warmup=20)
-        flow.loss(pool, next(feed), 0.0).backward()  # type: ignore[no-untyped-call]
+        flow.backward(pool, next(feed), 0.0)
         masters.take_gradients()
         optimizer.step()
         masters.give()
         step += 1
     for module in flow.modules:
         module.float()
+    copy(masters.values, learned)
 
 
 def _save(pipe: Any, path: Path) -> None:

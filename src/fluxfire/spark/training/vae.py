@@ -18,17 +18,17 @@ _KL = 1e-4
 
 
 def train_vae(
-    vae: Any, clock: Clock, log: Log, device: str, *, batch: int = 96, peak: float = 2e-3
+    vae: Any, minutes: float, log: Log, device: str, *, batch: int = 96, peak: float = 2e-3
 ) -> None:
-    """Train a VAE in place until the clock runs out, then set its scale and shift."""
-    held = pictures(96, SIZES[0], Dice("vae", "held out"), device)
+    """Train a VAE in place for some minutes, then set its scale and shift."""
+    held = pictures(_stock(device) // 100, SIZES[0], Dice("vae", "held out"), device)
     stock = {size: pictures(_stock(device), size, Dice("vae", *size), device) for size in SIZES}
     vae.to(device=device, memory_format=torch.channels_last).train()
     average = Average(list(vae.parameters()))
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=1e-3, fused=device == "cuda"
     )
-    step, dice = 0, Dice("vae", "order")
+    step, dice, clock = 0, Dice("vae", "order"), Clock(minutes)
     while not clock.over:
         for group in optimizer.param_groups:
             group["lr"] = peak * rate(clock.spent, step)
@@ -78,4 +78,4 @@ def _normalise(vae: Any, drawn: torch.Tensor) -> None:
 
 
 def _stock(device: str) -> int:
-    return 12_000 if device == "cuda" else 200
+    return 12_000 if device == "cuda" else 1_200
