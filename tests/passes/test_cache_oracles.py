@@ -11,9 +11,9 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from diffusers import FirstBlockCacheConfig
+from rivals import STEPS, THRESHOLDS, own_class, theirs
 
 import fluxfire
-from caches import STEPS, THRESHOLDS, own_class, theirs
 from fluxfire.errors import PlanError
 from fluxfire.passes import FirstBlockCache
 from fluxfire.testing import edit, tiny_kontext
