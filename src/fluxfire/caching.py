@@ -1,10 +1,47 @@
-"""What all caches between the blocks have to look at. No torch in here."""
+"""What all caches between the blocks share: a generation's length of memory, and obstacles."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Generic, TypeVar
 
+from fluxfire.generation import Decision, Generation, Listener, Live
 from fluxfire.protocol import Finding, Target
+
+P = TypeVar("P")
+
+
+class CacheEngine(Listener, Generic[P]):
+    """Holds one set of settings, and what it remembers, for the length of a generation.
+
+    Attributes:
+        settings: those that the generation began with.
+    """
+
+    def __init__(self, live: Live[P]) -> None:
+        self._live = live
+        self._generation: Generation | None = None
+        self.settings = live.settings
+
+    def forget(self) -> None:
+        """Drop everything that was remembered."""
+
+    def note(self, decision: Decision) -> None:
+        """Take down what was decided for one call of the transformer."""
+        if self._generation is not None:
+            self._generation.decisions.append(decision)
+
+    @contextmanager
+    def during(self, generation: Generation) -> Iterator[None]:
+        """Begin with nothing remembered, and leave nothing, also after an exception."""
+        self.settings, self._generation = self._live.settings, generation
+        self.forget()
+        try:
+            yield
+        finally:
+            self._generation = None
+            self.forget()
 
 
 def obstacles(target: Target) -> Iterator[Finding]:

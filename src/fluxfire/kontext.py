@@ -95,6 +95,12 @@ def modules(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
             yield name, component
 
 
+def place(pipe: Any, *, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Move and cast every component; diffusers' own `to` warns where there is no cause."""
+    for _, module in modules(pipe):
+        nn.Module.to(module, device=device, dtype=dtype)
+
+
 def optimizable(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over the components that passes work on: the transformer, and the VAE if any."""
     for name, component in modules(pipe):

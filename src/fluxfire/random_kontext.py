@@ -16,10 +16,9 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
-from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fluxfire import word_pieces
+from fluxfire import kontext, word_pieces
 
 _KINDS = {"edit": FluxKontextPipeline, "inpaint": FluxKontextInpaintPipeline}
 
@@ -82,9 +81,7 @@ def tiny_kontext(
             clip={"hidden_size": 24, "intermediate_size": 48, "layers": 2, "heads": 4},
             t5={"d_model": 40, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
         )
-    for part in pipe.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own warns of nothing
+    kontext.place(pipe, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from fluxfire.caching import obstacles
-from fluxfire.generation import Decision, Generation, Listener, Live
+from fluxfire.caching import CacheEngine, obstacles
+from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
@@ -177,26 +176,17 @@ class _Trend:
         return last + (last - before) * slope[:, None, None].to(last.dtype)
 
 
-class _Engine(Listener):
+class _Engine(CacheEngine[FirstBlockCache]):
     """Decides, remembers and forgets."""
 
     def __init__(self, live: Live[FirstBlockCache]) -> None:
-        self._live = live
-        self._settings = live.settings
-        self._generation: Generation | None = None
+        super().__init__(live)
         self._memories: dict[str, _Memory] = {}
         self._hits: list[bool] = []
 
-    @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
-        """Remember for the length of one generation."""
-        self._settings, self._generation = self._live.settings, generation
+    def forget(self) -> None:
+        """Drop everything that was remembered."""
         self._memories.clear()
-        try:
-            yield
-        finally:
-            self._generation = None
-            self._memories.clear()
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
         """Run the first block, then the rest or its memory."""
@@ -210,7 +200,7 @@ class _Engine(Listener):
 
     def _decide(self, memory: _Memory, before: Tensor, after: Tensor, call: Call) -> list[bool]:
         """Say which samples hit, and take note."""
-        tokens = call.tokens.noise if self._settings.distance == "noise" else after.shape[1]
+        tokens = call.tokens.noise if self.settings.distance == "noise" else after.shape[1]
         added = after[:, :tokens] - before[:, :tokens]
         batch = len(added)
         if memory.first is None or memory.first.shape != added.shape:
@@ -229,15 +219,12 @@ class _Engine(Listener):
             held = None if not any(hits) else _mask(hits, added)
             memory.first = added if held is None else _select(held, memory.first, added)
             memory.size = size if held is None else _select(held[:, 0, 0], memory.size, size)
-        if self._generation is not None:
-            self._generation.decisions.append(
-                Decision(call.step, call.branch, tuple(hits), tuple(distances) if distances else ())
-            )
+        self.note(Decision(call.step, call.branch, tuple(hits), tuple(distances or ())))
         return hits
 
     def _distances(self, memory: _Memory, added: Tensor) -> list[float] | None:
         """Measure each sample, which waits for the device; a schedule needs no measure."""
-        if self._settings.schedule is not None:
+        if self.settings.schedule is not None:
             return None
         assert memory.first is not None  # noqa: S101 - something was computed
         assert memory.size is not None  # noqa: S101 - with it
@@ -246,7 +233,7 @@ class _Engine(Listener):
         return found
 
     def _hit(self, call: Call, streak: int, distance: float | None) -> bool:
-        settings = self._settings
+        settings = self.settings
         if settings.schedule is not None:
             return call.step in settings.schedule
         if not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
@@ -267,7 +254,7 @@ class _Engine(Listener):
             return replace(streams, image=_joined(predicted, streams.image))
         streams = run(streams, blocks)
         computed = streams.image[:, :noise]
-        keep = 2 if self._settings.predict == "linear" else 1
+        keep = 2 if self.settings.predict == "linear" else 1
         if trend is None:
             known = [1] * len(computed)
             memory.rests[blocks.start] = _Trend([computed - before], [level], known)

@@ -6,12 +6,11 @@ import functools
 import importlib.util
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fluxfire.caching import obstacles
-from fluxfire.generation import Decision, Generation, Listener, Live
+from fluxfire.caching import CacheEngine, obstacles
+from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
@@ -118,25 +117,16 @@ class ParaAttention:
         )
 
 
-class _Engine(Listener):
+class _Engine(CacheEngine[ParaAttention]):
     """Holds para-attn's contexts for one generation, and runs its code."""
 
     def __init__(self, live: Live[ParaAttention]) -> None:
-        self._live = live
-        self._settings = live.settings
-        self._generation: Generation | None = None
+        super().__init__(live)
         self._contexts: dict[tuple[str, int], Any] = {}
 
-    @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
-        """Hold contexts for the length of one generation."""
-        self._settings, self._generation = self._live.settings, generation
+    def forget(self) -> None:
+        """Drop everything that was remembered."""
         self._contexts.clear()
-        try:
-            yield
-        finally:
-            self._generation = None
-            self._contexts.clear()
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
         """Have para-attn run the blocks or leave them out."""
@@ -144,14 +134,13 @@ class _Engine(Listener):
 
         key = call.branch, blocks.start  # an outer wrapper may run the stack in parts
         if key not in self._contexts:
-            self._contexts[key] = self._settings.context(call.branch)
+            self._contexts[key] = self.settings.context(call.branch)
         cached = _blocks_class()(run, streams, blocks)
         with _ONE_AT_A_TIME, utils.cache_context(self._contexts[key]):
             image, text = cached(streams.image, streams.text)
-        if self._generation is not None and blocks.start == 0:
+        if blocks.start == 0:
             hit = not cached.computed
-            decision = Decision(call.step, call.branch, (hit,) * len(image))
-            self._generation.decisions.append(decision)
+            self.note(Decision(call.step, call.branch, (hit,) * len(image)))
         return replace(streams, image=image, text=text)
 
 

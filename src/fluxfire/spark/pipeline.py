@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
-from torch import nn
 
+from fluxfire import kontext
 from fluxfire.spark import language, model, weights
 
 _SIDE = 128
@@ -73,9 +73,7 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32)
     parts = model.parts()
     weights.restore(parts, weights.SHIPPED)
-    for part in parts.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, device=device, dtype=dtype)  # diffusers' own warns of nothing
     pipe = SparkPipeline(**parts)
+    kontext.place(pipe, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
