@@ -66,7 +66,7 @@ STACKS = {
 
 
 def main() -> None:
-    """Run the benchmark; rows are saved after each stack's turn."""
+    """Run the benchmark; rows are saved after each edit."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")

@@ -79,7 +79,7 @@ def measure_edits(
         workloads: what to run.
         picture: the picture to edit.
         rounds: whole edits per row; the steps of all are pooled.
-        on_rows: is handed the rows so far after each turn, so that a crash loses little.
+        on_rows: is handed the rows so far after each edit, so that a crash loses little.
 
     Returns:
         A row for each stack and workload: seconds of the whole edit and of a step (of a
@@ -94,7 +94,7 @@ def measure_edits(
                 for load in loads:
                     row = rows.setdefault((name, load.name), _Row(name, passes, load, applied))
                     row.measure(pipe, picture)
-            on_rows([row.to_dict() for row in rows.values()])
+                    on_rows([row.to_dict() for row in rows.values()])
     return [row.to_dict() for row in rows.values()]
 
 
