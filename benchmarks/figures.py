@@ -13,7 +13,6 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from fluxfire.bench import load
@@ -34,9 +33,10 @@ def where(result: Row) -> str:
     """Say on what a result was measured."""
     facts = result["environment"]
     packages = facts["packages"]
+    commit, *dirty = result["commit"].split("-")
     return (
         f"{facts['gpu']}, torch {packages['torch']}, diffusers {packages['diffusers']}, "
-        f"{result['when'][:10]}, commit {result['commit']}"
+        f"{result['when'][:10]}, commit {'-'.join([commit[:12], *dirty])}"
     )
 
 
@@ -56,11 +56,16 @@ def ratio(rows: Sequence[Row], row: Row, what: str) -> str:
     return f"{eager[what]['median'] / row[what]['median']:.2f}×"
 
 
+def plain(rows: Sequence[Row]) -> list[Row]:
+    """Leave out the stacks whose cache left steps out: with random weights, only timings."""
+    return [row for row in rows if "cache" not in row["stack"]]
+
+
 def edits_summary() -> str:
     """Steps and whole edits, in brief."""
     result = load(RESULTS / "edits.json")
-    rows = result["rows"]
-    first, *others = list(dict.fromkeys(r["workload"]["name"] for r in rows))
+    rows = plain(result["rows"])
+    first, *others = (f"edit {side}, 28 steps" for side in (1024, 512))
     table = []
     for stack in stacks(rows):
         row = find(rows, stack, first)
@@ -77,7 +82,7 @@ def edits_summary() -> str:
 def edits_detail(name: str) -> str:
     """Every row of a result with its spread."""
     result = load(RESULTS / name)
-    rows = result["rows"]
+    rows = plain(result["rows"])
     table = []
     for row in rows:
         step, edit = row["step"], row["edit"]
@@ -98,6 +103,35 @@ def edits_detail(name: str) -> str:
     head = (
         "stack", "workload", "step, ms: median (spread)", "", "edit, s", "",
         "first run, s", "GiB added", "GiB peak of optimize", "GiB peak of the edit",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def hits() -> str:
+    """What a cache's hits and misses cost, beside the same stack without it."""
+    result = load(RESULTS / "edits.json")
+    rows = result["rows"]
+    table = []
+    for row in rows:
+        stack, _, cache = row["stack"].partition(" and cache, ")
+        if not cache:
+            continue
+        without = find(rows, stack.removesuffix(","), row["workload"]["name"])["step"]["median"]
+        hit = row["hit_step"]
+        table.append(
+            (
+                stack.removesuffix(","),
+                row["workload"]["name"],
+                f"{row['hits']:.0f}",
+                f"{without * 1e3:.0f}",
+                f"{row['step']['median'] * 1e3:.0f}",
+                f"{hit['median'] * 1e3:.1f} ({hit['median'] / without:.1%})" if hit else "",
+                f"{row['edit']['median']:.2f} ({ratio(rows, row, 'edit')})",
+            )
+        )
+    head = (
+        "stack", "workload", "hits", "step without a cache, ms", "computed step, ms",
+        "hit, ms (of a step)", "edit, s",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."
 
@@ -142,19 +176,6 @@ def main_job() -> str:
     )
 
 
-def options() -> str:
-    """What inductor's options change, the variants taking turns."""
-    result = load(RESULTS / "compile_options.json")
-    eager = {r["fused"]: median(r["step_ms"]) for r in result["rows"] if r["variant"] == "eager"}
-    rows = []
-    for row in result["rows"]:
-        times = row["step_ms"]
-        name = f"QKVFusion, {row['variant']}" if row["fused"] else row["variant"]
-        spread = f"{median(times):.1f} ({min(times):.1f} to {max(times):.1f})"
-        rows.append((name, spread, f"{eager[False] / median(times):.2f}×"))
-    return f"{markdown(('', 'step, ms: median (spread)', ''), rows)}\n\n{where(result)}."
-
-
 def profile() -> str:
     """Where a compiled step goes, by kind of kernel."""
     result = load(RESULTS / "profile.json")
@@ -176,8 +197,8 @@ def profile() -> str:
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": edits_summary,
     "edits": lambda: edits_detail("edits.json"),
+    "hits": hits,
     "profile": profile,
-    "options": options,
     "passes": lambda: edits_detail("passes.json"),
     "literal": literal,
     "symfloat": symfloat,

@@ -30,9 +30,10 @@ def test_configuration_is_plain_data():
     [
         (Compile(mode="fastest"), "torch.compile has no mode 'fastest'; it has default, lite"),
         (Compile(options={"max_autotuna": 1}), "inductor has no option max_autotuna"),
+        (Compile(mode="reduce-overhead"), "CUDA graphs of the blocks overwrite each other"),
     ],
 )
-def test_unknown_settings_are_refused(pipe, pass_, words):
+def test_settings_that_cannot_work_are_refused(pipe, pass_, words):
     with pytest.raises(PlanError, match=words):
         fluxfire.optimize(pipe, [pass_])
 

@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 import sysconfig
 import types
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -36,8 +36,8 @@ class Compile:
     own, so that neither its graphs nor its recompilations count against the limits of
     any other compiled model in the process.
 
-    On an H100 (torch 2.11, bf16, edit 1024) a step by blocks took 290 ms where eager took 376;
-    inductor's autotuning options gained a percent at most (docs, "What the figures say").
+    On an H100 (torch 2.11, bf16, edit 1024) a step by blocks took 296 ms where eager took 386;
+    inductor's autotuning gained nothing beyond noise (docs, "What the figures say").
 
     Attributes:
         region: `"blocks"` or `"transformer"`.
@@ -106,7 +106,7 @@ class Compile:
         }
         targets = self._targets(tx.pipe)
         for group in targets:
-            _compile_alike(tx, group, settings)
+            _compile_alike(tx, group, settings, clone=self._cuda_graphs())
         where = "blocks" if self.region == "blocks" else "whole models"
         return Change(sum(map(len, targets)), f"{where} set to compile at their first call")
 
@@ -130,6 +130,9 @@ class Compile:
         expanded = list_mode_options(self.mode) if self.mode else {}
         return {**expanded, **dict(self.options)}
 
+    def _cuda_graphs(self) -> bool:
+        return bool(self._inductor_options().get("triton.cudagraphs"))
+
     def _check_options(self) -> Iterator[Finding]:
         from torch._inductor import list_mode_options, list_options
 
@@ -143,6 +146,13 @@ class Compile:
                 "error",
                 f"inductor has no option {', '.join(unknown)}",
                 "torch._inductor.list_options() lists them",
+            )
+        if self.region == "blocks" and self._cuda_graphs():
+            yield Finding(
+                "error",
+                "CUDA graphs of the blocks overwrite each other's outputs "
+                '(torch: "accessing tensor output of CUDAGraphs that has been overwritten")',
+                'use mode="max-autotune-no-cudagraphs", or region="transformer"',
             )
 
 
@@ -166,19 +176,32 @@ def _check_compiler(target: Target) -> Iterator[Finding]:
         )
 
 
-def _compile_alike(tx: Transaction, modules: list[nn.Module], settings: dict[str, Any]) -> None:
+def _compile_alike(
+    tx: Transaction, modules: list[nn.Module], settings: dict[str, Any], *, clone: bool
+) -> None:
     """Compile modules of one class through one private function, so that they share graphs."""
     import torch
 
     call = _private(_call)
     for module in modules:
         compiled = torch.compile(types.MethodType(call, module), **settings)
-        tx.set_call(module, compiled)
+        tx.set_call(module, _cloned(compiled) if clone else compiled)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
     call: Any = module._call_impl  # noqa: SLF001 - what Module.compile compiles
     return call(*args, **kwargs)
+
+
+def _cloned(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Clone what comes out: a CUDA graph's next replay, as in true CFG, overwrites it."""
+    from torch import Tensor
+    from torch.utils._pytree import tree_map_only
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return tree_map_only(Tensor, Tensor.clone, compiled(*args, **kwargs))
+
+    return call
 
 
 def _private(function: types.FunctionType | Any) -> Any:
