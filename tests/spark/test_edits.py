@@ -82,13 +82,13 @@ def test_targets_by_arithmetic():
     batch = drawn("nudge")
     s = batch.choice["subject"]
     step = torch.tensor(list(WAYS.values()))[batch.choice["way"]]
-    assert torch.allclose(batch.target.of("x", s) - batch.source.of("x", s), 0.28 * step[:, 0])
+    assert torch.allclose(batch.target.of("x", s) - batch.source.of("x", s), 0.25 * step[:, 0])
     batch = drawn("add")
     assert (batch.target.size[:, FREE] == CANONICAL_SIZE).all()
     for row, place in enumerate(batch.choice["place"].tolist()):
         along, down = list(PLACES.values())[place]
-        assert float(batch.target.x[row, FREE]) == pytest.approx(0.22 + 0.56 * along)
-        assert float(batch.target.y[row, FREE]) == pytest.approx(0.22 + 0.56 * down)
+        assert float(batch.target.x[row, FREE]) == pytest.approx(0.25 + 0.5 * along)
+        assert float(batch.target.y[row, FREE]) == pytest.approx(0.25 + 0.5 * down)
 
 
 @kinds

@@ -20,6 +20,7 @@ from fluxfire.spark.scenes import (
     PALETTE,
     SHAPES,
     SLOTS,
+    STEP,
     STYLES,
     Dice,
     Scenes,
@@ -67,9 +68,9 @@ PLACES = {
     "in the bottom right corner": (1.0, 1.0),
 }
 _TO_PLACES = [f"to {place.split(' ', 1)[1]}" for place in PLACES]
-_MARGIN = 0.22
+_MARGIN = 4 * STEP
 WAYS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-_STRIDE = 0.28
+_STRIDE = 4 * STEP
 _GROWTH = 1.5
 
 

@@ -33,6 +33,11 @@ SLOTS = 5
 CANONICAL_SIZE = 0.15
 """The size of a shape that an instruction asks for without saying how big."""
 
+STEP, SIZE_STEP, TURN_STEP = 1 / 16, 0.03, torch.pi / 12
+"""Steps between the possible centres, sizes and angles of shapes. At 128 pixels a centre's step
+is one pixel of the VAE's latents: a shape that moves keeps its looks there, which a small model
+can copy where it would have to resample them otherwise."""
+
 _WHITE, _GREY, _BLACK = (0.95, 0.95, 0.95), (0.60, 0.60, 0.60), (0.08, 0.08, 0.08)
 _BROWN, _NAVY = (0.40, 0.27, 0.18), (0.08, 0.12, 0.32)
 _TONES = torch.tensor([_WHITE, _GREY, _BLACK, _BROWN, _NAVY])
@@ -226,10 +231,10 @@ def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
         shape=pairs // len(COLOURS),
         colour=colour,
         tint=(PALETTE[colour] + dice.uniform(-0.04, 0.04, n, SLOTS, 3)).clamp(0, 1),
-        x=dice.uniform(0.08, extent[0] - 0.08, n, SLOTS),
-        y=dice.uniform(0.08, extent[1] - 0.08, n, SLOTS),
-        size=dice.uniform(0.11, 0.20, n, SLOTS),
-        angle=dice.uniform(-torch.pi, torch.pi, n, SLOTS),
+        x=_stepped(dice.uniform(0.08, extent[0] - 0.08, n, SLOTS), STEP),
+        y=_stepped(dice.uniform(0.08, extent[1] - 0.08, n, SLOTS), STEP),
+        size=_stepped(dice.uniform(0.105, 0.225, n, SLOTS), SIZE_STEP),
+        angle=_stepped(dice.uniform(-torch.pi, torch.pi, n, SLOTS), TURN_STEP),
         present=torch.arange(SLOTS) < count[:, None],
         pattern=pattern,
         tones=(torch.stack([first, second], 1) + jitter).clamp(0, 1),
@@ -238,3 +243,7 @@ def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
         phase=dice.uniform(0, 1, n, 2),
         style=torch.zeros(n, dtype=torch.int64),
     )
+
+
+def _stepped(value: Tensor, step: float) -> Tensor:
+    return (value / step).round() * step

@@ -68,10 +68,12 @@ class Encoder:
     def text(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Tokenise as the pipeline does: ids for T5 and for CLIP."""
         clip, t5 = (
-            tokenizer(
-                prompts, padding="max_length", max_length=length, truncation=True,
-                return_tensors="pt",
-            ).input_ids.to(self._device)
+            torch.tensor(
+                tokenizer(
+                    prompts, padding="max_length", max_length=length, truncation=True
+                ).input_ids,
+                device=self._device,
+            )
             for tokenizer, length in zip(
                 self._tokenizers, (_CLIP_LENGTH, language.LONGEST), strict=True
             )

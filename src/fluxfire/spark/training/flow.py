@@ -41,10 +41,10 @@ class Flow:
         self._ids: dict[tuple[tuple[int, int], bool], Tensor] = {}
 
     def compile(self) -> None:
-        """Compile the transformer's blocks, one graph for all sizes."""
+        """Compile the transformer's blocks, for each size anew."""
         transformer: Any = self._transformer
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            block.compile(dynamic=True)
+            block.compile(dynamic=False)
 
     def loss(self, pool: Pool, row: Tensor, keeping: float) -> Tensor:
         """Return the mean squared error of the predicted velocities."""
