@@ -35,10 +35,12 @@ TINY = [
 ]
 
 
-def regional(preset: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a preset with the blocks compiled instead of the whole transformer."""
+def uncached(preset: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a preset without its caches, and with the transformer alone compiled."""
     return tuple(
-        replace(p, region="blocks", vae=False) if isinstance(p, Compile) else p for p in preset
+        replace(p, vae=False) if isinstance(p, Compile) else p
+        for p in preset
+        if p.stage not in ("caching", "artifacts")
     )
 
 
@@ -53,10 +55,10 @@ POINTWISE = {"max_autotune_pointwise": True}
 STACKS = {
     "eager": (),
     "faithful": presets.faithful,
-    "article, by blocks": regional(presets.article),
+    "article, by blocks": uncached(presets.article),
     "faithful and cache, no hits": cached(presets.faithful, FirstBlockCache(0)),
     "faithful and cache, alternate hits": cached(presets.faithful, ALTERNATE),
-    "article, by blocks, and cache, alternate hits": cached(regional(presets.article), ALTERNATE),
+    "article, by blocks, and cache, alternate hits": cached(uncached(presets.article), ALTERNATE),
     "QKVFusion alone": (QKVFusion(),),
     "MemoryLayout alone": (MemoryLayout(),),
     "Compile alone": (Compile(),),

@@ -75,7 +75,7 @@ def edits_summary() -> str:
             cells.append(f"{one['edit']['median']:.2f} s ({ratio(rows, one, 'edit')})")
         cells.append(f"{row['first_seconds'][0]:.0f} s")
         table.append(cells)
-    head = ("", "a step", "", first, *others, "first run")
+    head = ("", "a step", "× eager", first, *others, "first run")
     return f"{markdown(head, table)}\n\n{where(result)}."
 
 
@@ -101,7 +101,7 @@ def edits_detail(name: str) -> str:
             )
         )
     head = (
-        "stack", "workload", "step, ms: median (spread)", "", "edit, s", "",
+        "stack", "workload", "step, ms: median (spread)", "× eager", "edit, s", "× eager",
         "first run, s", "GiB added", "GiB peak of optimize", "GiB peak of the edit",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."
@@ -131,7 +131,7 @@ def hits() -> str:
         )
     head = (
         "stack", "workload", "hits", "step without a cache, ms", "computed step, ms",
-        "hit, ms (of a step)", "edit, s",
+        "hit, ms (of a step)", "edit, s (× eager)",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."
 

@@ -22,7 +22,7 @@ import fluxfire
 from doubles import Fake, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change
 from fluxfire.errors import BusyError, FluxfireError, PassError, PlanError
-from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MemoryLayout, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 
 EAGER = [InductorPatch(), QKVFusion(), MemoryLayout()]
@@ -156,6 +156,32 @@ def test_a_failed_second_optimize_keeps_the_first(pipe):
     assert [p.name for p in fluxfire.report(pipe).passes] == ["qkv-fusion"]
 
 
+def test_an_undo_that_fails_is_admitted(pipe):
+    class Stuck(ScaleTemb):
+        def apply(self, tx):
+            tx.on_undo(lambda: 1 / 0)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(PassError, match="1 edits could not be undone; reload the pipeline"):
+        fluxfire.optimize(pipe, [Stuck()])
+
+
+def test_a_pipeline_that_shares_the_transformer_runs_plain_within_a_callback(pipe):
+    other = FluxKontextPipeline(**pipe.components)
+    other.scheduler = copy.deepcopy(pipe.scheduler)  # which holds a generation's progress
+    plain = edit(other)
+    fluxfire.optimize(pipe, [FirstBlockCache(10.0)])
+    inner = []
+
+    def again(*_):
+        inner.append(edit(other))
+        return {}
+
+    edit(pipe, callback_on_step_end=again)
+    assert fluxfire.report(pipe).runs[-1].calls == 3
+    assert all(np.array_equal(picture, plain) for picture in inner)
+
+
 def test_a_pass_that_returns_no_change_is_rolled_back(pipe, reference):
     class Mute(ScaleTemb):
         def apply(self, tx):
@@ -216,7 +242,8 @@ def test_a_replaced_transformer_is_noticed(pipe):
 @pytest.mark.parametrize(
     ("break_it", "words"),
     [
-        (lambda p: p.transformer.to("meta"), "on the meta device"),
+        (lambda p: p.transformer.to("meta"), "the transformer's weights are on the meta device"),
+        (lambda p: p.text_encoder_2.to("meta"), "the text_encoder_2's weights are on the meta"),
         (
             lambda p: setattr(p, "transformer", torch.compile(p.transformer)),
             "wrapped by torch.compile: pass the plain model and add Compile",
@@ -261,6 +288,12 @@ def test_everything_wrong_is_said_at_once_with_a_list_that_works(pipe):
         "stage='weights', slot=None, exactness='bitwise')]"
     )
     assert differences(before, fingerprint(pipe)) == []
+
+
+def test_on_top_of_applied_passes_too_a_list_that_works_is_named(pipe):
+    fluxfire.optimize(pipe, [FirstBlockCache()])
+    refused = fluxfire.plan(pipe, [QKVFusion(), FirstBlockCache(), Compile(), "nope"])
+    assert refused.suggestion == (Compile(),)
 
 
 def test_names_of_presets_and_passes(pipe):

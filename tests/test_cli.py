@@ -95,6 +95,8 @@ def test_the_seed_decides(capsys, photo, tmp_path):
         ({"--image": "."}, "cannot read .: Is a directory"),
         ({"-o": "no/such/folder/x.png"}, "there is no folder no/such/folder"),
         ({"-o": "."}, "cannot write .: it is a folder"),
+        ({"-o": "x.hdf"}, "cannot write x.hdf: .hdf is no picture format"),
+        ({"--passes": ""}, "--passes '' names no pass; write none for none"),
         ({"-o": "x.doc"}, "cannot write x.doc: .doc is no picture format"),
         ({"-o": "x.psd"}, "cannot write x.psd: .psd is no picture format"),
         ({"--size": "160000x160000"}, "size 160000x160000: no side can be longer than 4096"),
@@ -119,6 +121,7 @@ def test_bad_input_gets_one_line_and_a_status(capsys, photo, tmp_path, changed, 
         ["run"],
         ["run", "--image", "a", "--prompt", "b", "--size", "big"],
         ["dance"],
+        ["run", "--image", "a", "--prompt", "\udcff"],
         ["run", "--image", "a", "--prompt", "b", "--seed", "99999999999999999999"],
         [],
     ],
@@ -128,6 +131,15 @@ def test_misuse_is_argparses(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: fluxfire" in capsys.readouterr().err
+
+
+def test_a_damaged_env_file_is_named(capsys, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    (tmp_path / ".env").write_bytes(b"HF_TOKEN=\xff\n")
+    status, _, err = run(capsys, "run", "--model", "a/b", "--image", photo, "--prompt", "x")
+    assert status == 1
+    assert ".env cannot be read" in err
 
 
 def test_python_dash_m():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from dataclasses import dataclass
 
 import pytest
@@ -122,6 +123,42 @@ class LeavesAFlag(Broken):
         return Change(1, "flags")
 
 
+class LeavesASchedulerChanged(Broken):
+    def apply(self, tx):
+        tx.pipe.scheduler.left_behind = True
+        return Change(1, "attributes")
+
+
+class LeavesTheEnvironmentChanged(Broken):
+    def apply(self, tx):
+        os.environ["FLUXFIRE_LEFT_BEHIND"] = "1"
+        return Change(1, "variables")
+
+
+class LeavesTorchPatched(Broken):
+    def apply(self, tx):
+        plain = torch.nn.functional.silu
+        torch.nn.functional.silu = functools.wraps(plain)(lambda *a, **k: plain(*a, **k))  # noqa: PLW0108
+        return Change(1, "functions")
+
+
+class LeavesGradientsOff(Broken):
+    def apply(self, tx):
+        tx.pipe.transformer.requires_grad_(False)
+        return Change(1, "models")
+
+
+class ShiftsTheVAE(Broken):
+    exactness = "close"
+
+    def apply(self, tx):
+        bias = tx.pipe.vae.decoder.conv_out.bias
+        old = bias.data
+        tx.on_undo(lambda: setattr(bias, "data", old))
+        bias.data = old + 0.3
+        return Change(1, "biases")
+
+
 class LiesAboutBytes(Broken):
     def apply(self, tx):
         return Change(1, "things", bytes=-1000)
@@ -202,9 +239,10 @@ def list_rest(streams):
 
 @pytest.fixture(autouse=True)
 def _flags_back():
-    before = inductor_config.epilogue_fusion
+    before = inductor_config.epilogue_fusion, torch.nn.functional.silu
     yield
-    inductor_config.epilogue_fusion = before
+    inductor_config.epilogue_fusion, torch.nn.functional.silu = before
+    os.environ.pop("FLUXFIRE_LEFT_BEHIND", None)
 
 
 @pytest.mark.parametrize(
@@ -222,6 +260,11 @@ def _flags_back():
         (PatchesBehindTheBack(), "restore gives the output back bit for bit"),
         (LeavesAnAttribute(), "restore gives the structure back"),
         (LeavesAFlag(), "restore gives the structure back"),
+        (LeavesASchedulerChanged(), "restore gives the structure back"),
+        (LeavesTheEnvironmentChanged(), "restore gives the structure back"),
+        (LeavesTorchPatched(), "restore gives the structure back"),
+        (LeavesGradientsOff(), "restore gives the structure back"),
+        (ShiftsTheVAE(), "it is close"),
         (LiesAboutBytes(), "Change.bytes is what weights and buffers grew by"),
         (PatchesTheClass(), "a second pipeline is left alone"),
         (WrapsUndeclared(), "what it leaves is declared"),

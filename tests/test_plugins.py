@@ -29,6 +29,28 @@ def test_a_plugin_that_cannot_be_imported_says_so(pipe, announced):
         fluxfire.optimize(pipe, ["gone"])
 
 
+def test_a_plugin_that_fails_otherwise_is_named_too(pipe, monkeypatch):
+    class Needy:
+        def __init__(self, path):
+            self.path = path
+
+    class Entry:
+        value = "needy:Needy"
+
+        def __init__(self, load):
+            self.load = load
+
+    def broken():
+        raise RuntimeError("no driver")
+
+    entries = {"needy": Entry(lambda: Needy), "broken": Entry(broken)}
+    monkeypatch.setattr(plugins, "announced", lambda: entries)
+    with pytest.raises(PlanError, match=r"cannot be imported: RuntimeError: no driver"):
+        fluxfire.optimize(pipe, ["broken"])
+    with pytest.raises(PlanError, match=r"'needy' cannot be used by its name alone .*'path'"):
+        fluxfire.optimize(pipe, ["needy"])
+
+
 def test_unknown_names_list_plugins_too(pipe, announced):
     with pytest.raises(PlanError, match="first-block-cache, gone, inductor-patch"):
         fluxfire.optimize(pipe, ["cache"])

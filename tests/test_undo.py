@@ -6,6 +6,7 @@ import functools
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,6 +38,17 @@ def shared():
     picture = edit(pipe, steps=1)
     facts = pipe, picture, fingerprint(pipe)
     return lambda: facts  # hypothesis prints arguments, and printing a pipeline changes it
+
+
+@pytest.mark.parametrize("passes", [[QKVFusion()], [MemoryLayout()], [QKVFusion(), MemoryLayout()]])
+def test_a_pipeline_built_in_inference_mode(passes):
+    with torch.inference_mode():
+        pipe = tiny_kontext()
+    picture, before = edit(pipe), fingerprint(pipe)
+    with fluxfire.optimized(pipe, passes):
+        assert np.abs(edit(pipe) - picture).max() < 1e-5
+    assert differences(before, fingerprint(pipe)) == []
+    assert np.array_equal(edit(pipe), picture)
 
 
 @settings(

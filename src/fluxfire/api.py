@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from fluxfire import kontext
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
 from fluxfire.generation import Conductor, conductor_of
-from fluxfire.planner import Plan, malformed
+from fluxfire.planner import Plan, configured, malformed
 from fluxfire.planning import Passes, make_plan
 from fluxfire.protocol import Change, Pass
 from fluxfire.reporting import PassReport, Report
@@ -23,6 +24,7 @@ from fluxfire.transaction import Transaction
 from fluxfire.warming import Size, blank_calls, check_call, check_sizes
 
 P = TypeVar("P")
+_one_at_a_time = threading.RLock()  # planned and applied without another thread in between
 
 
 @dataclass
@@ -32,6 +34,7 @@ class _Record:
     statistics: Statistics = field(default_factory=Statistics)
     passes: list[Pass] = field(default_factory=list)
     reports: list[PassReport] = field(default_factory=list)
+    facts: dict[str, Callable[[], Mapping[str, object]]] = field(default_factory=dict)
     transactions: list[Transaction] = field(default_factory=list)
     warmup_seconds: float | None = None
 
@@ -149,10 +152,9 @@ def using(pipe: P, settings: Passes | Pass) -> Iterator[P]:
             live.settings = pass_
     try:
         yield pipe
-    finally:
-        with conductor.idle("change settings back"):
-            for (live, _), old in zip(swaps, before, strict=True):
-                live.settings = old
+    finally:  # also while another thread generates: settings are read where one begins
+        for (live, _), old in zip(swaps, before, strict=True):
+            live.settings = old
 
 
 def report(pipe: Any) -> Report:
@@ -161,7 +163,11 @@ def report(pipe: Any) -> Report:
     if conductor is None:
         return Report()
     record = _record(conductor)
-    return Report(tuple(record.reports), record.warmup_seconds, tuple(record.statistics.runs))
+    passes = tuple(
+        replace(one, facts=dict(record.facts[one.name]())) if one.name in record.facts else one
+        for one in record.reports
+    )
+    return Report(passes, record.warmup_seconds, tuple(record.statistics.runs))
 
 
 def warmup(
@@ -207,13 +213,21 @@ def warmup(
 
 def _apply(pipe: Any, passes: Passes, transaction: Callable[[Any, Conductor], Transaction]) -> None:
     """Carry `optimize` out; `transaction` makes the transaction."""
-    planned = plan(pipe, passes)
-    planned.raise_if_bad()
+    with _one_at_a_time:
+        planned = plan(pipe, passes)
+        planned.raise_if_bad()
+        _carry_out(pipe, planned, transaction)
+
+
+def _carry_out(
+    pipe: Any, planned: Plan, transaction: Callable[[Any, Conductor], Transaction]
+) -> None:
     conductor = conductor_of(pipe) or Conductor()
     with conductor.idle("optimize"), _editing():
         record = conductor.record = conductor.record or _Record()
         tx = transaction(pipe, conductor)
-        reports = []
+        reports: list[PassReport] = []
+        facts: dict[str, Callable[[], Mapping[str, object]]] = {}
         with _all_or_nothing(tx):
             if conductor_of(pipe) is None:
                 with _naming("fluxfire"):
@@ -222,14 +236,18 @@ def _apply(pipe: Any, passes: Passes, transaction: Callable[[Any, Conductor], Tr
                     tx.setattr(pipe.transformer, kontext.CALL_SLOT, call)
                     tx.listen(record.statistics)
             for step in planned.steps:
-                began = time.perf_counter()
+                began, tx.facts = time.perf_counter(), None
                 with _naming(step.pass_.name):
                     change = _checked(step.pass_.apply(tx))
                 seconds = time.perf_counter() - began
                 reports.append(PassReport.of(step.pass_, change, seconds, step.findings))
+                if tx.facts is not None:
+                    facts[step.pass_.name] = tx.facts
         record.transactions.append(tx)
         record.passes += [step.pass_ for step in planned.steps]
         record.reports += reports
+        record.facts |= facts
+        conductor.passes = tuple(map(configured, record.passes))
 
 
 def finish_warmup(pipe: Any) -> None:
@@ -269,8 +287,17 @@ def _all_or_nothing(tx: Transaction) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        for failure in tx.rollback():
+        failures = tx.rollback()
+        for failure in failures:
             error.add_note(f"rolling back also failed: {failure!r} {failure.__notes__}")
+        if not isinstance(error, PassError):
+            raise
+        outcome = (
+            f"{len(failures)} edits could not be undone; reload the pipeline to be safe"
+            if failures
+            else "everything was rolled back"
+        )
+        error.args = (f"{error}; {outcome}",)
         raise
 
 
@@ -281,8 +308,7 @@ def _naming(pass_name: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise PassError(
-            f"{pass_name} failed while it was applied ({type(error).__name__}: {error}); "
-            f"everything was rolled back",
+            f"{pass_name} failed while it was applied ({type(error).__name__}: {error})",
             pass_name=pass_name,
         ) from error
 

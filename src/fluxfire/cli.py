@@ -25,6 +25,7 @@ _RANDOM_NOTE = (
 _TINY_SIZE = (128, 128)
 _LONGEST_SIDE = 4096
 _LARGEST_SEED = 2**63 - 1
+_READ_ONLY = {"BUFR", "GRIB", "HDF5", "WMF"}  # Pillow announces writers that always fail
 
 
 class UsageError(FluxfireError):
@@ -41,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0, or 1 after an error (printed as `error: …`); argparse itself exits with 2.
     """
     arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of what nobody uses
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
         return command(arguments)
@@ -72,16 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     _add_model(run)
     _add_passes(run)
     run.add_argument("--image", required=True, help="the picture to edit")
-    run.add_argument("--prompt", required=True, help="the instruction")
+    run.add_argument("--prompt", type=_words, required=True, help="the instruction")
     run.add_argument("-o", "--output", default="out.png", help="where to write (default: out.png)")
     _add_sampling(run)
     run.add_argument("--size", type=_size, help="WIDTHxHEIGHT (default: the picture's shape)")
     run.add_argument("--report", choices=("table", "json"), default="table")
 
+    mega = add("megacache", _megacache, "look at a file of compiled artifacts")
+    mega.add_argument("action", choices=("inspect", "verify"))
+    mega.add_argument("path", type=Path)
+
     demo = add("demo", _demo, "edit pictures with Spark, plain and with passes, and compare")
     _add_passes(demo)
     demo.add_argument("--image", help="a picture of your own (default: held-out scenes)")
-    demo.add_argument("--prompt", help="the instruction for it, in Spark's language")
+    demo.add_argument("--prompt", type=_words, help="the instruction for it, in Spark's language")
     demo.add_argument("-n", type=_positive, default=8, help="scenes (default: %(default)s)")
     demo.add_argument("-o", "--output", default="demo.png", help="default: %(default)s")
     _add_sampling(demo)
@@ -119,7 +125,18 @@ def _wanted(arguments: argparse.Namespace) -> list[Pass]:
         return list(presets.named(arguments.preset))
     if arguments.passes == "none":
         return []
-    return [plugins.find(name.strip())() for name in arguments.passes.split(",") if name.strip()]
+    names = [name.strip() for name in arguments.passes.split(",") if name.strip()]
+    if not names:
+        raise UsageError(f"--passes {arguments.passes!r} names no pass; write none for none")
+    return [plugins.make(name) for name in names]
+
+
+def _words(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+    return text
 
 
 def _positive(text: str) -> int:
@@ -271,6 +288,30 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _megacache(arguments: argparse.Namespace) -> int:
+    from fluxfire import archive
+
+    try:
+        payloads = archive.read(arguments.path, archive.signing_key())
+    except OSError as error:
+        raise UsageError(f"cannot read {arguments.path}: {error.strerror}") from None
+    except archive.DisbelievedError as error:
+        raise UsageError(f"{arguments.path} would not be used: {error}") from None
+    if arguments.action == "inspect":
+        for number, payload in enumerate(payloads):
+            facts = {
+                "made": payload.made,
+                "bytes": len(payload.blob),
+                "compiled in": human_seconds(payload.seconds),
+                "tokens (noise+reference+text)": ", ".join(payload.sizes),
+                **payload.fingerprint,
+            }
+            _say(table((f"payload {number}", ""), facts.items()) + "\n")
+    signed = "signed" if archive.signing_key() else "nobody else can write it"
+    _say(f"{arguments.path} can be used: {len(payloads)} payloads, intact, and {signed}")
+    return 0
+
+
 def _load(model: str) -> Any:
     from fluxfire import loading
 
@@ -327,7 +368,8 @@ def _writable(name: str) -> Path:
         raise UsageError(f"cannot write {name}: there is no folder {path.parent}")
     if path.is_dir():
         raise UsageError(f"cannot write {name}: it is a folder")
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+    kind = Image.registered_extensions().get(path.suffix.lower())
+    if kind not in Image.SAVE or kind in _READ_ONLY:
         raise UsageError(f"cannot write {name}: {path.suffix or 'no suffix'} is no picture format")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise UsageError(f"cannot write {name}: permission denied")

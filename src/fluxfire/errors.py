@@ -41,3 +41,7 @@ class RestoreError(FluxfireError):
 
 class LoadError(FluxfireError):
     """A pipeline could not be loaded; the message says what to do."""
+
+
+class MegaCacheWarning(UserWarning):
+    """A file of compiled artifacts was not used, or not written; the pipeline goes on without."""

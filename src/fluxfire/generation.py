@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.kontext import CALL_SLOT, Call, Tokens
+from fluxfire.protocol import Configured
 
 _CONDUCTOR = "_fluxfire_conductor"
 P = TypeVar("P")
@@ -48,12 +49,14 @@ class Generation:
 
     Attributes:
         number: counts this pipeline's generations, from 1.
+        passes: what is applied, as data; the same object until that changes.
         step: the current step, from 0; -1 before the first.
         calls: how often the transformer ran.
         decisions: what a cache decided, call by call; empty without one.
     """
 
     number: int
+    passes: tuple[Configured, ...] = ()
     thread: int = field(default_factory=threading.get_ident)
     step: int = -1
     calls: int = 0
@@ -62,6 +65,16 @@ class Generation:
     _timestep: object = None
     _img_ids: object = None
     _tokens: Tokens | None = None
+
+    def owns(self, inputs: dict[str, Any]) -> bool:
+        """Whether a call of the transformer is this generation's: its position ids say so.
+
+        A pipeline makes them once for all its steps. Another one's may turn up in between,
+        where a callback of this one runs a pipeline that shares the transformer.
+        """
+        if not {"img_ids", "txt_ids", "timestep"} <= inputs.keys():
+            return False
+        return self._img_ids is None or inputs["img_ids"] is self._img_ids
 
     def advance(self, pipe: Any, inputs: dict[str, Any]) -> Call:
         """Take note of the next call of the transformer and say which it is.
@@ -76,7 +89,7 @@ class Generation:
         else:
             self._branch += 1
         self.calls += 1
-        if inputs["img_ids"] is not self._img_ids:
+        if self._img_ids is None:
             self._img_ids = inputs["img_ids"]
             self._tokens = Tokens.from_ids(inputs["img_ids"], inputs["txt_ids"])
         assert self._tokens is not None  # noqa: S101 - img_ids is never None
@@ -126,12 +139,14 @@ class Conductor:
         run_transformer: what a call of the transformer comes down to; compiling the whole
             model replaces it.
         live: the run-time settings of the passes that have some.
+        passes: what is applied, as data.
         record: what `fluxfire.api` keeps here.
     """
 
     def __init__(self) -> None:
         self.listeners: list[Listener] = []
         self.live: list[Live[Any]] = []
+        self.passes: tuple[Configured, ...] = ()
         self.stack = BlockStack()
         self.run_transformer: Callable[..., Any] | None = None
         self.record: Any = None
@@ -164,7 +179,8 @@ class Conductor:
             BusyError: if a generation is running.
         """
         if not self._lock.acquire(blocking=False):
-            raise BusyError(f"cannot {wish}: the pipeline is generating; wait for it to finish")
+            doing = "generating" if self._generation else "being changed by another thread"
+            raise BusyError(f"cannot {wish}: the pipeline is {doing}; wait for it to finish")
         try:
             yield
         finally:
@@ -209,7 +225,7 @@ class Conductor:
                 raise FluxfireError(why)
             self.prepare()
             self._count += 1
-            generation = self._generation = Generation(self._count)
+            generation = self._generation = Generation(self._count, self.passes)
             with ExitStack() as entered:
                 for listener in self.listeners:
                     entered.enter_context(listener.during(generation))
@@ -221,16 +237,16 @@ class Conductor:
     @contextmanager
     def _step(self, pipe: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         generation = self._generation
-        if generation is None or not {"img_ids", "txt_ids", "timestep"} <= inputs.keys():
-            # Called directly, or by another pipeline that shares the model: run it plain.
-            self.prepare()
-            yield inputs
-            return
-        if generation.thread != threading.get_ident():
+        if generation is not None and generation.thread != threading.get_ident():
             raise BusyError(
                 "this transformer is generating in another thread, for the pipeline that "
                 "fluxfire optimized; two threads cannot share it"
             )
+        if generation is None or not generation.owns(inputs):
+            # Called directly, or by another pipeline that shares the model: run it plain.
+            self.prepare()
+            yield inputs
+            return
         call = generation.advance(pipe, inputs)
         with ExitStack() as entered:
             for listener in self.listeners:

@@ -6,11 +6,13 @@ Everything here was read off diffusers 0.35 to 0.42; nothing here changes a pipe
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers.models.attention_processor import Attention
 from torch import nn
 
 PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
@@ -78,9 +80,9 @@ def unsupported(pipe: object) -> str | None:
             f"pipe.transformer is a {type(transformer).__name__}, "
             f"not a FluxTransformer2DModel{hint}"
         )
-    for name, component in optimizable(pipe):
+    for name, component in modules(pipe):
         on_meta = next((n for n, p in component.named_parameters() if p.is_meta), None)
-        if on_meta is not None and "sequential-offload" not in traits(pipe):
+        if on_meta is not None and not any("_hf_hook" in vars(m) for m in component.modules()):
             return (
                 f"the {name}'s weights are on the meta device ({on_meta} has no data); "
                 f"load them before optimizing"
@@ -160,8 +162,7 @@ def _module_traits(module: nn.Module) -> Iterator[str]:
     own = vars(module)
     if hasattr(own.get(CALL_SLOT), "_torchdynamo_orig_callable"):
         yield "compiled"
-    # A copy of a pipeline that fluxfire optimized keeps an empty fused projection.
-    if own.get("fused_projections") and getattr(module.to_qkv, "weight", None) is not None:
+    if own.get("fused_projections") and _is_fused(module):
         yield "fused-qkv"
     if hasattr(module, "lora_A"):
         yield "lora"
@@ -180,10 +181,28 @@ def _module_traits(module: nn.Module) -> Iterator[str]:
             yield "layerwise-casting"
 
 
+def _is_fused(attention: Any) -> bool:
+    """Whether an attention that says so runs a fused projection.
+
+    diffusers' `unfuse_qkv_projections` leaves a VAE's fused linears behind, and takes only
+    the processor back; a copy of a pipeline that fluxfire optimized keeps an empty one.
+    """
+    unused = isinstance(attention, Attention) and "Fused" not in type(attention.processor).__name__
+    return not unused and getattr(attention.to_qkv, "weight", None) is not None
+
+
 def is_quantised(weight: torch.Tensor) -> bool:
     """Whether a parameter holds quantised data: a tensor subclass, or not floating point."""
     plain = type(weight.data) is torch.Tensor and type(weight) is nn.Parameter
     return not plain or not weight.is_floating_point()
+
+
+def as_made(weight: torch.Tensor) -> AbstractContextManager[None]:
+    """Make tensors of the kind that a weight is: an inference tensor, or a normal one.
+
+    Weights built under `torch.inference_mode` are the former; a layer with both cannot run.
+    """
+    return torch.inference_mode(mode=weight.is_inference())
 
 
 def storage_bytes(pipe: Any) -> int:

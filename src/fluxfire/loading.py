@@ -59,7 +59,7 @@ def hub_token(folder: Path | None = None) -> str | None:
         folder: where to look for `.env`; the current folder by default.
 
     Raises:
-        LoadError: there is a .env file, but nothing to read it with.
+        LoadError: there is a .env file that cannot be read, or nothing to read it with.
     """
     if token := os.environ.get("HF_TOKEN"):
         return token
@@ -73,7 +73,10 @@ def hub_token(folder: Path | None = None) -> str | None:
             f'{file} is there, but python-dotenv is not: pip install "fluxfire[cli]", '
             f"or set HF_TOKEN in the environment"
         ) from error
-    token = dotenv_values(file).get("HF_TOKEN")
+    try:
+        token = dotenv_values(file).get("HF_TOKEN")
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{file} cannot be read: {error}") from error
     return str(token) if token else None
 
 

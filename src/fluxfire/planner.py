@@ -17,7 +17,8 @@ def configured(pass_: Pass) -> Configured:
     settings: dict[str, Any] = {}
     if is_dataclass(pass_):
         settings = {f.name: getattr(pass_, f.name) for f in fields(pass_)}
-    return Configured(pass_.name, pass_.stage, settings)
+    tunable = frozenset(getattr(pass_, "tunable", ()))
+    return Configured(pass_.name, pass_.stage, settings, tunable)
 
 
 def malformed(candidate: object) -> str | None:
@@ -29,15 +30,25 @@ def malformed(candidate: object) -> str | None:
         return f"{candidate!r} is not a pass"
     if isinstance(candidate, list | tuple):
         return f"{candidate!r} is a list within the list; write * before it"
-    missing = [m for m in ("name", "stage", "slot", "exactness") if not hasattr(candidate, m)]
+    try:
+        missing = [m for m in ("name", "stage", "slot", "exactness") if not hasattr(candidate, m)]
+    except Exception as error:  # noqa: BLE001 - a property may raise anything
+        return f"{candidate!r} is not a pass: it raised {type(error).__name__}: {error}"
     missing += [f"{m}()" for m in ("check", "apply") if not callable(getattr(candidate, m, None))]
     if missing:
         return f"{candidate!r} is not a pass: it has no {', '.join(missing)}"
     assert isinstance(candidate, Pass)  # noqa: S101 - the members were just looked at
+    return _ill_described(candidate)
+
+
+def _ill_described(candidate: Pass) -> str | None:
+    """Say which of a pass's facts about itself is impossible, or None."""
     if not isinstance(candidate.name, str) or not candidate.name:
         return f"{candidate!r} has name {candidate.name!r}; a pass's name is a non-empty string"
     if candidate.stage not in STAGES:
         return f"{candidate!r} has stage {candidate.stage!r}; the stages are {', '.join(STAGES)}"
+    if not isinstance(candidate.slot, str | None):
+        return f"{candidate!r} has slot {candidate.slot!r}; a slot is a string or None"
     if candidate.exactness not in EXACTNESS:
         return (
             f"{candidate!r} has exactness {candidate.exactness!r}; "
@@ -95,6 +106,8 @@ def order(passes: Iterable[Pass]) -> list[Pass]:
         PlanError: if something is not a pass, or no order can make the list valid
             (a pass twice, or two passes for one slot).
     """
+    if not isinstance(passes, Iterable) or isinstance(passes, str):
+        raise PlanError(f"order() takes a list of passes, not {passes!r}")
     given = list(passes)
     wrong = [why for p in given if (why := malformed(p)) is not None]
     if not wrong:
@@ -105,15 +118,20 @@ def order(passes: Iterable[Pass]) -> list[Pass]:
     return given
 
 
-def workable(passes: Iterable[Pass], refused: Iterable[Pass] = ()) -> list[Pass]:
+def workable(
+    passes: Iterable[Pass], refused: Iterable[Pass] = (), applied: Sequence[Pass] = ()
+) -> list[Pass]:
     """Return the longest sensible rest of a bad list: each pass and slot once, in order."""
     out = {id(p) for p in refused}
+    latest = max((STAGES.index(p.stage) for p in applied), default=0)
     kept: list[Pass] = []
     for pass_ in passes:
         taken = any(
-            p.name == pass_.name or (p.slot is not None and p.slot == pass_.slot) for p in kept
+            p.name == pass_.name or (p.slot is not None and p.slot == pass_.slot)
+            for p in (*applied, *kept)
         )
-        if id(pass_) not in out and not taken:
+        late = STAGES.index(pass_.stage) < latest
+        if id(pass_) not in out and not taken and not late:
             kept.append(pass_)
     return order(kept)
 

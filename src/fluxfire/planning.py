@@ -30,9 +30,9 @@ def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
     wrong += problems([*applied, *wanted], applied=len(applied))
     steps = _checked(pipe, applied, wanted)
     result = Plan(tuple(steps), tuple(wrong), tuple(applied))
-    if result.ok or applied:
+    if result.ok:
         return result
-    return replace(result, suggestion=_suggestion(pipe, steps))
+    return replace(result, suggestion=_suggestion(pipe, applied, steps))
 
 
 def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
@@ -52,7 +52,7 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     wrong: list[str] = []
     for entry in passes:
         try:
-            candidate = plugins.find(entry)() if isinstance(entry, str) else entry
+            candidate = plugins.make(entry) if isinstance(entry, str) else entry
         except PlanError as error:
             wrong.append(str(error))
             continue
@@ -117,12 +117,14 @@ def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:
     return findings
 
 
-def _suggestion(pipe: Any, steps: Sequence[Step]) -> tuple[Pass, ...] | None:
-    """Find a list that would work, by trying."""
+def _suggestion(
+    pipe: Any, applied: Sequence[Pass], steps: Sequence[Step]
+) -> tuple[Pass, ...] | None:
+    """Find a list that would work on top of what is applied, by trying."""
     rest = [s.pass_ for s in steps]
     refused = [s.pass_ for s in steps if s.refused]
-    while rest := workable(rest, refused):
-        refused = [s.pass_ for s in _checked(pipe, (), rest) if s.refused]
+    while rest := workable(rest, refused, applied):
+        refused = [s.pass_ for s in _checked(pipe, applied, rest) if s.refused]
         if not refused:
             return tuple(rest)
     return None

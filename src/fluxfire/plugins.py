@@ -47,9 +47,25 @@ def find(name: str) -> Callable[[], Pass]:
         raise PlanError(f"there is no pass {name!r}; there are {', '.join(known)}{hint}")
     try:
         cls: Callable[[], Pass] = theirs[name].load()
-    except (ImportError, AttributeError) as error:
+    except Exception as error:
         raise PlanError(
-            f"the pass {name!r} is announced as {theirs[name].value}, "
-            f"which cannot be imported: {error}"
+            f"the pass {name!r} is announced as {theirs[name].value}, which cannot be imported: "
+            f"{type(error).__name__}: {error}"
         ) from error
     return cls
+
+
+def make(name: str) -> Pass:
+    """Return the pass with this name, with its defaults.
+
+    Raises:
+        PlanError: there is none, its package cannot be imported, or it has no defaults.
+    """
+    cls = find(name)
+    try:
+        return cls()
+    except Exception as error:
+        raise PlanError(
+            f"the pass {name!r} cannot be used by its name alone "
+            f"({type(error).__name__}: {error}); give an instance, with its settings"
+        ) from error

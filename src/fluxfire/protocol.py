@@ -74,11 +74,13 @@ class Configured:
         name: the pass's `name`.
         stage: its stage.
         settings: its fields by name.
+        tunable: those of them that `fluxfire.using` may change.
     """
 
     name: str
     stage: Stage
     settings: Mapping[str, Any]
+    tunable: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)

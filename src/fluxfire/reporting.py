@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ class PassReport:
         change: what it changed.
         seconds: how long applying it took.
         findings: what its `check` remarked.
+        facts: what it tells of its work so far, by name.
     """
 
     name: str
@@ -31,6 +33,7 @@ class PassReport:
     change: Change
     seconds: float
     findings: tuple[Finding, ...] = ()
+    facts: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -80,11 +83,24 @@ class Report:
         if rows:
             parts = [table(("pass", "stage", "exactness", "changed", "memory", "applied in"), rows)]
         parts += [f"{p.name}: {f.level}: {f}" for p in self.passes for f in p.findings]
+        parts += [f"{p.name}: {_told(p.facts)}" for p in self.passes if p.facts]
         if self.warmup_seconds is not None:
             parts.append(f"warm-up: {human_seconds(self.warmup_seconds)}")
         if self.runs:
             parts += ["", _runs(self.runs)]
         return "\n".join(parts)
+
+
+def _told(facts: Mapping[str, object]) -> str:
+    return "; ".join(f"{name.replace('_', ' ')} {_value(name, v)}" for name, v in facts.items())
+
+
+def _value(name: str, value: object) -> str:
+    if isinstance(value, float) and name.endswith("seconds"):
+        return human_seconds(value)
+    if isinstance(value, int) and name.endswith("bytes"):
+        return human_bytes(value).lstrip("+")
+    return str(value)
 
 
 def _runs(runs: tuple[RunStatistics, ...]) -> str:

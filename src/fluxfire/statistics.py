@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fluxfire.compiling import Compilations, compilations
 from fluxfire.generation import Decision, Generation, Listener
 from fluxfire.kontext import Call, Tokens
 
@@ -31,9 +29,7 @@ class RunStatistics:
         seconds: wall time of the whole call.
         tokens: what the first call of the transformer carried; tells sizes apart.
         calls: how often the transformer ran; twice a step under true CFG.
-        compiles: how often torch.compile traced code during the call.
-        recompiles: how many of these were for code that had been compiled before.
-        graph_breaks: places where a graph was cut in two.
+        compiled: what torch.compile did during the call.
         error: what the call raised, or None.
         decisions: what a cache decided, call by call; empty without one.
     """
@@ -42,12 +38,25 @@ class RunStatistics:
     seconds: float = 0.0
     tokens: Tokens | None = None
     calls: int = 0
-    compiles: int = 0
-    recompiles: int = 0
-    graph_breaks: int = 0
+    compiled: Compilations = field(default_factory=Compilations)
     error: str | None = None
     decisions: list[Decision] = field(default_factory=list, repr=False)
     _marks: list[Callable[[], float]] = field(default_factory=list, repr=False)
+
+    @property
+    def compiles(self) -> int:
+        """How often torch.compile traced code during the call."""
+        return self.compiled.compiles
+
+    @property
+    def recompiles(self) -> int:
+        """How many of the compilations were for code that had been compiled before."""
+        return self.compiled.recompiles
+
+    @property
+    def graph_breaks(self) -> int:
+        """Places where a graph was cut in two."""
+        return self.compiled.graph_breaks
 
     @property
     def step_seconds(self) -> list[float]:
@@ -76,9 +85,7 @@ class RunStatistics:
             "seconds_a_step": median(steps) if steps else None,
             "step_seconds": steps,
             "transformer_calls": self.calls,
-            "compiles": self.compiles,
-            "recompiles": self.recompiles,
-            "graph_breaks": self.graph_breaks,
+            **asdict(self.compiled),
             "error": self.error,
             "hit_rate": self.hit_rate,
             "decisions": [asdict(d) for d in self.decisions],
@@ -103,10 +110,9 @@ class Statistics(Listener):
         """Time the whole call and count what is compiled in it."""
         run = RunStatistics(generation.number)
         self._step, self._clock, self._tokens = -1, None, None
-        breaks = _graph_breaks()
         began = time.perf_counter()
         try:
-            with _compilations() as compile_ids:
+            with compilations() as run.compiled:
                 yield
         except BaseException as error:
             run.error = f"{type(error).__name__}: {error}"
@@ -116,9 +122,6 @@ class Statistics(Listener):
             run.calls = generation.calls
             run.decisions = generation.decisions
             run.tokens = self._tokens
-            run.compiles = len(compile_ids)
-            run.recompiles = sum(map(_is_recompile, compile_ids))
-            run.graph_breaks = _graph_breaks() - breaks
             if self._clock is not None:
                 run._marks = self._clock.marks  # noqa: SLF001 - ours
             self._clock = None
@@ -172,39 +175,3 @@ class _Clock:
             return float(origin.elapsed_time(event)) / 1e3
 
         return read
-
-
-@contextmanager
-def _compilations() -> Iterator[list[str]]:
-    """Collect the ids of the compilations that this thread starts."""
-    ids: list[str] = []
-    if "torch._dynamo" not in sys.modules:  # nothing here can compile; importing costs seconds
-        yield ids
-        return
-    from torch._dynamo.callback import callback_handler
-
-    thread = threading.get_ident()
-
-    def started(args: Any) -> None:
-        if threading.get_ident() == thread:
-            ids.append(str(args.compile_id))
-
-    callback_handler.register_start_callback(started)
-    try:
-        yield ids
-    finally:
-        callback_handler.remove_start_callback(started)
-
-
-def _is_recompile(compile_id: str) -> bool:
-    """Dynamo numbers compilations "frame/attempt"; a later attempt is a recompilation."""
-    numbers = re.search(r"(\d+)/(\d+)", compile_id)
-    return numbers is not None and numbers[2] != "0"
-
-
-def _graph_breaks() -> int:
-    if "torch._dynamo" not in sys.modules:
-        return 0
-    from torch._dynamo.utils import counters
-
-    return sum(counters["graph_break"].values())

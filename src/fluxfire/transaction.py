@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fluxfire.blocks import BlockWrapper
     from fluxfire.generation import Conductor, Listener, Live
 
+L = TypeVar("L")
 P = TypeVar("P")
 T = TypeVar("T")
 
@@ -26,10 +27,12 @@ class Transaction:
 
     Attributes:
         pipe: the pipeline.
+        facts: what the pass being applied tells the report, or None.
     """
 
     def __init__(self, pipe: Any, conductor: Conductor) -> None:
         self.pipe = pipe
+        self.facts: Callable[[], Mapping[str, object]] | None = None
         self._conductor = conductor
         self._inverses: list[tuple[str, Callable[[], None]]] = []
 
@@ -101,6 +104,14 @@ class Transaction:
     def listen(self, listener: Listener) -> None:
         """Have a listener hear of this pipeline's generations."""
         self._append(self._conductor.listeners, listener, "listen")
+
+    def listening(self, kind: type[L]) -> list[L]:
+        """Return the pipeline's listeners of one kind: what a pass's `apply` put there."""
+        return [one for one in self._conductor.listeners if isinstance(one, kind)]
+
+    def tell(self, facts: Callable[[], Mapping[str, object]]) -> None:
+        """Have the report ask for these facts about the pass being applied, each time anew."""
+        self.facts = facts
 
     def live(self, pass_: P) -> Live[P]:
         """Make a pass's settings ones that `fluxfire.using` can swap while it is applied.

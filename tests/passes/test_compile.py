@@ -26,10 +26,24 @@ def test_configuration_is_plain_data():
 
 
 @pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"fullgraph": "no"}, "fullgraph='no'; it must be True or False"),
+        ({"vae": "encoder"}, "vae='encoder'; it must be True or False"),
+        ({"dynamic": 1}, "dynamic=1; it must be True, False or None"),
+    ],
+)
+def test_settings_of_the_wrong_kind(settings, words):
+    with pytest.raises(TypeError, match=words):
+        Compile(**settings)
+
+
+@pytest.mark.parametrize(
     ("pass_", "words"),
     [
         (Compile(mode="fastest"), "torch.compile has no mode 'fastest'; it has default, lite"),
         (Compile(options={"max_autotuna": 1}), "inductor has no option max_autotuna"),
+        (Compile(options={"max_autotune": "yes"}), "torch.compile refuses the options: .*got str"),
         (Compile(mode="reduce-overhead"), "CUDA graphs of the blocks overwrite each other"),
     ],
 )

@@ -240,6 +240,15 @@ def test_a_copy_can_be_optimized_again(pipe, reference):
     assert np.abs(edit(twin) - reference).max() < CLOSE
 
 
+def test_a_vae_that_was_fused_and_unfused_is_plain(pipe):
+    pipe.vae.fuse_qkv_projections()
+    pipe.vae.unfuse_qkv_projections()
+    plain = edit(pipe)
+    with fluxfire.optimized(pipe, [QKVFusion()]):
+        assert np.abs(edit(pipe) - plain).max() < 1e-5
+    assert np.array_equal(edit(pipe), plain)
+
+
 def test_unfused_by_hand_in_between(pipe, reference):
     fluxfire.optimize(pipe, [QKVFusion()])
     pipe.transformer.unfuse_qkv_projections()

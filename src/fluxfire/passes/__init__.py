@@ -5,6 +5,7 @@ from __future__ import annotations
 from fluxfire.passes.compile import Compile
 from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.inductor_patch import InductorPatch
+from fluxfire.passes.mega_cache import MegaCache
 from fluxfire.passes.memory_layout import MemoryLayout
 from fluxfire.passes.para_attention import ParaAttention
 from fluxfire.passes.qkv_fusion import QKVFusion
@@ -13,6 +14,7 @@ __all__ = [
     "Compile",
     "FirstBlockCache",
     "InductorPatch",
+    "MegaCache",
     "MemoryLayout",
     "ParaAttention",
     "QKVFusion",

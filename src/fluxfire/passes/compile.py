@@ -55,7 +55,7 @@ class Compile:
     mode: Mode | None = None
     dynamic: bool | None = None
     fullgraph: bool = True
-    options: Mapping[str, Option] | Iterable[tuple[str, Option]] = ()
+    options: Mapping[str, Option] | Iterable[tuple[str, Option]] | None = ()
 
     name: ClassVar[str] = "compile"
     stage: ClassVar[Stage] = "compile"
@@ -66,7 +66,11 @@ class Compile:
         regions = ("blocks", "transformer")
         if self.region not in regions:
             raise ValueError(f"region={self.region!r}; it must be one of {', '.join(regions)}")
-        object.__setattr__(self, "options", tuple(sorted(dict(self.options).items())))
+        for name, kinds in (("vae", bool), ("fullgraph", bool), ("dynamic", bool | None)):
+            if not isinstance(getattr(self, name), kinds):
+                said = "True, False or None" if name == "dynamic" else "True or False"
+                raise TypeError(f"{name}={getattr(self, name)!r}; it must be {said}")
+        object.__setattr__(self, "options", tuple(sorted(dict(self.options or ()).items())))
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse what cannot be compiled, and options that inductor does not know."""
@@ -128,25 +132,31 @@ class Compile:
         from torch._inductor import list_mode_options
 
         expanded = list_mode_options(self.mode) if self.mode else {}
-        return {**expanded, **dict(self.options)}
+        return {**expanded, **dict(self.options or ())}
 
     def _cuda_graphs(self) -> bool:
         return bool(self._inductor_options().get("triton.cudagraphs"))
 
     def _check_options(self) -> Iterator[Finding]:
+        import torch
         from torch._inductor import list_mode_options, list_options
 
         if self.mode is not None and self.mode not in list_mode_options():
             known = ", ".join(list_mode_options())
             yield Finding("error", f"torch.compile has no mode {self.mode!r}", f"it has {known}")
             return
-        unknown = [name for name in dict(self.options) if name not in list_options()]
+        unknown = [name for name in dict(self.options or ()) if name not in list_options()]
         if unknown:
             yield Finding(
                 "error",
                 f"inductor has no option {', '.join(unknown)}",
                 "torch._inductor.list_options() lists them",
             )
+        else:
+            try:  # only makes the settings; nothing is compiled before a first call
+                torch.compile(_call, options=self._inductor_options() or None)  # type: ignore[arg-type]
+            except RuntimeError as error:
+                yield Finding("error", f"torch.compile refuses the options: {error}")
         if self.region == "blocks" and self._cuda_graphs():
             yield Finding(
                 "error",

@@ -75,6 +75,8 @@ class FirstBlockCache:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
+        if not isinstance(self.threshold, float | int):
+            raise TypeError(f"threshold={self.threshold!r}; it must be a number")
         if not self.threshold >= 0:
             raise ValueError(f"threshold={self.threshold!r}; it must be 0 or more")
         for name in ("warmup_steps", "tail_steps"):

@@ -54,7 +54,8 @@ class MemoryLayout:
             if weight.is_contiguous(memory_format=torch.channels_last):
                 continue
             tx.on_undo(partial(_lay_out, weight, weight.stride()))
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+            with kontext.as_made(weight):
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             count += 1
         return Change(count, "convolution weights made channels-last")
 
@@ -70,6 +71,7 @@ def _lay_out(weight: nn.Parameter, strides: tuple[int, ...]) -> None:
     """Give a weight the strides it had, wherever and in whichever dtype it is now."""
     if weight.stride() != strides:
         old = weight.data
-        weight.data = torch.empty_strided(
-            old.shape, strides, dtype=old.dtype, device=old.device
-        ).copy_(old)
+        with kontext.as_made(weight):
+            weight.data = torch.empty_strided(
+                old.shape, strides, dtype=old.dtype, device=old.device
+            ).copy_(old)

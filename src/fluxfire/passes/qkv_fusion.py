@@ -153,13 +153,13 @@ class FusedProjection(nn.Module):
     def share(self) -> None:
         """Copy the projections into one storage and make them views of it."""
         linears = self._linears()
-        with torch.no_grad():
+        with torch.no_grad(), kontext.as_made(linears[0].weight):
             self.weight = torch.cat([m.weight for m in linears])
             has_bias = linears[0].bias is not None
             self.bias = torch.cat([m.bias for m in linears]) if has_bias else None
-        for fused, parameters in self._parts(linears):
-            for parameter, view in zip(parameters, fused.chunk(3), strict=True):
-                parameter.data = view
+            for fused, parameters in self._parts(linears):
+                for parameter, view in zip(parameters, fused.chunk(3), strict=True):
+                    parameter.data = view
 
     @property
     def shared(self) -> bool:
@@ -175,9 +175,10 @@ class FusedProjection(nn.Module):
         storages = [
             t.untyped_storage().data_ptr() for t in (self.weight, self.bias) if t is not None
         ]
-        for linear in self._linears():
-            for parameter in (linear.weight, linear.bias):
-                if parameter is not None and parameter.untyped_storage().data_ptr() in storages:
+        linears = self._linears()
+        with kontext.as_made(linears[0].weight):
+            for parameter in (p for m in linears for p in (m.weight, m.bias) if p is not None):
+                if parameter.untyped_storage().data_ptr() in storages:
                     parameter.data = parameter.data.clone()
         self.weight = self.bias = None
 
@@ -218,8 +219,7 @@ class _KeepShared(Listener):
             if not projection.fusible:
                 projection.separate()
             elif not projection.shared:
-                with torch.inference_mode(mode=False):
-                    projection.share()
+                projection.share()
 
 
 def _groups(attention: Any) -> Iterator[tuple[str, str, str]]:

@@ -20,7 +20,7 @@ from fluxfire.planning import leaves
 from fluxfire.protocol import Change, Finding, Pass, Target
 from fluxfire.random_kontext import tiny_kontext
 from fluxfire.testing.fingerprint import differences, fingerprint
-from fluxfire.testing.oracle import forward_errors
+from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.transaction import Transaction
 
 Image = npt.NDArray[np.float32]
@@ -224,13 +224,16 @@ def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Ed
         if worst != 0:
             _fail(pass_, "it is bitwise", f"a pixel differs by {worst:.3g}")
     elif pass_.exactness == "close":
-        ours, eager = forward_errors(make_pipe(), optimized, run)
-        if not ours <= 2 * eager:
-            _fail(
-                pass_,
-                "it is close: at most twice plain eager's error against float64",
-                f"its error is {ours:.3g}, eager's {eager:.3g}",
-            )
+        for what, (ours, eager) in (
+            ("the transformer's", forward_errors(make_pipe(), optimized, run)),
+            ("the VAE's", decoding_errors(make_pipe(), optimized)),
+        ):
+            if not ours <= 2 * eager:
+                _fail(
+                    pass_,
+                    "it is close: at most twice plain eager's error against float64",
+                    f"{what} error is {ours:.3g}, eager's {eager:.3g}",
+                )
 
 
 def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:

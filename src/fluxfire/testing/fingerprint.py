@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,10 +22,10 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 def fingerprint(pipe: Any) -> dict[str, Any]:
     """Describe everything about a pipeline that `restore` must give back.
 
-    Modules and their order, instance dictionaries, weights' shapes, strides and storage,
-    state-dict keys, attributes of all classes involved, compiler settings, backend flags,
-    and inductor's functions. Take it after one call of the pipeline: the first call of a
-    diffusers pipeline leaves hooks behind.
+    Components, modules and their order, instance dictionaries, weights' shapes, strides and
+    storage, state-dict keys, attributes of all classes involved, compiler settings, backend
+    flags, torch's and inductor's functions, and the process's environment. Take it after one
+    call of the pipeline: the first call of a diffusers pipeline leaves hooks behind.
     """
     return dict(_entries(pipe))
 
@@ -54,11 +55,18 @@ def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
             for kind in ("_parameters", "_buffers"):
                 for key, tensor in vars(module)[kind].items():
                     yield f"{where}.{key}", _tensor(tensor)
+    for name, component in pipe.components.items():
+        if component is not None and not isinstance(component, nn.Module):
+            yield f"{name}: class", id(type(component))
+            yield f"{name}: attributes", tuple(vars(component))  # a scheduler's values change
+            classes.update(dict.fromkeys(type(component).__mro__))
     for cls in classes:
         for attribute, value in vars(cls).items():
             if attribute not in _DYNAMOS_OWN:
                 yield f"class {cls.__qualname__}.{attribute}", id(value)
-    yield from _process_wide()
+    yield from _environment()
+    yield from _functions()
+    yield from _settings()
 
 
 def _own(where: str, obj: object) -> Iterator[tuple[str, Any]]:
@@ -100,10 +108,25 @@ def _tensor(tensor: torch.Tensor | None) -> Any:
         tensor.device,
         storage.nbytes(),
         tensor.is_inference(),
+        tensor.requires_grad,
     )
 
 
-def _process_wide() -> Iterator[tuple[str, Any]]:
+def _environment() -> Iterator[tuple[str, Any]]:
+    for name, value in os.environ.items():
+        if name != "PYTEST_CURRENT_TEST":
+            yield f"environment: {name}", value
+
+
+def _functions() -> Iterator[tuple[str, Any]]:
+    """Describe the functions that a pass could have replaced for everybody."""
+    for name in ("torch", "torch.nn.functional", "torch._inductor.fx_passes.post_grad"):
+        for attribute, value in vars(sys.modules.get(name, object)).items():
+            if callable(value):
+                yield f"{_LOADED}{name}.{attribute}", id(value)
+
+
+def _settings() -> Iterator[tuple[str, Any]]:
     """Describe the settings of torch that a pass could leave changed."""
     yield "default dtype", torch.get_default_dtype()
     yield "grad enabled", torch.is_grad_enabled()
@@ -116,10 +139,6 @@ def _process_wide() -> Iterator[tuple[str, Any]]:
         if name in sys.modules:
             for key, value in sys.modules[name].get_config_copy().items():
                 yield f"{_LOADED}{name}.{key}", repr(value)
-    if (post_grad := sys.modules.get("torch._inductor.fx_passes.post_grad")) is not None:
-        for name, value in vars(post_grad).items():
-            if callable(value):
-                yield f"{_LOADED}post_grad.{name}", id(value)
     if (callbacks := sys.modules.get("torch._dynamo.callback")) is not None:
         handler = callbacks.callback_handler
         counts = (len(handler.start_callbacks), len(handler.end_callbacks))

@@ -35,6 +35,18 @@ def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> 
     return _error(output, exact[:, :tokens]), _error(eager[:, :tokens], exact[:, :tokens])
 
 
+def decoding_errors(plain: Any, optimized: Any) -> tuple[float, float]:
+    """Compare decoding fixed latents with decoding them in float64: optimized, and plain eager."""
+    vae = plain.vae
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=generator)
+    latents = latents.to(vae.device, vae.dtype)
+    with torch.no_grad():
+        exact = copy.deepcopy(vae).double().decode(latents.double()).sample
+        ours, eager = (pipe.vae.decode(latents).sample for pipe in (optimized, plain))
+    return _error(ours, exact), _error(eager, exact)
+
+
 class _KeepDouble(TorchFunctionMode):
     """Turns `.float()` into `.double()`: diffusers computes embeddings in float32."""
 

@@ -1,0 +1,237 @@
+"""A file of compiled artifacts: a readable header beside payloads, and when to believe it.
+
+It is a safetensors file. Its header tells what each payload was compiled for; the payloads
+are torch's own and opaque here. torch unpickles them when they are loaded, so whoever can
+write the file can run code in the process that reads it: a file is believed only if nobody
+else can write it, or if it is signed with a key that only trusted writers have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+FORMAT = 1
+KEY_VARIABLE = "FLUXFIRE_MEGACACHE_KEY"
+"""Environment variable with the signing key: any text, the same wherever the file is shared."""
+_MARK = "fluxfire.megacache"
+_LOCK_SECONDS = 60
+_DAMAGE = (
+    ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    SafetensorError,
+)  # fmt: skip
+
+
+class DisbelievedError(Exception):
+    """The file is not used; the message says why. It is left as it is."""
+
+
+@dataclass(frozen=True)
+class Payload:
+    """What one process compiled.
+
+    Attributes:
+        fingerprint: what it was compiled for, fact by fact.
+        sizes: what was run ("4096+4096+512" tokens), sorted.
+        seconds: what compiling it took.
+        made: when, in UTC (ISO 8601).
+        blob: torch's own bytes.
+    """
+
+    fingerprint: Mapping[str, str]
+    sizes: tuple[str, ...]
+    seconds: float
+    made: str
+    blob: bytes
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the bytes, in hexadecimal."""
+        return hashlib.sha256(self.blob).hexdigest()
+
+
+def signing_key() -> bytes | None:
+    """Return the key that the environment gives, or None."""
+    text = os.environ.get(KEY_VARIABLE, "")
+    return text.encode() if text else None
+
+
+def read(path: Path, key: bytes | None) -> tuple[Payload, ...]:
+    """Read a file, if it can be believed.
+
+    Args:
+        path: the file.
+        key: the signing key. With one, the file must be signed with it, and who else may write
+            the file does not matter; without one, nobody else may.
+
+    Raises:
+        FileNotFoundError: there is no file.
+        OSError: it cannot be read.
+        DisbelievedError: it is damaged, foreign, unsigned, or somebody else could have written it.
+    """
+    with path.open("rb") as file:
+        if key is None and (why := _writable_by_others(path, file.fileno())) is not None:
+            raise DisbelievedError(why)
+        data = file.read()
+    payloads, signature = _unpack(data)
+    if key is not None and not signature:
+        raise DisbelievedError(f"it is not signed, and {KEY_VARIABLE} is set")
+    if key is not None and not hmac.compare_digest(signature, _sign(_header(payloads), key)):
+        raise DisbelievedError(f"it was signed with another key than {KEY_VARIABLE} holds")
+    return payloads
+
+
+def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
+    """Add payloads to a file; what is in it stays, whoever else is adding.
+
+    The new file is written beside the old one and then takes its name, so that a reader,
+    or a writer that dies, never leaves half a file.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full; the old file is as it was.
+        TimeoutError: another process held the lock for a minute.
+        DisbelievedError: the file that is there is not believed; it is left as it is.
+    """
+    from filelock import FileLock  # torch depends on it
+
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS, mode=0o600):
+        try:
+            present = read(path, key)
+        except FileNotFoundError:
+            present = ()
+        _replace(path, _pack(_merged([*present, *payloads]), key))
+
+
+def _merged(payloads: Sequence[Payload]) -> list[Payload]:
+    """Keep one of each; the sizes of equal ones are put together."""
+    found: dict[str, Payload] = {}
+    for payload in payloads:
+        same = found.setdefault(payload.digest, payload)
+        sizes = tuple(sorted({*same.sizes, *payload.sizes}))
+        found[payload.digest] = replace(same, sizes=sizes)
+    return list(found.values())
+
+
+def _replace(path: Path, data: bytes) -> None:
+    for left_over in path.parent.glob(f".{path.name}.*.part"):  # of writers that died
+        left_over.unlink(missing_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            Path(name).unlink(missing_ok=True)
+        raise
+
+
+def _writable_by_others(path: Path, descriptor: int) -> str | None:
+    """Say who else could have written an open file, or None."""
+    if not hasattr(os, "geteuid"):
+        return f"who may write it cannot be told on this system; sign it, with {KEY_VARIABLE}"
+    folder = path.resolve().parent
+    for what, found in (("it", os.fstat(descriptor)), (f"its folder {folder}", folder.stat())):
+        if found.st_uid not in (os.geteuid(), 0):
+            return (
+                f"{what} belongs to another user, who could run code here through it; "
+                f"sign it, with {KEY_VARIABLE}, or move it"
+            )
+        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+            return (
+                f"{what} can be written by other users, who could run code here through it; "
+                f"chmod go-w, or sign it, with {KEY_VARIABLE}"
+            )
+    return None
+
+
+def _header(payloads: Sequence[Payload]) -> str:
+    """Write what is known of every payload, its digest included, always in the same words."""
+    facts = [
+        {
+            "fingerprint": dict(p.fingerprint),
+            "sizes": list(p.sizes),
+            "seconds": p.seconds,
+            "made": p.made,
+            "sha256": p.digest,
+        }
+        for p in payloads
+    ]
+    return json.dumps({"format": FORMAT, "payloads": facts}, sort_keys=True)
+
+
+def _sign(header: str, key: bytes) -> str:
+    return hmac.new(key, header.encode(), "sha256").hexdigest()
+
+
+def _seal(header: str) -> str:
+    return hashlib.sha256(header.encode()).hexdigest()
+
+
+def _pack(payloads: Sequence[Payload], key: bytes | None) -> bytes:
+    header = _header(payloads)
+    return _bytes(payloads, header, _sign(header, key) if key is not None else "")
+
+
+def _bytes(payloads: Sequence[Payload], header: str, signature: str) -> bytes:
+    import numpy as np
+    from safetensors.numpy import save
+
+    envelope = {"header": header, "hmac-sha256": signature, "sha256": _seal(header)}
+    arrays = {str(i): np.frombuffer(p.blob, np.uint8) for i, p in enumerate(payloads)}
+    return save(arrays, metadata={_MARK: json.dumps(envelope)})
+
+
+def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
+    """Read payloads and signature; every byte must be where this module would put it."""
+    from safetensors.numpy import load
+
+    if not data:
+        raise DisbelievedError("it is empty")
+    try:
+        metadata = _metadata(data)
+        if metadata is None:
+            raise DisbelievedError("it is no megacache")
+        envelope = json.loads(metadata)
+        header, signature = envelope["header"], envelope["hmac-sha256"]
+        facts = json.loads(header)
+        if facts["format"] != FORMAT:
+            raise DisbelievedError(f"its format {facts['format']} is not {FORMAT}, this fluxfire's")
+        arrays = load(data)
+        payloads = tuple(
+            _payload(one, arrays[str(i)].tobytes()) for i, one in enumerate(facts["payloads"])
+        )
+        if _bytes(payloads, header, signature) != data or _header(payloads) != header:
+            raise DisbelievedError("it is damaged: its parts do not fit together")
+    except _DAMAGE as e:
+        raise DisbelievedError(f"it is damaged, or no megacache ({type(e).__name__}: {e})") from e
+    return payloads, signature
+
+
+def _metadata(data: bytes) -> Any:
+    """Find our entry in a safetensors header: its length in 8 bytes, then JSON."""
+    length = int.from_bytes(data[:8], "little")
+    if not 0 < length <= len(data) - 8:
+        raise DisbelievedError("it is truncated, or no megacache")
+    return json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_MARK)
+
+
+def _payload(facts: Mapping[str, Any], blob: bytes) -> Payload:
+    fingerprint = {str(k): str(v) for k, v in facts["fingerprint"].items()}
+    sizes = tuple(str(s) for s in facts["sizes"])
+    return Payload(fingerprint, sizes, float(facts["seconds"]), str(facts["made"]), blob)

@@ -1,0 +1,229 @@
+"""Files of compiled artifacts: nothing lost, nothing believed that should not be."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import struct
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import save
+
+from fluxfire import archive
+from fluxfire.archive import DisbelievedError, Payload
+
+ANY_FOLDER = settings(
+    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+words = st.text(max_size=12)
+payloads = st.builds(
+    Payload,
+    fingerprint=st.dictionaries(words, words, max_size=4),
+    sizes=st.lists(words, max_size=3, unique=True).map(sorted).map(tuple),
+    seconds=st.floats(0, 1e6),
+    made=words,
+    blob=st.binary(max_size=200),
+)
+ONE = Payload({"torch": "2.13"}, ("64+64+24",), 12.5, "2026-11-23T05:00:00+00:00", b"compiled" * 20)
+TWO = Payload({"torch": "2.14"}, ("96+96+24",), 3.25, "2026-11-24T05:00:00+00:00", b"others" * 9)
+KEYS = st.sampled_from([None, b"secret"])
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "kontext.megacache"
+
+
+@ANY_FOLDER
+@given(st.lists(payloads, min_size=1, max_size=4, unique_by=lambda p: p.digest), KEYS)
+def test_what_was_added_is_read(tmp_path_factory, some, key):
+    file = tmp_path_factory.mktemp("round") / "m"
+    for payload in some:
+        archive.add(file, [payload], key)
+    assert archive.read(file, key) == tuple(some)
+
+
+def test_the_header_can_be_read_without_us(file):
+    archive.add(file, [ONE], None)
+    data = file.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    envelope = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fluxfire.megacache"])
+    (facts,) = json.loads(envelope["header"])["payloads"]
+    assert facts["fingerprint"] == {"torch": "2.13"}
+    assert facts["sizes"] == ["64+64+24"]
+
+
+def test_the_same_again_adds_only_its_sizes(file):
+    archive.add(file, [ONE, TWO], None)
+    archive.add(file, [Payload(ONE.fingerprint, ("1+1+1",), 1.0, "", ONE.blob)], None)
+    first, second = archive.read(file, None)
+    assert first.sizes == ("1+1+1", "64+64+24")
+    assert (first.seconds, second) == (ONE.seconds, TWO)
+
+
+@ANY_FOLDER
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_are_disbelieved(tmp_path_factory, data):
+    file = tmp_path_factory.mktemp("fuzz") / "m"
+    file.write_bytes(data)
+    for key in (None, b"secret"):
+        with pytest.raises(DisbelievedError):
+            archive.read(file, key)
+
+
+@ANY_FOLDER
+@given(st.data(), KEYS)
+def test_damage_anywhere_is_found(tmp_path_factory, data, key):
+    file = tmp_path_factory.mktemp("fuzz") / "m"
+    archive.add(file, [ONE, TWO], key)
+    whole = bytearray(file.read_bytes())
+    where = data.draw(st.integers(0, len(whole) - 1), "where")
+    kind = data.draw(st.sampled_from(["flip", "cut", "insert", "overwrite"]), "kind")
+    if kind == "flip":
+        whole[where] ^= 1 << data.draw(st.integers(0, 7))
+    elif kind == "cut":
+        del whole[where:]
+    elif kind == "insert":
+        whole[where:where] = data.draw(st.binary(min_size=1, max_size=20))
+    else:
+        new = data.draw(st.binary(min_size=1, max_size=20))
+        if whole[where : where + len(new)] == new:
+            return
+        whole[where : where + len(new)] = new
+    file.write_bytes(whole)
+    with pytest.raises(DisbelievedError):
+        archive.read(file, key)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | words,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(words, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@ANY_FOLDER
+@given(st.dictionaries(st.sampled_from(["header", "hmac-sha256", "sha256"]), json_values))
+def test_headers_of_any_shape_are_disbelieved(tmp_path_factory, envelope):
+    file = tmp_path_factory.mktemp("fuzz") / "m"
+    marked = {"fluxfire.megacache": json.dumps(envelope)}
+    file.write_bytes(save({"0": np.zeros(3, np.uint8)}, metadata=marked))
+    with pytest.raises(DisbelievedError):
+        archive.read(file, None)
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"", "it is empty"),
+        (b"PK\x03\x04 something else entirely, and long enough", "truncated, or no megacache"),
+        (save({"weight": np.zeros(3, np.float32)}), "it is no megacache"),
+    ],
+)
+def test_foreign_files_are_named(file, data, words):
+    file.write_bytes(data)
+    with pytest.raises(DisbelievedError, match=words):
+        archive.read(file, None)
+    with pytest.raises(DisbelievedError, match=words):
+        archive.add(file, [ONE], None)
+    assert file.read_bytes() == data
+
+
+def test_keys(file):
+    archive.add(file, [ONE], b"mine")
+    assert archive.read(file, b"mine") == (ONE,)
+    with pytest.raises(DisbelievedError, match="signed with another key than FLUXFIRE_MEGACACHE_"):
+        archive.read(file, b"yours")
+    file.unlink()
+    archive.add(file, [ONE], None)
+    with pytest.raises(DisbelievedError, match="it is not signed, and FLUXFIRE_MEGACACHE_KEY is"):
+        archive.read(file, b"mine")
+
+
+def test_files_that_others_can_write_need_a_signature(file):
+    archive.add(file, [ONE], b"mine")
+    assert file.stat().st_mode & 0o777 == 0o600
+    file.chmod(0o664)
+    with pytest.raises(DisbelievedError, match="it can be written by other users, who could run"):
+        archive.read(file, None)
+    assert archive.read(file, b"mine") == (ONE,)
+    file.chmod(0o600)
+    file.parent.chmod(0o777)
+    with pytest.raises(DisbelievedError, match="its folder .* can be written by other users"):
+        archive.read(file, None)
+    file.parent.chmod(0o1777)  # as /tmp: others cannot replace one's files
+    assert archive.read(file, None) == (ONE,)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_files_of_other_users_need_a_signature(file):
+    archive.add(file, [ONE], b"mine")
+    os.chown(file, 12345, 12345)
+    with pytest.raises(DisbelievedError, match="it belongs to another user"):
+        archive.read(file, None)
+
+
+def _add_many(file, first):
+    for i in range(first, first + 20):
+        archive.add(file, [Payload({"n": str(i)}, (), 0.0, "", str(i).encode())], None)
+
+
+def test_writers_at_the_same_time_lose_nothing(file):
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=_add_many, args=(file, first)) for first in (0, 20, 40)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert {p.fingerprint["n"] for p in archive.read(file, None)} == set(map(str, range(60)))
+
+
+STAGES = ["tempfile.mkstemp", "os.fdopen", "os.fsync", "pathlib.Path.replace"]
+
+
+def _add_and_die(file, stage, *, after):
+    module, name = stage.rsplit(".", 1)
+    owner = archive.Path if module == "pathlib.Path" else getattr(archive, module)
+    plain = getattr(owner, name)
+
+    def die(*arguments, **options):
+        if after:
+            plain(*arguments, **options)
+        os._exit(9)
+
+    setattr(owner, name, die)
+    archive.add(file, [TWO], None)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("after", [False, True])
+def test_a_writer_that_is_killed_leaves_a_whole_file(file, stage, after):
+    archive.add(file, [ONE], None)
+    fork = multiprocessing.get_context("fork")
+    writer = fork.Process(target=_add_and_die, args=(file, stage), kwargs={"after": after})
+    writer.start()
+    writer.join()
+    assert writer.exitcode == 9
+    written = stage.endswith("replace") and after
+    assert archive.read(file, None) == ((ONE, TWO) if written else (ONE,))
+    archive.add(file, [TWO], None)
+    assert archive.read(file, None) == (ONE, TWO)
+    assert not list(file.parent.glob(".*.part"))
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_full_disk_leaves_the_old_file(file, stage, monkeypatch):
+    archive.add(file, [ONE], None)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(stage, full)
+    with pytest.raises(OSError, match="No space left"):
+        archive.add(file, [TWO], None)
+    monkeypatch.undo()
+    assert archive.read(file, None) == (ONE,)
