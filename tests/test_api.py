@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import pickle
 import threading
 import weakref
@@ -356,6 +357,20 @@ def test_warmup_runs_exactly_the_sizes(pipe):
     assert fluxfire.report(pipe).warmup_seconds > 0
     with pytest.raises(PlanError, match=r"size \(30, 32\): it must be \(width, height\)"):
         fluxfire.warmup(pipe, sizes=[(30, 32)])
+
+
+def test_warmup_shows_sizes_and_phases_in_one_bar(pipe):
+    said = io.StringIO()
+    pipe.set_progress_bar_config(file=said, mininterval=0, disable=False)
+    config = dict(pipe._progress_bar_config)
+    fluxfire.optimize(pipe, [])
+    fluxfire.warmup(pipe, [(32, 32), (48, 32)], max_sequence_length=24, _auto_resize=False)
+    for words in ("warm-up 32x32: load", "warm-up 32x32: step 2 of 2", "2/2"):
+        assert words in said.getvalue()
+    assert pipe._progress_bar_config == config
+    said.truncate(0)
+    edit(pipe)
+    assert "warm-up" not in said.getvalue()
 
 
 def test_warmup_of_an_inpainting_pipeline():

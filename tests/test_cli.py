@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fluxfire import archive
 from fluxfire.cli import UsageError, _open, main
 
 
@@ -131,6 +132,20 @@ def test_misuse_is_argparses(arguments, capsys):
         main(arguments)
     assert caught.value.code == 2
     assert "usage: fluxfire" in capsys.readouterr().err
+
+
+def test_megacache(capsys, tmp_path):
+    file = tmp_path / "m"
+    assert run(capsys, "megacache", "verify", file)[0] == 1
+    archive.add(file, [archive.Payload({"gpu": "H100"}, ("1+2+3",), 2.5, "now", b"xyz")], None)
+    status, out, _ = run(capsys, "megacache", "inspect", file)
+    assert status == 0
+    for words in ("payload 0", "H100", "1+2+3", "2.5 s", "can be used: 1 payloads, intact"):
+        assert words in out
+    file.write_bytes(file.read_bytes()[:-1])
+    status, out, err = run(capsys, "megacache", "verify", file)
+    assert (status, out) == (1, "")
+    assert err.startswith(f"error: {file} would not be used: it is damaged")
 
 
 def test_a_damaged_env_file_is_named(capsys, photo, tmp_path, monkeypatch):

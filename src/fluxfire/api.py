@@ -21,7 +21,7 @@ from fluxfire.reporting import PassReport, Report
 from fluxfire.retuning import retuned
 from fluxfire.statistics import Statistics
 from fluxfire.transaction import Transaction
-from fluxfire.warming import Size, blank_calls, check_call, check_sizes
+from fluxfire.warming import Progress, Size, blank_calls, check_call, check_sizes
 
 P = TypeVar("P")
 _one_at_a_time = threading.RLock()  # planned and applied without another thread in between
@@ -176,7 +176,7 @@ def warmup(
     """Run the pipeline once for each output size, so that later calls find all compiled.
 
     Two denoising steps each, unless `call` says otherwise. The global random state is left
-    alone.
+    alone. A progress bar tells sizes and phases, unless the pipeline's bars are disabled.
 
     Args:
         pipe: an optimized pipeline.
@@ -203,8 +203,11 @@ def warmup(
     check_call(call)
     record = _record(conductor)
     began = time.perf_counter()
-    for size in sizes:
-        for arguments in blank_calls(pipe, size, references, call):
+    calls = [(size, a) for size in sizes for a in blank_calls(pipe, size, references, call)]
+    progress = Progress(pipe, len(calls))
+    with progress.shown(conductor):
+        for size, arguments in calls:
+            progress.begin(size)
             pipe(**arguments)
     finish_warmup(pipe)
     record.warmup_seconds = (record.warmup_seconds or 0.0) + time.perf_counter() - began

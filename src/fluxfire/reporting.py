@@ -119,11 +119,17 @@ def _runs(runs: tuple[RunStatistics, ...]) -> str:
                 run.compiles,
                 run.recompiles,
                 run.graph_breaks,
+                _spent(run.compiled.trace_seconds),
+                _spent(run.compiled.compile_seconds),
                 run.error or "",
             )
         )
     head = (
         "generation", "noise+reference+text tokens", "steps", "a step (median)", "in all",
-        "hits", "compiles", "recompiles", "breaks", "error",
+        "hits", "compiles", "recompiles", "breaks", "tracing", "compiling", "error",
     )  # fmt: skip
     return table(head, rows)
+
+
+def _spent(seconds: float) -> str:
+    return human_seconds(seconds) if seconds else "-"

@@ -1,8 +1,10 @@
-"""Blank generations of given sizes, for `fluxfire.warmup`."""
+"""Blank generations of given sizes, for `fluxfire.warmup`, and a progress bar over them."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 
 from fluxfire import kontext
 from fluxfire.errors import PlanError
+from fluxfire.generation import Conductor, Generation, Listener
 
 Size = tuple[int, int]
 
@@ -98,3 +101,71 @@ def blank_calls(
 
 def _blank(size: Size) -> Image.Image:
     return Image.new("RGB", size, "gray")
+
+
+class Progress(Listener):
+    """One bar over all sizes, which says what is being done: load, compile, or run a step.
+
+    It follows the pipeline's own `set_progress_bar_config`; the bars of the single
+    generations are off meanwhile.
+    """
+
+    def __init__(self, pipe: Any, total: int) -> None:
+        self._pipe = pipe
+        self._bar = pipe.progress_bar(total=total)
+        self._size = ""
+
+    @contextmanager
+    def shown(self, conductor: Conductor) -> Iterator[None]:
+        """Show the bar, and hear of the generations before all passes do."""
+        before: dict[str, Any] = self._pipe._progress_bar_config  # noqa: SLF001 - nothing tells it
+        self._pipe.set_progress_bar_config(**{**before, "disable": True})
+        conductor.listeners.insert(0, self)
+        try:
+            with self._bar:
+                yield
+        finally:
+            conductor.listeners.remove(self)
+            self._pipe.set_progress_bar_config(**before)
+
+    def begin(self, size: Size) -> None:
+        """Say which size comes next."""
+        self._size = f"{size[0]}x{size[1]}"
+
+    @contextmanager
+    def during(self, generation: Generation) -> Iterator[None]:  # noqa: ARG002
+        """Tell compiling from running."""
+        self._say("load")
+        with self._compiling():
+            yield
+        self._bar.update()
+
+    @contextmanager
+    def around(self, call: kontext.Call) -> Iterator[None]:
+        """Say which step runs."""
+        self._say(f"step {call.step + 1} of {call.steps}")
+        yield
+
+    @contextmanager
+    def _compiling(self) -> Iterator[None]:
+        if "torch._dynamo" not in sys.modules:
+            yield
+            return
+        from torch._dynamo.callback import callback_handler
+
+        def began(_: Any) -> None:
+            self._say("trace and compile")
+
+        def ended(_: Any) -> None:
+            self._say("first step")
+
+        callback_handler.register_start_callback(began)
+        callback_handler.register_end_callback(ended)
+        try:
+            yield
+        finally:
+            callback_handler.remove_start_callback(began)
+            callback_handler.remove_end_callback(ended)
+
+    def _say(self, phase: str) -> None:
+        self._bar.set_description(f"warm-up {self._size}: {phase}")

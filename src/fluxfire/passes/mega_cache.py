@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from fluxfire.kontext import Call
     from fluxfire.transaction import Transaction
 
+Key = tuple[str, str]
+"""How torch finds an artifact: its kind, and a hash of all that went into it."""
+
 
 @dataclass(frozen=True)
 class MegaCache:
@@ -160,6 +163,7 @@ class _Engine(Listener):
     _cold_seconds: float = 0.0
     _spent: Compilations = field(default_factory=Compilations)
     _sizes: set[str] = field(default_factory=set)
+    _known: set[Key] = field(default_factory=set)
     _new: list[Payload] = field(default_factory=list)
 
     def facts(self) -> dict[str, object]:
@@ -189,7 +193,7 @@ class _Engine(Listener):
             with recorded, compilations() as compiled:
                 yield
         finally:
-            self._keep(recorded.blob, compiled)
+            self._keep(recorded, compiled)
 
     @contextmanager
     def around(self, call: Call) -> Iterator[None]:
@@ -227,46 +231,58 @@ class _Engine(Listener):
         if not fitting:
             self._state = f"rebuilt because {_why(self._wanted, payloads)}"
             return
-        refused = [p for p in fitting if not _give_to_torch(p.blob)]
-        if refused:
-            self._warn(f"{self.file}: torch could not read {len(refused)} payloads")
-        taken = [p for p in fitting if p not in refused]
+        taken = []
+        for payload in fitting:
+            if (keys := _give_to_torch(payload.blob)) is not None:
+                self._known |= keys
+                taken.append(payload)
+        if refused := len(fitting) - len(taken):
+            self._warn(f"{self.file}: torch could not read {refused} payloads")
         self._loaded_bytes = sum(len(p.blob) for p in taken)
         self._cold_seconds = sum(p.seconds for p in taken)
         self._load_seconds = time.perf_counter() - began
         sizes = sorted({size for p in taken for size in p.sizes})
         self._state = f"{len(taken)} payloads loaded, for {', '.join(sizes)} tokens"
 
-    def _keep(self, blob: bytes | None, compiled: Compilations) -> None:
+    def _keep(self, recorded: _Recorded, compiled: Compilations) -> None:
+        """Keep what the file does not have; torch's own cache on disk may have had it."""
         for name, value in vars(compiled).items():
             setattr(self._spent, name, getattr(self._spent, name) + value)
-        if blob is None or not compiled.misses:
+        if recorded.keys <= self._known:
             return
+        self._known |= recorded.keys
         seconds = compiled.trace_seconds + compiled.compile_seconds
         made = datetime.now(UTC).isoformat(timespec="seconds")
         sizes = tuple(sorted(self._sizes))
-        self._new.append(Payload(self._wanted, sizes, seconds, made, blob))
+        self._new.append(Payload(self._wanted, sizes, seconds, made, recorded.blob))
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, MegaCacheWarning, stacklevel=2)
 
 
-def _give_to_torch(blob: bytes) -> bool:
+def _give_to_torch(blob: bytes) -> set[Key] | None:
     """Load a blob; torch answers damage with None and a log."""
     import torch
 
-    return torch.compiler.load_cache_artifacts(blob) is not None
+    loaded = torch.compiler.load_cache_artifacts(blob)
+    return None if loaded is None else _keys(loaded)
+
+
+def _keys(info: Any) -> set[Key]:
+    return {(kind, key) for kind, keys in info.artifacts.items() for key in keys}
 
 
 class _Recorded:
     """Lets torch record into a recorder of its own.
 
     Attributes:
-        blob: what was recorded, or None.
+        blob: what was recorded; empty if nothing was compiled.
+        keys: by what it is found.
     """
 
     def __init__(self) -> None:
-        self.blob: bytes | None = None
+        self.blob = b""
+        self.keys: set[Key] = set()
         self._entered = ExitStack()
 
     def __enter__(self) -> None:
@@ -278,5 +294,5 @@ class _Recorded:
         import torch
 
         with self._entered:
-            saved = torch.compiler.save_cache_artifacts()
-            self.blob = saved[0] if saved is not None else None
+            if (saved := torch.compiler.save_cache_artifacts()) is not None:
+                self.blob, self.keys = saved[0], _keys(saved[1])

@@ -1,0 +1,243 @@
+"""MegaCache: in the process that compiles, and in fresh ones that should not have to."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch.compiler._cache import CacheArtifactManager
+
+import fluxfire
+from fluxfire import archive, presets
+from fluxfire.archive import Payload
+from fluxfire.errors import MegaCacheWarning
+from fluxfire.passes import Compile, FirstBlockCache, MegaCache
+from fluxfire.passes.mega_cache import fingerprint
+from fluxfire.planner import configured
+from fluxfire.testing import edit, tiny_kontext
+
+FRESH = """
+import json, sys
+import numpy as np
+import fluxfire
+from fluxfire.passes import Compile, FirstBlockCache, MegaCache
+from fluxfire.testing import edit, tiny_kontext
+
+pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+fluxfire.optimize(pipe, eval(sys.argv[1]))
+fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
+np.save(sys.argv[2], edit(pipe))
+print(json.dumps(fluxfire.report(pipe).to_dict()))
+"""
+
+
+def fresh(tmp_path, passes, **environ):
+    """Warm up and edit in a new process, whose compiler's cache on disk is empty."""
+    number = len(list(tmp_path.glob("*.npy")))
+    picture = tmp_path / f"{number}.npy"
+    environ |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"inductor{number}")}
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, passes, str(picture)],
+        env=os.environ | environ, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    report = json.loads(done.stdout.splitlines()[-1])
+    facts = next(p["facts"] for p in report["passes"] if p["name"] == "mega-cache")
+    return facts, report["generations"], np.load(picture), done.stderr
+
+
+@pytest.mark.slow
+def test_fresh_processes(tmp_path):
+    file = tmp_path / "m"
+    passes = f"[FirstBlockCache(0.1), MegaCache({str(file)!r}), Compile()]"
+    cold, generations, picture, _ = fresh(tmp_path, passes)
+    graphs = generations[0]["compiles"]
+    assert (cold["hits"], cold["misses"]) == (0, graphs)
+    assert cold["state"].startswith("rebuilt because there was no file; 1 payloads of")
+    (payload,) = archive.read(file, None)
+    assert payload.sizes == ("64+64+24",)
+
+    # Another threshold compiles the same graphs.
+    warm, generations, again, _ = fresh(tmp_path, passes.replace("0.1", "0.1001"))
+    assert (warm["hits"], warm["misses"]) == (graphs, 0)
+    assert warm["state"] == "1 payloads loaded, for 64+64+24 tokens"
+    assert warm["loaded_bytes"] == len(payload.blob)
+    assert warm["compile_seconds"] < cold["compile_seconds"]
+    assert warm["saved_seconds"] > 0
+    assert np.array_equal(picture, again)
+    assert archive.read(file, None) == (payload,)
+
+
+def test_a_mismatch_says_in_what(pipe, tmp_path, reference):
+    file = tmp_path / "m"
+    right = fingerprint(pipe, ())
+    archive.add(file, [Payload(right | {"gpu": "H100"}, (), 1.0, "", b"x")], None)
+    archive.add(file, [Payload(right | {"gpu": "A", "torch": "2"}, (), 1.0, "", b"y")], None)
+    before = file.read_bytes()
+    fluxfire.optimize(pipe, [MegaCache(file)])
+    assert np.array_equal(edit(pipe), reference)
+    (report,) = fluxfire.report(pipe).passes
+    assert report.facts["state"] == "rebuilt because gpu H100 became None"
+    assert "mega-cache: file" in str(fluxfire.report(pipe))
+    assert file.read_bytes() == before
+
+
+def test_what_torch_cannot_read_is_a_warning(pipe, tmp_path, reference):
+    archive.add(tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"no blob")], None)
+    fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
+    with pytest.warns(MegaCacheWarning, match="torch could not read 1 payloads"):
+        assert np.array_equal(edit(pipe), reference)
+
+
+@pytest.mark.slow
+def test_only_this_pipelines_compilations_are_recorded(tmp_path):
+    foreign = torch.compile(lambda x: x.sin() + 41)
+    foreign(torch.ones(3))
+    mine = set(CacheArtifactManager._seen_artifacts)
+    file = tmp_path / "m"
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    fluxfire.optimize(pipe, [MegaCache(file), Compile()])
+    fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
+    assert set(CacheArtifactManager._seen_artifacts) == mine
+    (payload,) = archive.read(file, None)
+    recorded = CacheArtifactManager.deserialize(payload.blob)
+    keys = {artifact.key for some in recorded.values() for artifact in some}
+    assert keys
+    assert keys.isdisjoint(artifact.key for artifact in mine)
+
+
+@pytest.mark.slow
+def test_what_torchs_own_cache_had_is_saved_too(tmp_path):
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    for name in ("first", "second"):  # the second compiles nothing
+        torch.compiler.reset()
+        with fluxfire.optimized(pipe, [MegaCache(tmp_path / name), Compile()]):
+            fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
+            facts = fluxfire.report(pipe).passes[0].facts
+    assert facts["misses"] == 0
+    first, second = (archive.read(tmp_path / name, None)[0] for name in ("first", "second"))
+    assert first.fingerprint == second.fingerprint
+    assert len(first.blob) == len(second.blob)
+
+
+def test_what_decides_whether_artifacts_fit(pipe):
+    def print_of(*passes, pipe=pipe):
+        return fingerprint(pipe, tuple(map(configured, passes)))
+
+    plain = print_of(Compile())
+    assert plain["torch"] == torch.__version__
+    assert print_of(MegaCache("a"), Compile()) == plain
+    assert print_of(FirstBlockCache(0.1), Compile()) == print_of(FirstBlockCache(0.2), Compile())
+    different = [
+        print_of(FirstBlockCache(), Compile()),
+        print_of(Compile(dynamic=True)),
+        print_of(Compile(), pipe=tiny_kontext(single_blocks=1)),
+        print_of(Compile(), pipe=tiny_kontext(dtype=torch.bfloat16)),
+    ]
+    assert plain not in different
+
+
+def blank(tmp_path):
+    tmp_path.joinpath("m").write_bytes(b"")
+
+
+def folder(tmp_path):
+    tmp_path.joinpath("m").mkdir()
+
+
+def shared(tmp_path):
+    archive.add(tmp_path / "m", [Payload({}, (), 0.0, "", b"x")], None)
+    tmp_path.joinpath("m").chmod(0o666)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [(blank, "it is empty"), (folder, "Is a directory"), (shared, "can be written by other")],
+)
+def test_a_file_that_cannot_be_used_is_a_warning(pipe, reference, tmp_path, make, words):
+    make(tmp_path)
+    (step,) = fluxfire.plan(pipe, [MegaCache(tmp_path / "m")]).steps
+    assert any(f.level == "warning" and words in str(f) for f in step.findings)
+    fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
+    with pytest.warns(MegaCacheWarning, match=words):
+        assert np.array_equal(edit(pipe), reference)
+    facts = fluxfire.report(pipe).passes[0].facts
+    assert words in facts["state"]
+
+
+@pytest.mark.parametrize(
+    ("path", "words"),
+    [
+        ("taken/m", "Not a directory|File exists"),
+        ("m/", "Is a directory"),
+    ],
+)
+def test_a_file_that_cannot_be_written_is_a_warning(pipe, tmp_path, path, words, monkeypatch):
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "m").mkdir()
+    fluxfire.optimize(pipe, [MegaCache(tmp_path / path)])
+    engine = next(e for e in _engines(pipe))
+    engine._new.append(Payload({}, (), 0.0, "", b"x"))
+    with pytest.warns(MegaCacheWarning, match=words):
+        fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
+    assert (tmp_path / "taken").read_text() == "a file"
+
+
+def _engines(pipe):
+    from fluxfire.generation import conductor_of
+    from fluxfire.passes.mega_cache import _Engine
+
+    return [one for one in conductor_of(pipe).listeners if isinstance(one, _Engine)]
+
+
+def test_a_list_that_compiles_nothing_is_remarked_on(pipe, tmp_path):
+    (step,) = fluxfire.plan(pipe, [MegaCache(tmp_path / "m")]).steps
+    assert "no pass of the list compiles" in str(step.findings[0])
+
+
+def test_the_article_keeps_its_artifacts_in_the_users_cache_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (mega,) = (p for p in presets.article if p.name == "mega-cache")
+    assert mega.file == tmp_path / "fluxfire" / "kontext.megacache"
+
+
+@pytest.mark.parametrize(("path", "error"), [(3, TypeError), ("", ValueError), (" ", ValueError)])
+def test_bad_paths(path, error):
+    with pytest.raises(error, match="path="):
+        MegaCache(path)
+
+
+@pytest.mark.slow
+def test_a_loras_scale_does_not_go_stale_in_the_cache(tmp_path, monkeypatch):
+    """pytorch #194976 bakes floats that were symbolic; a LoRA's scale is the one a user varies."""
+    from peft import LoraConfig
+
+    def with_lora():
+        pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+        torch.manual_seed(1)
+        targets = ["to_q", "to_v", "to_out.0"]
+        pipe.transformer.add_adapter(
+            LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets), "a"
+        )
+        return pipe
+
+    def scaled(pipe, scale, **call):
+        return edit(pipe, joint_attention_kwargs={"scale": scale}, **call)
+
+    plain = with_lora()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for scales in ((1.0, 0.5, 0.25), (0.7, 0.2, 0.9)):  # the second time from the cache
+        torch.compiler.reset()
+        pipe = fluxfire.optimize(with_lora(), [Compile()])
+        for scale in scales:
+            assert np.abs(scaled(pipe, scale) - scaled(plain, scale)).max() < 1e-5
+        apart = np.abs(scaled(plain, scales[0]) - scaled(plain, scales[1])).max()
+        assert apart > 1e-3
+    assert sum(run.compiled.hits for run in fluxfire.report(pipe).runs) > 0
+    for guidance in (1.5, 4.0):
+        far = scaled(pipe, 0.9, guidance_scale=guidance)
+        assert np.abs(far - scaled(plain, 0.9, guidance_scale=guidance)).max() < 1e-5
