@@ -15,6 +15,11 @@ from fluxfire import kontext
 # Dynamo replaces these of torch.nn.Module at the process's first compilation, for good.
 _DYNAMOS_OWN = ("__init__", "__setstate__", "___needs_generation_tag_patch")
 _LOADED = "if loaded: "
+# What pytest, and torch's compiler at its first use, put into the environment.
+_OTHERS_VARIABLES = (
+    "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+    "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
+)  # fmt: skip
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -114,14 +119,15 @@ def _tensor(tensor: torch.Tensor | None) -> Any:
 
 def _environment() -> Iterator[tuple[str, Any]]:
     for name, value in os.environ.items():
-        if name != "PYTEST_CURRENT_TEST":
+        if name not in _OTHERS_VARIABLES:
             yield f"environment: {name}", value
 
 
 def _functions() -> Iterator[tuple[str, Any]]:
     """Describe the functions that a pass could have replaced for everybody."""
     for name in ("torch", "torch.nn.functional", "torch._inductor.fx_passes.post_grad"):
-        for attribute, value in vars(sys.modules.get(name, object)).items():
+        module = sys.modules.get(name)
+        for attribute, value in vars(module).items() if module else ():
             if callable(value):
                 yield f"{_LOADED}{name}.{attribute}", id(value)
 
