@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from typing_extensions import override
+
 from fluxfire.generation import Decision, Generation, Listener, Live
 from fluxfire.protocol import Finding, Target
 
@@ -32,6 +34,7 @@ class CacheEngine(Listener, Generic[P]):
         if self._generation is not None:
             self._generation.decisions.append(decision)
 
+    @override
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
         """Begin with nothing remembered, and leave nothing, also after an exception."""

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from typing_extensions import override
 
 from fluxfire.compiling import Compilations, compilations
 from fluxfire.generation import Decision, Generation, Listener
@@ -105,6 +106,7 @@ class Statistics(Listener):
         self._clock: _Clock | None = None
         self._tokens: Tokens | None = None
 
+    @override
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
         """Time the whole call and count what is compiled in it."""
@@ -127,6 +129,7 @@ class Statistics(Listener):
             self._clock = None
             self.runs.append(run)
 
+    @override
     @contextmanager
     def around(self, call: Call) -> Iterator[None]:
         """Mark where each step begins, and where the latest call ends."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from PIL import Image
+from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.errors import PlanError
@@ -132,14 +133,16 @@ class Progress(Listener):
         """Say which size comes next."""
         self._size = f"{size[0]}x{size[1]}"
 
+    @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:  # noqa: ARG002
+    def during(self, generation: Generation) -> Iterator[None]:
         """Tell compiling from running."""
         self._say("load")
         with self._compiling():
             yield
         self._bar.update()
 
+    @override
     @contextmanager
     def around(self, call: kontext.Call) -> Iterator[None]:
         """Say which step runs."""

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from typing_extensions import override
+
 from fluxfire.caching import CacheEngine, obstacles
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
@@ -186,6 +188,7 @@ class _Engine(CacheEngine[FirstBlockCache]):
         self._memories: dict[str, _Memory] = {}
         self._hits: list[bool] = []
 
+    @override
     def forget(self) -> None:
         """Drop everything that was remembered."""
         self._memories.clear()

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from fluxfire.generation import Generation, Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
@@ -71,8 +73,9 @@ def needed() -> bool:
 
 
 class _Guarded(Listener):
+    @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:  # noqa: ARG002
+    def during(self, generation: Generation) -> Iterator[None]:
         with guarded():
             yield
 

@@ -15,6 +15,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from typing_extensions import override
+
 from fluxfire import archive
 from fluxfire.archive import DisbelievedError, Payload
 from fluxfire.compiling import Compilations, compilations
@@ -181,6 +183,7 @@ class _Engine(Listener):
             "saved_seconds": max(0.0, self._cold_seconds - spent) if self._spent.hits else 0.0,
         }
 
+    @override
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
         """Load before anything compiles; keep what was compiled, also if the generation fails."""
@@ -195,6 +198,7 @@ class _Engine(Listener):
         finally:
             self._keep(recorded, compiled)
 
+    @override
     @contextmanager
     def around(self, call: Call) -> Iterator[None]:
         """Take down the size."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import nn
+from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.generation import Listener
@@ -213,6 +214,7 @@ class _KeepShared(Listener):
     def __init__(self, fused: list[FusedProjection]) -> None:
         self._fused = fused
 
+    @override
     def prepare(self) -> None:
         """Look at every projection, since anything may have been done to it in between."""
         for projection in self._fused:
