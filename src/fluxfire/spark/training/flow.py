@@ -7,6 +7,7 @@ levels are drawn throughout, where the reference is all there is to go by.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fluxfire.spark.scenes import Dice
-from fluxfire.spark.training.average import Average, Masters
+from fluxfire.spark.training.average import Average, Masters, parameters
 from fluxfire.spark.training.clock import Clock, Log, rate
 from fluxfire.spark.training.data import Encoder, Pool, position_ids, rows
+from fluxfire.spark.training.replay import Replay
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _DROPPED = 0.1  # share of instructions replaced by none, so that true CFG means something
@@ -46,7 +48,7 @@ class Flow:
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.compile(dynamic=False)
 
-    def loss(self, pool: Pool, row: Tensor, keeping: float) -> Tensor:
+    def loss(self, pool: Pool, row: Tensor, keeping: Tensor | float) -> Tensor:
         """Return the mean squared error of the predicted velocities."""
         n = len(row)
         target, t5, clip = pool.target[row].float(), pool.t5[row], pool.clip[row]
@@ -66,7 +68,7 @@ class Flow:
         predicted = self._predict(pool.grid, mixed, reference, level, text=(t5, clip))
         return (predicted.float() - (noise - target)).square().mean()
 
-    def backward(self, pool: Pool, row: Tensor, keeping: float) -> Tensor:
+    def backward(self, pool: Pool, row: Tensor, keeping: Tensor | float) -> Tensor:
         """Add the gradients of one batch's loss, and return the loss."""
         with sdpa_kernel(_ATTENTION):
             loss = self.loss(pool, row, keeping)
@@ -138,11 +140,13 @@ def train_flow(
         masters.values, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
     generator = torch.Generator(device).manual_seed(int(clock.seconds))
-    feeds = [rows(pool, min(batch, len(pool)), generator) for pool, _ in pools]
+    batches = [min(batch, len(pool)) for pool, _ in pools]
+    feeds = [rows(pool, n, generator) for (pool, _), n in zip(pools, batches, strict=True)]
     turns = [i for i, (_, times) in enumerate(pools) for _ in range(times)]
     turns = [turns[i] for i in Dice("turns").order(1, len(turns))[0].tolist()]
     for module in flow.modules:
         module.train()
+    learn = _learners(flow, [pool for pool, _ in pools], batches, device)
     step, losses, saved = 0, torch.zeros((), device=device), clock.seconds
     while not clock.over:
         for group in optimizer.param_groups:
@@ -150,7 +154,7 @@ def train_flow(
         which = turns[step % len(turns)]
         early = max(0.0, 1 - clock.spent / _KEEPING_UNTIL)
         keeping = _KEEPING[1] + early * (_KEEPING[0] - _KEEPING[1])
-        losses += flow.backward(pools[which][0], next(feeds[which]), keeping)
+        losses += learn[which](next(feeds[which]), keeping)
         masters.take_gradients()
         nn.utils.clip_grad_norm_(masters.values, 1.0)
         optimizer.step()
@@ -166,3 +170,15 @@ def train_flow(
     for module in flow.modules:
         module.eval()
     on_minute()
+
+
+def _learners(
+    flow: Flow, pools: Sequence[Pool], batches: Sequence[int], device: str
+) -> list[Callable[[Tensor, float], Tensor]]:
+    """Make what turns rows of each pool into gradients: replayed graphs where there is CUDA."""
+    if device != "cuda":
+        return [functools.partial(flow.backward, pool) for pool in pools]
+    parameters_ = parameters(flow.modules)
+    return [
+        Replay(flow.backward, parameters_, pool, n) for pool, n in zip(pools, batches, strict=True)
+    ]
