@@ -17,8 +17,8 @@ from fluxfire.spark.edits import KEEP, KINDS
 from fluxfire.spark.scenes import Dice, Scenes
 
 WEIGHTS = {
-    "recolour": 9, "remove": 9, "add": 9, "move": 12, "nudge": 11, "grow": 8, "shrink": 8,
-    "swap": 12, "ground": 9, "outline": 4, "night": 2, "blur": 2,
+    "recolour": 8, "remove": 9, "add": 7, "move": 12, "nudge": 10, "grow": 10, "shrink": 9,
+    "swap": 14, "ground": 8, "outline": 8, "night": 2, "blur": 2,
 }  # fmt: skip
 """How often each kind is drawn, relative to the others: harder ones more often."""
 _CLIP_LENGTH = 40  # CLIP attends only backwards, so padding beyond the words is never seen
