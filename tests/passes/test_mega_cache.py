@@ -144,6 +144,25 @@ def test_what_decides_whether_artifacts_fit(pipe):
     assert plain not in different
 
 
+def test_the_fingerprint_is_the_same_in_every_process(pipe, tmp_path):
+    code = (
+        "from fluxfire.passes.mega_cache import fingerprint\n"
+        "from fluxfire.testing import tiny_kontext\n"
+        "print(sorted(fingerprint(tiny_kontext(), ()).items()))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in ("1", "2", "3")
+    }  # fmt: skip
+    assert said == {f"{sorted(fingerprint(pipe, ()).items())}\n"}
+    pipe.save_pretrained(tmp_path)
+    loaded = type(pipe).from_pretrained(tmp_path)
+    assert fingerprint(loaded, ()) == fingerprint(pipe, ())
+
+
 def blank(tmp_path):
     tmp_path.joinpath("m").write_bytes(b"")
 

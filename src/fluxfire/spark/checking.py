@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from fluxfire.spark.drawing import blur
 
-BLEMISH = 0.05
+BLEMISH = 0.07
 """Largest error allowed in any window, mean over its pixels and channels, in [0, 1]."""
 SHARPNESS = (0.45, 2.0)
 """Allowed gradient energy around edges, as a fraction of the target's."""

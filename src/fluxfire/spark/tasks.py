@@ -117,7 +117,7 @@ def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) 
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
     rows = []
-    for _ in range(n):
+    while len(rows) < n:
         # Of the test split one third has a novel combination, one a novel wording, one both.
         third = int(dice.below(3, 1)) if split == "test" else None
         batch = draw_edits(edit, 1, extent, dice, novel=third in (0, 2))
@@ -125,6 +125,9 @@ def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) 
         wordings = language.wordings(edit, "train" if known else "test")
         wording = wordings[int(dice.below(len(wordings), 1))]
         source, target = (_picture(render(s, shorter)) for s in (batch.source, batch.target))
+        unedited = checking.judge(checking.as_tensor(source), checking.as_tensor(target))
+        if unedited.blemish < 2 * checking.BLEMISH:
+            continue  # hardly to be seen: under other shapes, or of the ground's colour
         instruction = language.phrase(batch.instruction(0, wording), dice)
         rows.append(
             Example(kind=kind, source=source, instruction=instruction, target=target, batch=batch)
