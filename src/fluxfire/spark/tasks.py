@@ -116,7 +116,7 @@ def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) 
     edit, dice = KINDS[kind], Dice("examples", split, seed, kind)
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
-    rows = []
+    rows: list[Example] = []
     while len(rows) < n:
         # Of the test split one third has a novel combination, one a novel wording, one both.
         third = int(dice.below(3, 1)) if split == "test" else None
