@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from fluxfire.spark.scenes import Dice
 
 SIZES = ((128, 128), (160, 96), (96, 160), (144, 112), (112, 144))
 """(width, height) of Spark's pictures; the first is the usual one."""
+_MARGIN = 1.5  # by how much more than the tolerance an edit must change
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -126,7 +127,7 @@ def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) 
         wording = wordings[int(dice.below(len(wordings), 1))]
         source, target = (_picture(render(s, shorter)) for s in (batch.source, batch.target))
         unedited = checking.judge(checking.as_tensor(source), checking.as_tensor(target))
-        if unedited.blemish < 2 * checking.BLEMISH:
+        if replace(unedited, blemish=unedited.blemish / _MARGIN).passed:
             continue  # hardly to be seen: under other shapes, or of the ground's colour
         instruction = language.phrase(batch.instruction(0, wording), dice)
         rows.append(
