@@ -134,7 +134,7 @@ def _replace(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         Path(name).replace(path)
-    except BaseException:
+    except BaseException:  # also an interrupt leaves no half-written file behind
         with contextlib.suppress(OSError):
             Path(name).unlink(missing_ok=True)
         raise
