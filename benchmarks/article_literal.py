@@ -15,14 +15,15 @@ from typing import Any
 from PIL import Image
 
 import fluxfire
+from edits import uncached
 from fluxfire.bench import Workload, save, stamp
 from fluxfire.loading import RANDOM, load
 from fluxfire.passes import Compile
 
+# One graph of the whole model holds no cache.
 LITERAL = [
-    replace(p, region="transformer", fullgraph=False) if isinstance(p, Compile) else p
-    for p in fluxfire.presets.article
-    if p.stage not in ("caching", "artifacts")  # one graph of the whole model holds no cache
+    replace(p, region="transformer", vae=True, fullgraph=False) if isinstance(p, Compile) else p
+    for p in uncached(fluxfire.presets.article)
 ]
 
 

@@ -116,11 +116,12 @@ def hits() -> str:
         stack, _, cache = row["stack"].partition(" and cache, ")
         if not cache:
             continue
-        without = find(rows, stack.removesuffix(","), row["workload"]["name"])["step"]["median"]
+        stack = stack.removesuffix(",")
+        without = find(rows, stack, row["workload"]["name"])["step"]["median"]
         hit = row["hit_step"]
         table.append(
             (
-                stack.removesuffix(","),
+                stack,
                 row["workload"]["name"],
                 f"{row['hits']:.0f}",
                 f"{without * 1e3:.0f}",

@@ -17,6 +17,7 @@ import stat
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ class Payload:
     made: str
     blob: bytes
 
-    @property
+    @cached_property  # asked for several times while a file is read or written
     def digest(self) -> str:
         """SHA-256 of the bytes, in hexadecimal."""
         return hashlib.sha256(self.blob).hexdigest()

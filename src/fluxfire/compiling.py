@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,6 +33,11 @@ class Compilations:
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
 
+    def add(self, other: Compilations) -> None:
+        """Count another stretch of time in."""
+        for name, value in vars(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
 
 @contextmanager
 def compilations() -> Iterator[Compilations]:
@@ -42,11 +47,9 @@ def compilations() -> Iterator[Compilations]:
     compilations at the same time are among them.
     """
     counted = Compilations()
-    if "torch._dynamo" not in sys.modules:  # nothing here can compile; importing costs seconds
+    if not _loaded():
         yield counted
         return
-    from torch._dynamo.callback import callback_handler
-
     thread = threading.get_ident()
     ids: list[str] = []
 
@@ -55,11 +58,10 @@ def compilations() -> Iterator[Compilations]:
             ids.append(str(args.compile_id))
 
     before = _counters()
-    callback_handler.register_start_callback(started)
     try:
-        yield counted
+        with hearing(started):
+            yield counted
     finally:
-        callback_handler.remove_start_callback(started)
         spent = {name: value - before[name] for name, value in _counters().items()}
         counted.compiles = len(ids)
         counted.recompiles = sum(map(_is_recompile, ids))
@@ -68,6 +70,32 @@ def compilations() -> Iterator[Compilations]:
         counted.misses = int(spent["graphs"] - spent["hits"])
         counted.trace_seconds = spent["all"] - spent["compile"]
         counted.compile_seconds = spent["compile"]
+
+
+@contextmanager
+def hearing(
+    began: Callable[[Any], None], ended: Callable[[Any], None] | None = None
+) -> Iterator[None]:
+    """Be called, with dynamo's arguments, where compilations begin and where they end."""
+    if not _loaded():
+        yield
+        return
+    from torch._dynamo.callback import callback_handler
+
+    callback_handler.register_start_callback(began)
+    if ended is not None:
+        callback_handler.register_end_callback(ended)
+    try:
+        yield
+    finally:
+        callback_handler.remove_start_callback(began)
+        if ended is not None:
+            callback_handler.remove_end_callback(ended)
+
+
+def _loaded() -> bool:
+    """Whether anything can compile; importing dynamo to find out would cost seconds."""
+    return "torch._dynamo" in sys.modules
 
 
 def _counters() -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +11,7 @@ from PIL import Image
 from typing_extensions import override
 
 from fluxfire import kontext
+from fluxfire.compiling import hearing
 from fluxfire.errors import PlanError
 from fluxfire.generation import Conductor, Generation, Listener
 
@@ -138,7 +138,7 @@ class Progress(Listener):
     def during(self, generation: Generation) -> Iterator[None]:
         """Tell compiling from running."""
         self._say("load")
-        with self._compiling():
+        with hearing(lambda _: self._say("trace and compile"), lambda _: self._say("first step")):
             yield
         self._bar.update()
 
@@ -148,27 +148,6 @@ class Progress(Listener):
         """Say which step runs."""
         self._say(f"step {call.step + 1} of {call.steps}")
         yield
-
-    @contextmanager
-    def _compiling(self) -> Iterator[None]:
-        if "torch._dynamo" not in sys.modules:
-            yield
-            return
-        from torch._dynamo.callback import callback_handler
-
-        def began(_: Any) -> None:
-            self._say("trace and compile")
-
-        def ended(_: Any) -> None:
-            self._say("first step")
-
-        callback_handler.register_start_callback(began)
-        callback_handler.register_end_callback(ended)
-        try:
-            yield
-        finally:
-            callback_handler.remove_start_callback(began)
-            callback_handler.remove_end_callback(ended)
 
     def _say(self, phase: str) -> None:
         self._bar.set_description(f"warm-up {self._size}: {phase}")

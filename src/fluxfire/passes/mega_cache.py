@@ -252,8 +252,7 @@ class _Engine(Listener):
 
     def _keep(self, recorded: _Recorded, compiled: Compilations) -> None:
         """Keep what the file does not have; torch's own cache on disk may have had it."""
-        for name, value in vars(compiled).items():
-            setattr(self._spent, name, getattr(self._spent, name) + value)
+        self._spent.add(compiled)
         if recorded.keys <= self._known:
             return
         self._known |= recorded.keys
