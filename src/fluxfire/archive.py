@@ -12,9 +12,11 @@ import contextlib
 import hashlib
 import hmac
 import json
+import math
 import os
+import re
 import stat
-import tempfile
+import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -27,6 +29,7 @@ FORMAT = 1
 KEY_VARIABLE = "FLUXFIRE_MEGACACHE_KEY"
 """Environment variable with the signing key: any text, the same wherever the file is shared."""
 _MARK = "fluxfire.megacache"
+_LARGEST = 4 << 30  # bytes; a real one has some hundred MiB at most
 _LOCK_SECONDS = 60
 _DAMAGE = (
     ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
@@ -64,8 +67,7 @@ class Payload:
 
 def signing_key() -> bytes | None:
     """Return the key that the environment gives, or None."""
-    text = os.environ.get(KEY_VARIABLE, "")
-    return text.encode() if text else None
+    return os.fsencode(os.environ.get(KEY_VARIABLE, "")) or None  # any bytes, UTF-8 or not
 
 
 def read(path: Path, key: bytes | None) -> tuple[Payload, ...]:
@@ -79,85 +81,125 @@ def read(path: Path, key: bytes | None) -> tuple[Payload, ...]:
     Raises:
         FileNotFoundError: there is no file.
         OSError: it cannot be read.
-        DisbelievedError: it is damaged, foreign, unsigned, or somebody else could have written it.
+        DisbelievedError: it is damaged, foreign, unsigned, or somebody else could have written it;
+            or there is no file, but its folder is one where others could put one.
     """
-    with path.open("rb") as file:
-        if key is None and (why := _writable_by_others(path, file.fileno())) is not None:
-            raise DisbelievedError(why)
-        data = file.read()
-    payloads, signature = _unpack(data)
-    if key is not None and not signature:
-        raise DisbelievedError(f"it is not signed, and {KEY_VARIABLE} is set")
-    if key is not None and not hmac.compare_digest(signature, _sign(_header(payloads), key)):
-        raise DisbelievedError(f"it was signed with another key than {KEY_VARIABLE} holds")
-    return payloads
+    return _read(_real(path), key)[0]
 
 
 def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
     """Add payloads to a file; what is in it stays, whoever else is adding.
 
     The new file is written beside the old one and then takes its name, so that a reader,
-    or a writer that dies, never leaves half a file.
+    or a writer that dies, never leaves half a file. It has the old one's permissions; a first
+    one is its owner's alone, unless it is signed: then the umask decides.
 
     Raises:
         OSError: the folder cannot be written, or the disk is full; the old file is as it was.
         TimeoutError: another process held the lock for a minute.
-        DisbelievedError: the file that is there is not believed; it is left as it is.
+        DisbelievedError: the file that is there is not believed, or is signed and could not be
+            signed again; it is left as it is.
     """
     from filelock import FileLock  # torch depends on it
 
+    path = _real(path)  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS, mode=0o600):
+    mode = 0o600 if key is None else 0o666  # a signed file may have writers of several users
+    with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS, mode=mode):
         try:
-            present = read(path, key)
+            present, signature = _read(path, key)
         except FileNotFoundError:
-            present = ()
-        _replace(path, _pack(_merged([*present, *payloads]), key))
+            present, signature = (), ""
+        if signature and key is None:
+            raise DisbelievedError(f"it is signed, and without {KEY_VARIABLE} would lose that")
+        _replace(path, _pack(_merged([*present, *payloads]), key), private=key is None)
+
+
+def _real(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:
+        raise DisbelievedError("it is a link that leads back to itself") from error
+
+
+def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
+    """Read payloads, and the signature or an empty text."""
+    folder = path.parent
+    if key is None and (why := _writable_by_others(f"its folder {folder}", folder.stat())):
+        raise DisbelievedError(why)
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DisbelievedError("it is a pipe or a device, not a file")
+        if key is None and (why := _writable_by_others("it", status)):
+            raise DisbelievedError(why)
+        if status.st_size > _LARGEST:
+            raise DisbelievedError(f"it has {status.st_size} bytes, more than any megacache has")
+        data = file.read()
+    payloads, signature = _unpack(data)
+    if key is not None and not signature:
+        raise DisbelievedError(f"it is not signed, and {KEY_VARIABLE} is set")
+    if key is not None and not hmac.compare_digest(signature, _sign(_header(payloads), key)):
+        raise DisbelievedError(f"it was signed with another key than {KEY_VARIABLE} holds")
+    return payloads, signature
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open, also a pipe that nobody writes to."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _merged(payloads: Sequence[Payload]) -> list[Payload]:
     """Keep one of each; the sizes of equal ones are put together."""
-    found: dict[str, Payload] = {}
+    found: dict[object, Payload] = {}
     for payload in payloads:
-        same = found.setdefault(payload.digest, payload)
+        which = payload.digest, tuple(sorted(payload.fingerprint.items()))
+        same = found.setdefault(which, payload)
         sizes = tuple(sorted({*same.sizes, *payload.sizes}))
-        found[payload.digest] = replace(same, sizes=sizes)
+        found[which] = replace(same, sizes=sizes)
     return list(found.values())
 
 
-def _replace(path: Path, data: bytes) -> None:
-    for left_over in path.parent.glob(f".{path.name}.*.part"):  # of writers that died
-        left_over.unlink(missing_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+def _replace(path: Path, data: bytes, *, private: bool) -> None:
+    _remove_left_overs(path)
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(os.open(part, flags, 0o600 if private else 0o666), "wb") as file:
+            if path.exists():
+                part.chmod(stat.S_IMODE(path.stat().st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(name).replace(path)
+        part.replace(path)
     except BaseException:  # also an interrupt leaves no half-written file behind
         with contextlib.suppress(OSError):
-            Path(name).unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         raise
 
 
-def _writable_by_others(path: Path, descriptor: int) -> str | None:
-    """Say who else could have written an open file, or None."""
+def _remove_left_overs(path: Path) -> None:
+    """Remove what writers of this very file left behind when they died."""
+    theirs = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.part")
+    for other in path.parent.iterdir():
+        if theirs.fullmatch(other.name):
+            with contextlib.suppress(OSError):  # another user's, on a shared volume
+                other.unlink()
+
+
+def _writable_by_others(what: str, found: os.stat_result) -> str | None:
+    """Say who else could have written a file or could replace it in a folder, or None."""
     if not hasattr(os, "geteuid"):
         return f"who may write it cannot be told on this system; sign it, with {KEY_VARIABLE}"
-    folder = path.resolve().parent
-    for what, found in (("it", os.fstat(descriptor)), (f"its folder {folder}", folder.stat())):
-        if found.st_uid not in (os.geteuid(), 0):
-            return (
-                f"{what} belongs to another user, who could run code here through it; "
-                f"sign it, with {KEY_VARIABLE}, or move it"
-            )
-        sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
-        if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
-            return (
-                f"{what} can be written by other users, who could run code here through it; "
-                f"chmod go-w, or sign it, with {KEY_VARIABLE}"
-            )
+    advice = (
+        f"and so run code here; delete the file and keep it where only you can write, "
+        f"or sign it, with {KEY_VARIABLE}"
+    )
+    if found.st_uid not in (os.geteuid(), 0):
+        return f"{what} belongs to another user, who could write it {advice}"
+    sticky = stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not sticky:
+        return f"{what} can be written by other users, who could change it {advice}"
     return None
 
 
@@ -210,6 +252,8 @@ def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
             raise DisbelievedError("it is no megacache")
         envelope = json.loads(metadata)
         header, signature = envelope["header"], envelope["hmac-sha256"]
+        if not re.fullmatch(r"([0-9a-f]{64})?", signature):
+            raise DisbelievedError("it is damaged: its signature is none")
         facts = json.loads(header)
         if facts["format"] != FORMAT:
             raise DisbelievedError(f"its format {facts['format']} is not {FORMAT}, this fluxfire's")
@@ -235,4 +279,9 @@ def _metadata(data: bytes) -> Any:
 def _payload(facts: Mapping[str, Any], blob: bytes) -> Payload:
     fingerprint = {str(k): str(v) for k, v in facts["fingerprint"].items()}
     sizes = tuple(str(s) for s in facts["sizes"])
-    return Payload(fingerprint, sizes, float(facts["seconds"]), str(facts["made"]), blob)
+    seconds, made = float(facts["seconds"]), str(facts["made"])
+    if not all(map(str.isprintable, (made, *sizes, *fingerprint, *fingerprint.values()))):
+        raise ValueError("a text in it would not print")  # but could command a terminal
+    if not math.isfinite(seconds):
+        raise ValueError(f"a compilation of {seconds} s")
+    return Payload(fingerprint, sizes, seconds, made, blob)

@@ -6,7 +6,7 @@ import re
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,10 +87,12 @@ def hearing(
         callback_handler.register_end_callback(ended)
     try:
         yield
-    finally:
-        callback_handler.remove_start_callback(began)
+    finally:  # torch.compiler.reset() in between has removed them
+        with suppress(ValueError):
+            callback_handler.remove_start_callback(began)
         if ended is not None:
-            callback_handler.remove_end_callback(ended)
+            with suppress(ValueError):
+                callback_handler.remove_end_callback(ended)
 
 
 def _loaded() -> bool:

@@ -15,9 +15,9 @@ from torch.compiler._cache import CacheArtifactManager
 import fluxfire
 from fluxfire import archive, presets
 from fluxfire.archive import Payload
-from fluxfire.errors import MegaCacheWarning
+from fluxfire.errors import MegaCacheWarning, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, MegaCache
-from fluxfire.passes.mega_cache import fingerprint
+from fluxfire.passes.mega_cache import _Recorded, fingerprint
 from fluxfire.planner import configured
 from fluxfire.testing import edit, tiny_kontext
 
@@ -89,7 +89,7 @@ def test_a_mismatch_says_in_what(pipe, tmp_path, reference):
 def test_what_torch_cannot_read_is_a_warning(pipe, tmp_path, reference):
     archive.add(tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"no blob")], None)
     fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
-    with pytest.warns(MegaCacheWarning, match="torch could not read 1 payloads"):
+    with pytest.warns(MegaCacheWarning, match="torch could not take 1 of 1 fitting payloads"):
         assert np.array_equal(edit(pipe), reference)
 
 
@@ -146,7 +146,7 @@ def test_what_decides_whether_artifacts_fit(pipe):
 
 def test_the_fingerprint_is_the_same_in_every_process(pipe, tmp_path):
     code = (
-        "from fluxfire.passes.mega_cache import fingerprint\n"
+        "from fluxfire.passes.mega_cache import _Recorded, fingerprint\n"
         "from fluxfire.testing import tiny_kontext\n"
         "print(sorted(fingerprint(tiny_kontext(), ()).items()))"
     )
@@ -227,10 +227,68 @@ def test_the_article_keeps_its_artifacts_in_the_users_cache_folder(tmp_path, mon
     assert mega.file == tmp_path / "fluxfire" / "kontext.megacache"
 
 
-@pytest.mark.parametrize(("path", "error"), [(3, TypeError), ("", ValueError), (" ", ValueError)])
+@pytest.mark.parametrize(
+    ("path", "error"),
+    [
+        (3, TypeError), ("", ValueError), (" ", ValueError), ("a\0b", ValueError),
+        ("~nobody-of-that-name/m", ValueError),
+    ],
+)  # fmt: skip
 def test_bad_paths(path, error):
     with pytest.raises(error, match="path="):
         MegaCache(path)
+
+
+def test_without_a_home_the_default_path_is_an_error_of_the_plan(pipe, monkeypatch):
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.expanduser", homeless)
+    with pytest.raises(PlanError, match="Could not determine home directory"):
+        fluxfire.optimize(pipe, [MegaCache()])
+
+
+def test_whatever_torch_raises_is_a_warning(pipe, tmp_path, reference, monkeypatch):
+    archive.add(tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"x")], None)
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", full)
+    fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
+    with pytest.warns(MegaCacheWarning, match="No space left on device"):
+        assert np.array_equal(edit(pipe), reference)
+    facts = fluxfire.report(pipe).passes[0].facts
+    assert facts["state"] == "rebuilt because torch could not take it: No space left on device"
+    assert facts["saved_seconds"] == 0
+
+
+def test_threads_share_a_recorder_and_the_last_puts_the_old_one_back():
+    manager = CacheArtifactManager
+    before = manager._seen_artifacts, manager._serializer
+    first, second = _Recorded(), _Recorded()
+    first.__enter__()
+    second.__enter__()
+    manager.record_artifact("inductor", "key", b"content")
+    first.__exit__(None, None, None)
+    assert manager._seen_artifacts is not before[0]
+    second.__exit__(None, None, None)
+    assert (manager._seen_artifacts, manager._serializer) == before
+    assert first.keys == second.keys == {("inductor", "key")}
+
+
+@pytest.mark.slow
+def test_a_reset_in_a_callback_hurts_nothing(tmp_path):
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    plain = edit(pipe)
+    fluxfire.optimize(pipe, [MegaCache(tmp_path / "m"), Compile()])
+
+    def reset(pipe, step, timestep, kwargs):
+        if step == 0:
+            torch.compiler.reset()
+        return kwargs
+
+    assert np.abs(edit(pipe, callback_on_step_end=reset) - plain).max() < 1e-5
 
 
 @pytest.mark.slow

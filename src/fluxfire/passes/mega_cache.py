@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -70,29 +71,42 @@ class MegaCache:
             raise TypeError(f"path={self.path!r}; it must be a path, or None")
         if self.path is not None and not str(self.path).strip():
             raise ValueError(f"path={self.path!r} is empty; None means the user's cache folder")
+        if self.path is not None:
+            if "\0" in str(self.path):
+                raise ValueError(f"path={self.path!r} has a zero byte; no file has such a name")
+            _home(Path(self.path))
 
     @property
     def file(self) -> Path:
-        """Where the artifacts are kept."""
+        """Where the artifacts are kept.
+
+        Raises:
+            ValueError: no path was given, and this user has no home.
+        """
         if self.path is not None:
-            return Path(self.path).expanduser()
+            return _home(Path(self.path))
         folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return Path(folder).expanduser() / "fluxfire" / "kontext.megacache"
+        return _home(Path(folder)) / "fluxfire" / "kontext.megacache"
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Say what the file will be good for."""
         if not any(p.stage == "compile" for p in target.passes):
             yield Finding("info", "no pass of the list compiles, so there is nothing to keep")
+        try:
+            file = self.file
+        except ValueError as error:
+            yield Finding("error", str(error))
+            return
         wanted = fingerprint(target.pipe, target.passes)
         try:
-            payloads = archive.read(self.file, archive.signing_key())
+            payloads = archive.read(file, archive.signing_key())
         except FileNotFoundError:
-            yield Finding("info", f"{self.file} does not exist yet; warmup() will write it")
-        except (OSError, DisbelievedError) as error:
-            yield Finding("warning", f"{self.file} will not be used: {_words(error)}")
+            yield Finding("info", f"{file} does not exist yet; warmup() will write it")
+        except Exception as error:  # noqa: BLE001 - as when it is loaded
+            yield Finding("warning", f"{file} will not be used: {_words(error)}")
         else:
             if not any(p.fingerprint == wanted for p in payloads):
-                yield Finding("info", f"{self.file} will be added to: {_why(wanted, payloads)}")
+                yield Finding("info", f"{file} will be added to: {_why(wanted, payloads)}")
 
     def apply(self, tx: Transaction) -> Change:
         """Load at the first generation, when all that will compile is applied."""
@@ -150,7 +164,18 @@ def _differing(wanted: dict[str, str], payload: Payload) -> list[tuple[str, str,
 
 
 def _words(error: Exception) -> str:
-    return str(error.strerror or error) if isinstance(error, OSError) else str(error)
+    """Say what went wrong; of errors that nobody foresaw, also their kind."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error) if isinstance(error, DisbelievedError | OSError) else repr(error)
+
+
+def _home(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        why = str(error).rstrip(".")
+        raise ValueError(f"path={str(path)!r}: {why}; give MegaCache a full path") from error
 
 
 @dataclass(eq=False)
@@ -214,7 +239,7 @@ class _Engine(Listener):
             return
         try:
             archive.add(self.file, self._new, archive.signing_key())
-        except (OSError, DisbelievedError) as error:
+        except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache
             self._warn(f"{self.file} was not written: {_words(error)}")
             return
         written = sum(len(p.blob) for p in self._new)
@@ -229,7 +254,7 @@ class _Engine(Listener):
         except FileNotFoundError:
             self._state = "rebuilt because there was no file"
             return
-        except (OSError, DisbelievedError) as error:
+        except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache
             self._state = f"rebuilt because the file cannot be used: {_words(error)}"
             self._warn(f"{self.file} is not used: {_words(error)}")
             return
@@ -237,13 +262,22 @@ class _Engine(Listener):
         if not fitting:
             self._state = f"rebuilt because {_why(self._wanted, payloads)}"
             return
-        taken = []
+        taken, refused = [], []
         for payload in fitting:
-            if (keys := _give_to_torch(payload.blob)) is not None:
-                self._known |= keys
+            try:
+                self._known |= _give_to_torch(payload.blob)
+            except Exception as error:  # noqa: BLE001 - unpickling, or a full disk
+                refused.append(_words(error))
+            else:
                 taken.append(payload)
-        if refused := len(fitting) - len(taken):
-            self._warn(f"{self.file}: torch could not read {refused} payloads")
+        if refused:
+            self._warn(
+                f"{self.file}: torch could not take {len(refused)} of {len(fitting)} fitting "
+                f"payloads ({refused[0]})"
+            )
+        if not taken:
+            self._state = f"rebuilt because torch could not take it: {refused[0]}"
+            return
         self._loaded_bytes = sum(len(p.blob) for p in taken)
         self._cold_seconds = sum(p.seconds for p in taken)
         self._load_seconds = time.perf_counter() - began
@@ -265,12 +299,14 @@ class _Engine(Listener):
         warnings.warn(text, MegaCacheWarning, stacklevel=2)
 
 
-def _give_to_torch(blob: bytes) -> set[Key] | None:
-    """Load a blob; torch answers damage with None and a log."""
+def _give_to_torch(blob: bytes) -> set[Key]:
+    """Load a blob into torch's caches on disk, and return by what it is found."""
     import torch
 
     loaded = torch.compiler.load_cache_artifacts(blob)
-    return None if loaded is None else _keys(loaded)
+    if loaded is None:  # torch's answer to damage, beside a log
+        raise DisbelievedError("torch cannot read it")
+    return _keys(loaded)
 
 
 def _keys(info: Any) -> set[Key]:
@@ -278,26 +314,40 @@ def _keys(info: Any) -> set[Key]:
 
 
 class _Recorded:
-    """Lets torch record into a recorder of its own.
+    """Lets torch record apart from all that was compiled before.
+
+    torch has one recorder, which `with_fresh_cache` swaps for the process. So threads that
+    generate at the same time share a fresh one, and the last to leave puts the old one back.
 
     Attributes:
         blob: what was recorded; empty if nothing was compiled.
         keys: by what it is found.
     """
 
+    _lock: ClassVar[threading.Lock] = threading.Lock()
+    _inside: ClassVar[int] = 0
+    _fresh: ClassVar[ExitStack] = ExitStack()
+
     def __init__(self) -> None:
         self.blob = b""
         self.keys: set[Key] = set()
-        self._entered = ExitStack()
 
     def __enter__(self) -> None:
         from torch.compiler._cache import CacheArtifactManager
 
-        self._entered.enter_context(CacheArtifactManager.with_fresh_cache())
+        with _Recorded._lock:
+            if _Recorded._inside == 0:
+                _Recorded._fresh.enter_context(CacheArtifactManager.with_fresh_cache())
+            _Recorded._inside += 1
 
     def __exit__(self, *_: object) -> None:
         import torch
 
-        with self._entered:
-            if (saved := torch.compiler.save_cache_artifacts()) is not None:
-                self.blob, self.keys = saved[0], _keys(saved[1])
+        with _Recorded._lock:
+            try:
+                if (saved := torch.compiler.save_cache_artifacts()) is not None:
+                    self.blob, self.keys = saved[0], _keys(saved[1])
+            finally:
+                _Recorded._inside -= 1
+                if _Recorded._inside == 0:
+                    _Recorded._fresh.close()
