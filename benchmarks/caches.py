@@ -7,7 +7,8 @@ python benchmarks/caches.py --out /tmp/caches.json -n 12 --steps 10            #
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -23,6 +24,7 @@ from fluxfire.spark.scoring import Score, psnr
 from fluxfire.text import table
 
 THRESHOLDS = (0.05, 0.08, 0.12, 0.18, 0.25)
+FROM_WORDS_STEPS = 20  # the article's workload
 
 
 def variants() -> Iterator[FirstBlockCache]:
@@ -31,6 +33,19 @@ def variants() -> Iterator[FirstBlockCache]:
         for distance in ("all", "noise"):
             for predict in ("hold", "linear"):
                 yield FirstBlockCache(threshold, distance=distance, predict=predict)
+
+
+@dataclass(frozen=True)
+class Made:
+    """Results of one setting.
+
+    Attributes:
+        scores: of each example.
+        hits: of each step, the share of examples for which it was a hit.
+    """
+
+    scores: list[Score]
+    hits: list[float]
 
 
 def main() -> None:
@@ -42,54 +57,60 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[10, 20, 28, 50])
     arguments = parser.parse_args()
 
+    n, batch = arguments.n, arguments.batch
     pipe = spark.load(dtype=torch.float32)  # so that bfloat16's own noise is not in the way
-    tasks = spark.examples(split="test", n=arguments.n)
-    result: dict[str, Any] = {"benchmark": "caches", **stamp(), "rows": []}
+    edits, words = spark.examples(split="test", n=n), spark.drawings(n=n)
+    result: dict[str, Any] = {"benchmark": "caches", **stamp(), "examples": n, "rows": []}
     fluxfire.optimize(pipe, [FirstBlockCache(0)])
-    for steps in arguments.steps:
-        plain, _ = _scored(pipe, tasks, steps, arguments.batch)
-        result["rows"].append(_row(None, steps, plain, plain, 0.0))
-        for cache in variants():
+
+    def compare(tasks: Sequence[Any], steps: int, caches: Iterator[FirstBlockCache]) -> None:
+        plain = _make(pipe, tasks, steps, batch)
+        result["rows"].append(_row(None, plain, plain))
+        for cache in caches:
             with fluxfire.using(pipe, cache):
-                made, hits = _scored(pipe, tasks, steps, arguments.batch)
-            result["rows"].append(_row(cache, steps, made, plain, hits))
+                made = _make(pipe, tasks, steps, batch)
+            result["rows"].append(_row(cache, made, plain))
             save(result, arguments.out)
+
+    for steps in arguments.steps:
+        compare(edits, steps, variants())
+    compare(words, FROM_WORDS_STEPS, iter([FirstBlockCache()]))
     print(_table(result["rows"]))
 
 
-def _scored(
-    pipe: Any, tasks: list[spark.Example], steps: int, batch: int
-) -> tuple[list[Score], float]:
-    """Edit and check everything; return the scores and the share of hits."""
+def _make(pipe: Any, tasks: Sequence[Any], steps: int, batch: int) -> Made:
+    """Make and check everything."""
     scores: list[Score] = []
-    hits: list[bool] = []
+    hits: list[list[bool]] = [[] for _ in range(steps)]
     for first in range(0, len(tasks), batch):
         some = tasks[first : first + batch]
         scores += spark.score(pipe, some, steps=steps, seed=first, batch=batch)
-        hits += [hit for d in fluxfire.report(pipe).runs[-1].decisions for hit in d.hits]
-    return scores, mean(hits)
+        for decision in fluxfire.report(pipe).runs[-1].decisions:
+            hits[decision.step] += decision.hits
+    return Made(scores, [mean(step) for step in hits])
 
 
-def _row(
-    cache: FirstBlockCache | None, steps: int, made: list[Score], plain: list[Score], hits: float
-) -> dict[str, Any]:
-    pairs = zip(made, plain, strict=True)
+def _row(cache: FirstBlockCache | None, made: Made, plain: Made) -> dict[str, Any]:
+    pairs = zip(made.scores, plain.scores, strict=True)
     drift = [psnr(checking.as_tensor(m.image), checking.as_tensor(p.image)) for m, p in pairs]
     return {
+        "kind": "from words" if made.scores[0].kind == "from words" else "edit",
         "threshold": cache.threshold if cache else None,
         "distance": cache.distance if cache else None,
         "predict": cache.predict if cache else None,
-        "steps": steps,
-        "hits": hits,
+        "steps": len(made.hits),
+        "hits": mean(made.hits),
+        "hits_by_step": [round(share, 4) for share in made.hits],
         "psnr_to_plain": {"mean": mean(drift), "min": min(drift)},
-        "psnr_to_target": mean(m.psnr for m in made),
-        "success": mean(m.passed for m in made),
+        "psnr_to_target": mean(m.psnr for m in made.scores),
+        "success": mean(m.passed for m in made.scores),
     }
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
     lines = [
         (
+            row["kind"],
             row["steps"],
             "-" if row["threshold"] is None else row["threshold"],
             row["distance"] or "-",
@@ -103,7 +124,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     head = (
-        "steps", "threshold", "distance", "predict", "hits", "PSNR to plain", "its minimum",
+        "", "steps", "threshold", "distance", "predict", "hits", "PSNR to plain", "its minimum",
         "PSNR to target", "success",
     )  # fmt: skip
     return table(head, lines)

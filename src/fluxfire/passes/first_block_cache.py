@@ -63,7 +63,7 @@ class FirstBlockCache:
     max_consecutive_hits: int | None = None
     schedule: Iterable[int] | None = None
     distance: Measured = "all"
-    predict: Prediction = "hold"
+    predict: Prediction = "linear"
 
     name: ClassVar[str] = "first-block-cache"
     stage: ClassVar[Stage] = "caching"
