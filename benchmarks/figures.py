@@ -195,6 +195,31 @@ def profile() -> str:
     return f"{markdown(('kernels', 'of one step'), rows)}\n\nWith {passes}. {where(result)}."
 
 
+def caches(*, steps: int | None = None, distance: str | None = None) -> str:
+    """What FirstBlockCache hits on Spark's held-out edits, and what that costs."""
+    result = load(RESULTS / "caches.json")
+    names = ("steps", "threshold", "distance", "predict")
+    rows = [row for row in result["rows"] if row["kind"] == "edit"]
+    rows = [row for row in rows if steps in (None, row["steps"])]
+    rows = [row for row in rows if row["distance"] is None or distance in (None, row["distance"])]
+    table = [
+        (
+            *("none" if row[name] is None else f"{row[name]}" for name in names),
+            f"{row['hits']:.0%}",
+            f"{row['psnr_to_plain']['mean']:.1f} ({row['psnr_to_plain']['min']:.1f})",
+            f"{row['success']:.1%}",
+        )
+        for row in rows
+    ]
+    head = (*names, "hits", "PSNR to the plain result, dB: mean (minimum)", "edits done")
+    return f"{markdown(head, table)}\n\n{result['examples']} edits. {where(result)}."
+
+
+def caches_brief() -> str:
+    """The default distance, at the default number of steps."""
+    return caches(steps=28, distance="all")
+
+
 def spark() -> str:
     """How well Spark edits, kind by kind, and what else its model card tells."""
     result = load(RESULTS / "spark.json")
@@ -235,6 +260,8 @@ REGIONS: dict[str, Callable[[], str]] = {
     "symfloat": symfloat,
     "main job": main_job,
     "spark": spark,
+    "caches": caches,
+    "caches in brief": caches_brief,
 }
 
 

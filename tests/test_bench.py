@@ -59,6 +59,16 @@ def test_steps_that_hit_are_timed_apart(pipe):
     assert (with_reference, without) == ("tiny", "from words")
 
 
+def test_settings_differ_by_workload(pipe):
+    stacks = {"plain": (), "cached": (FirstBlockCache(0),)}
+    loads = [LOAD, replace(LOAD, name="other")]
+    settings = {"cached": {"other": FirstBlockCache(schedule=[1])}}
+    picture = Image.new("RGB", (32, 32))
+    rows = measure_edits(pipe, stacks, loads, picture, rounds=1, settings=settings)
+    assert [row["hits"] for row in rows] == [0, 0, 0, 1]
+    assert "schedule=(1,)" in rows[-1]["settings"]
+
+
 def test_a_crash_keeps_the_rows_before_it_and_restores(pipe, reference):
     class Crash(SkipBlock):
         def apply(self, tx):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -64,6 +64,7 @@ def measure_edits(
     picture: Image.Image,
     *,
     rounds: int = 2,
+    settings: Mapping[str, Mapping[str, Pass]] | None = None,
     on_rows: Callable[[list[dict[str, Any]]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     """Measure every stack of passes on every workload, on one pipeline, in turn.
@@ -79,6 +80,7 @@ def measure_edits(
         workloads: what to run.
         picture: the picture to edit.
         rounds: whole edits per row; the steps of all are pooled.
+        settings: by stack and workload, a cache's run-time settings for it (as `using` takes).
         on_rows: is handed the rows so far after each edit, so that a crash loses little.
 
     Returns:
@@ -93,7 +95,9 @@ def measure_edits(
             with _optimized(pipe, passes) as applied:
                 for load in loads:
                     row = rows.setdefault((name, load.name), _Row(name, passes, load, applied))
-                    row.measure(pipe, picture)
+                    row.settings = (settings or {}).get(name, {}).get(load.name)
+                    with api.using(pipe, row.settings) if row.settings else nullcontext():
+                        row.measure(pipe, picture)
                     on_rows([row.to_dict() for row in rows.values()])
     return [row.to_dict() for row in rows.values()]
 
@@ -123,6 +127,7 @@ class _Row:
     passes: Sequence[Pass]
     load: Workload
     applied: dict[str, float]
+    settings: Pass | None = None
     first: list[RunStatistics] = field(default_factory=list)
     runs: list[RunStatistics] = field(default_factory=list)
     edits: list[float] = field(default_factory=list)
@@ -143,6 +148,7 @@ class _Row:
         return {
             "stack": self.stack,
             "passes": [repr(p) for p in self.passes],
+            "settings": repr(self.settings) if self.settings else None,
             **self.applied,
             "workload": asdict(self.load),
             "first_seconds": [r.seconds for r in self.first],

@@ -18,7 +18,7 @@ from fluxfire.spark.scenes import Dice, Scenes
 
 WEIGHTS = {
     "recolour": 8, "remove": 9, "add": 7, "move": 12, "nudge": 10, "grow": 10, "shrink": 9,
-    "swap": 14, "ground": 8, "outline": 8, "night": 2, "blur": 2,
+    "swap": 18, "ground": 8, "outline": 16, "night": 2, "blur": 2,
 }  # fmt: skip
 """How often each kind is drawn, relative to the others: harder ones more often."""
 _CLIP_LENGTH = 40  # CLIP attends only backwards, so padding beyond the words is never seen

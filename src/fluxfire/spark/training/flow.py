@@ -28,6 +28,9 @@ _KEEPING_UNTIL = 0.08  # of the budget
 # Not cuDNN's, which torch 2.11 would take on an H100: its backward fails on these small shapes
 # ("mha_graph.execute … to be true, but got false"; flash attention's ran, 90 ms a step of 512).
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_CHANGED = 4.0
+"""Weight of tokens that an edit changes: they are few, and what is hard to draw."""
+_SEEN = 0.01  # mean squared difference of latents, whose variance is 1
 _GUIDANCE = (1.0, 8.0)  # any value is right: Spark is not guidance-distilled
 
 
@@ -53,7 +56,7 @@ class Flow:
             block.compile(dynamic=False)
 
     def loss(self, pool: Pool, row: Tensor, keeping: Tensor | float) -> Tensor:
-        """Return the mean squared error of the predicted velocities."""
+        """Return the mean squared error of the predicted velocities, weighted by token."""
         n = len(row)
         target, t5, clip = pool.target[row].float(), pool.t5[row], pool.clip[row]
         reference = pool.source[row].float() if pool.source is not None else None
@@ -70,7 +73,9 @@ class Flow:
         noise = torch.randn_like(target)
         mixed = torch.lerp(target, noise, level[:, None, None])
         predicted = self._predict(pool.grid, mixed, reference, level, text=(t5, clip))
-        return (predicted.float() - (noise - target)).square().mean()
+        error = (predicted.float() - (noise - target)).square().mean(-1)
+        weight = _weight(target, reference)
+        return (error * weight).sum() / weight.sum()
 
     def backward(self, pool: Pool, row: Tensor, keeping: Tensor | float) -> Tensor:
         """Add the gradients of one batch's loss, and return the loss."""
@@ -111,6 +116,14 @@ class Flow:
 
     def _random(self, n: int) -> Tensor:
         return torch.rand(n, device=self._device)
+
+
+def _weight(target: Tensor, reference: Tensor | None) -> Tensor:
+    """Weigh tokens, (batch, tokens): more where an edit changes the picture."""
+    if reference is None:
+        return torch.ones_like(target[..., 0])
+    changed = (target - reference).square().mean(-1) > _SEEN
+    return 1 + (_CHANGED - 1) * changed.float()
 
 
 def train_flow(
