@@ -80,6 +80,22 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--size", type=_size, help="WIDTHxHEIGHT (default: the picture's shape)")
     run.add_argument("--report", choices=("table", "json"), default="table")
 
+    bisect = add("bisect", _bisect, "find the first pass of a list that breaks a picture")
+    _add_model(bisect)
+    _add_passes(bisect)
+    bisect.add_argument(
+        "--image", help="the picture to edit (default: a held-out scene of Spark's)"
+    )
+    bisect.add_argument("--prompt", type=_words, help="the instruction for it")
+    bisect.add_argument(
+        "--example", type=_seed, default=0, help="which held-out scene (default: %(default)s)"
+    )
+    bisect.add_argument(
+        "--min-psnr", type=float, default=30.0, metavar="DB",
+        help="broken below this PSNR to the plain picture (default: %(default)s)",
+    )  # fmt: skip
+    _add_sampling(bisect)
+
     mega = add("megacache", _megacache, "look at a file of compiled artifacts")
     mega.add_argument("action", choices=("inspect", "verify"))
     mega.add_argument("path", type=Path)
@@ -284,6 +300,48 @@ def _demo(arguments: argparse.Namespace) -> int:
     done.grid().save(output)
     _note(f"the pictures are in {output.resolve()}")
     return 0
+
+
+def _bisect(arguments: argparse.Namespace) -> int:
+    if (arguments.image is None) != (arguments.prompt is None):
+        raise UsageError("--image and --prompt go together: give both, or neither")
+    wanted = _wanted(arguments)
+    import torch
+
+    from fluxfire import spark
+    from fluxfire.bench import bisect
+    from fluxfire.spark import checking
+    from fluxfire.spark.scoring import psnr
+
+    example = None
+    if arguments.image is None:
+        example = spark.examples(n=arguments.example + 1)[-1]
+        picture, prompt = example.source, example.instruction
+    else:
+        picture, prompt = _open(arguments.image), arguments.prompt
+    pipe = _load(arguments.model)
+
+    def edit() -> Any:
+        return pipe(
+            prompt=prompt,
+            num_inference_steps=arguments.steps,
+            generator=torch.Generator().manual_seed(arguments.seed),
+            **_sizes(pipe, None, picture),
+        ).images[0]
+
+    plain = edit()
+    was_right = example is not None and example.check(plain)
+
+    def judge(_: Any) -> tuple[bool, str]:
+        image = edit()
+        value = psnr(checking.as_tensor(image), checking.as_tensor(plain))
+        undone = example is not None and was_right and not example.check(image)
+        note = f"PSNR to plain {value:.1f} dB" + (", edit no longer right" if undone else "")
+        return undone or value < arguments.min_psnr, note
+
+    found = bisect(pipe, wanted, judge)
+    _say(found)
+    return 0 if found.first is None else 1
 
 
 def _note_foreign_words(prompt: str) -> None:

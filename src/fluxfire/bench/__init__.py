@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from fluxfire.bench.bisect import Culprit, Trial, bisect
 from fluxfire.bench.edits import Workload, measure_edits
 from fluxfire.bench.results import load, save, stamp
 from fluxfire.bench.timing import Sample, repeat
 
-__all__ = ["Sample", "Workload", "load", "measure_edits", "repeat", "save", "stamp"]
+__all__ = [
+    "Culprit",
+    "Sample",
+    "Trial",
+    "Workload",
+    "bisect",
+    "load",
+    "measure_edits",
+    "repeat",
+    "save",
+    "stamp",
+]
