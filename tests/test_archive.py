@@ -27,6 +27,7 @@ payloads = st.builds(
     seconds=st.floats(0, 1e6),
     made=words,
     blob=st.binary(max_size=200),
+    keys=st.lists(words, max_size=3, unique=True).map(sorted).map(tuple),
 )
 ONE = Payload({"torch": "2.13"}, ("64+64+24",), 12.5, "2026-11-23T05:00:00+00:00", b"compiled" * 20)
 TWO = Payload({"torch": "2.14"}, ("96+96+24",), 3.25, "2026-11-24T05:00:00+00:00", b"others" * 9)
@@ -39,7 +40,7 @@ def file(tmp_path):
 
 
 @ANY_FOLDER
-@given(st.lists(payloads, min_size=1, max_size=4, unique_by=lambda p: p.digest), KEYS)
+@given(st.lists(payloads, min_size=1, max_size=4, unique_by=lambda p: str(p.fingerprint)), KEYS)
 def test_what_was_added_is_read(tmp_path_factory, some, key):
     file = tmp_path_factory.mktemp("round") / "m"
     for payload in some:
@@ -314,10 +315,67 @@ def test_a_giant_is_not_read(file):
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "\ud800", "a\nb"])
-def test_texts_that_would_not_print_are_refused(file, text):
-    archive.add(file, [Payload({"gpu": text}, (), 0.0, "", b"x")], None)
+def test_texts_that_would_not_print_are_neither_written_nor_read(file, text):
+    bad = Payload({"gpu": text}, (), 0.0, "", b"x")
+    archive.add(file, [ONE], None)
+    with pytest.raises(DisbelievedError, match="a text in it would not print"):
+        archive.add(file, [bad], None)
+    assert archive.read(file, None) == (ONE,)
+    file.write_bytes(archive._pack([bad], None))
     with pytest.raises(DisbelievedError, match="a text in it would not print"):
         archive.read(file, None)
+
+
+def test_what_would_be_too_large_is_not_written(file, monkeypatch):
+    archive.add(file, [ONE], None)
+    monkeypatch.setattr(archive, "_LARGEST", len(file.read_bytes()))
+    with pytest.raises(DisbelievedError, match="delete it to start anew"):
+        archive.add(file, [TWO], None)
+    assert archive.read(file, None) == (ONE,)
+    monkeypatch.setattr(archive, "_LARGEST_HEADER", 100)
+    with pytest.raises(DisbelievedError, match="its header has [0-9]+ bytes"):
+        archive.read(file, None)
+
+
+def test_what_a_file_says_cannot_command_a_terminal(file):
+    header = json.dumps({"format": "\x1b[2J" + 1000 * "x", "payloads": []})
+    file.write_bytes(archive._bytes([], header, ""))
+    file.chmod(0o600)
+    with pytest.raises(DisbelievedError, match="its format") as error:
+        archive.read(file, None)
+    assert str(error.value).isprintable()
+    assert len(str(error.value)) < 400
+
+
+def test_a_payload_whose_keys_another_holds_is_left_out(file):
+    whole = Payload({"gpu": "A"}, ("1+1+1",), 2.0, "", b"whole", ("graph a", "graph b"))
+    part = Payload({"gpu": "A"}, ("2+2+2",), 1.0, "", b"part", ("graph b",))
+    elsewhere = Payload({"gpu": "B"}, (), 1.0, "", b"part", ("graph b",))
+    archive.add(file, [whole], None)
+    archive.add(file, [part, elsewhere], None)
+    first, second = archive.read(file, None)
+    assert (first.blob, first.sizes) == (b"whole", ("1+1+1", "2+2+2"))
+    assert second == elsewhere
+
+
+def test_a_look_at_a_file_that_would_not_be_used(file):
+    archive.add(file, [ONE], b"mine")
+    file.chmod(0o666)
+    assert archive.peek(file) == (ONE,)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(DisbelievedError):
+        archive.peek(file)
+
+
+def test_a_link_in_a_folder_of_others_is_refused(file, tmp_path):
+    (tmp_path / "real").mkdir(mode=0o700)
+    archive.add(tmp_path / "real" / "m", [ONE], None)
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    link = tmp_path / "open" / "m"
+    link.symlink_to(tmp_path / "real" / "m")
+    with pytest.raises(DisbelievedError, match="its folder .*open can be written by others|other"):
+        archive.read(link, None)
 
 
 def test_only_its_own_left_overs_are_removed(tmp_path):

@@ -140,8 +140,19 @@ def test_megacache(capsys, tmp_path):
     archive.add(file, [archive.Payload({"gpu": "H100"}, ("1+2+3",), 2.5, "now", b"xyz")], None)
     status, out, _ = run(capsys, "megacache", "inspect", file)
     assert status == 0
-    for words in ("payload 0", "H100", "1+2+3", "2.5 s", "can be used: 1 payloads, intact"):
+    for words in ("payload 0", "H100", "1+2+3", "2.5 s", "m is intact, and nobody else can"):
         assert words in out
+    status, out, _ = run(capsys, "megacache", "verify", file)
+    assert (status, out.split("; ")[1]) == (1, "0 of 1 payloads fit this machine\n")
+    archive.add(file, [archive.Payload(machine(), (), 1.0, "now", b"here")], None)
+    status, out, _ = run(capsys, "megacache", "verify", file)
+    assert (status, out.split("; ")[1]) == (0, "1 of 2 payloads fit this machine\n")
+    file.chmod(0o666)  # a file that would not be used can be looked at
+    status, out, err = run(capsys, "megacache", "inspect", file)
+    assert status == 1
+    assert "H100" in out
+    assert "would not be used: it can be written by other users" in err
+    file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-1])
     status, out, err = run(capsys, "megacache", "verify", file)
     assert (status, out) == (1, "")

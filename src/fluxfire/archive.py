@@ -17,11 +17,12 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -29,8 +30,10 @@ FORMAT = 1
 KEY_VARIABLE = "FLUXFIRE_MEGACACHE_KEY"
 """Environment variable with the signing key: any text, the same wherever the file is shared."""
 _MARK = "fluxfire.megacache"
-_LARGEST = 4 << 30  # bytes; a real one has some hundred MiB at most
+_LARGEST = 1 << 30  # bytes; a real one has some hundred MiB at most
+_LARGEST_HEADER = 4 << 20  # bytes of JSON, read before anything in it is believed
 _LOCK_SECONDS = 60
+_QUOTED = 200  # characters of a file's own words in a message
 _DAMAGE = (
     ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
     SafetensorError,
@@ -51,6 +54,7 @@ class Payload:
         seconds: what compiling it took.
         made: when, in UTC (ISO 8601).
         blob: torch's own bytes.
+        keys: by what torch finds what is in them ("kind key"), sorted.
     """
 
     fingerprint: Mapping[str, str]
@@ -58,6 +62,7 @@ class Payload:
     seconds: float
     made: str
     blob: bytes
+    keys: tuple[str, ...] = ()
 
     @cached_property  # asked for several times while a file is read or written
     def digest(self) -> str:
@@ -84,7 +89,18 @@ def read(path: Path, key: bytes | None) -> tuple[Payload, ...]:
         DisbelievedError: it is damaged, foreign, unsigned, or somebody else could have written it;
             or there is no file, but its folder is one where others could put one.
     """
-    return _read(_real(path), key)[0]
+    return _read(path, key)[0]
+
+
+def peek(path: Path) -> tuple[Payload, ...]:
+    """Read a file whoever wrote it, to look at its header: do not give its bytes to torch.
+
+    Raises:
+        OSError: it cannot be read.
+        DisbelievedError: it is damaged, or foreign.
+    """
+    with _opened(_real(path)) as file:
+        return _unpack(file.read())[0]
 
 
 def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
@@ -98,21 +114,25 @@ def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
         OSError: the folder cannot be written, or the disk is full; the old file is as it was.
         TimeoutError: another process held the lock for a minute.
         DisbelievedError: the file that is there is not believed, or is signed and could not be
-            signed again; it is left as it is.
+            signed again, or would not be believed with what is added; it is left as it is.
     """
     from filelock import FileLock  # torch depends on it
 
-    path = _real(path)  # a link stays a link
+    given, path = path, _real(path)  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     mode = 0o600 if key is None else 0o666  # a signed file may have writers of several users
     with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS, mode=mode):
         try:
-            present, signature = _read(path, key)
+            present, signature = _read(given, key)
         except FileNotFoundError:
             present, signature = (), ""
         if signature and key is None:
             raise DisbelievedError(f"it is signed, and without {KEY_VARIABLE} would lose that")
-        _replace(path, _pack(_merged([*present, *payloads]), key), private=key is None)
+        data = _pack(_merged([*present, *payloads]), key)
+        _unpack(data)  # what could not be read again would be of no use to anybody
+        if len(data) > _LARGEST:
+            raise DisbelievedError(f"it would have {len(data)} bytes; delete it to start anew")
+        _replace(path, data, private=key is None)
 
 
 def _real(path: Path) -> Path:
@@ -124,17 +144,14 @@ def _real(path: Path) -> Path:
 
 def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
     """Read payloads, and the signature or an empty text."""
-    folder = path.parent
-    if key is None and (why := _writable_by_others(f"its folder {folder}", folder.stat())):
-        raise DisbelievedError(why)
-    with open(path, "rb", opener=_without_waiting) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise DisbelievedError("it is a pipe or a device, not a file")
-        if key is None and (why := _writable_by_others("it", status)):
+    real = _real(path)
+    # Whoever may write a folder may put another file, or another link, in its place.
+    for folder in dict.fromkeys((path.absolute().parent, real.parent)):
+        if key is None and (why := _writable_by_others(f"its folder {folder}", folder.stat())):
             raise DisbelievedError(why)
-        if status.st_size > _LARGEST:
-            raise DisbelievedError(f"it has {status.st_size} bytes, more than any megacache has")
+    with _opened(real) as file:
+        if key is None and (why := _writable_by_others("it", os.fstat(file.fileno()))):
+            raise DisbelievedError(why)
         data = file.read()
     payloads, signature = _unpack(data)
     if key is not None and not signature:
@@ -144,20 +161,40 @@ def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
     return payloads, signature
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[bytes]]:
+    """Open a regular file of a size that can be read."""
+    with open(path, "rb", opener=_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise DisbelievedError("it is a pipe or a device, not a file")
+        if status.st_size > _LARGEST:
+            raise DisbelievedError(f"it has {status.st_size} bytes, more than any megacache has")
+        yield file
+
+
 def _without_waiting(path: str, flags: int) -> int:
     """Open, also a pipe that nobody writes to."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _merged(payloads: Sequence[Payload]) -> list[Payload]:
-    """Keep one of each; the sizes of equal ones are put together."""
-    found: dict[object, Payload] = {}
+    """Leave out what others of the same fingerprint hold; sizes of those are put together.
+
+    Two processes that compile the same get different bytes: it is the keys that tell.
+    """
+    kept: list[Payload] = []
     for payload in payloads:
-        which = payload.digest, tuple(sorted(payload.fingerprint.items()))
-        same = found.setdefault(which, payload)
-        sizes = tuple(sorted({*same.sizes, *payload.sizes}))
-        found[which] = replace(same, sizes=sizes)
-    return list(found.values())
+        for number, other in enumerate(kept):
+            if other.fingerprint == payload.fingerprint and (
+                other.digest == payload.digest or set(payload.keys) <= set(other.keys) != set()
+            ):
+                sizes = tuple(sorted({*other.sizes, *payload.sizes}))
+                kept[number] = replace(other, sizes=sizes)
+                break
+        else:
+            kept.append(payload)
+    return kept
 
 
 def _replace(path: Path, data: bytes, *, private: bool) -> None:
@@ -167,7 +204,10 @@ def _replace(path: Path, data: bytes, *, private: bool) -> None:
     try:
         with os.fdopen(os.open(part, flags, 0o600 if private else 0o666), "wb") as file:
             if path.exists():
-                part.chmod(stat.S_IMODE(path.stat().st_mode))
+                old = path.stat()
+                with contextlib.suppress(OSError):  # only root can give files away
+                    os.chown(part, old.st_uid, old.st_gid)
+                part.chmod(stat.S_IMODE(old.st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -192,7 +232,7 @@ def _writable_by_others(what: str, found: os.stat_result) -> str | None:
     if not hasattr(os, "geteuid"):
         return f"who may write it cannot be told on this system; sign it, with {KEY_VARIABLE}"
     advice = (
-        f"and so run code here; delete the file and keep it where only you can write, "
+        f"and so run code here; keep a new one where only you can write, "
         f"or sign it, with {KEY_VARIABLE}"
     )
     if found.st_uid not in (os.geteuid(), 0):
@@ -212,6 +252,7 @@ def _header(payloads: Sequence[Payload]) -> str:
             "seconds": p.seconds,
             "made": p.made,
             "sha256": p.digest,
+            "keys": list(p.keys),
         }
         for p in payloads
     ]
@@ -256,7 +297,8 @@ def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
             raise DisbelievedError("it is damaged: its signature is none")
         facts = json.loads(header)
         if facts["format"] != FORMAT:
-            raise DisbelievedError(f"its format {facts['format']} is not {FORMAT}, this fluxfire's")
+            theirs = _shown(facts["format"])
+            raise DisbelievedError(f"its format {theirs} is not {FORMAT}, this fluxfire's")
         arrays = load(data)
         payloads = tuple(
             _payload(one, arrays[str(i)].tobytes()) for i, one in enumerate(facts["payloads"])
@@ -264,8 +306,15 @@ def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
         if _bytes(payloads, header, signature) != data or _header(payloads) != header:
             raise DisbelievedError("it is damaged: its parts do not fit together")
     except _DAMAGE as e:
-        raise DisbelievedError(f"it is damaged, or no megacache ({type(e).__name__}: {e})") from e
+        why = f"{type(e).__name__}: {_shown(e)}"
+        raise DisbelievedError(f"it is damaged, or no megacache ({why})") from e
     return payloads, signature
+
+
+def _shown(foreign: object) -> str:
+    """Quote what a file says, so that it cannot command a terminal, or fill it."""
+    text = ascii(str(foreign))[1:-1]
+    return text if len(text) <= _QUOTED else f"{text[:_QUOTED]} …"
 
 
 def _metadata(data: bytes) -> Any:
@@ -273,15 +322,17 @@ def _metadata(data: bytes) -> Any:
     length = int.from_bytes(data[:8], "little")
     if not 0 < length <= len(data) - 8:
         raise DisbelievedError("it is truncated, or no megacache")
+    if length > _LARGEST_HEADER:
+        raise DisbelievedError(f"it is no megacache: its header has {length} bytes")
     return json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_MARK)
 
 
 def _payload(facts: Mapping[str, Any], blob: bytes) -> Payload:
     fingerprint = {str(k): str(v) for k, v in facts["fingerprint"].items()}
-    sizes = tuple(str(s) for s in facts["sizes"])
+    sizes, keys = (tuple(str(text) for text in facts[name]) for name in ("sizes", "keys"))
     seconds, made = float(facts["seconds"]), str(facts["made"])
-    if not all(map(str.isprintable, (made, *sizes, *fingerprint, *fingerprint.values()))):
+    if not all(map(str.isprintable, (made, *sizes, *keys, *fingerprint, *fingerprint.values()))):
         raise ValueError("a text in it would not print")  # but could command a terminal
     if not math.isfinite(seconds):
         raise ValueError(f"a compilation of {seconds} s")
-    return Payload(fingerprint, sizes, seconds, made, blob)
+    return Payload(fingerprint, sizes, seconds, made, blob, keys)

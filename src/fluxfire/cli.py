@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FluxfireError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is a command line
         return 1
+    except BrokenPipeError:  # as when piped into head; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -357,26 +360,36 @@ def _note_foreign_words(prompt: str) -> None:
 
 def _megacache(arguments: argparse.Namespace) -> int:
     from fluxfire import archive
+    from fluxfire.passes.mega_cache import machine
 
+    path: Path = arguments.path
     try:
-        payloads = archive.read(arguments.path, archive.signing_key())
+        if arguments.action == "inspect":  # also of a file that would not be used
+            for number, payload in enumerate(archive.peek(path)):
+                _say(table((f"payload {number}", ""), _facts(payload).items()) + "\n")
+        payloads = archive.read(path, archive.signing_key())
     except OSError as error:
-        raise UsageError(f"cannot read {arguments.path}: {error.strerror}") from None
+        raise UsageError(f"cannot read {path}: {error.strerror}") from None
+    except MemoryError:
+        raise UsageError(f"cannot read {path}: it is larger than memory") from None
     except archive.DisbelievedError as error:
-        raise UsageError(f"{arguments.path} would not be used: {error}") from None
-    if arguments.action == "inspect":
-        for number, payload in enumerate(payloads):
-            facts = {
-                "made": payload.made,
-                "bytes": len(payload.blob),
-                "compiled in": human_seconds(payload.seconds),
-                "tokens (noise+reference+text)": ", ".join(payload.sizes),
-                **payload.fingerprint,
-            }
-            _say(table((f"payload {number}", ""), facts.items()) + "\n")
+        raise UsageError(f"{path} would not be used: {error}") from None
+    here = machine()
+    fitting = sum(here.items() <= p.fingerprint.items() for p in payloads)
     signed = "signed" if archive.signing_key() else "nobody else can write it"
-    _say(f"{arguments.path} can be used: {len(payloads)} payloads, intact, and {signed}")
-    return 0
+    _say(f"{path} is intact, and {signed}; {fitting} of {len(payloads)} payloads fit this machine")
+    return 0 if fitting or arguments.action == "inspect" else 1
+
+
+def _facts(payload: Any) -> dict[str, object]:
+    return {
+        "made": payload.made,
+        "bytes": len(payload.blob),
+        "artifacts": len(payload.keys),
+        "compiled in": human_seconds(payload.seconds),
+        "tokens (noise+reference+text)": ", ".join(payload.sizes),
+        **payload.fingerprint,
+    }
 
 
 def _load(model: str) -> Any:

@@ -62,14 +62,15 @@ def compilations() -> Iterator[Compilations]:
         with hearing(started):
             yield counted
     finally:
-        spent = {name: value - before[name] for name, value in _counters().items()}
+        # Never below zero: someone may have cleared torch's counters in between.
+        spent = {name: max(0, value - before[name]) for name, value in _counters().items()}
         counted.compiles = len(ids)
         counted.recompiles = sum(map(_is_recompile, ids))
         counted.graph_breaks = int(spent["breaks"])
         counted.hits = int(spent["hits"])
         counted.misses = int(spent["graphs"] - spent["hits"])
-        counted.trace_seconds = spent["all"] - spent["compile"]
-        counted.compile_seconds = spent["compile"]
+        counted.trace_seconds = float(spent["all"] - spent["compile"])
+        counted.compile_seconds = float(spent["compile"])
 
 
 @contextmanager

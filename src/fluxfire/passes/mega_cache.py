@@ -6,11 +6,10 @@ import hashlib
 import json
 import os
 import platform
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,13 +24,13 @@ from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.generation import Generation, Listener
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
+from fluxfire.recording import Key, Recording, give_to_torch, recording
 
 if TYPE_CHECKING:
     from fluxfire.kontext import Call
     from fluxfire.transaction import Transaction
 
-Key = tuple[str, str]
-"""How torch finds an artifact: its kind, and a hash of all that went into it."""
+_GRAPH = "aot_autograd"  # the kind of artifact that a graph has one of
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class MegaCache:
     blobs lie in a safetensors file whose header says what each was compiled for (versions,
     GPU, model, passes and their compiler options), so that a miss has a reason; saving adds
     to the file, whoever else is saving; and only what is compiled while this pipeline
-    generates is recorded (in another thread at the same time, too: torch has one recorder).
+    generates, in its thread, is recorded.
 
     A hit skips inductor, not dynamo: Python is traced again in every process.
 
@@ -123,29 +122,65 @@ class MegaCache:
 
 def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
     """Name everything that decides whether compiled artifacts fit, fact by fact."""
-    env = environment()
     transformer = pipe.transformer
-    # diffusers' own notes in the config are in no order, and say where the weights came from.
-    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    written = json.dumps(config, sort_keys=True, default=str)
+    facts = machine() | {
+        "device": str(transformer.device),
+        "dtype": str(transformer.dtype),
+        "transformer": _digest(transformer.config),
+        "vae": f"{_digest(pipe.vae.config)} {pipe.vae.dtype}",
+        "adapters": _adapters(transformer),
+        "inductor": _inductor(),
+    }
+    facts |= {f"pass {p.name}": _settings(p) for p in passes if p.name != MegaCache.name}
+    return {_printable(name): _printable(value) for name, value in facts.items()}
+
+
+def machine() -> dict[str, str]:
+    """Name what artifacts fit, of the machine and of the packages."""
+    import torch
+
+    env = environment()
     facts = {name: env.packages[name] for name in ("torch", "triton", "diffusers")}
     facts |= {
         "python": ".".join(platform.python_version_tuple()[:2]),
         "cuda": env.cuda,
         "gpu": env.gpu,
         "machine": f"{platform.system()} {platform.machine()}",
-        "device": transformer.device.type,
-        "dtype": str(transformer.dtype),
-        "transformer": hashlib.sha256(written.encode()).hexdigest()[:16],
+        # Not in torch's own keys: code for AVX512 ran wild on AVX2, and the other way round.
+        "cpu": torch.backends.cpu.get_cpu_capability(),
     }
-    facts |= {f"pass {p.name}": _settings(p) for p in passes if p.name != MegaCache.name}
     return {name: str(value) for name, value in facts.items()}
+
+
+def _digest(config: Any) -> str:
+    # diffusers' own notes in a config are in no order, and say where the weights came from.
+    settings = {k: v for k, v in dict(config).items() if not k.startswith("_")}
+    written = json.dumps(settings, sort_keys=True, default=str)
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
+
+
+def _adapters(transformer: Any) -> str:
+    """Name LoRA and its like: they change the graphs."""
+    found = getattr(transformer, "peft_config", None) or {}
+    return ", ".join(f"{name} (rank {getattr(c, 'r', '?')})" for name, c in sorted(found.items()))
+
+
+def _inductor() -> str:
+    """Digest inductor's global settings; it is loaded wherever something compiles."""
+    from torch._inductor import config
+
+    written = repr(sorted(config.save_config_portable().items(), key=lambda item: item[0]))
+    return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def _settings(pass_: Configured) -> str:
     """Write a pass's settings, but for those that change at run time without compiling."""
     fixed = {k: v for k, v in pass_.settings.items() if k not in pass_.tunable}
     return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
+
+
+def _printable(text: str) -> str:
+    return text if text.isprintable() else ascii(text)[1:-1]
 
 
 def _why(wanted: dict[str, str], payloads: Sequence[Payload]) -> str:
@@ -167,7 +202,8 @@ def _words(error: Exception) -> str:
     """Say what went wrong; of errors that nobody foresaw, also their kind."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return str(error) if isinstance(error, DisbelievedError | OSError) else repr(error)
+    known = isinstance(error, DisbelievedError | OSError)
+    return str(error) if known else f"{type(error).__name__}: {error}"
 
 
 def _home(path: Path) -> Path:
@@ -178,49 +214,62 @@ def _home(path: Path) -> Path:
         raise ValueError(f"path={str(path)!r}: {why}; give MegaCache a full path") from error
 
 
+@dataclass
+class _Loaded:
+    """What the file held for one fingerprint."""
+
+    state: str = "not loaded yet"
+    bytes: int = 0
+    graphs: int = 0
+    load_seconds: float = 0.0
+    cold_seconds: float = 0.0
+
+
 @dataclass(eq=False)
 class _Engine(Listener):
-    """Loads once, listens to what is compiled, saves on request."""
+    """Loads where the fingerprint is new, listens to what is compiled, saves on request."""
 
     file: Path
     pipe: Any
-    _passes: tuple[Configured, ...] | None = None
     _wanted: dict[str, str] = field(default_factory=dict)
-    _state: str = "not loaded yet"
-    _loaded_bytes: int = 0
-    _load_seconds: float = 0.0
-    _cold_seconds: float = 0.0
+    _loaded: _Loaded = field(default_factory=_Loaded)
     _spent: Compilations = field(default_factory=Compilations)
     _sizes: set[str] = field(default_factory=set)
     _known: set[Key] = field(default_factory=set)
     _new: list[Payload] = field(default_factory=list)
+    _added: str = ""
 
     def facts(self) -> dict[str, object]:
         """Tell the report: what was found, what it spared, what it did not."""
-        spent = self._load_seconds + self._spent.trace_seconds + self._spent.compile_seconds
+        loaded, spent = self._loaded, self._spent
+        missing = f"; {spent.misses} graphs were not in it" if loaded.bytes and spent.misses else ""
+        took = loaded.load_seconds + spent.trace_seconds + spent.compile_seconds
+        share = min(1.0, spent.hits / loaded.graphs) if loaded.graphs else 0.0
         return {
             "file": str(self.file),
-            "state": self._state,
-            "loaded_bytes": self._loaded_bytes,
-            "hits": self._spent.hits,
-            "misses": self._spent.misses,
-            "load_seconds": self._load_seconds,
-            "trace_seconds": self._spent.trace_seconds,
-            "compile_seconds": self._spent.compile_seconds,
-            "saved_seconds": max(0.0, self._cold_seconds - spent) if self._spent.hits else 0.0,
+            "state": f"{loaded.state}{missing}{self._added}",
+            "loaded_bytes": loaded.bytes,
+            "hits": spent.hits,
+            "misses": spent.misses,
+            "load_seconds": loaded.load_seconds,
+            "trace_seconds": spent.trace_seconds,
+            "compile_seconds": spent.compile_seconds,
+            "saved_seconds": max(0.0, share * loaded.cold_seconds - took) if spent.hits else 0.0,
         }
 
     @override
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
         """Load before anything compiles; keep what was compiled, also if the generation fails."""
-        if generation.passes is not self._passes:
-            self._passes = generation.passes
-            self._load()
+        wanted = fingerprint(self.pipe, generation.passes)
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self._known.clear()
+            self._loaded, self._spent = self._load(), Compilations()
         self._sizes.clear()
-        recorded, compiled = _Recorded(), Compilations()
+        recorded, compiled = Recording(), Compilations()
         try:
-            with recorded, compilations() as compiled:
+            with recording() as recorded, compilations() as compiled:
                 yield
         finally:
             self._keep(recorded, compiled)
@@ -243,29 +292,25 @@ class _Engine(Listener):
             self._warn(f"{self.file} was not written: {_words(error)}")
             return
         written = sum(len(p.blob) for p in self._new)
-        self._state += f"; {len(self._new)} payloads of {written} bytes added"
+        self._added += f"; {len(self._new)} payloads of {written} bytes added"
         self._new.clear()
 
-    def _load(self) -> None:
-        self._wanted = fingerprint(self.pipe, self._passes or ())
+    def _load(self) -> _Loaded:
         began = time.perf_counter()
         try:
             payloads = archive.read(self.file, archive.signing_key())
         except FileNotFoundError:
-            self._state = "rebuilt because there was no file"
-            return
+            return _Loaded("rebuilt because there was no file")
         except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache
-            self._state = f"rebuilt because the file cannot be used: {_words(error)}"
             self._warn(f"{self.file} is not used: {_words(error)}")
-            return
+            return _Loaded(f"rebuilt because the file cannot be used: {_words(error)}")
         fitting = [p for p in payloads if p.fingerprint == self._wanted]
         if not fitting:
-            self._state = f"rebuilt because {_why(self._wanted, payloads)}"
-            return
+            return _Loaded(f"rebuilt because {_why(self._wanted, payloads)}")
         taken, refused = [], []
         for payload in fitting:
             try:
-                self._known |= _give_to_torch(payload.blob)
+                self._known |= give_to_torch(payload.blob)
             except Exception as error:  # noqa: BLE001 - unpickling, or a full disk
                 refused.append(_words(error))
             else:
@@ -276,78 +321,34 @@ class _Engine(Listener):
                 f"payloads ({refused[0]})"
             )
         if not taken:
-            self._state = f"rebuilt because torch could not take it: {refused[0]}"
-            return
-        self._loaded_bytes = sum(len(p.blob) for p in taken)
-        self._cold_seconds = sum(p.seconds for p in taken)
-        self._load_seconds = time.perf_counter() - began
+            return _Loaded(f"rebuilt because torch could not take it: {refused[0]}")
         sizes = sorted({size for p in taken for size in p.sizes})
-        self._state = f"{len(taken)} payloads loaded, for {', '.join(sizes)} tokens"
+        return _Loaded(
+            f"{len(taken)} payloads loaded, for {', '.join(sizes)} tokens",
+            bytes=sum(len(p.blob) for p in taken),
+            graphs=sum(kind == _GRAPH for kind, _ in self._known),
+            load_seconds=time.perf_counter() - began,
+            cold_seconds=sum(p.seconds for p in taken),
+        )
 
-    def _keep(self, recorded: _Recorded, compiled: Compilations) -> None:
+    def _keep(self, recorded: Recording, compiled: Compilations) -> None:
         """Keep what the file does not have; torch's own cache on disk may have had it."""
         self._spent.add(compiled)
-        if recorded.keys <= self._known:
+        if recorded.problem is not None:
+            self._warn(f"what was compiled cannot be kept: {recorded.problem}")
+        if not compiled.compiles or recorded.keys <= self._known:
             return
         self._known |= recorded.keys
-        seconds = compiled.trace_seconds + compiled.compile_seconds
-        made = datetime.now(UTC).isoformat(timespec="seconds")
-        sizes = tuple(sorted(self._sizes))
-        self._new.append(Payload(self._wanted, sizes, seconds, made, recorded.blob))
+        self._new.append(
+            Payload(
+                fingerprint=self._wanted,
+                sizes=tuple(sorted(self._sizes)),
+                seconds=compiled.trace_seconds + compiled.compile_seconds,
+                made=datetime.now(UTC).isoformat(timespec="seconds"),
+                blob=recorded.blob,
+                keys=tuple(sorted(f"{kind} {key}" for kind, key in recorded.keys)),
+            )
+        )
 
     def _warn(self, text: str) -> None:
         warnings.warn(text, MegaCacheWarning, stacklevel=2)
-
-
-def _give_to_torch(blob: bytes) -> set[Key]:
-    """Load a blob into torch's caches on disk, and return by what it is found."""
-    import torch
-
-    loaded = torch.compiler.load_cache_artifacts(blob)
-    if loaded is None:  # torch's answer to damage, beside a log
-        raise DisbelievedError("torch cannot read it")
-    return _keys(loaded)
-
-
-def _keys(info: Any) -> set[Key]:
-    return {(kind, key) for kind, keys in info.artifacts.items() for key in keys}
-
-
-class _Recorded:
-    """Lets torch record apart from all that was compiled before.
-
-    torch has one recorder, which `with_fresh_cache` swaps for the process. So threads that
-    generate at the same time share a fresh one, and the last to leave puts the old one back.
-
-    Attributes:
-        blob: what was recorded; empty if nothing was compiled.
-        keys: by what it is found.
-    """
-
-    _lock: ClassVar[threading.Lock] = threading.Lock()
-    _inside: ClassVar[int] = 0
-    _fresh: ClassVar[ExitStack] = ExitStack()
-
-    def __init__(self) -> None:
-        self.blob = b""
-        self.keys: set[Key] = set()
-
-    def __enter__(self) -> None:
-        from torch.compiler._cache import CacheArtifactManager
-
-        with _Recorded._lock:
-            if _Recorded._inside == 0:
-                _Recorded._fresh.enter_context(CacheArtifactManager.with_fresh_cache())
-            _Recorded._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        import torch
-
-        with _Recorded._lock:
-            try:
-                if (saved := torch.compiler.save_cache_artifacts()) is not None:
-                    self.blob, self.keys = saved[0], _keys(saved[1])
-            finally:
-                _Recorded._inside -= 1
-                if _Recorded._inside == 0:
-                    _Recorded._fresh.close()
