@@ -17,6 +17,7 @@ from PIL import Image
 
 from fluxfire import archive
 from fluxfire.cli import UsageError, _open, main
+from fluxfire.passes.mega_cache import machine
 
 
 @pytest.fixture
