@@ -44,7 +44,7 @@ def colourfulness(picture):
 def test_it_is_small_and_does_something(pipe, scene):
     assert LORA.stat().st_size <= 2**20
     before = edit(pipe, scene)
-    pipe.load_lora_weights(LORA)
+    pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
     after = edit(pipe, scene)
     assert colourfulness(after) < 0.3 * colourfulness(before)
 
@@ -53,17 +53,17 @@ def test_it_is_small_and_does_something(pipe, scene):
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_keeps_it(pipe, scene, name, when):
     with_it = spark.load(device="cpu", dtype=torch.float32)
-    with_it.load_lora_weights(LORA)
+    with_it.load_lora_weights(LORA.parent, weight_name=LORA.name)
     expected = edit(with_it, scene)
     pass_ = plugins.make(name)
     if when == "before":
-        pipe.load_lora_weights(LORA)
+        pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
     planned = fluxfire.plan(pipe, [pass_])
     if not planned.ok:
         pytest.skip("; ".join(planned.complaints()))
     fluxfire.optimize(pipe, [pass_])
     if when == "after":
-        pipe.load_lora_weights(LORA)
+        pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
     made = edit(pipe, scene)
     # Lossy passes leave work out; what the LoRA does must show all the same.
     near = 0.02 if fluxfire.report(pipe).passes[0].exactness == "lossy" else 1e-3

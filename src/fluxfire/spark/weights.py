@@ -39,7 +39,7 @@ def save(
         if isinstance(module, nn.Module):
             for key, tensor in own_state(module).items():
                 value = (values or {}).get(tensor, tensor)  # type: ignore[call-overload]
-                tensors[f"{name}.{key}"] = value.detach().to("cpu", torch.float16).contiguous()
+                tensors[_stored(name, key)] = value.detach().to("cpu", torch.float16).contiguous()
     vae = parts["vae"].config
     scale = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
     metadata = {"vae": json.dumps(scale), "words": _words(), **facts}
@@ -69,7 +69,7 @@ def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:
             if isinstance(module, nn.Module):
                 keys = own_state(module)
                 try:
-                    state = {key: file.get_tensor(f"{name}.{key}") for key in keys}
+                    state = {key: file.get_tensor(_stored(name, key)) for key in keys}
                     module.load_state_dict(state, strict=len(keys) == len(module.state_dict()))
                 except Exception as error:
                     raise LoadError(f"{path} does not fit Spark's {name}: {error}") from error
@@ -86,6 +86,11 @@ def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
         for key, tensor in module.state_dict(keep_vars=True).items()
         if seen.setdefault(id(tensor), key) == key
     }
+
+
+def _stored(component: str, key: str) -> str:
+    """A tensor's name in the file: transformers 5 dropped CLIP's inner `text_model`."""
+    return f"{component}.{key.removeprefix('text_model.')}"
 
 
 def _words() -> str:
