@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxfire import archive
-from fluxfire.cli import UsageError, _open, main
+from fluxfire.cli import UsageError, main
+from fluxfire.cli.pictures import open_picture
 from fluxfire.passes.mega_cache import machine
 
 
@@ -196,4 +197,4 @@ def test_damaged_pictures_are_refused_in_words(damage, place, kind):
         file.write(data)
         file.flush()
         with contextlib.suppress(UsageError):
-            assert _open(file.name).mode == "RGB"
+            assert open_picture(file.name).mode == "RGB"

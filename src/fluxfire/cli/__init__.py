@@ -1,0 +1,52 @@
+"""The command `fluxfire`: one module for each group of commands.
+
+Each of those modules has `add(commands)`, which adds its commands to the parser. Heavy libraries
+are imported inside the commands, so that `--help` and a wrong argument are answered at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from fluxfire import __version__
+from fluxfire.cli import bisect, demo, look, megacache, run
+from fluxfire.cli.options import UsageError
+from fluxfire.errors import FluxfireError
+
+__all__ = ["UsageError", "main"]
+
+_MODULES = (look, run, bisect, megacache, demo)  # in the order of `fluxfire --help`
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: arguments; those of the process by default.
+
+    Returns:
+        0, or 1 after an error (printed as `error: …`); argparse itself exits with 2.
+    """
+    arguments = _parser().parse_args(argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of what nobody uses
+    command: Callable[[argparse.Namespace], int] = arguments.command
+    try:
+        return command(arguments)
+    except FluxfireError as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is a command line
+        return 1
+    except BrokenPipeError:  # as when piped into head; nobody is left to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("fluxfire", description="Faster FLUX.1 Kontext pipelines.")
+    parser.add_argument("--version", action="version", version=f"fluxfire {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for module in _MODULES:
+        module.add(commands)
+    return parser

@@ -1,0 +1,100 @@
+"""The commands that only look: `passes`, `plan` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+
+from fluxfire.cli.options import (
+    Commands,
+    add_command,
+    add_model,
+    add_passes,
+    load,
+    say,
+    wanted,
+)
+from fluxfire.text import table
+
+
+def add(commands: Commands) -> None:
+    """Add `passes`, `plan` and `doctor`.
+
+    Args:
+        commands: the commands there are already.
+    """
+    add_command(
+        commands, "passes", passes, "list the passes, fluxfire's own and installed plugins'"
+    )
+
+    parser = add_command(commands, "plan", plan, "say what optimizing would do, and change nothing")
+    add_model(parser)
+    add_passes(parser)
+
+    parser = add_command(
+        commands, "doctor", doctor, "print versions, the GPU, and which passes apply"
+    )
+    add_model(parser)
+
+
+def passes(_: argparse.Namespace) -> int:
+    """List the passes.
+
+    Returns:
+        The exit status.
+    """
+    from fluxfire import plugins
+
+    rows: list[tuple[str, ...]] = []
+    for name, cls in plugins.own().items():
+        story = (cls.__doc__ or "").strip().splitlines()[0]
+        rows.append((name, cls.stage, cls.slot or "-", cls().exactness, story))
+    for name, entry in plugins.announced().items():
+        rows.append((name, "?", "?", "?", f"announced by a plugin: {entry.value}"))
+    say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
+    return 0
+
+
+def plan(arguments: argparse.Namespace) -> int:
+    """Say what optimizing would do.
+
+    Args:
+        arguments: the command's.
+
+    Returns:
+        The exit status: 1 if the passes cannot be applied.
+    """
+    from fluxfire import api
+
+    asked = wanted(arguments)
+    planned = api.plan(load(arguments.model), asked)
+    say(planned)
+    return 0 if planned.ok else 1
+
+
+def doctor(arguments: argparse.Namespace) -> int:
+    """Print versions, the GPU, and which passes apply.
+
+    Args:
+        arguments: the command's.
+
+    Returns:
+        The exit status.
+    """
+    from fluxfire import api, plugins
+    from fluxfire.environment import environment
+
+    env = environment()
+    rows = [("python", env.python)]
+    rows += [(name, version or "not installed") for name, version in env.packages.items()]
+    rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
+    say(table(("what", "found"), rows))
+    say()
+    pipe = load(arguments.model)
+    verdicts = []
+    for name, cls in plugins.own().items():
+        planned = api.plan(pipe, [cls()])
+        findings = [str(f) for step in planned.steps for f in step.findings]
+        verdict = "applies" if planned.ok else "does not apply"
+        verdicts.append((name, verdict, "; ".join([*planned.problems, *findings])))
+    say(table(("pass", f"on {arguments.model}", "why"), verdicts))
+    return 0

@@ -1,0 +1,99 @@
+"""Types of arguments: each reads a text, or says what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+_LARGEST_SEED = 2**63 - 1
+
+
+def words(text: str) -> str:
+    """Read an argument of words: any text that is valid UTF-8.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        The same text.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not valid UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+    return text
+
+
+def whole(text: str) -> int:
+    """Read a whole number.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def positive(text: str) -> int:
+    """Read a whole number above zero.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none.
+    """
+    number = whole(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return number
+
+
+def seed(text: str) -> int:
+    """Read a number that seeds a generator.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        The number.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is none, negative, or too large for a generator.
+    """
+    number = whole(text)
+    if not 0 <= number <= _LARGEST_SEED:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {_LARGEST_SEED}")
+    return number
+
+
+def size(text: str) -> tuple[int, int]:
+    """Read a size such as 1024x1024.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        Width and height.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not WIDTHxHEIGHT.
+    """
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
+    return int(match[1]), int(match[2])
