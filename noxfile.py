@@ -52,7 +52,7 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the whole suite, the documentation's code blocks included."""
-    install(session, "test", "oracles", extras="[cli]")
+    install(session, "test", "oracles", extras="[cli,bench]")
     run_tests(session)
 
 

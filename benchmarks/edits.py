@@ -14,26 +14,33 @@ from typing import Any
 from PIL import Image
 
 from fluxfire import presets
-from fluxfire.bench import Workload, measure_edits, save, stamp
+from fluxfire.bench import Contender, Example, Row, Workload, measure, save, stamp
 from fluxfire.bench import load as load_result
+from fluxfire.bench.schedules import most_hit
 from fluxfire.loading import load
 from fluxfire.passes import Compile, FirstBlockCache, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table
 
 FULL = [
-    Workload(name=f"edit {side}, {steps} steps", width=side, height=side, steps=steps)
+    Workload(name=f"edit {side}, {steps} steps", size=(side, side), steps=steps, text_tokens=512)
     for side in (1024, 512)
     for steps in (28, 20)
 ]
 FULL += [
     Workload(
-        name="text-to-image 1024, 20 steps", width=1024, height=1024, steps=20, reference=False
+        name="text-to-image 1024, 20 steps",
+        size=(1024, 1024),
+        steps=20,
+        text_tokens=512,
+        reference=False,
     )
 ]
 TINY = [
-    replace(w, width=w.width // 16, height=w.height // 16, auto_resize=False, text_tokens=32)
+    replace(w, size=(w.size[0] // 16, w.size[1] // 16), auto_resize=False, text_tokens=32)
     for w in FULL
+    if w.size
 ]
+INSTRUCTION = "make it a snowy winter evening"
 
 
 def uncached(preset: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -86,9 +93,7 @@ def as_spark(workload: Workload) -> FirstBlockCache:
         "predict": AS_SPARK.predict,
     }
     (row,) = (row for row in rows if all(row[k] == v for k, v in wanted.items()))
-    shares = row["hits_by_step"]
-    by_share = sorted(range(len(shares)), key=lambda step: -shares[step])
-    return replace(AS_SPARK, schedule=by_share[: round(sum(shares))])
+    return replace(AS_SPARK, schedule=most_hit(row["hits_by_step"]))
 
 
 def main() -> None:
@@ -107,26 +112,28 @@ def main() -> None:
     pipe = load("random-full" if arguments.full else "random-tiny")
     pipe.set_progress_bar_config(disable=True)
     picture = _picture(arguments.picture, 1024 if arguments.full else 64)
+    examples = [Example(INSTRUCTION, picture)]
     result: dict[str, Any] = {"benchmark": "edits", **stamp(), "rows": []}
 
-    def keep(rows: list[dict[str, Any]]) -> None:
-        result["rows"] = rows
+    def keep(rows: list[Row]) -> None:
+        result["rows"] = [row.to_dict() for row in rows]
         save(result, arguments.out)
-        print(_line(rows[-1]), flush=True)
 
-    stacks = {name: STACKS[name] for name in arguments.stacks}
     workloads = FULL if arguments.full else TINY
     if arguments.workloads:
         workloads = [w for w in workloads if w.name in arguments.workloads]
-    settings = {
-        name: {load.name: as_spark(load) for load in workloads}
-        for name, passes in stacks.items()
-        if AS_SPARK in passes
-    }
-    rows = measure_edits(
-        pipe, stacks, workloads, picture, rounds=arguments.rounds, settings=settings, on_rows=keep
-    )
-    print(_summary(rows))
+    contenders = [_contender(name, workloads) for name in arguments.stacks]
+    measure(
+        pipe, contenders, workloads, examples, rounds=arguments.rounds, on_rows=keep,
+        on_edit=lambda said: print(said, flush=True),
+    )  # fmt: skip
+    print(_summary(result["rows"]))
+
+
+def _contender(name: str, workloads: list[Workload]) -> Contender:
+    passes = STACKS[name]
+    settings = {load.name: as_spark(load) for load in workloads} if AS_SPARK in passes else {}
+    return Contender(name, passes, settings=settings, scheduled="cache" in name)
 
 
 def _picture(name: str | None, side: int) -> Image.Image:
@@ -134,22 +141,17 @@ def _picture(name: str | None, side: int) -> Image.Image:
     return picture.convert("RGB").resize((side, side))
 
 
-def _line(row: dict[str, Any]) -> str:
-    step, edit = human_seconds(row["step"]["median"]), human_seconds(row["edit"]["median"])
-    line = f"{row['stack']}, {row['workload']['name']}: a step {step}, the edit {edit}"
-    if row["hit_step"]:
-        line += f", a hit {human_seconds(row['hit_step']['median'])}, {row['hits']:.0f} hits"
-    return line
-
-
 def _summary(rows: list[dict[str, Any]]) -> str:
-    eager = {r["workload"]["name"]: r for r in rows if r["stack"] == "eager"}
+    eager = {r["workload"]["name"]: r for r in rows if r["contender"] == "eager"}
     lines = []
     for row in rows:
+        if row["error"]:
+            lines.append((row["contender"], row["workload"]["name"], row["error"], *[""] * 5))
+            continue
         base = eager.get(row["workload"]["name"], row)
         lines.append(
             (
-                row["stack"],
+                row["contender"],
                 row["workload"]["name"],
                 human_seconds(row["step"]["median"]),
                 f"{base['step']['median'] / row['step']['median']:.3f}x",

@@ -40,14 +40,20 @@ def where(result: Row) -> str:
     )
 
 
+def name_of(row: Row) -> str:
+    """Return what a row calls who ran; older results say stack."""
+    name: str = row.get("contender") or row["stack"]
+    return name
+
+
 def find(rows: Sequence[Row], stack: str, workload: str) -> Row:
     """Return the row of a stack on a workload."""
-    return next(r for r in rows if r["stack"] == stack and r["workload"]["name"] == workload)
+    return next(r for r in rows if name_of(r) == stack and r["workload"]["name"] == workload)
 
 
 def stacks(rows: Sequence[Row]) -> list[str]:
     """List the stacks in the order measured."""
-    return list(dict.fromkeys(r["stack"] for r in rows))
+    return list(dict.fromkeys(map(name_of, rows)))
 
 
 def ratio(rows: Sequence[Row], row: Row, what: str) -> str:
@@ -58,7 +64,7 @@ def ratio(rows: Sequence[Row], row: Row, what: str) -> str:
 
 def plain(rows: Sequence[Row]) -> list[Row]:
     """Leave out the stacks whose cache left steps out: with random weights, only timings."""
-    return [row for row in rows if "cache" not in row["stack"]]
+    return [row for row in rows if "cache" not in name_of(row)]
 
 
 def edits_summary() -> str:
@@ -88,7 +94,7 @@ def edits_detail(name: str) -> str:
         step, edit = row["step"], row["edit"]
         table.append(
             (
-                row["stack"],
+                name_of(row),
                 row["workload"]["name"],
                 f"{step['median'] * 1e3:.1f} ({step['min'] * 1e3:.1f} to {step['max'] * 1e3:.1f})",
                 ratio(rows, row, "step"),
@@ -113,7 +119,7 @@ def hits() -> str:
     rows = result["rows"]
     table = []
     for row in rows:
-        stack, _, cache = row["stack"].partition(" and cache, ")
+        stack, _, cache = name_of(row).partition(" and cache, ")
         if not cache:
             continue
         stack = stack.removesuffix(",")

@@ -9,11 +9,24 @@ import pytest
 from PIL import Image
 
 from doubles import SkipBlock
-from fluxfire.bench import Sample, Workload, load, measure_edits, repeat, save, stamp
-from fluxfire.passes import FirstBlockCache, QKVFusion
+from fluxfire.bench import (
+    Contender,
+    Example,
+    Sample,
+    Workload,
+    controls,
+    ladder,
+    load,
+    measure,
+    repeat,
+    save,
+    stamp,
+)
+from fluxfire.bench.phases import phases
+from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
 from fluxfire.testing import edit
 
-LOAD = Workload(name="tiny", width=32, height=32, steps=3, auto_resize=False, text_tokens=24)
+LOAD = Workload(name="tiny", size=(32, 32), steps=3, auto_resize=False, text_tokens=24)
 
 
 def test_sample():
@@ -29,66 +42,143 @@ def test_repeat_counts_its_calls():
     assert len(calls) == 5
 
 
-def test_edits_are_measured_and_the_pipeline_is_plain_again(pipe, reference):
-    seen = []
-    picture = Image.new("RGB", (32, 32))
-    stacks = {"eager": (), "fused": (QKVFusion(),)}
-    rows = measure_edits(pipe, stacks, [LOAD], picture, rounds=2, on_rows=seen.append)
-    assert [(r["stack"], r["workload"]["name"]) for r in rows] == [
+EXAMPLES = [Example("make it blue", Image.new("RGB", (32, 32), c)) for c in ("red", "teal")]
+
+
+def test_contenders_are_measured_and_the_pipeline_is_plain_again(pipe, reference):
+    seen, told = [], []
+    contenders = [Contender("eager", (), "control"), Contender("fused", (QKVFusion(),))]
+    rows = measure(
+        pipe, contenders, [LOAD], EXAMPLES, rounds=2, on_rows=seen.append, on_edit=told.append
+    )
+    assert [(r.contender.name, r.workload.name) for r in rows] == [
         ("eager", "tiny"),
         ("fused", "tiny"),
     ]
     assert len(seen) == 4
-    assert seen[-1] == rows
-    for row in rows:
-        assert len(row["step"]["seconds"]) == 2 * LOAD.steps
-        assert len(row["edit"]["seconds"]) == len(row["first_seconds"]) == 2
+    assert [r.contender.name for r in seen[0]] == ["eager"]
+    assert len(told) == 2 * 2 * (1 + len(EXAMPLES))
+    for row in (r.to_dict() for r in rows):
+        assert len(row["step"]["seconds"]) == 4 * LOAD.steps
+        assert len(row["edit"]["seconds"]) == 4
+        assert len(row["first_seconds"]) == 2
         assert row["compiles"] == row["graph_breaks"] == 0
+        assert set(row["phases"]) == {
+            "text encoding", "reference encoding", "denoising", "decoding", "the rest",
+        }  # fmt: skip
+        spent = [sum(p["seconds"][i] for p in row["phases"].values()) for i in range(4)]
+        assert spent == pytest.approx(row["edit"]["seconds"])
     assert np.array_equal(edit(pipe), reference)
+
+
+def test_pictures_are_judged_beside_the_controls(pipe):
+    contenders = [*controls(), Contender("skip", (SkipBlock(),))]
+    contenders[1] = Contender("compile only", (), "control")  # as if it had been compiled
+    eager, compiled, skip = measure(pipe, contenders, [LOAD], EXAMPLES, rounds=1)
+    expected = [LOAD.run(pipe, e, seed=i) for i, e in enumerate(EXAMPLES)]
+    for picture, wanted in zip(eager.pictures, expected, strict=True):
+        assert np.array_equal(np.asarray(picture), np.asarray(wanted))
+    assert [one.psnr for one in compiled.quality["eager"].likenesses] == [100, 100]
+    assert set(skip.quality) == {"eager", "compile only"}
+    assert max(one.psnr for one in skip.quality["eager"].likenesses) < 99
+
+
+def test_examples_are_checked_where_a_program_can(pipe):
+    examples = [replace(EXAMPLES[0], check=lambda _: True), replace(EXAMPLES[1], check=lambda _: 0)]
+    (row,) = measure(pipe, [Contender("eager")], [LOAD], [*examples, EXAMPLES[0]], rounds=1)
+    assert row.right == [True, 0, None]
+    assert row.to_dict()["quality"]["eager"]["success"] == 0.5
 
 
 def test_steps_that_hit_are_timed_apart(pipe):
-    stacks = {"cached": (FirstBlockCache(schedule=[1]),)}
+    contenders = [Contender("cached", (FirstBlockCache(schedule=[1]),))]
     loads = [LOAD, replace(LOAD, name="from words", reference=False)]
-    rows = measure_edits(pipe, stacks, loads, Image.new("RGB", (32, 32)), rounds=2)
-    for row in rows:
+    rows = measure(pipe, contenders, loads, EXAMPLES[:1], rounds=2)
+    for row in (r.to_dict() for r in rows):
         assert row["hits"] == 1
         assert len(row["hit_step"]["seconds"]) == 2
         assert len(row["step"]["seconds"]) == 2 * (LOAD.steps - 1)
-    with_reference, without = (r["workload"]["name"] for r in rows)
-    assert (with_reference, without) == ("tiny", "from words")
 
 
 def test_settings_differ_by_workload(pipe):
-    stacks = {"plain": (), "cached": (FirstBlockCache(0),)}
+    cached = Contender(
+        "cached", (FirstBlockCache(0),), settings={"other": FirstBlockCache(schedule=[1])}
+    )
     loads = [LOAD, replace(LOAD, name="other")]
-    settings = {"cached": {"other": FirstBlockCache(schedule=[1])}}
-    picture = Image.new("RGB", (32, 32))
-    rows = measure_edits(pipe, stacks, loads, picture, rounds=1, settings=settings)
-    assert [row["hits"] for row in rows] == [0, 0, 0, 1]
-    assert "schedule=(1,)" in rows[-1]["settings"]
+    rows = measure(pipe, [Contender("plain"), cached], loads, EXAMPLES[:1], rounds=1)
+    told = [row.to_dict() for row in rows]
+    assert [row["hits"] for row in told] == [0, 0, 0, 1]
+    assert "schedule=(1,)" in told[-1]["settings"]
 
 
-def test_a_crash_keeps_the_rows_before_it_and_restores(pipe, reference):
-    class Crash(SkipBlock):
+class Crash(SkipBlock):
+    def apply(self, tx):
+        def fail(*_):
+            raise RuntimeError("out of something")
+
+        tx.wrap_blocks(fail)
+        return super().apply(tx)
+
+
+def test_a_crash_is_told_and_the_others_go_on(pipe, reference):
+    contenders = [Contender("eager"), Contender("crash", (Crash(),)), Contender("after")]
+    rows = measure(pipe, contenders, [LOAD, replace(LOAD, name="two")], EXAMPLES, rounds=2)
+    told = {(r.contender.name, r.workload.name): r.to_dict() for r in rows}
+    assert told["crash", "tiny"]["error"] == "RuntimeError: out of something"
+    assert told["crash", "two"]["error"] == "not run, after tiny failed"
+    assert "edit" not in told["crash", "tiny"]
+    assert len(told["after", "two"]["edit"]["seconds"]) == 4
+    assert np.array_equal(edit(pipe), reference)
+
+
+def test_what_is_interrupted_keeps_the_rows_before_it(pipe, reference):
+    class Interrupt(SkipBlock):
         def apply(self, tx):
-            def fail(*_):
-                raise RuntimeError("out of something")
-
-            tx.wrap_blocks(fail)
-            return super().apply(tx)
+            raise KeyboardInterrupt
 
     seen = []
-    with pytest.raises(RuntimeError, match="out of something"):
-        measure_edits(
+    with pytest.raises(KeyboardInterrupt):
+        measure(
             pipe,
-            {"eager": (), "crash": (Crash(),)},
+            [Contender("eager"), Contender("interrupted", (Interrupt(),))],
             [LOAD],
-            Image.new("RGB", (32, 32)),
+            EXAMPLES,
             on_rows=seen.append,
         )
-    assert [r["stack"] for r in seen[-1]] == ["eager"]
+    assert [r.contender.name for r in seen[-1]] == ["eager"]
     assert np.array_equal(edit(pipe), reference)
+
+
+def test_the_ladder_has_controls_each_pass_and_the_stack():
+    passes = (QKVFusion(), FirstBlockCache(), Compile())
+    assert [c.name for c in ladder(passes)] == [
+        "eager",
+        "compile only",
+        "qkv-fusion alone",
+        "first-block-cache alone",
+        "qkv-fusion + first-block-cache",
+        "qkv-fusion + first-block-cache + compile",
+    ]
+    assert [c.name for c in ladder(())] == ["eager", "compile only"]
+    own = Compile(dynamic=True)
+    assert ladder((own,))[1].passes == (own,)
+
+
+def test_warming_up_can_be_part_of_what_counts(pipe):
+    (row,) = measure(pipe, [Contender("eager")], [LOAD], EXAMPLES * 5, rounds=1, warmups=0)
+    told = row.to_dict()
+    assert told["first_seconds"] == []
+    assert len(told["edit"]["seconds"]) == 10
+
+
+def test_phases_leave_no_trace(pipe):
+    before = dict(vars(pipe.vae))
+    with pytest.raises(RuntimeError), phases(pipe) as watched:
+        LOAD.run(pipe, EXAMPLES[0])
+        raise RuntimeError
+    assert set(watched.seconds()) == {"text encoding", "reference encoding", "decoding"}
+    assert vars(pipe.vae) == before
+    assert "encode_prompt" not in vars(pipe)
 
 
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxfire import archive
-from fluxfire.cli import UsageError, main
-from fluxfire.cli.pictures import open_picture
+from fluxfire.cli import main
+from fluxfire.errors import PictureError
 from fluxfire.passes.mega_cache import machine
+from fluxfire.pictures import read_picture
 
 
 @pytest.fixture
@@ -196,5 +197,5 @@ def test_damaged_pictures_are_refused_in_words(damage, place, kind):
     with tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
-        with contextlib.suppress(UsageError):
-            assert open_picture(file.name).mode == "RGB"
+        with contextlib.suppress(PictureError):
+            assert read_picture(file.name).mode == "RGB"

@@ -43,5 +43,17 @@ class LoadError(FluxfireError):
     """A pipeline could not be loaded; the message says what to do."""
 
 
+class BenchError(FluxfireError):
+    """Nothing can be measured so: examples or a budget that make no sense, or no such device."""
+
+
+class PictureError(FluxfireError):
+    """A picture cannot be read; the message names the file."""
+
+
+class ExampleError(BenchError):
+    """A file of examples cannot be read; the message names the line."""
+
+
 class MegaCacheWarning(UserWarning):
     """A file of compiled artifacts was not used, or not written; the pipeline goes on without."""

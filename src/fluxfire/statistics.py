@@ -17,6 +17,7 @@ from typing_extensions import override
 from fluxfire.compiling import Compilations, compilations
 from fluxfire.generation import Decision, Generation, Listener
 from fluxfire.kontext import Call, Tokens
+from fluxfire.marks import Marks
 
 _KEPT = 100
 
@@ -146,11 +147,10 @@ class Statistics(Listener):
 
 
 class _Clock:
-    """Marks points in time without waiting for the device."""
+    """Marks where steps begin, and where the last call ends."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
-        self._origin: Any = None
+        self._marks = Marks(device)
         self._starts: list[Callable[[], float]] = []
         self._end: Callable[[], float] | None = None
 
@@ -160,21 +160,7 @@ class _Clock:
         return [*self._starts, self._end] if self._end else self._starts
 
     def begin_step(self) -> None:
-        self._starts.append(self._now())
+        self._starts.append(self._marks.now())
 
     def end_call(self) -> None:
-        self._end = self._now()
-
-    def _now(self) -> Callable[[], float]:
-        if not self._cuda:
-            now = time.perf_counter()
-            return lambda: now
-        event: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        event.record()
-        origin = self._origin = self._origin or event
-
-        def read() -> float:
-            event.synchronize()
-            return float(origin.elapsed_time(event)) / 1e3
-
-        return read
+        self._end = self._marks.now()

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from fluxfire import demo, spark
+from fluxfire.bench import held_out
 from fluxfire.cli import main
 from fluxfire.errors import LoadError
 from fluxfire.passes import QKVFusion
@@ -88,11 +89,11 @@ def test_run_edits_with_spark(capsys, tmp_path):
 
 def test_the_difference_is_amplified_and_the_pipeline_left_plain():
     pipe = spark.load(device="cpu")
-    tasks = demo.held_out(2)
+    tasks = held_out(2)
     done = demo.run(pipe, [QKVFusion()], tasks, steps=2, seed=0)
     assert type(pipe) is spark.SparkPipeline
-    plain = np.asarray(done.plain.images[0]).astype(int)
-    optimized = np.asarray(done.optimized.images[0]).astype(int)
+    plain = np.asarray(done.plain.pictures[0]).astype(int)
+    optimized = np.asarray(done.optimized.pictures[0]).astype(int)
     shown = np.asarray(done.grid())[20 : 20 + 128, 3 * 132 + 4 : 3 * 132 + 132]
     assert np.array_equal(shown, np.minimum(255, 8 * np.abs(plain - optimized)))
-    assert [len(t.seconds) for t in (done.plain, done.optimized)] == [2, 2]
+    assert [len(t.edits) for t in (done.plain, done.optimized)] == [2, 2]

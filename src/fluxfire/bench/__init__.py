@@ -1,20 +1,34 @@
-"""Measuring: timing that can be trusted, and results that can be committed."""
+"""Measuring: timings that can be trusted, quality beside controls, and results to commit."""
 
 from __future__ import annotations
 
 from fluxfire.bench.bisect import Culprit, Trial, bisect
-from fluxfire.bench.edits import Workload, measure_edits
+from fluxfire.bench.contenders import Contender, controls, ladder
+from fluxfire.bench.examples import Example, held_out, read
+from fluxfire.bench.measuring import Row, measure
+from fluxfire.bench.quality import Likeness, Quality, compare
 from fluxfire.bench.results import load, save, stamp
 from fluxfire.bench.timing import Sample, repeat
+from fluxfire.bench.workload import Workload
 
 __all__ = [
+    "Contender",
     "Culprit",
+    "Example",
+    "Likeness",
+    "Quality",
+    "Row",
     "Sample",
     "Trial",
     "Workload",
     "bisect",
+    "compare",
+    "controls",
+    "held_out",
+    "ladder",
     "load",
-    "measure_edits",
+    "measure",
+    "read",
     "repeat",
     "save",
     "stamp",

@@ -11,11 +11,11 @@ from fluxfire.cli.options import (
     add_model,
     add_passes,
     add_sampling,
-    load,
+    check_pair,
+    load_model,
     say,
     wanted,
 )
-from fluxfire.cli.pictures import check_pair, open_picture, sizes
 from fluxfire.cli.values import seed, words
 
 
@@ -55,38 +55,29 @@ def find(arguments: argparse.Namespace) -> int:
     """
     check_pair(arguments)
     passes = wanted(arguments)
-    import torch
+    from fluxfire.bench import Example, Workload, bisect, held_out
+    from fluxfire.bench.quality import likeness
+    from fluxfire.pictures import read_picture
 
-    from fluxfire import spark
-    from fluxfire.bench import bisect
-    from fluxfire.spark import checking
-    from fluxfire.spark.scoring import psnr
-
-    example = None
     if arguments.image is None:
-        example = spark.examples(n=arguments.example + 1)[-1]
-        picture, prompt = example.source, example.instruction
+        (example,) = held_out(1, first=arguments.example)
     else:
-        picture, prompt = open_picture(arguments.image), arguments.prompt
-    pipe = load(arguments.model)
+        example = Example(arguments.prompt, read_picture(arguments.image))
+    pipe = load_model(arguments.model)
+    load = Workload.usual(pipe, steps=arguments.steps)
 
-    def edit() -> Any:
-        return pipe(
-            prompt=prompt,
-            num_inference_steps=arguments.steps,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            **sizes(pipe, None, picture),
-        ).images[0]
+    def right(picture: Any) -> bool:
+        return example.check is None or example.check(picture)
 
-    plain = edit()
-    was_right = example is not None and example.check(plain)
+    plain = load.run(pipe, example, seed=arguments.seed)
+    was_right = right(plain)
 
     def judge(_: Any) -> tuple[bool, str]:
-        image = edit()
-        value = psnr(checking.as_tensor(image), checking.as_tensor(plain))
-        undone = example is not None and was_right and not example.check(image)
-        note = f"PSNR to plain {value:.1f} dB" + (", edit no longer right" if undone else "")
-        return undone or value < arguments.min_psnr, note
+        picture = load.run(pipe, example, seed=arguments.seed)
+        near = likeness(picture, plain).psnr
+        undone = was_right and not right(picture)
+        note = f"PSNR to plain {near:.1f} dB" + (", edit no longer right" if undone else "")
+        return undone or near < arguments.min_psnr, note
 
     found = bisect(pipe, passes, judge)
     say(found)

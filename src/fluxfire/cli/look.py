@@ -9,7 +9,7 @@ from fluxfire.cli.options import (
     add_command,
     add_model,
     add_passes,
-    load,
+    load_model,
     say,
     wanted,
 )
@@ -66,7 +66,7 @@ def plan(arguments: argparse.Namespace) -> int:
     from fluxfire import api
 
     asked = wanted(arguments)
-    planned = api.plan(load(arguments.model), asked)
+    planned = api.plan(load_model(arguments.model), asked)
     say(planned)
     return 0 if planned.ok else 1
 
@@ -89,7 +89,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
     say(table(("what", "found"), rows))
     say()
-    pipe = load(arguments.model)
+    pipe = load_model(arguments.model)
     verdicts = []
     for name, cls in plugins.own().items():
         planned = api.plan(pipe, [cls()])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeAlias
 
-from fluxfire.cli.values import positive, seed
+from fluxfire.cli.values import positive, seed, words
 from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
 
@@ -99,6 +100,60 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_examples(parser: argparse.ArgumentParser, n: int) -> None:
+    """Add what to edit: `-n`, `--examples`, or `--image` with `--prompt`.
+
+    Args:
+        parser: the command's parser.
+        n: how many of Spark's held-out edits by default.
+    """
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument(
+        "-n", type=positive, default=n, help="held-out edits of Spark's (default: %(default)s)"
+    )
+    what.add_argument(
+        "--examples", type=Path, metavar="FILE",
+        help='your own: lines such as {"image": "cat.jpg", "prompt": "make it night"}',
+    )  # fmt: skip
+    what.add_argument("--image", help="a single picture of your own")
+    parser.add_argument("--prompt", type=words, help="the instruction for it")
+
+
+def examples_wanted(arguments: argparse.Namespace) -> list[Any]:
+    """Read or draw the examples asked for.
+
+    Args:
+        arguments: parsed by a parser with `add_examples`.
+
+    Raises:
+        UsageError: if `--image` and `--prompt` are not given both, or neither.
+        ExampleError: a file of examples cannot be used.
+        PictureError: the picture cannot be read.
+    """
+    check_pair(arguments)
+    from fluxfire.bench import Example, held_out, read
+    from fluxfire.pictures import read_picture
+
+    if arguments.examples is not None:
+        return read(arguments.examples)
+    if arguments.image is not None:
+        return [Example(arguments.prompt, read_picture(arguments.image))]
+    return held_out(arguments.n)
+
+
+def check_pair(arguments: argparse.Namespace) -> None:
+    """Check that `--image` and `--prompt` are given both, or neither.
+
+    Args:
+        arguments: parsed by a parser with both.
+
+    Raises:
+        UsageError: if one of them is missing.
+    """
+    if (arguments.image is None) != (arguments.prompt is None):
+        raise UsageError("--image and --prompt go together: give both, or neither")
+
+
 def wanted(arguments: argparse.Namespace) -> list[Pass]:
     """Find the passes asked for; names are checked before any model is loaded.
 
@@ -123,7 +178,7 @@ def wanted(arguments: argparse.Namespace) -> list[Pass]:
     return [plugins.make(name) for name in names]
 
 
-def load(model: str) -> Any:
+def load_model(model: str) -> Any:
     """Load a model, with a note if its weights are random.
 
     Args:

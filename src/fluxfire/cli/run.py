@@ -13,12 +13,12 @@ from fluxfire.cli.options import (
     add_model,
     add_passes,
     add_sampling,
-    load,
+    load_model,
     note,
     say,
     wanted,
 )
-from fluxfire.cli.pictures import check_size, note_foreign_words, open_picture, sizes, writable
+from fluxfire.cli.pictures import check_size, note_foreign_words, writable
 from fluxfire.cli.values import size, words
 from fluxfire.text import human_seconds
 
@@ -56,7 +56,9 @@ def run(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: if a file or the size is impossible, or memory runs out.
     """
-    picture = open_picture(arguments.image)
+    from fluxfire.pictures import read_picture
+
+    picture = read_picture(arguments.image)
     output = writable(arguments.output)
     if arguments.size is not None:
         check_size(*arguments.size)
@@ -66,19 +68,16 @@ def run(arguments: argparse.Namespace) -> int:
     import torch
 
     from fluxfire import api
+    from fluxfire.bench import Example, Workload
     from fluxfire.environment import environment
 
-    pipe = load(arguments.model)
+    pipe = load_model(arguments.model)
     api.optimize(pipe, passes)
     pipe.set_progress_bar_config(disable=False)
     began = time.perf_counter()
     try:
-        result = pipe(
-            prompt=arguments.prompt,
-            num_inference_steps=arguments.steps,
-            generator=torch.Generator().manual_seed(arguments.seed),
-            **sizes(pipe, arguments.size, picture),
-        ).images[0]
+        load = Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
+        result = load.run(pipe, Example(arguments.prompt, picture), seed=arguments.seed)
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
         raise UsageError(f"{first} Try a smaller --size, or a GPU with more memory") from None

@@ -1,0 +1,111 @@
+"""A benchmark's result as plots (SVG), from its JSON alone; needs matplotlib."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from fluxfire.bench.contenders import EAGER
+
+Row = dict[str, Any]
+_DPI = 100
+_BESIDE = {"fontsize": "small", "loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+
+
+def draw(result: dict[str, Any]) -> dict[str, str]:
+    """Draw every plot that a result has the figures for.
+
+    Returns:
+        SVG by the plot's name; the same result gives the same bytes.
+    """
+    rows = [row for row in result["rows"] if "edit" in row]
+    plots: dict[str, Callable[[Any, list[Row]], None]] = {
+        "speed": _speed,
+        "phases": _phases,
+        "speed and quality": _tradeoff,
+    }
+    drawn = {}
+    for name, plot in plots.items():
+        for load in dict.fromkeys(row["workload"]["name"] for row in rows):
+            some = [row for row in rows if row["workload"]["name"] == load]
+            if name != "speed and quality" or _judged(some):
+                drawn[f"{name}, {load}"] = _svg(plot, some, load)
+    return drawn
+
+
+def _svg(plot: Callable[[Any, list[Row]], None], rows: list[Row], title: str) -> str:
+    from matplotlib.figure import Figure
+
+    with _settled():
+        height = 1.2 + 0.32 * len(rows) if plot is not _tradeoff else 4.5
+        figure = Figure(figsize=(9, height), layout="constrained", dpi=_DPI)
+        axes = figure.subplots()
+        axes.set_title(title, fontsize="medium")
+        plot(axes, rows)
+        file = io.StringIO()
+        figure.savefig(file, format="svg", metadata={"Date": None, "Creator": None})
+    return file.getvalue()
+
+
+@contextmanager
+def _settled() -> Iterator[None]:
+    """Keep matplotlib from writing anything random, and leave its settings alone."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"svg.hashsalt": "fluxfire", "font.size": 9}):
+        yield
+
+
+def _speed(axes: Any, rows: list[Row]) -> None:
+    """Draw a bar for each edit, with its spread."""
+    edits = [row["edit"] for row in rows]
+    medians = [one["median"] for one in edits]
+    spread = [
+        [one["median"] - one["min"] for one in edits],
+        [one["max"] - one["median"] for one in edits],
+    ]
+    axes.barh(_names(rows), medians, xerr=spread, color="tab:orange", ecolor="0.3")
+    axes.set(xlabel="seconds an edit: median, least and greatest")
+    _finish(axes)
+
+
+def _phases(axes: Any, rows: list[Row]) -> None:
+    """Draw a bar for each contender, in parts."""
+    left = [0.0] * len(rows)
+    for name in dict.fromkeys(name for row in rows for name in row["phases"]):
+        parts = [row["phases"].get(name, {"median": 0.0})["median"] for row in rows]
+        axes.barh(_names(rows), parts, left=left, label=name)
+        left = [before + part for before, part in zip(left, parts, strict=True)]
+    axes.set(xlabel="seconds of an edit (medians)")
+    axes.legend(**_BESIDE)
+    _finish(axes)
+
+
+def _tradeoff(axes: Any, rows: list[Row]) -> None:
+    """Draw a point for each contender: how fast, and how near its worst picture is."""
+    base = next(row["edit"]["median"] for row in rows if row["contender"] == EAGER)
+    for row in _judged(rows):
+        faster = base / row["edit"]["median"]
+        psnr = row["quality"][EAGER]["psnr"]
+        axes.errorbar(
+            faster, psnr["mean"], yerr=[[psnr["mean"] - psnr["worst"]], [0]],
+            fmt="o", capsize=3, label=row["contender"],
+        )  # fmt: skip
+    axes.legend(**_BESIDE)
+    axes.set(xlabel="times as fast as eager", ylabel="PSNR to eager, dB: mean, down to the worst")
+    axes.grid(visible=True, alpha=0.3)
+
+
+def _judged(rows: list[Row]) -> list[Row]:
+    return [r for r in rows if EAGER in r["quality"] and r["contender"] != EAGER]
+
+
+def _names(rows: list[Row]) -> list[str]:
+    return [row["contender"] for row in rows]
+
+
+def _finish(axes: Any) -> None:
+    axes.invert_yaxis()
+    axes.grid(visible=True, axis="x", alpha=0.3)

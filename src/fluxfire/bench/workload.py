@@ -1,0 +1,79 @@
+"""How an example is edited: at which size, in how many steps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxfire import kontext
+from fluxfire.bench.examples import Example
+
+_TINY_SIZE = (128, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """One kind of edit.
+
+    Attributes:
+        name: how results call it.
+        steps: denoising steps.
+        size: output width and height in pixels, exactly; None takes the size that the
+            pipeline gives to the example's picture by default.
+        auto_resize: let Kontext resize the reference to about a megapixel, as it does by
+            default, whatever the output's size.
+        text_tokens: length to which the prompt is padded; None leaves it to the pipeline.
+        reference: edit the example's picture; False makes one from words alone.
+    """
+
+    name: str
+    steps: int = 28
+    size: tuple[int, int] | None = None
+    auto_resize: bool = True
+    text_tokens: int | None = None
+    reference: bool = True
+
+    @classmethod
+    def usual(cls, pipe: Any, *, steps: int = 28, size: tuple[int, int] | None = None) -> Workload:
+        """Return what suits a pipeline: its own defaults, or a small size for a tiny one."""
+        name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}, {steps} steps"
+        if kontext.is_tiny(pipe):  # a megapixel of its small patches would take minutes
+            size = size or _TINY_SIZE
+            return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
+        return cls(name=name, steps=steps, size=size)
+
+    def run(self, pipe: Any, example: Example, *, seed: int = 0, steps: int | None = None) -> Any:
+        """Make one picture.
+
+        Args:
+            pipe: the pipeline.
+            example: what to edit.
+            seed: of the noise.
+            steps: other than the workload's.
+
+        Returns:
+            The picture, as Pillow's.
+        """
+        picture = example.picture if self.reference else None
+        call: dict[str, Any] = {}
+        size = self.size
+        if picture is not None:
+            if size is None:
+                size = kontext.reference_size(pipe, *picture.size)
+            if not self.auto_resize:
+                picture = picture.resize(size, Image.Resampling.LANCZOS)
+                call["_auto_resize"] = False
+        if size is not None:
+            call |= {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}
+        if self.text_tokens is not None:
+            call["max_sequence_length"] = self.text_tokens
+        return pipe(
+            image=picture,
+            prompt=example.instruction,
+            num_inference_steps=steps or self.steps,
+            generator=torch.Generator().manual_seed(seed),
+            **call,
+        ).images[0]

@@ -1,0 +1,208 @@
+"""The command `bench`: measure passes alone and stacked, beside controls and rivals."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fluxfire.cli.options import (
+    Commands,
+    UsageError,
+    add_command,
+    add_examples,
+    add_model,
+    add_passes,
+    add_sampling,
+    examples_wanted,
+    load_model,
+    note,
+    say,
+    wanted,
+)
+from fluxfire.cli.pictures import check_size
+from fluxfire.cli.values import positive, size, whole
+
+
+def add(commands: Commands) -> None:
+    """Add `bench`.
+
+    Args:
+        commands: the commands there are already.
+    """
+    parser = add_command(
+        commands, "bench", bench, "measure passes, alone and stacked, beside controls and rivals"
+    )
+    add_model(parser)
+    parser.add_argument(
+        "--random-full",
+        action="store_const", const="random-full", dest="model",
+        help="the full architecture with random weights, as --model random-full: times and "
+        "memory are true, pictures are noise",
+    )  # fmt: skip
+    add_passes(parser)
+    add_examples(parser, 8)
+    add_sampling(parser)
+    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT (default: each picture's shape)")
+    parser.add_argument(
+        "--rounds", type=positive, default=2, help="turns of each contender (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warmups", type=whole, default=1,
+        help="runs of two steps before those that count; 0 counts all (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only-stack", action="store_true", help="leave out each pass alone and partial stacks"
+    )
+    parser.add_argument("--no-rivals", action="store_true", help="leave out other libraries")
+    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="default: %(default)s")
+    parser.add_argument("--html", type=Path, help="a page with tables, plots and pictures")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to write plots (SVG)")
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """Measure.
+
+    Args:
+        arguments: the command's.
+
+    Returns:
+        The exit status: 1 if a contender failed; the others' rows are kept.
+
+    Raises:
+        UsageError: if nothing can be measured so.
+    """
+    _check(arguments)
+    passes = wanted(arguments)
+    examples = examples_wanted(arguments)
+    from fluxfire.bench import Workload, measure, save, tables
+
+    pipe = load_model(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    load = Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
+    contenders, notes = _contenders(arguments, passes)
+    result = _result(arguments, len(examples), notes)
+    turns = arguments.rounds * len(contenders)
+    with _bar(turns * (len(examples) + 1)) as bar:
+
+        def tell(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        def keep(rows: Sequence[Any]) -> None:
+            result["rows"] = [row.to_dict() for row in rows]
+            save(result, arguments.out)
+
+        rows = measure(
+            pipe, contenders, [load], examples, rounds=arguments.rounds,
+            warmups=arguments.warmups, seed=arguments.seed, on_edit=tell, on_rows=keep,
+        )  # fmt: skip
+    say(tables.as_text(result))
+    _write(arguments, result, rows, examples)
+    return 1 if any(row.error for row in rows) else 0
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse what would fail after minutes of work."""
+    if arguments.size is not None:
+        check_size(*arguments.size)
+    if arguments.warmups < 0:
+        raise UsageError(f"--warmups {arguments.warmups} is negative")
+    for path in (arguments.out, arguments.html):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
+        if path is not None and path.is_dir():
+            raise UsageError(f"cannot write {path}: it is a folder")
+    if arguments.plots is not None:
+        from importlib.util import find_spec
+
+        if find_spec("matplotlib") is None:
+            raise UsageError('plots need matplotlib; pip install "fluxfire[bench]"')
+    if arguments.model == "random-full":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UsageError(
+                "--random-full measures a CUDA device, and there is none here: an edit of this "
+                "size takes hours on a CPU; the default --model spark runs anywhere"
+            )
+
+
+def _contenders(
+    arguments: argparse.Namespace, passes: Sequence[Any]
+) -> tuple[list[Any], list[str]]:
+    """Return who competes, and what must be said of it."""
+    from fluxfire import loading
+    from fluxfire.bench import controls, ladder, quality, rivals, schedules
+    from fluxfire.bench.contenders import Contender
+    from fluxfire.bench.power import unavailable
+
+    notes = []
+    contenders = ladder(passes)
+    if arguments.only_stack:
+        stack = Contender(" + ".join(p.name for p in passes), tuple(passes))
+        contenders = [*controls(passes), *([stack] if len(passes) > 1 else [])]
+    others = [] if arguments.no_rivals else rivals.installed()
+    if arguments.model in loading.RANDOM:
+        notes.append(
+            "the weights are random: pictures are noise, so what is said of them only tells exact "
+            "passes from others; quality on Kontext was not measured"
+        )
+        contenders = [schedules.scheduled(c, arguments.steps) for c in contenders]
+        if any(c.scheduled for c in contenders):
+            notes.append("*: which steps a cache leaves out was chosen on Spark, and fixed")
+        others = [c for c in others if not rivals.decides_by_content(c)]
+    if missing := quality.missing():
+        notes.append(f'not installed: {", ".join(missing)}; pip install "fluxfire[bench]"')
+    if why := unavailable():
+        notes.append(f"energy and utilisation are not measured: {why}")
+    return [*contenders, *others], notes
+
+
+def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> dict[str, Any]:
+    from fluxfire import loading
+    from fluxfire.bench import stamp
+
+    settings = {
+        "examples": examples,
+        "steps": arguments.steps,
+        "rounds": arguments.rounds,
+        "warmups": arguments.warmups,
+        "seed": arguments.seed,
+    }
+    return {
+        "benchmark": "bench",
+        "schema": 1,
+        **stamp(),
+        "model": arguments.model,
+        "random_weights": arguments.model in loading.RANDOM,
+        "settings": settings,
+        "notes": notes,
+        "rows": [],
+    }
+
+
+def _bar(total: int) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit="edit", leave=False, dynamic_ncols=True)
+
+
+def _write(
+    arguments: argparse.Namespace, result: dict[str, Any], rows: Sequence[Any], examples: Any
+) -> None:
+    note(f"the raw result is in {arguments.out}")
+    if arguments.html is not None:
+        from fluxfire.bench import page
+
+        arguments.html.write_text(page.page(result, rows, examples), encoding="utf-8")
+        note(f"the page is {arguments.html}")
+    if arguments.plots is not None:
+        from fluxfire.bench import plots
+
+        arguments.plots.mkdir(parents=True, exist_ok=True)
+        for name, svg in plots.draw(result).items():
+            stem = "".join(c if c.isalnum() else "_" for c in name)
+            (arguments.plots / f"{stem}.svg").write_text(svg, encoding="utf-8")
+        note(f"the plots are in {arguments.plots}")

@@ -1,0 +1,145 @@
+"""`fluxfire bench` as a command: what it writes, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+from PIL import Image
+
+import fluxfire
+from fluxfire.bench import plots, tables
+from fluxfire.cli import main
+
+SCHEMA = json.loads((Path(fluxfire.__file__).parent / "bench" / "schema.json").read_text())
+QUICK = [
+    "bench", "--model", "random-tiny", "--steps", "3", "--rounds", "1", "--no-rivals",
+    "--size", "32x32", "--only-stack", "--passes", "qkv-fusion",
+]  # fmt: skip
+
+
+@pytest.fixture
+def lines(tmp_path):
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "a.png")
+    file = tmp_path / "edits.jsonl"
+    file.write_text('{"image": "a.png", "prompt": "make it blue"}\n{"prompt": "a red circle"}\n')
+    return file
+
+
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """Let the compile-only control run eager: what compiling does is tested elsewhere."""
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+
+
+def run(tmp_path, *arguments):
+    out = tmp_path / "bench.json"
+    status = main([*QUICK, "--out", str(out), *arguments])
+    return status, json.loads(out.read_text()) if out.exists() else None
+
+
+def test_it_measures_and_writes_what_its_schema_says(tmp_path, lines, capsys):
+    page = tmp_path / "bench.html"
+    status, result = run(tmp_path, "--examples", str(lines), "--html", str(page))
+    assert status == 0
+    jsonschema.validate(result, SCHEMA)
+    assert [r["contender"] for r in result["rows"]] == ["eager", "compile only"]
+    assert result["random_weights"] is True
+    assert all(len(r["edit"]["seconds"]) == 2 for r in result["rows"])
+    printed = capsys.readouterr().out
+    assert "Speed" in printed
+    assert "weights are random" in printed
+    check_page(page.read_text())
+
+
+def check_page(text):
+    """Well-formed, with pictures, and nothing fetched from anywhere."""
+    opened, addresses = [], []
+    void = {"meta", "img", "br"}
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            addresses.extend(v for k, v in attrs if k in ("src", "href", "xlink:href") and v)
+            if tag not in void:
+                opened.append(tag)
+
+        def handle_startendtag(self, tag, attrs):
+            addresses.extend(v for k, v in attrs if k in ("src", "href") and v)
+
+        def handle_endtag(self, tag):
+            assert opened.pop() == tag
+
+    reader = Reader()
+    reader.feed(text)
+    assert opened == []
+    assert sum(a.startswith("data:image/png") for a in addresses) >= 3
+    assert all(a.startswith(("data:", "#")) for a in addresses)
+
+
+def test_the_only_pass_asked_for_is_measured(tmp_path, lines):
+    status, result = run(tmp_path, "--examples", str(lines), "--passes", "qkv-fusion,memory-layout")
+    assert status == 0
+    assert [r["contender"] for r in result["rows"]][2:] == ["qkv-fusion + memory-layout"]
+
+
+def test_a_cache_on_random_weights_follows_spark(tmp_path, lines):
+    status, result = run(
+        tmp_path, "--examples", str(lines), "--passes", "qkv-fusion,first-block-cache"
+    )
+    assert status == 0
+    (row,) = result["rows"][2:]
+    assert row["scheduled"]
+    assert "schedule=(" in row["passes"][1]
+    assert any("chosen on Spark" in note for note in result["notes"])
+    assert "*" in tables.as_text(result)
+
+
+def test_a_contender_that_fails_is_told_and_the_status_says_so(tmp_path, lines, capsys):
+    passes = "memory-layout,qkv-fusion"  # the wrong way round cannot be stacked with compile
+    status, result = run(
+        tmp_path, "--examples", str(lines), "--passes", f"compile,{passes}", "--rounds", "1"
+    )
+    assert status == 1
+    jsonschema.validate(result, SCHEMA)
+    assert result["rows"][-1]["error"]
+    assert "edit" in result["rows"][0]
+    assert "compile" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "/nowhere/bench.json"], "there is no folder /nowhere"),
+        (["--html", "."], "it is a folder"),
+        (["--warmups", "-1"], "--warmups -1 is negative"),
+        (["--size", "30x30"], "multiples of 16"),
+        (["--examples", "/nowhere.jsonl"], "cannot read examples from /nowhere.jsonl"),
+        (["--image", "x.png"], "--image and --prompt go together"),
+        (["--image", "/nowhere.png", "--prompt", "x"], "cannot read /nowhere.png"),
+        (["--passes", "nonsense"], "there is no pass 'nonsense'"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(tmp_path, capsys, arguments, said):
+    assert run(tmp_path, *arguments)[0] == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_the_full_size_needs_a_gpu(tmp_path, capsys):
+    assert run(tmp_path, "--random-full")[0] == 1
+    assert "there is none here" in capsys.readouterr().err
+
+
+def test_plots_are_the_same_for_the_same_result(tmp_path, lines):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "plots"
+    status, result = run(tmp_path, "--examples", str(lines), "--plots", str(folder))
+    assert status == 0
+    drawn = plots.draw(result)
+    assert drawn == plots.draw(result)
+    assert len(drawn) == len(list(folder.glob("*.svg"))) == 3
+    assert all(svg.lstrip().startswith("<?xml") for svg in drawn.values())
