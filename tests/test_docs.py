@@ -16,6 +16,7 @@ from PIL import Image
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
+import fluxfire.spark.pipeline  # noqa: F401 - derives from the real class, so before it is replaced
 from fluxfire.testing import tiny_kontext
 
 ROOT = Path(__file__).parent.parent
