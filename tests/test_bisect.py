@@ -44,8 +44,8 @@ def test_the_guilty_pass_is_found(pipe, reference, n, guilty):
     found = bisect(pipe, passes, against(reference))
     assert found.first == guilty
     assert found.passes == tuple(passes)
-    assert len(found.trials) <= 1 + math.ceil(math.log2(n))
-    assert all(t.broken == (t.count > guilty) for t in found.trials)
+    assert len(found.attempts) <= 1 + math.ceil(math.log2(n))
+    assert all(t.broken == (t.count > guilty) for t in found.attempts)
     assert f"the first pass that breaks it: {SkipBlock.name}" in str(found)
     assert np.array_equal(edit(pipe), reference)
     assert fluxfire.report(pipe).passes == ()
@@ -54,7 +54,7 @@ def test_the_guilty_pass_is_found(pipe, reference, n, guilty):
 def test_nothing_breaks(pipe, reference):
     found = bisect(pipe, [Named(name="a"), Named(name="b")], against(reference))
     assert found.first is None
-    assert len(found.trials) == 1
+    assert len(found.attempts) == 1
     assert "no pass of the list breaks it" in str(found)
     assert bisect(pipe, [], against(reference)).trials == ()
 

@@ -11,18 +11,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0.dev0"
 
 if TYPE_CHECKING:
-    from fluxfire import errors, passes, presets, spark, testing
+    from fluxfire import bench, errors, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
+    from fluxfire.bench import Budget, tune
     from fluxfire.planner import order
     from fluxfire.protocol import Change, Finding, Pass, Target
     from fluxfire.transaction import Transaction
 
 __all__ = [
+    "Budget",
     "Change",
     "Finding",
     "Pass",
     "Target",
     "Transaction",
+    "bench",
     "errors",
     "optimize",
     "optimized",
@@ -34,6 +37,7 @@ __all__ = [
     "restore",
     "spark",
     "testing",
+    "tune",
     "using",
     "warmup",
 ]
@@ -43,10 +47,11 @@ _HOME = {
         ("optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
     ),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
+    **dict.fromkeys(("Budget", "tune"), "bench"),
     "Transaction": "transaction",
     "order": "planner",
 }
-_SUBMODULES = ("errors", "passes", "presets", "spark", "testing")
+_SUBMODULES = ("bench", "errors", "passes", "presets", "spark", "testing")
 
 
 def __getattr__(name: str) -> Any:

@@ -61,8 +61,9 @@ def optimize(pipe: P, passes: Passes = None) -> P:
 
     Args:
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.
-        passes: passes in order, or the name of a preset; a string within the list is the
-            name of a pass, used with its defaults. None means the preset `faithful`.
+        passes: passes in order, or the name of a preset, or a file ending in `.json` that
+            `fluxfire tune` wrote; a string within the list is the name of a pass, used with
+            its defaults. None means the preset `faithful`.
 
     Returns:
         The same pipeline.

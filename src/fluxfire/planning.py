@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from fluxfire import kontext, plugins, presets
+from fluxfire import kontext, plugins, presets, recipes
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
 from fluxfire.generation import conductor_of, shared_conductor
 from fluxfire.planner import Plan, Step, configured, malformed, problems, workable
 from fluxfire.protocol import Finding, Pass, Target
 
-Passes = str | Iterable[Pass | str] | None
+Passes = str | Path | Iterable[Pass | str] | None
 
 
 def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
@@ -39,10 +40,12 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     """Turn names into passes; return the well-formed passes and what is wrong with the rest.
 
     Raises:
-        PlanError: there is no such preset, or this is no list at all.
+        PlanError: there is no such preset, a file cannot be read, or this is no list at all.
     """
     if passes is None:
         passes = "faithful"
+    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith(recipes.SUFFIX)):
+        passes = recipes.read(Path(passes))
     if isinstance(passes, str):
         passes = _preset(passes)
     if not isinstance(passes, Iterable):

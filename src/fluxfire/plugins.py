@@ -31,7 +31,7 @@ def announced() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
-def find(name: str) -> Callable[[], Pass]:
+def find(name: str) -> Callable[..., Pass]:
     """Return the class of the pass with this name.
 
     Raises:
@@ -46,7 +46,7 @@ def find(name: str) -> Callable[[], Pass]:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PlanError(f"there is no pass {name!r}; there are {', '.join(known)}{hint}")
     try:
-        cls: Callable[[], Pass] = theirs[name].load()
+        cls: Callable[..., Pass] = theirs[name].load()
     except Exception as error:
         raise PlanError(
             f"the pass {name!r} is announced as {theirs[name].value}, which cannot be imported: "

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from fluxfire.bench.bisect import Culprit, Trial, bisect
+from fluxfire.bench.bisect import Culprit, bisect
+from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import Contender, controls, ladder
 from fluxfire.bench.examples import Example, held_out, read
 from fluxfire.bench.measuring import Row, measure
 from fluxfire.bench.quality import Likeness, Quality, compare
 from fluxfire.bench.results import load, save, stamp
+from fluxfire.bench.search import Family, Trial
 from fluxfire.bench.timing import Sample, repeat
+from fluxfire.bench.tuning import Tuned, tune
 from fluxfire.bench.workload import Workload
 
 __all__ = [
+    "Budget",
     "Contender",
     "Culprit",
     "Example",
+    "Family",
     "Likeness",
     "Quality",
     "Row",
     "Sample",
     "Trial",
+    "Tuned",
     "Workload",
     "bisect",
     "compare",
@@ -32,4 +38,5 @@ __all__ = [
     "repeat",
     "save",
     "stamp",
+    "tune",
 ]

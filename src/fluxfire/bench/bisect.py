@@ -13,7 +13,7 @@ from fluxfire.text import table
 
 
 @dataclass(frozen=True)
-class Trial:
+class Attempt:
     """A run with the first passes of a list.
 
     Attributes:
@@ -35,18 +35,18 @@ class Culprit:
 
     Attributes:
         passes: the list that was searched.
-        trials: in the order tried; the whole list is the first.
+        attempts: in the order tried; the whole list is the first.
         first: position in the list of the first pass that breaks the picture; None if none does.
     """
 
     passes: tuple[Pass, ...]
-    trials: tuple[Trial, ...]
+    attempts: tuple[Attempt, ...]
     first: int | None
 
     def __str__(self) -> str:
         rows = [
             (f"first {t.count}, to {t.last}", "broken" if t.broken else "right", t.note)
-            for t in self.trials
+            for t in self.attempts
         ]
         if self.first is None:
             said = "no pass of the list breaks it"
@@ -75,12 +75,12 @@ def bisect(pipe: Any, passes: Passes, judge: Callable[[Any], tuple[bool, str]]) 
     planned = api.plan(pipe, passes)
     planned.raise_if_bad()
     wanted = tuple(step.pass_ for step in planned.steps)
-    tried: dict[int, Trial] = {}
+    tried: dict[int, Attempt] = {}
 
     def broken(count: int) -> bool:
         with api.optimized(pipe, wanted[:count]):
             found, note = judge(pipe)
-        tried[count] = Trial(count, wanted[count - 1].name, found, note)
+        tried[count] = Attempt(count, wanted[count - 1].name, found, note)
         return found
 
     first: int | None = None

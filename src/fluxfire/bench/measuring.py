@@ -16,7 +16,7 @@ from fluxfire.bench.examples import Example
 from fluxfire.bench.phases import phases
 from fluxfire.bench.power import Drawn, metered
 from fluxfire.bench.quality import Quality, compare
-from fluxfire.bench.timing import Sample, repeat
+from fluxfire.bench.timing import Sample, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import FluxfireError
 from fluxfire.statistics import RunStatistics
@@ -224,20 +224,16 @@ class _Turn:
             row.peak = max(row.peak, _peak())
 
     def _edit(self, pipe: Any, row: Row, example: Example, seed: int) -> Image.Image:
-        made: list[Image.Image] = []
         with phases(pipe) as watched:
-            sample = repeat(
-                lambda: made.append(row.workload.run(pipe, example, seed=seed)),
-                warmups=0,
-                repeats=1,
-            )
+            picture, seconds = timed(lambda: row.workload.run(pipe, example, seed=seed))
         run = api.report(pipe).runs[-1]
         spent = {**watched.seconds(), "denoising": sum(run.step_seconds)}
-        spent["the rest"] = sample.median - sum(spent.values())
-        row.edits += sample.seconds
+        spent["the rest"] = seconds - sum(spent.values())
+        row.edits.append(seconds)
         row.runs.append(run)
         row.phases.append(spent)
-        return made[0]
+        made: Image.Image = picture
+        return made
 
 
 def _judge(rows: Sequence[Row], table: dict[tuple[str, str], Row]) -> None:

@@ -50,6 +50,11 @@ class Quality:
         return min(range(len(self.likenesses)), key=lambda i: self.likenesses[i].psnr)
 
     @property
+    def worst_psnr(self) -> float:
+        """The lowest PSNR, in dB."""
+        return self.likenesses[self.worst].psnr
+
+    @property
     def success(self) -> float | None:
         """Share of the pictures that are right, of those that can be checked."""
         known = [right for right in self.right if right is not None]

@@ -6,9 +6,11 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,14 +57,16 @@ def repeat(run: Callable[[], object], *, warmups: int = 1, repeats: int = 5) -> 
     """
     for _ in range(warmups):
         run()
-    seconds = []
-    for _ in range(repeats):
-        settle()
-        began = time.perf_counter()
-        run()
-        settle()
-        seconds.append(time.perf_counter() - began)
-    return Sample.of(seconds)
+    return Sample.of(timed(run)[1] for _ in range(repeats))
+
+
+def timed(run: Callable[[], T]) -> tuple[T, float]:
+    """Run a function once; return its result, and the seconds until the device was done."""
+    settle()
+    began = time.perf_counter()
+    result = run()
+    settle()
+    return result, time.perf_counter() - began
 
 
 def settle() -> None:

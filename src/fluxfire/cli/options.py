@@ -83,7 +83,9 @@ def add_passes(parser: argparse.ArgumentParser) -> None:
     """
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
-        "--preset", help="faithful or article (default: faithful; of demo: first-block-cache alone)"
+        "--preset",
+        help="faithful, balanced, fast or article, or a file that tune wrote (default: faithful; "
+        "of demo: first-block-cache alone)",
     )
     which.add_argument("--passes", help="names in order, separated by commas, or none")
 
@@ -165,9 +167,12 @@ def wanted(arguments: argparse.Namespace) -> list[Pass]:
 
     Raises:
         UsageError: if `--passes` holds no name.
+        PlanError: if there is no such preset, file or pass.
     """
-    from fluxfire import plugins, presets
+    from fluxfire import plugins, presets, recipes
 
+    if arguments.preset is not None and arguments.preset.endswith(recipes.SUFFIX):
+        return list(recipes.read(Path(arguments.preset)))
     if arguments.preset is not None or arguments.passes is None:
         return list(presets.named(arguments.preset or "faithful"))
     if arguments.passes == "none":

@@ -1,0 +1,99 @@
+"""The command `tune`: the fastest list of passes that keeps to a stated budget."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fluxfire.cli.options import (
+    Commands,
+    UsageError,
+    add_command,
+    add_examples,
+    add_model,
+    add_sampling,
+    examples_wanted,
+    load_model,
+    note,
+    say,
+)
+from fluxfire.cli.pictures import check_size
+from fluxfire.cli.values import size
+
+_EXAMPLES = 280  # of which 24 are searched with: 256 check
+
+
+def add(commands: Commands) -> None:
+    """Add `tune`.
+
+    Args:
+        commands: the commands there are already.
+    """
+    parser = add_command(
+        commands, "tune", tune, "find the fastest passes that keep to a budget on your pictures"
+    )
+    add_model(parser)
+    add_examples(parser, _EXAMPLES)
+    add_sampling(parser)
+    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT (default: each picture's shape)")
+    budget = parser.add_argument_group("the budget, judged by the worst picture (one at least)")
+    budget.add_argument("--min-psnr", type=float, metavar="DB", help="its PSNR to the plain one")
+    budget.add_argument("--min-ssim", type=float, metavar="SSIM", help="its SSIM to the plain one")
+    budget.add_argument("--max-flip", type=float, metavar="FLIP", help="its FLIP to the plain one")
+    budget.add_argument(
+        "--max-lost", type=float, metavar="SHARE",
+        help="how many of the right edits may be lost: 0.01 is one point (Spark's scenes only)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, default=Path("tuned.json"),
+        help='for optimize(pipe, "tuned.json") and --preset tuned.json (default: %(default)s)',
+    )  # fmt: skip
+
+
+def tune(arguments: argparse.Namespace) -> int:
+    """Tune.
+
+    Args:
+        arguments: the command's.
+
+    Returns:
+        The exit status: 1 if only the plain pipeline keeps to the budget.
+
+    Raises:
+        UsageError: if nothing can be tuned so.
+    """
+    if arguments.size is not None:
+        check_size(*arguments.size)
+    out: Path = arguments.out
+    if out.suffix != ".json" or not out.resolve().parent.is_dir() or out.is_dir():
+        raise UsageError(f"cannot write {out}: it must be a file ending in .json, in a folder")
+    from fluxfire import bench, loading
+
+    if arguments.model in loading.RANDOM:
+        raise UsageError(
+            f"{arguments.model} has random weights, whose pictures are noise: what a pass costs in "
+            f"quality cannot be seen on them"
+        )
+    budget = bench.Budget(
+        min_psnr=arguments.min_psnr,
+        min_ssim=arguments.min_ssim,
+        max_flip=arguments.max_flip,
+        max_lost=arguments.max_lost,
+    )
+    examples = examples_wanted(arguments)
+    pipe = load_model(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    load = bench.Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
+    from tqdm import tqdm
+
+    with tqdm(unit="edit", leave=False, dynamic_ncols=True) as bar:
+
+        def tell(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        found = bench.tune(pipe, examples, budget, workload=load, seed=arguments.seed, on_edit=tell)
+    say(found)
+    found.save(out)
+    note(f'saved: optimize(pipe, "{out}") applies it, and --preset {out} on the command line')
+    return 0 if found.passes else 1
