@@ -116,8 +116,19 @@ def test_warm_up_tail_and_cap():
         assert hits(pipe) == expected, extra
 
 
+def lagrange(points, t):
+    """The polynomial through the points, at t, each point weighed."""
+    total = 0.0
+    for i, (ti, value) in enumerate(points):
+        weight = 1.0
+        for tj, _ in points[:i] + points[i + 1 :]:
+            weight = weight * (t - tj) / (ti - tj)
+        total = total + weight * value
+    return total
+
+
 @pytest.mark.parametrize("steps", [(3,), (2, 4, 5)])
-@pytest.mark.parametrize("predict", ["hold", "linear"])
+@pytest.mark.parametrize("predict", ["hold", "linear", "quadratic"])
 def test_what_a_hit_adds(steps, predict):
     """The run through the blocks redone by hand, in a wrapper-free plain transformer."""
     pipe = cached(schedule=steps, predict=predict)
@@ -138,10 +149,9 @@ def test_what_a_hit_adds(steps, predict):
             if state["step"] in steps:
                 if index < len(blocks) - 1:
                     return encoder_hidden_states, hidden_states
-                (t1, r1), (t0, r0) = state["points"][-1], state["points"][-2:][0]
-                t = plain.current_timestep / 1000
-                slope = (t - t1) / (t1 - t0) if predict == "linear" and t1 != t0 else 0.0
-                return encoder_hidden_states, state["start"] + r1 + (r1 - r0) * slope
+                known = {"hold": 1, "linear": 2, "quadratic": 3}[predict]
+                rest = lagrange(state["points"][-known:], plain.current_timestep / 1000)
+                return encoder_hidden_states, state["start"] + rest
             out = original[index](hidden_states, encoder_hidden_states, **rest)
             if index == len(blocks) - 1:
                 state["points"].append((plain.current_timestep / 1000, out[1] - state["start"]))
@@ -197,7 +207,7 @@ def batch(n):
     return words[:n], [torch.Generator().manual_seed(10 + i) for i in range(n)]
 
 
-@pytest.mark.parametrize("predict", ["hold", "linear"])
+@pytest.mark.parametrize("predict", ["hold", "linear", "quadratic"])
 def test_every_sample_of_a_batch_decides_for_itself(predict):
     settings = {"threshold": 0.31, "predict": predict}
     prompts, generators = batch(4)
@@ -307,7 +317,7 @@ def test_group_offloading_is_refused(pipe):
         ({"max_consecutive_hits": 0}, "max_consecutive_hits=0; it must be 1 or more"),
         ({"schedule": [3, 0]}, "step 0 cannot hit"),
         ({"distance": "text"}, "distance='text'; it must be one of all, noise"),
-        ({"predict": "guess"}, "predict='guess'; it must be one of hold, linear"),
+        ({"predict": "guess"}, "predict='guess'; it must be one of hold, linear, quadratic"),
     ],
 )
 def test_settings_that_make_no_sense(settings, words):
@@ -319,7 +329,7 @@ def test_settings_that_make_no_sense(settings, words):
 @settings(max_examples=25, deadline=None)
 @given(
     schedule=st.sets(st.integers(1, 5)),
-    predict=st.sampled_from(["hold", "linear"]),
+    predict=st.sampled_from(["hold", "linear", "quadratic"]),
     seed=st.integers(0, 3),
 )
 def test_restore_gives_every_bit_back(schedule, predict, seed):

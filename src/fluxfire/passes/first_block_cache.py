@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
 
 Measured = Literal["all", "noise"]
-Prediction = Literal["hold", "linear"]
+Prediction = Literal["hold", "linear", "quadratic"]
+_POINTS: dict[str, int] = {"hold": 1, "linear": 2, "quadratic": 3}
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class FirstBlockCache:
         distance: `"all"` compares all image tokens, as others do; `"noise"` those of the
             picture being made, without the reference's.
         predict: `"hold"` adds what was added last; `"linear"` extends the line through the
-            last two computed steps to this step's noise level.
+            last two computed steps to this step's noise level; `"quadratic"` the parabola
+            through the last three.
     """
 
     threshold: float = 0.12
@@ -89,7 +91,7 @@ class FirstBlockCache:
                 f"max_consecutive_hits={self.max_consecutive_hits!r}; it must be 1 or more, "
                 f"or None for no limit"
             )
-        for name, known in (("distance", ("all", "noise")), ("predict", ("hold", "linear"))):
+        for name, known in (("distance", ("all", "noise")), ("predict", tuple(_POINTS))):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}; it must be one of {', '.join(known)}"
@@ -141,11 +143,11 @@ class _Memory:
 
 @dataclass(eq=False)
 class _Trend:
-    """The last two computed values of each sample, with their noise levels.
+    """The last computed values of each sample, with their noise levels: the newest first.
 
     Attributes:
-        values: (batch, noise tokens, width), the newest last; at most two.
-        levels: (batch,), likewise.
+        values: (batch, noise tokens, width) each.
+        levels: (batch,) each.
         known: for each sample, how many of them are its own.
     """
 
@@ -155,29 +157,35 @@ class _Trend:
 
     def take(self, value: Tensor, level: Tensor, hits: list[bool], *, keep: int) -> None:
         """Remember a newly computed value of the samples that did not hit."""
-        if any(hits):
-            held = _mask(hits, value)
-            value, older = _select(held, self.values[-1], value), self.values[-1]
-            level, earlier = _select(held[:, 0, 0], self.levels[-1], level), self.levels[-1]
-            if len(self.values) > 1:
-                older = _select(held, self.values[0], older)
-                earlier = _select(held[:, 0, 0], self.levels[0], earlier)
-        else:
-            older, earlier = self.values[-1], self.levels[-1]
-        self.values, self.levels = [older, value][-keep:], [earlier, level][-keep:]
+        held = _mask(hits, value) if any(hits) else None
+        self.values = _shifted(self.values, value, keep, held)
+        self.levels = _shifted(self.levels, level, keep, None if held is None else held[:, 0, 0])
         self.known = [
             n if hit else min(keep, n + 1) for n, hit in zip(self.known, hits, strict=True)
         ]
 
     def at(self, level: Tensor) -> Tensor:
-        """Predict the value at a noise level, (batch,): constant, or on a line."""
-        if len(self.values) < 2:  # noqa: PLR2004 - a line has two points
-            return self.values[-1]
-        (before, last), (earlier, later) = self.values, self.levels
-        run = later - earlier
-        slope = (level - later) / run.where(run != 0, 1)
-        slope = slope * slope.new_tensor([n > 1 for n in self.known])
-        return last + (last - before) * slope[:, None, None].to(last.dtype)
+        """Predict the value at a noise level, (batch,), by Newton's divided differences.
+
+        Differences are taken before they are scaled, which in bfloat16 loses less than
+        weighing the values themselves.
+        """
+        value, *older = self.values
+        if not older:
+            return value
+        x0, x1, *rest = self.levels
+        first = value - older[0]
+        predicted = value + first * self._scale((level - x0) / _apart(x0, x1), 1, value)
+        if rest:
+            x2 = rest[0]
+            bend = (level - x0) * (level - x1) / (_apart(x0, x2) * _apart(x0, x1))
+            second = first - (older[0] - older[1]) * _over(_apart(x0, x1) / _apart(x1, x2), value)
+            predicted = predicted + second * self._scale(bend, 2, value)
+        return predicted
+
+    def _scale(self, factor: Tensor, needed: int, value: Tensor) -> Tensor:
+        """Shape a factor for the values; 0 for samples of which too few are known."""
+        return _over(factor * factor.new_tensor([n > needed for n in self.known]), value)
 
 
 class _Engine(CacheEngine[FirstBlockCache]):
@@ -259,7 +267,7 @@ class _Engine(CacheEngine[FirstBlockCache]):
             return replace(streams, image=_joined(predicted, streams.image))
         streams = run(streams, blocks)
         computed = streams.image[:, :noise]
-        keep = 2 if self.settings.predict == "linear" else 1
+        keep = _POINTS[self.settings.predict]
         if trend is None:
             known = [1] * len(computed)
             memory.rests[blocks.start] = _Trend([computed - before], [level], known)
@@ -269,6 +277,25 @@ class _Engine(CacheEngine[FirstBlockCache]):
             return streams
         image = _select(_mask(self._hits, computed), predicted, computed)
         return replace(streams, image=_joined(image, streams.image))
+
+
+def _shifted(old: list[Tensor], new: Tensor, keep: int, held: Tensor | None) -> list[Tensor]:
+    """Put a new value first, but for the samples held, which keep theirs."""
+    shifted = [new, *old][:keep]
+    if held is None:
+        return shifted
+    old = old + [old[-1]] * (len(shifted) - len(old))
+    return [_select(held, *pair) for pair in zip(old, shifted, strict=True)]
+
+
+def _apart(one: Tensor, other: Tensor) -> Tensor:
+    """The difference of two levels, never 0."""
+    run = one - other
+    return run.where(run != 0, 1)
+
+
+def _over(factor: Tensor, value: Tensor) -> Tensor:
+    return factor[:, None, None].to(value.dtype)
 
 
 def _joined(noise: Tensor, image: Tensor) -> Tensor:

@@ -1,0 +1,288 @@
+"""The search finds what trying everything finds; budgets and saved lists say what they mean."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import fluxfire
+from fluxfire import presets, recipes
+from fluxfire.bench import Budget, Example, Family, Workload, search, tune
+from fluxfire.bench.tuning import caches
+from fluxfire.cli import main
+from fluxfire.errors import BenchError, PlanError
+from fluxfire.generation import conductor_of
+from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion
+from fluxfire.testing import edit, tiny_kontext
+
+DIAL = tuple(FirstBlockCache(t) for t in (0.1, 0.2, 0.3, 0.4, 0.5))
+EXAMPLES = [Example("make it blue", Image.new("RGB", (32, 32), (i, 9, 200))) for i in range(6)]
+LOAD = Workload(name="tiny", size=(32, 32), steps=8, auto_resize=False, text_tokens=24)
+PIPE = tiny_kontext()
+
+
+@dataclass(frozen=True)
+class Pretended(Workload):
+    """Pictures that are as far from the plain ones as a table says."""
+
+    damage: tuple[tuple[int, ...], ...] = ()  # by rung, by example: levels of grey
+
+    def run(self, pipe, example, *, seed=0, steps=None):
+        rung = rung_of(pipe)
+        number = EXAMPLES.index(example)
+        shift = 0 if rung is None else self.damage[rung][number]
+        return Image.new("RGB", (8, 8), (100 + shift,) * 3)
+
+
+def rung_of(pipe):
+    conductor = conductor_of(pipe)
+    return DIAL.index(conductor.live[0].settings) if conductor and conductor.live else None
+
+
+def psnr(shift):
+    return 100.0 if shift == 0 else 20 * np.log10(255 / shift)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A step further on the dial is a tenth faster."""
+
+    def timed(run):
+        rung = rung_of(PIPE)
+        return run(), 1.0 if rung is None else 0.9 ** (rung + 1)
+
+    monkeypatch.setattr(search, "timed", timed)
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    st.lists(st.lists(st.integers(0, 60), min_size=6, max_size=6), min_size=5, max_size=5),
+    st.sampled_from([20.0, 28.0, 40.0]),
+)
+def test_the_search_finds_what_trying_everything_finds(clock, steps, least):
+    damage = np.cumsum(steps, axis=0)  # no example gets better further on the dial
+    load = Pretended(name="pretended", damage=tuple(map(tuple, damage.tolist())))
+    found = tune(
+        PIPE, EXAMPLES, Budget(min_psnr=least), candidates=[Family((DIAL[0],), DIAL)], workload=load
+    )
+    within = [r for r, row in enumerate(damage) if all(psnr(d) >= least for d in row)]
+    assert found.passes == ((DIAL[within[-1]],) if within else ())
+    assert found.checked.examples == found.plain.examples == 3
+    assert found.speed == pytest.approx(1 / 0.9 ** len(within))
+    assert all(t.exceeded for t in found.trials if t.part == "check")
+    assert conductor_of(PIPE) is None
+
+
+def test_what_is_found_keeps_its_budget_when_run_again(tmp_path):
+    """Judged by the saved list, a fresh pipeline and arithmetic in float64."""
+    pipe = tiny_kontext()
+    dial = tuple(FirstBlockCache(t) for t in (0.05, 0.2, 0.3, 0.33, 0.4, 10.0))
+    candidates = [Family((QKVFusion(), dial[0]), dial)]
+    worst = {}
+    for cache in dial:
+        with fluxfire.optimized(tiny_kontext(), [cache]) as other:
+            worst[cache] = min(values(other, EXAMPLES, 0))
+    budget = Budget(min_psnr=sorted(set(worst.values()))[1] - 1)  # not met by all, nor by none
+    found = tune(pipe, EXAMPLES, budget, candidates=candidates, workload=LOAD)
+    assert found.checked.exceeded is None
+    found.save(tmp_path / "tuned.json")
+    again = fluxfire.optimize(tiny_kontext(), str(tmp_path / "tuned.json"))
+    held_out = list(values(again, EXAMPLES[3:], 3))
+    assert min(held_out) >= budget.min_psnr
+    assert found.checked.quality.worst_psnr == pytest.approx(min(held_out), abs=1e-3)
+    namespace = {}
+    exec(found.to_python(), namespace)
+    assert namespace["passes"] == list(found.passes) == list(recipes.read(tmp_path / "tuned.json"))
+
+
+def values(pipe, examples, seed):
+    """PSNR to the plain pipeline, in float64."""
+    plain = tiny_kontext()
+    for number, example in enumerate(examples, seed):
+        made, wanted = (
+            np.asarray(LOAD.run(p, example, seed=number), np.float64) for p in (pipe, plain)
+        )
+        error = np.square((made - wanted) / 255).mean()
+        yield 100.0 if error == 0 else min(100.0, -10 * np.log10(error))
+
+
+def test_lost_edits_count(clock):
+    """Each rung loses one more of the three that are held out."""
+
+    def example(number):
+        source = EXAMPLES[number]
+        return replace(source, check=lambda p: p.getpixel((0, 0))[0] < 100 + 10 * (number + 1))
+
+    examples = [example(i) for i in range(6)]
+    damage = ((0,) * 6, (0, 0, 0, 45, 0, 0), (0, 0, 0, 45, 55, 0), (9,) * 6, (9,) * 6)
+
+    class Load(Pretended):
+        def run(self, pipe, example, **rest):
+            return super().run(pipe, EXAMPLES[examples.index(example)], **rest)
+
+    load = Load(name="pretended", damage=damage)
+    candidates = [Family((DIAL[0],), DIAL[:3])]
+    for most, rung in ((0.0, 0), (0.34, 1), (0.67, 2)):
+        found = tune(PIPE, examples, Budget(max_lost=most), candidates=candidates, workload=load)
+        assert found.passes == (DIAL[rung],), most
+        assert found.plain.quality.success == 1
+
+
+def test_an_exception_leaves_the_pipeline_plain(pipe, reference):
+    def fail(what):
+        if what.startswith("search"):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tune(
+            pipe,
+            EXAMPLES,
+            Budget(min_psnr=20),
+            candidates=[Family((DIAL[0],), DIAL)],
+            workload=LOAD,
+            on_edit=fail,
+        )
+    assert np.array_equal(edit(pipe), reference)
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({}, "asks for nothing; give at least one of min_psnr, min_ssim, max_flip, max_lost"),
+        ({"min_psnr": 120}, "min_psnr=120 can never be met; it must lie between 0 and 100"),
+        ({"max_lost": -0.1}, "max_lost=-0.1 can never be met"),
+        ({"max_flip": "low"}, "max_flip='low' can never be met"),
+        ({"min_ssim": float("nan")}, "min_ssim=nan can never be met"),
+    ],
+)
+def test_budgets_that_mean_nothing_are_refused(asked, said):
+    with pytest.raises(BenchError, match=said):
+        Budget(**asked)
+
+
+def test_what_cannot_be_tuned_is_refused_before_anything_runs(pipe):
+    def never(_):
+        raise AssertionError
+
+    budget = Budget(max_lost=0.01)
+    with pytest.raises(BenchError, match="there are 1"):
+        tune(pipe, EXAMPLES[:1], budget, on_edit=never)
+    with pytest.raises(BenchError, match="no program can tell"):
+        tune(pipe, EXAMPLES, budget, on_edit=never)
+    wrong = [Family((Compile(), QKVFusion()))]
+    with pytest.raises(PlanError, match="qkv-fusion"):
+        tune(pipe, EXAMPLES, Budget(min_psnr=30), candidates=wrong, on_edit=never)
+    fluxfire.optimize(pipe, [QKVFusion()])
+    with pytest.raises(PlanError, match="plain pipeline"):
+        tune(pipe, EXAMPLES, Budget(min_psnr=30), on_edit=never)
+
+
+def test_the_usual_candidates_are_dials_from_careful_to_fast():
+    for family in caches((QKVFusion(), Compile())):
+        assert [p.stage for p in family.passes] == ["weights", "caching", "compile"]
+        thresholds = [p.threshold for p in family.dial]
+        assert thresholds == sorted(set(thresholds))
+        assert family.at(3)[1] == family.dial[3]
+
+
+LISTS = [
+    presets.faithful,
+    presets.article,
+    (FirstBlockCache(schedule=[1, 3]), MegaCache(Path("k.megacache"))),
+    (),
+]
+
+
+@pytest.mark.parametrize("passes", LISTS, ids=["faithful", "article", "schedule", "none"])
+def test_lists_come_back_from_their_files(tmp_path, passes):
+    file = tmp_path / "list.json"
+    recipes.write(passes, file, note="by hand")
+    back = recipes.read(file)
+    assert [str(p).replace("PosixPath", "") for p in back] == [
+        str(p).replace("PosixPath('k.megacache')", "'k.megacache'") for p in passes
+    ]
+    assert json.loads(file.read_text())["note"] == "by hand"
+    assert [p.name for p in tmp_path.iterdir()] == ["list.json"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("nonsense", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        ("[]", "holds no list of passes"),
+        ('{"passes": []}', "has format None"),
+        ('{"format": 9, "passes": []}', "has format 9, and this fluxfire reads 1"),
+        ('{"format": 1, "passes": [3]}', "pass 1 has no name: 3"),
+        ('{"format": 1, "passes": [{"name": "qkv-fusions"}]}', "did you mean 'qkv-fusion'"),
+        ('{"format": 1, "passes": [{"name": "compile", "settings": 3}]}', "its settings are 3"),
+        (
+            (
+                '{"format": 1, "passes": [{"name": "first-block-cache", '
+                '"settings": {"threshold": -1}}]}'
+            ),
+            "pass 1, first-block-cache: threshold=-1; it must be 0 or more",
+        ),
+        (
+            '{"format": 1, "passes": [{"name": "compile", "settings": {"speed": 3}}]}',
+            "pass 1, compile: .*unexpected keyword argument 'speed'",
+        ),
+    ],
+)
+def test_files_that_are_no_lists_are_refused(pipe, tmp_path, text, said):
+    file = tmp_path / "list.json"
+    file.write_text(text)
+    with pytest.raises(PlanError, match=said):
+        fluxfire.optimize(pipe, file)
+
+
+def test_a_missing_file_and_another_suffix_are_refused(pipe, tmp_path):
+    with pytest.raises(PlanError, match=r"cannot read passes from none\.json"):
+        fluxfire.optimize(pipe, "none.json")
+    with pytest.raises(PlanError, match=r"must end in \.json"):
+        recipes.write([], tmp_path / "list.txt")
+
+
+def test_the_command(tmp_path, capsys, monkeypatch):
+    """On Spark's own scenes, for a budget that only plain meets where nothing may differ."""
+    monkeypatch.setattr("fluxfire.bench.tuning.bases", list)
+    monkeypatch.setattr(
+        "fluxfire.bench.tuning.caches", lambda _: [Family((DIAL[0],), (FirstBlockCache(0.5),))]
+    )
+    out = tmp_path / "tuned.json"
+    command = ["tune", "-n", "2", "--steps", "6", "--out", str(out)]
+    assert main([*command, "--min-psnr", "100"]) == 1
+    assert "Nothing faster than the plain pipeline" in capsys.readouterr().out
+    assert recipes.read(out) == ()
+    assert main([*command, "--min-psnr", "5", "--max-lost", "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "Within the budget (worst PSNR at least 5 dB, at most 1 of the edits lost)" in printed
+    assert "let 256 or more check what you publish" in printed
+    assert recipes.read(out) == (FirstBlockCache(0.5),)
+    assert main(["plan", "--model", "random-tiny", "--preset", str(out)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (
+            ["--min-psnr", "30", "--model", "random-tiny"],
+            "random weights, whose pictures are noise",
+        ),
+        ([], "asks for nothing"),
+        (["--min-psnr", "30", "--out", "x.txt"], "must be a file ending in .json"),
+        (["--min-psnr", "30", "-n", "1"], "there are 1"),
+    ],
+)
+def test_the_command_refuses(capsys, arguments, said):
+    assert main(["tune", *arguments]) == 1
+    assert said in capsys.readouterr().err
