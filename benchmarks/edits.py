@@ -28,12 +28,13 @@ FULL = [
 ]
 FULL += [
     Workload(
-        name="text-to-image 1024, 20 steps",
-        size=(1024, 1024),
+        name=f"text-to-image {side}, 20 steps",
+        size=(side, side),
         steps=20,
         text_tokens=512,
         reference=False,
     )
+    for side in (1024, 512)
 ]
 TINY = [
     replace(w, size=(w.size[0] // 16, w.size[1] // 16), auto_resize=False, text_tokens=32)
@@ -107,12 +108,15 @@ def main() -> None:
     parser.add_argument("--stacks", nargs="*", choices=STACKS, default=list(STACKS))
     parser.add_argument("--workloads", nargs="*", choices=[w.name for w in FULL])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--curve", action="store_true", help="the first ten edits, nothing before them"
+    )
     arguments = parser.parse_args()
 
     pipe = load("random-full" if arguments.full else "random-tiny")
     pipe.set_progress_bar_config(disable=True)
     picture = _picture(arguments.picture, 1024 if arguments.full else 64)
-    examples = [Example(INSTRUCTION, picture)]
+    examples = [Example(INSTRUCTION, picture)] * (10 if arguments.curve else 1)
     result: dict[str, Any] = {"benchmark": "edits", **stamp(), "rows": []}
 
     def keep(rows: list[Row]) -> None:
@@ -125,7 +129,7 @@ def main() -> None:
     contenders = [_contender(name, workloads) for name in arguments.stacks]
     measure(
         pipe, contenders, workloads, examples, rounds=arguments.rounds, on_rows=keep,
-        on_edit=lambda said: print(said, flush=True),
+        warmups=0 if arguments.curve else 1, on_edit=lambda said: print(said, flush=True),
     )  # fmt: skip
     print(_summary(result["rows"]))
 

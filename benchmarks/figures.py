@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import claims
 from fluxfire.bench import load
 
 ROOT = Path(__file__).parent.parent
@@ -268,6 +269,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "spark": spark,
     "caches": caches,
     "caches in brief": caches_brief,
+    "claims": claims.table,
 }
 
 

@@ -148,6 +148,7 @@ def caches(base: Sequence[Pass] = ()) -> list[Family]:
         cache,
         replace(cache, distance="noise"),
         replace(cache, max_consecutive_hits=4),
+        replace(cache, predict="quadratic"),
         replace(cache, predict="hold"),
     )
     return [

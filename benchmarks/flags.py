@@ -1,0 +1,90 @@
+"""What each of the article's compiler flags does to a step, one at a time and together.
+
+python benchmarks/flags.py --full --out benchmarks/results/flags.json    # needs a GPU
+python benchmarks/flags.py --tiny --out /tmp/flags.json                  # a minute on a CPU
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from fluxfire.bench import Contender, Example, Row, Workload, controls, measure, save, stamp
+from fluxfire.loading import load
+from fluxfire.passes import Compile, MemoryLayout
+from fluxfire.text import human_seconds, table
+
+FLAGS: dict[str, dict[str, bool]] = {
+    "shape_padding": {"shape_padding": True},  # inductor's default: no difference expected
+    "epilogue_fusion off": {"epilogue_fusion": False},
+    "conv_1x1_as_mm": {"conv_1x1_as_mm": True},
+    "coordinate_descent_tuning": {"coordinate_descent_tuning": True},
+    "coordinate_descent_check_all_directions": {
+        "coordinate_descent_tuning": True,
+        "coordinate_descent_check_all_directions": True,
+    },
+}
+
+
+def contenders() -> Iterator[Contender]:
+    """Compile by blocks with the VAE, then with each flag, the mode, and all of them."""
+    yield from controls()
+    yield Contender("with the VAE", (Compile(vae=True),))
+    for name, options in FLAGS.items():
+        yield Contender(name, (Compile(vae=True, options=options),), "alone")
+    yield Contender("channels-last", (MemoryLayout(), Compile(vae=True)), "alone")
+    mode = "max-autotune-no-cudagraphs"
+    yield Contender(mode, (Compile(vae=True, mode=mode),), "alone")
+    everything = {k: v for options in FLAGS.values() for k, v in options.items()}
+    together = Compile(vae=True, mode=mode, options=everything)
+    yield Contender("everything", (MemoryLayout(), together))
+
+
+def main() -> None:
+    """Measure every flag; rows are saved after each."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    size = parser.add_mutually_exclusive_group(required=True)
+    size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")
+    size.add_argument("--tiny", action="store_true", help="a tiny pipeline, for trying this out")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--only", nargs="*", help="names of contenders")
+    parser.add_argument("--steps", type=int, default=8)
+    arguments = parser.parse_args()
+
+    pipe = load("random-full" if arguments.full else "random-tiny")
+    pipe.set_progress_bar_config(disable=True)
+    side = 1024 if arguments.full else 64
+    workload = Workload(
+        name=f"edit {side}, {arguments.steps} steps",
+        size=(side, side),
+        steps=arguments.steps,
+        auto_resize=arguments.full,
+        text_tokens=512 if arguments.full else 32,
+    )
+    result: dict[str, Any] = {"benchmark": "flags", **stamp(), "rows": []}
+
+    def keep(rows: list[Row]) -> None:
+        result["rows"] = [row.to_dict() for row in rows]
+        save(result, arguments.out)
+
+    wanted = [c for c in contenders() if not arguments.only or c.name in arguments.only]
+    example = Example("make it a snowy winter evening", Image.new("RGB", (side, side), "olive"))
+    measure(
+        pipe, wanted, [workload], [example], rounds=1, on_rows=keep,
+        on_edit=lambda said: print(said, flush=True),
+    )  # fmt: skip
+    lines = [
+        (r["contender"], r["error"] or human_seconds(r["step"]["median"]),
+         "" if r["error"] else human_seconds(r["phases"]["decoding"]["median"]),
+         "" if r["error"] else human_seconds(r["first_seconds"][0]))
+        for r in result["rows"]
+    ]  # fmt: skip
+    print(table(("compile with", "a step", "decoding", "first run"), lines))
+
+
+if __name__ == "__main__":
+    main()
