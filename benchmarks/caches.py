@@ -17,10 +17,9 @@ import torch
 
 import fluxfire
 from fluxfire import spark
-from fluxfire.bench import save, stamp
+from fluxfire.bench import compare, save, stamp
 from fluxfire.passes import FirstBlockCache
-from fluxfire.spark import checking
-from fluxfire.spark.scoring import Score, psnr
+from fluxfire.spark.scoring import Score
 from fluxfire.text import table
 
 THRESHOLDS = (0.05, 0.08, 0.12, 0.18, 0.25)
@@ -31,7 +30,7 @@ def variants() -> Iterator[FirstBlockCache]:
     """Every threshold, distance and prediction."""
     for threshold in THRESHOLDS:
         for distance in ("all", "noise"):
-            for predict in ("hold", "linear"):
+            for predict in ("hold", "linear", "quadratic"):
                 yield FirstBlockCache(threshold, distance=distance, predict=predict)
 
 
@@ -91,8 +90,7 @@ def _make(pipe: Any, tasks: Sequence[Any], steps: int, batch: int) -> Made:
 
 
 def _row(cache: FirstBlockCache | None, made: Made, plain: Made) -> dict[str, Any]:
-    pairs = zip(made.scores, plain.scores, strict=True)
-    drift = [psnr(checking.as_tensor(m.image), checking.as_tensor(p.image)) for m, p in pairs]
+    near = compare([m.image for m in made.scores], [p.image for p in plain.scores]).to_dict()
     return {
         "kind": "from words" if made.scores[0].kind == "from words" else "edit",
         "threshold": cache.threshold if cache else None,
@@ -101,7 +99,9 @@ def _row(cache: FirstBlockCache | None, made: Made, plain: Made) -> dict[str, An
         "steps": len(made.hits),
         "hits": mean(made.hits),
         "hits_by_step": [round(share, 4) for share in made.hits],
-        "psnr_to_plain": {"mean": mean(drift), "min": min(drift)},
+        "psnr_to_plain": {"mean": near["psnr"]["mean"], "min": near["psnr"]["worst"]},
+        "ssim_to_plain": near["ssim"],
+        "flip_to_plain": near["flip"],
         "psnr_to_target": mean(m.psnr for m in made.scores),
         "success": mean(m.passed for m in made.scores),
     }

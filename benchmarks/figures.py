@@ -209,17 +209,28 @@ def caches(*, steps: int | None = None, distance: str | None = None) -> str:
     rows = [row for row in result["rows"] if row["kind"] == "edit"]
     rows = [row for row in rows if steps in (None, row["steps"])]
     rows = [row for row in rows if row["distance"] is None or distance in (None, row["distance"])]
+    measures = [name for name in ("ssim_to_plain", "flip_to_plain") if name in rows[0]]
     table = [
         (
             *("none" if row[name] is None else f"{row[name]}" for name in names),
             f"{row['hits']:.0%}",
-            f"{row['psnr_to_plain']['mean']:.1f} ({row['psnr_to_plain']['min']:.1f})",
+            "same"
+            if row["threshold"] is None
+            else f"{row['psnr_to_plain']['mean']:.1f} ({row['psnr_to_plain']['min']:.1f})",
+            *(_worse(row.get(name)) for name in measures),
             f"{row['success']:.1%}",
         )
         for row in rows
     ]
-    head = (*names, "hits", "PSNR to the plain result, dB: mean (minimum)", "edits done")
+    head = (
+        *names, "hits", "PSNR to the plain result, dB: mean (minimum)",
+        *(f"{name[:4].upper()}: mean (worst)" for name in measures), "edits done",
+    )  # fmt: skip
     return f"{markdown(head, table)}\n\n{result['examples']} edits. {where(result)}."
+
+
+def _worse(told: Row | None) -> str:
+    return f"{told['mean']:.4f} ({told['worst']:.4f})" if told else "-"
 
 
 def caches_brief() -> str:
@@ -257,6 +268,30 @@ def spark() -> str:
     )
 
 
+def vocabulary() -> str:
+    """What Spark's instructions are made of."""
+    from fluxfire.spark.edits import KINDS, PLACES, WAYS
+    from fluxfire.spark.scenes import COLOURS, GROUNDS, SHAPES
+
+    lists = {
+        "shapes": SHAPES, "colours": COLOURS, "grounds": GROUNDS, "places": PLACES, "ways": WAYS,
+    }  # fmt: skip
+    words = "\n".join(f"- **{name}**: {', '.join(of)}" for name, of in lists.items())
+    rows = [
+        (kind, *(f"“{_filled(wordings[0])}”" for wordings in (edit.known, edit.novel)))
+        for kind, edit in KINDS.items()
+    ]
+    return f"{words}\n\n{markdown(('kind', 'a wording shown', 'one held out'), rows)}"
+
+
+def _filled(wording: str) -> str:
+    """Put examples for what a wording leaves open."""
+    return wording.format(
+        it="red circle", colour="blue", new="a green star", place="at the top", to="to the top",
+        way="left", other="blue square", ground="navy",
+    )  # fmt: skip
+
+
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": edits_summary,
     "edits": lambda: edits_detail("edits.json"),
@@ -267,6 +302,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "symfloat": symfloat,
     "main job": main_job,
     "spark": spark,
+    "vocabulary": vocabulary,
     "caches": caches,
     "caches in brief": caches_brief,
     "claims": claims.table,

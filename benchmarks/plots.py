@@ -36,11 +36,39 @@ def loss() -> Any:
     return figure
 
 
+def thresholds() -> Any:
+    """What a cache leaves out against how near its pictures stay, on Spark, by settings."""
+    rows = json.loads((RESULTS / "caches.json").read_text())["rows"]
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
+    for axes, steps in zip(panels, (20, 28), strict=True):
+        for distance, line in (("all", "-"), ("noise", "--")):
+            for predict, colour in _COLOURS.items():
+                some = [
+                    r for r in rows
+                    if (r["steps"], r["distance"], r["predict"]) == (steps, distance, predict)
+                    and r["kind"] == "edit"
+                ]  # fmt: skip
+                if not some:
+                    continue
+                hits = [100 * r["hits"] for r in some]
+                worst = [r["psnr_to_plain"]["min"] for r in some]
+                label = f"{predict}, {distance} tokens"
+                axes.plot(hits, worst, line, marker="o", ms=3, color=colour, label=label)
+        axes.set(xlabel="steps left out, %", title=f"{steps} steps")
+        axes.grid(visible=True, alpha=0.3)
+    panels[0].set(ylabel="PSNR of the worst picture, dB")
+    panels[0].legend(fontsize="small")
+    return figure
+
+
+_COLOURS = {"hold": "tab:blue", "linear": "tab:orange", "quadratic": "tab:green"}
+
+
 def main() -> None:
     """Draw every plot; the same results give the same bytes."""
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "fluxfire"
-    for name, plot in {"spark_loss": loss}.items():
+    for name, plot in {"spark_loss": loss, "thresholds": thresholds}.items():
         plot().savefig(ASSETS / f"{name}.svg", metadata={"Date": None})
 
 

@@ -56,7 +56,7 @@ def test_nothing_breaks(pipe, reference):
     assert found.first is None
     assert len(found.attempts) == 1
     assert "no pass of the list breaks it" in str(found)
-    assert bisect(pipe, [], against(reference)).trials == ()
+    assert bisect(pipe, [], against(reference)).attempts == ()
 
 
 def test_bad_lists_and_failing_judges_leave_the_pipeline_plain(pipe, reference):

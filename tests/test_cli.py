@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fluxfire import archive
+from fluxfire import archive, presets
 from fluxfire.cli import main
 from fluxfire.errors import PictureError
 from fluxfire.passes.mega_cache import machine
@@ -199,3 +200,49 @@ def test_damaged_pictures_are_refused_in_words(damage, place, kind):
         file.flush()
         with contextlib.suppress(PictureError):
             assert read_picture(file.name).mode == "RGB"
+
+
+def test_pictures_too_small_to_edit_are_refused(tmp_path, capsys):
+    Image.new("RGB", (4000, 3)).save(tmp_path / "thin.png")
+    arguments = ["run", "--image", str(tmp_path / "thin.png"), "--prompt", "make it night"]
+    assert main([*arguments, "-o", str(tmp_path / "o.png")]) == 1
+    assert "has 4000x3 pixels; a side needs 16 or more" in capsys.readouterr().err
+
+
+def test_what_is_transparent_becomes_white(tmp_path):
+    picture = Image.new("RGBA", (32, 32), (0, 0, 0, 0))
+    picture.paste((255, 0, 0, 255), (0, 0, 16, 32))
+    picture.save(tmp_path / "clear.png")
+    read = read_picture(tmp_path / "clear.png")
+    assert read.mode == "RGB"
+    assert (read.getpixel((3, 3)), read.getpixel((30, 3))) == ((255, 0, 0), (255, 255, 255))
+
+
+def test_threads_do_not_spin_while_they_wait(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    assert main(["demo", "--passes", "nonsense"]) == 1
+    assert os.environ["OMP_WAIT_POLICY"] == "passive"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["demo", "-n", "1000000"], "-n 1000000 is more than 5000"),
+        (["bisect", "--example", "1000000"], "--example 1000000 is past the last scene, 4999"),
+        (["bisect", "--min-psnr", "-5"], "--min-psnr -5 is not between 0 and 100"),
+        (["demo", "--passes", "compile,qkv-fusion"], "Nothing was changed"),
+        (["plan", "--preset", "faithfull"], "did you mean 'faithful'?"),
+        (["plan", "--passes", "QKVFusion"], "did you mean 'qkv-fusion'?"),
+        (["tune", "-n", "2"], "one or more of --min-psnr, --min-ssim, --max-flip, --max-lost"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_at_once(capsys, arguments, said):
+    assert main(arguments) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit):
+        main(["run", "--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert all(name in printed for name in presets._NAMES)

@@ -278,7 +278,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
             ["--min-psnr", "30", "--model", "random-tiny"],
             "random weights, whose pictures are noise",
         ),
-        ([], "asks for nothing"),
+        ([], "state a budget, one or more of --min-psnr"),
         (["--min-psnr", "30", "--out", "x.txt"], "must be a file ending in .json"),
         (["--min-psnr", "30", "-n", "1"], "there are 1"),
     ],

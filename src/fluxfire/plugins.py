@@ -42,7 +42,9 @@ def find(name: str) -> Callable[..., Pass]:
         return ours[name]
     if name not in theirs:
         known = sorted({*ours, *theirs})
-        close = get_close_matches(name.replace("_", "-"), known, n=1)
+        by_class = {cls.__name__: own_name for own_name, cls in ours.items()}
+        close = [by_class[name]] if name in by_class else None
+        close = close or get_close_matches(name.replace("_", "-"), known, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise PlanError(f"there is no pass {name!r}; there are {', '.join(known)}{hint}")
     try:

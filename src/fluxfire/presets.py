@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 from fluxfire.errors import PlanError
 from fluxfire.passes import (
     Compile,
@@ -54,6 +56,8 @@ def named(name: str) -> tuple[Pass, ...]:
         PlanError: there is no such preset.
     """
     if name not in _NAMES:
-        raise PlanError(f"there is no preset {name!r}; there are {', '.join(_NAMES)}")
+        close = get_close_matches(name, _NAMES, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise PlanError(f"there is no preset {name!r}; there are {', '.join(_NAMES)}{hint}")
     preset: tuple[Pass, ...] = globals()[name]
     return preset

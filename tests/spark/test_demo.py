@@ -82,7 +82,9 @@ def test_run_edits_with_spark(capsys, tmp_path):
     assert main([*arguments, "-o", str(output), *QUICK]) == 0
     with Image.open(output) as picture:
         assert picture.size == (128, 128)
-    assert "never learned" not in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "never learned" not in told
+    assert "Spark edits drawn shapes" in told
     assert main([*arguments[:-1], "add a dragon", "-o", str(output), *QUICK]) == 0
     assert "Spark never learned 'dragon'" in capsys.readouterr().err
 

@@ -113,3 +113,35 @@ def test_its_size_keeps_within_the_promise():
 def test_the_call_keeps_its_first_arguments():
     plain = list(inspect.signature(FluxKontextPipeline.__call__).parameters)
     assert list(inspect.signature(SparkPipeline.__call__).parameters)[:3] == plain[:3]
+
+
+def test_pictures_of_other_modes_are_brought_to_rgb(untrained):
+    plain = Image.new("RGB", (128, 128), (200, 200, 200))
+    expected = edit(untrained, plain)
+    assert np.array_equal(edit(untrained, plain.convert("L")), expected)
+    assert np.array_equal(edit(untrained, plain.convert("RGBA")), expected)
+    clear = Image.new("RGBA", (128, 128), (9, 9, 9, 0))
+    white = edit(untrained, Image.new("RGB", (128, 128), "white"))
+    assert np.array_equal(edit(untrained, clear), white)
+
+
+def test_arrays_and_tensors_are_taken_in_batches(untrained):
+    picture = Image.new("RGB", (128, 128), "teal")
+    expected = edit(untrained, picture)
+    array = np.asarray(picture, np.float32)[None] / 255
+    assert np.array_equal(edit(untrained, array), expected)
+    assert np.array_equal(edit(untrained, torch.from_numpy(array).permute(0, 3, 1, 2)), expected)
+
+
+@pytest.mark.parametrize(
+    ("picture", "said"),
+    [
+        (Image.new("RGB", (1, 1)), "a picture of 1x1 is too small for Spark: each side needs 16"),
+        (Image.new("RGB", (4000, 3)), "a picture of 4000x3 is too small"),
+        (np.zeros((128, 128, 3)), r"cannot edit a ndarray; .* \(batch, height, width, 3\)"),
+        ("photo.jpg", "cannot edit a str; give it Pillow pictures"),
+    ],
+)
+def test_pictures_that_cannot_be_edited_are_refused_in_words(untrained, picture, said):
+    with pytest.raises(ValueError, match=said):
+        edit(untrained, picture)

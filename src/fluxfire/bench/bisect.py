@@ -45,7 +45,7 @@ class Culprit:
 
     def __str__(self) -> str:
         rows = [
-            (f"first {t.count}, to {t.last}", "broken" if t.broken else "right", t.note)
+            (f"the first {t.count} (up to {t.last})", "broken" if t.broken else "right", t.note)
             for t in self.attempts
         ]
         if self.first is None:
@@ -53,7 +53,7 @@ class Culprit:
         else:
             guilty = self.passes[self.first]
             said = f"the first pass that breaks it: {guilty.name}, {guilty!r}"
-        return f"{table(('passes', 'picture', ''), rows)}\n{said}"
+        return f"{table(('passes', 'picture', 'why'), rows)}\n{said}"
 
 
 def bisect(pipe: Any, passes: Passes, judge: Callable[[Any], tuple[bool, str]]) -> Culprit:

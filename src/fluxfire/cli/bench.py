@@ -15,6 +15,7 @@ from fluxfire.cli.options import (
     add_model,
     add_passes,
     add_sampling,
+    edits_bar,
     examples_wanted,
     load_model,
     note,
@@ -84,11 +85,7 @@ def bench(arguments: argparse.Namespace) -> int:
     contenders, notes = _contenders(arguments, passes)
     result = _result(arguments, len(examples), notes)
     turns = arguments.rounds * len(contenders)
-    with _bar(turns * (len(examples) + 1)) as bar:
-
-        def tell(what: str) -> None:
-            bar.set_description(what)
-            bar.update()
+    with edits_bar(turns * (len(examples) + 1)) as tell:
 
         def keep(rows: Sequence[Any]) -> None:
             result["rows"] = [row.to_dict() for row in rows]
@@ -181,12 +178,6 @@ def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> d
         "notes": notes,
         "rows": [],
     }
-
-
-def _bar(total: int) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, unit="edit", leave=False, dynamic_ncols=True)
 
 
 def _write(

@@ -7,6 +7,7 @@ from typing import Any
 
 from fluxfire.cli.options import (
     Commands,
+    UsageError,
     add_command,
     add_model,
     add_passes,
@@ -17,6 +18,9 @@ from fluxfire.cli.options import (
     wanted,
 )
 from fluxfire.cli.values import seed, words
+
+_SCENES = 5000
+_MOST_PSNR = 100
 
 
 def add(commands: Commands) -> None:
@@ -54,6 +58,13 @@ def find(arguments: argparse.Namespace) -> int:
         The exit status: 1 if a pass breaks it.
     """
     check_pair(arguments)
+    if arguments.example >= _SCENES:
+        raise UsageError(f"--example {arguments.example} is past the last scene, {_SCENES - 1}")
+    if not 0 <= arguments.min_psnr <= _MOST_PSNR:
+        raise UsageError(
+            f"--min-psnr {arguments.min_psnr:g} is not between 0 and {_MOST_PSNR}, which equal "
+            f"pictures count as"
+        )
     passes = wanted(arguments)
     from fluxfire.bench import Example, Workload, bisect, held_out
     from fluxfire.bench.quality import likeness
@@ -76,7 +87,8 @@ def find(arguments: argparse.Namespace) -> int:
         picture = load.run(pipe, example, seed=arguments.seed)
         near = likeness(picture, plain).psnr
         undone = was_right and not right(picture)
-        note = f"PSNR to plain {near:.1f} dB" + (", edit no longer right" if undone else "")
+        note = "same as plain" if near == _MOST_PSNR else f"PSNR to plain {near:.1f} dB"
+        note += ", edit no longer right" if undone else ""
         return undone or near < arguments.min_psnr, note
 
     found = bisect(pipe, passes, judge)

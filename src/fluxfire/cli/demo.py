@@ -10,12 +10,13 @@ from fluxfire.cli.options import (
     add_examples,
     add_passes,
     add_sampling,
+    edits_bar,
     examples_wanted,
     note,
     say,
     wanted,
 )
-from fluxfire.cli.pictures import note_foreign_words, writable
+from fluxfire.cli.pictures import note_limits, writable
 
 
 def add(commands: Commands) -> None:
@@ -48,15 +49,21 @@ def compare(arguments: argparse.Namespace) -> int:
     from fluxfire import api, demo, spark
 
     examples = examples_wanted(arguments)
-    if arguments.prompt is not None:
-        note_foreign_words(arguments.prompt)
+    if arguments.image is not None:
+        note_limits(arguments.prompt, examples[0].picture)
     pipe = spark.load()
     planned = api.plan(pipe, passes)
-    if not planned.ok and planned.suggestion:
+    if not planned.ok and arguments.preset is not None and planned.suggestion:
         passes = list(planned.suggestion)
-        note("note: left out what does not apply here: " + "; ".join(planned.complaints()))
-    note(f"editing {len(examples)} pictures plain, then with passes, on {pipe.device} …")
-    done = demo.run(pipe, passes, examples, steps=arguments.steps, seed=arguments.seed)
+        names = " + ".join(p.name for p in passes) or "no passes"
+        note(f"note: here {names} instead of all of it: " + "; ".join(planned.complaints()))
+    else:
+        planned.raise_if_bad()
+    note(f"editing {len(examples)} pictures plain, then with passes, on {pipe.device}")
+    with edits_bar() as tell:
+        done = demo.run(
+            pipe, passes, examples, steps=arguments.steps, seed=arguments.seed, on_edit=tell
+        )
     say(done)
     done.grid().save(output)
     note(f"the pictures are in {output.resolve()}")

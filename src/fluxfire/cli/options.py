@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -13,6 +14,7 @@ from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
 
 _DEFAULT_MODEL = "spark"
+_MOST_EXAMPLES = 5000
 _RANDOM_NOTE = (
     "note: {} has random weights: the result is noise, and only shows that all parts work"
 )
@@ -138,9 +140,32 @@ def examples_wanted(arguments: argparse.Namespace) -> list[Any]:
 
     if arguments.examples is not None:
         return read(arguments.examples)
+    if arguments.n > _MOST_EXAMPLES:
+        raise UsageError(f"-n {arguments.n} is more than {_MOST_EXAMPLES}, the most that are drawn")
     if arguments.image is not None:
         return [Example(arguments.prompt, read_picture(arguments.image))]
     return held_out(arguments.n)
+
+
+@contextmanager
+def edits_bar(total: int | None = None) -> Iterator[Callable[[str], None]]:
+    """Show a progress bar over edits.
+
+    Args:
+        total: how many there will be, if that is known.
+
+    Yields:
+        What to call before each edit, with words that say which it is.
+    """
+    from tqdm import tqdm
+
+    with tqdm(total=total, unit="edit", leave=False, dynamic_ncols=True) as bar:
+
+        def tell(what: str) -> None:
+            bar.set_description(what)
+            bar.update()
+
+        yield tell
 
 
 def check_pair(arguments: argparse.Namespace) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from fluxfire.cli.options import UsageError, note
 
@@ -54,17 +55,23 @@ def check_size(width: int, height: int) -> None:
         raise UsageError(f"size {width}x{height}: no side can be longer than {_LONGEST_SIDE}")
 
 
-def note_foreign_words(prompt: str) -> None:
-    """Print a note if a prompt has words that Spark never learned.
+def note_limits(prompt: str, picture: Any) -> None:
+    """Print what Spark cannot do for somebody's own picture.
 
     Args:
         prompt: the instruction for Spark.
+        picture: the picture, as Pillow's.
     """
     from fluxfire import spark
 
+    width, height = spark.SparkPipeline.reference_size(*picture.size)
+    size = "" if (width, height) == picture.size else f", and yours is brought to {width}x{height}"
+    note(
+        f"note: Spark edits drawn shapes on plain grounds at about 128x128{size}; a photograph is "
+        f"nothing that it knows"
+    )
     if foreign := spark.unknown(prompt):
         note(
             f"note: Spark never learned {', '.join(map(repr, foreign))}, so its answer means "
-            f'little; it knows requests such as "make the red circle blue" (shapes on plain '
-            f"grounds), not photographs"
+            f'little; it knows requests such as "make the red circle blue"'
         )

@@ -18,7 +18,7 @@ from fluxfire.cli.options import (
     say,
     wanted,
 )
-from fluxfire.cli.pictures import check_size, note_foreign_words, writable
+from fluxfire.cli.pictures import check_size, note_limits, writable
 from fluxfire.cli.values import size, words
 from fluxfire.text import human_seconds
 
@@ -64,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
         check_size(*arguments.size)
     passes = wanted(arguments)
     if arguments.model == "spark":
-        note_foreign_words(arguments.prompt)
+        note_limits(arguments.prompt, picture)
     import torch
 
     from fluxfire import api

@@ -12,6 +12,7 @@ from fluxfire.cli.options import (
     add_examples,
     add_model,
     add_sampling,
+    edits_bar,
     examples_wanted,
     load_model,
     note,
@@ -20,6 +21,7 @@ from fluxfire.cli.options import (
 from fluxfire.cli.pictures import check_size
 from fluxfire.cli.values import size
 
+_BUDGET = ("min_psnr", "min_ssim", "max_flip", "max_lost")
 _EXAMPLES = 280  # of which 24 are searched with: 256 check
 
 
@@ -62,6 +64,12 @@ def tune(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: if nothing can be tuned so.
     """
+    asked = {name: getattr(arguments, name) for name in _BUDGET}
+    if all(limit is None for limit in asked.values()):
+        raise UsageError(
+            "state a budget, one or more of "
+            + ", ".join(f"--{name.replace('_', '-')}" for name in _BUDGET)
+        )
     if arguments.size is not None:
         check_size(*arguments.size)
     out: Path = arguments.out
@@ -74,24 +82,12 @@ def tune(arguments: argparse.Namespace) -> int:
             f"{arguments.model} has random weights, whose pictures are noise: what a pass costs in "
             f"quality cannot be seen on them"
         )
-    budget = bench.Budget(
-        min_psnr=arguments.min_psnr,
-        min_ssim=arguments.min_ssim,
-        max_flip=arguments.max_flip,
-        max_lost=arguments.max_lost,
-    )
+    budget = bench.Budget(**asked)
     examples = examples_wanted(arguments)
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     load = bench.Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
-    from tqdm import tqdm
-
-    with tqdm(unit="edit", leave=False, dynamic_ncols=True) as bar:
-
-        def tell(what: str) -> None:
-            bar.set_description(what)
-            bar.update()
-
+    with edits_bar() as tell:
         found = bench.tune(pipe, examples, budget, workload=load, seed=arguments.seed, on_edit=tell)
     say(found)
     found.save(out)

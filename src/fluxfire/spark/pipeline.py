@@ -6,13 +6,16 @@ from typing import Any
 
 import torch
 from diffusers import FluxKontextPipeline
+from PIL import Image
 
 from fluxfire import kontext
+from fluxfire.pictures import opaque
 from fluxfire.spark import language, model, weights
 
 _SIDE = 128
 _AREA = _SIDE * _SIDE
 _MULTIPLE = 16
+_BATCHED = 4  # dimensions of a tensor or array of pictures
 _LARGEST = 1.3  # areas up to this share of the usual one are left as they are
 
 
@@ -29,6 +32,7 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
         """Generate, or edit `image`: as `FluxKontextPipeline.__call__`, of Spark's size."""
         width = height = _SIDE
         if image is not None and not self._holds_latents(image):
+            image = [_usable(i) for i in image] if isinstance(image, list) else _usable(image)
             first = image[0] if isinstance(image, list) else image
             high, wide = self.image_processor.get_default_height_width(first)
             width, height = self.reference_size(wide, high)
@@ -58,6 +62,23 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
 
     def _holds_latents(self, image: Any) -> bool:
         return isinstance(image, torch.Tensor) and image.size(1) == self.latent_channels
+
+
+def _usable(picture: Any) -> Any:
+    """Refuse a picture that diffusers would fail on deep inside, and bring Pillow's to RGB."""
+    if isinstance(picture, Image.Image):
+        if min(picture.size) < _MULTIPLE:
+            raise ValueError(
+                f"a picture of {picture.width}x{picture.height} is too small for Spark: each side "
+                f"needs {_MULTIPLE} pixels or more"
+            )
+        return opaque(picture)
+    if getattr(picture, "ndim", None) != _BATCHED:
+        raise ValueError(
+            f"Spark cannot edit a {type(picture).__name__}; give it Pillow pictures, or a tensor "
+            f"of (batch, 3, height, width) or an array of (batch, height, width, 3) in [0, 1]"
+        )
+    return picture
 
 
 def load(
