@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from statistics import mean
@@ -55,6 +55,8 @@ def metered() -> Iterator[Drawn | None]:
         handle = _handle(pynvml)
         before = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
     except pynvml.NVMLError:  # no permission, or a chip without a counter
+        with suppress(pynvml.NVMLError):
+            pynvml.nvmlShutdown()
         yield None
         return
     shares: list[float] = []
@@ -62,7 +64,8 @@ def metered() -> Iterator[Drawn | None]:
 
     def sample() -> None:
         while not ended.wait(_INTERVAL):
-            shares.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
+            with suppress(pynvml.NVMLError):
+                shares.append(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu / 100)
 
     watcher = threading.Thread(target=sample, name="fluxfire-nvml", daemon=True)
     watcher.start()

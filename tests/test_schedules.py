@@ -1,0 +1,41 @@
+"""Schedules found on Spark: as many hits as there, where most of them are."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxfire.bench import Contender
+from fluxfire.bench.schedules import most_hit, on_spark, scheduled
+from fluxfire.passes import FirstBlockCache, QKVFusion
+
+
+@given(st.lists(st.floats(0, 1), max_size=50))
+def test_the_steps_that_hit_most_are_chosen(shares):
+    chosen = most_hit(shares)
+    assert len(chosen) == round(sum(shares))
+    assert chosen == sorted(set(chosen))
+    rest = [s for i, s in enumerate(shares) if i not in chosen]
+    assert min((shares[i] for i in chosen), default=1) >= max(rest, default=0)
+
+
+def test_a_cache_gets_spark_s_schedule():
+    """Below no threshold nothing hits but the first; at one far too high, everything after it."""
+    assert on_spark(FirstBlockCache(1e9), 3).schedule == (1, 2)
+    found = on_spark(FirstBlockCache(0.3), 8)
+    assert 1 <= len(found.schedule) < 7
+    assert replace(found, schedule=None) == FirstBlockCache(0.3)
+
+
+def test_what_decides_nothing_is_left_alone():
+    fixed = FirstBlockCache(schedule=[2])
+    assert on_spark(fixed, 3) is fixed
+    never = FirstBlockCache(0)
+    assert on_spark(never, 3) is never
+    exact = Contender("exact", (QKVFusion(),))
+    assert scheduled(exact, 3) == exact
+    lossy = scheduled(Contender("lossy", (QKVFusion(), FirstBlockCache(1e9))), 3)
+    assert lossy.scheduled
+    assert lossy.passes[1].schedule == (1, 2)
