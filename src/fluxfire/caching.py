@@ -4,14 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from typing_extensions import override
 
+from fluxfire import kontext
+from fluxfire.errors import FluxfireError
 from fluxfire.generation import Decision, Generation, Listener, Live
 from fluxfire.protocol import Finding, Target
 
 P = TypeVar("P")
+_OTHERS = {
+    "native-cache": (
+        "diffusers' own cache is enabled on the transformer",
+        "call pipe.transformer.disable_cache() first",
+    ),
+    "foreign-cache": (
+        "another library's cache (ParaAttention or cache-dit) is on the transformer",
+        "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
+    ),
+}
 
 
 class CacheEngine(Listener, Generic[P]):
@@ -21,8 +33,8 @@ class CacheEngine(Listener, Generic[P]):
         settings: those that the generation began with.
     """
 
-    def __init__(self, live: Live[P]) -> None:
-        self._live = live
+    def __init__(self, live: Live[P], pipe: Any) -> None:
+        self._live, self._pipe = live, pipe
         self._generation: Generation | None = None
         self.settings = live.settings
 
@@ -37,7 +49,16 @@ class CacheEngine(Listener, Generic[P]):
     @override
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
-        """Begin with nothing remembered, and leave nothing, also after an exception."""
+        """Begin with nothing remembered, and leave nothing, also after an exception.
+
+        Raises:
+            FluxfireError: another cache was put onto the transformer after `optimize`.
+        """
+        present = kontext.cache_traits(self._pipe.transformer)
+        for why, remedy in (of for trait, of in _OTHERS.items() if trait in present):
+            raise FluxfireError(
+                f"{why}, since optimize(); two caches cannot work together: {remedy}"
+            )
         self.settings, self._generation = self._live.settings, generation
         self.forget()
         try:
@@ -55,15 +76,6 @@ def obstacles(target: Target) -> Iterator[Finding]:
             "group offloading prefetches blocks from the ones before them, which a hit leaves out",
             "use enable_model_cpu_offload() instead, or leave the cache out",
         )
-    if "native-cache" in target.traits:
-        yield Finding(
-            "error",
-            "diffusers' own cache is enabled on the transformer",
-            "call pipe.transformer.disable_cache() first",
-        )
-    if "foreign-cache" in target.traits:
-        yield Finding(
-            "error",
-            "another library's cache (ParaAttention or cache-dit) is on the transformer",
-            "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
-        )
+    for trait, (why, remedy) in _OTHERS.items():
+        if trait in target.traits:
+            yield Finding("error", why, remedy)

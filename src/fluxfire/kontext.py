@@ -149,13 +149,20 @@ def traits(pipe: Any) -> frozenset[str]:
         for module in component.modules():
             found.update(_module_traits(module))
     transformer = pipe.transformer
+    found |= cache_traits(transformer)
+    if getattr(transformer, "encoder_hid_proj", None) is not None:
+        found.add("ip-adapter")
+    return frozenset(found)
+
+
+def cache_traits(transformer: Any) -> set[str]:
+    """Find out whose caches are on a transformer: `native-cache`, `foreign-cache`."""
+    found = set()
     if getattr(transformer, "is_cache_enabled", False):
         found.add("native-cache")
     if getattr(transformer, "_is_cached", False):  # ParaAttention's mark, and cache-dit's
         found.add("foreign-cache")
-    if getattr(transformer, "encoder_hid_proj", None) is not None:
-        found.add("ip-adapter")
-    return frozenset(found)
+    return found
 
 
 def _module_traits(module: nn.Module) -> Iterator[str]:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import fluxfire
 from fluxfire import Change, kontext
-from fluxfire.errors import PlanError
+from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
 from fluxfire.testing import edit, tiny_kontext
 
@@ -294,6 +294,17 @@ def test_what_is_refused(pipe):
     marked.transformer._is_cached = True
     said = fluxfire.plan(marked, [FirstBlockCache()]).complaints()
     assert "another library's cache" in said[0]
+
+
+def test_another_cache_put_on_afterwards_is_refused_by_name(reference):
+    from diffusers import FirstBlockCacheConfig
+
+    pipe = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(0)])
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(FluxfireError, match="diffusers' own cache is enabled .* since optimize()"):
+        edit(pipe)
+    pipe.transformer.disable_cache()
+    assert np.array_equal(edit(pipe), reference)
 
 
 def test_group_offloading_is_refused(pipe):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
@@ -117,7 +117,7 @@ class FirstBlockCache:
 
     def apply(self, tx: Transaction) -> Change:
         """Wrap the run through the blocks, and hear where generations begin and end."""
-        engine = _Engine(tx.live(self))
+        engine = _Engine(tx.live(self), tx.pipe)
         tx.wrap_blocks(engine)
         tx.listen(engine)
         return Change(1, "run through the blocks cached")
@@ -191,8 +191,8 @@ class _Trend:
 class _Engine(CacheEngine[FirstBlockCache]):
     """Decides, remembers and forgets."""
 
-    def __init__(self, live: Live[FirstBlockCache]) -> None:
-        super().__init__(live)
+    def __init__(self, live: Live[FirstBlockCache], pipe: Any) -> None:
+        super().__init__(live, pipe)
         self._memories: dict[str, _Memory] = {}
         self._hits: list[bool] = []
 

@@ -96,7 +96,7 @@ class ParaAttention:
 
     def apply(self, tx: Transaction) -> Change:
         """Wrap the run through the blocks, and hear where generations begin and end."""
-        engine = _Engine(tx.live(self))
+        engine = _Engine(tx.live(self), tx.pipe)
         tx.wrap_blocks(engine)
         tx.listen(engine)
         return Change(1, "run through the blocks cached by para-attn")
@@ -120,8 +120,8 @@ class ParaAttention:
 class _Engine(CacheEngine[ParaAttention]):
     """Holds para-attn's contexts for one generation, and runs its code."""
 
-    def __init__(self, live: Live[ParaAttention]) -> None:
-        super().__init__(live)
+    def __init__(self, live: Live[ParaAttention], pipe: Any) -> None:
+        super().__init__(live, pipe)
         self._contexts: dict[tuple[str, int], Any] = {}
 
     def forget(self) -> None:
