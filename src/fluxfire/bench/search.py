@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
+from math import inf
 from statistics import mean, median
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from PIL import Image
 
@@ -17,9 +18,12 @@ from fluxfire.bench.examples import Example
 from fluxfire.bench.quality import Likeness, Quality, likeness
 from fluxfire.bench.timing import timed
 from fluxfire.bench.workload import Workload
+from fluxfire.planner import configured
 from fluxfire.protocol import Pass
 
 _SEARCHED = 24  # examples at most; the rest checks
+_TIMED = 12  # edits after which a median says that a list is too slow to matter
+_SLOWER = "slower than the best so far"
 _FASTER = 0.98  # a setting that is faster by less is not worth its risk
 Part = Literal["search", "check"]
 
@@ -109,6 +113,16 @@ class Search:
     _pictures: list[Image.Image] = field(default_factory=list)
     _right: list[bool | None] = field(default_factory=list)
     _seconds: list[float] = field(default_factory=list)
+    _offenders: list[int] = field(default_factory=list)
+    _present: tuple[Pass, ...] = ()
+    _undo: ExitStack = field(default_factory=ExitStack)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the pipeline plain."""
+        self._undo.close()
 
     def begin(self) -> Candidate:
         """Make every edit plain, and return the plain pipeline as a candidate."""
@@ -120,6 +134,12 @@ class Search:
             self._seconds.append(seconds)
             self._right.append(example.check(picture) if example.check else None)
         return Candidate(Family(), 0, self._plain("search"))
+
+    def applies(self, family: Family) -> bool:
+        """Whether a family's passes can be applied to this pipeline, here."""
+        self._undo.close()
+        self._present = ()
+        return api.plan(self.pipe, family.passes).ok
 
     def numbers(self, part: Part) -> range:
         """Return the positions of a part's examples."""
@@ -135,32 +155,40 @@ class Search:
         Returns:
             The furthest setting within the budget, or None if none is.
         """
-        with self._applied(family):
-            if not family.dial:
-                trial = self._try(family, 0, "search")
-                return None if trial.exceeded else Candidate(family, 0, trial)
-            best: Candidate | None = None
-            within, outside = -1, len(family.dial)
-            while outside - within > 1:
-                middle = (within + outside) // 2
-                trial = self._try(family, middle, "search")
-                if trial.exceeded:
-                    outside = middle
-                    continue
-                within = middle
-                if best is None or trial.seconds < _FASTER * best.trial.seconds:
-                    best = Candidate(family, middle, trial)
-            return best
+        if not family.dial:
+            trial = self._try(family, 0, "search")
+            return None if trial.exceeded else Candidate(family, 0, trial)
+        best: Candidate | None = None
+        within, outside = -1, len(family.dial)
+        while outside - within > 1:
+            middle = (within + outside) // 2
+            trial = self._try(family, middle, "search")
+            if trial.exceeded:
+                outside = middle
+                continue
+            within = middle
+            if best is None or trial.seconds < _FASTER * best.trial.seconds:
+                best = Candidate(family, middle, trial)
+        return best
 
-    def check(self, candidate: Candidate) -> Candidate | None:
-        """Edit what was held out, turning the dial back until all is within the budget."""
+    def check(self, candidate: Candidate, than: float = inf) -> Candidate | None:
+        """Edit what was held out, turning the dial back until all is within the budget.
+
+        Args:
+            candidate: where the search left the dial.
+            than: seconds of an edit that it must be faster than to matter.
+
+        Returns:
+            The furthest setting within the budget, or None if none is, or none that is faster.
+        """
         if not candidate.family.passes:
             return Candidate(candidate.family, 0, self._plain("check"))
-        with self._applied(candidate.family):
-            for rung in range(candidate.rung, -1, -1):
-                trial = self._try(candidate.family, rung, "check")
-                if not trial.exceeded:
-                    return Candidate(candidate.family, rung, trial)
+        for rung in range(candidate.rung, -1, -1):
+            trial = self._try(candidate.family, rung, "check", than)
+            if not trial.exceeded:
+                return Candidate(candidate.family, rung, trial)
+            if trial.exceeded == _SLOWER:
+                return None
         return None
 
     def fastest(self, found: Sequence[Candidate]) -> Candidate:
@@ -172,11 +200,10 @@ class Search:
         """
         best: Candidate | None = None
         for candidate in sorted(found, key=lambda c: c.trial.seconds):
-            if best is not None and candidate.trial.seconds >= best.trial.seconds:
+            than = best.trial.seconds if best else inf
+            if candidate.trial.seconds >= than:
                 break
-            checked = self.check(candidate)
-            if checked and (best is None or checked.trial.seconds < best.trial.seconds):
-                best = checked
+            best = self.check(candidate, than) or best
         assert best is not None  # noqa: S101 - the plain pipeline equals itself
         return best
 
@@ -191,38 +218,64 @@ class Search:
         quality = Quality(same, tuple(self._right[n] for n in numbers))
         return Trial((), part, median(self._seconds[n] for n in numbers), quality, None)
 
-    @contextmanager
-    def _applied(self, family: Family) -> Iterator[None]:
-        with api.optimized(self.pipe, family.passes):
-            self.on_edit(f"compiling {names(family.passes)}")
-            self.workload.run(self.pipe, self.examples[0], steps=2)
-            yield
+    def _apply(self, family: Family, rung: int) -> None:
+        """Apply a family's passes, unless they are applied and differ only in the dial."""
+        if family.dial and _apart_from(family.dial[rung], self._present) == _apart_from(
+            family.dial[rung], family.passes
+        ):
+            return
+        self._undo.close()
+        self._present = ()
+        self.on_edit(f"compiling {names(family.passes)}")
+        self._undo.enter_context(api.optimized(self.pipe, family.passes))
+        self._present = family.passes
+        self.workload.run(self.pipe, self.examples[0], steps=2)
 
-    def _try(self, family: Family, rung: int, part: Part) -> Trial:
-        passes = family.at(rung)
-        seconds: list[float] = []
-        likenesses: list[Likeness] = []
-        right: list[bool | None] = []
-        exceeded = None
+    def _try(self, family: Family, rung: int, part: Part, than: float = inf) -> Trial:
+        """Edit a part's examples with the dial at a setting; what fails others comes first."""
+        self._apply(family, rung)
+        passes, seconds, exceeded = family.at(rung), [], None
+        seen: dict[int, tuple[Likeness, bool | None]] = {}
         with api.using(self.pipe, family.dial[rung]) if family.dial else nullcontext():
-            for number in self.numbers(part):
+            for number in self._hardest_first(part):
                 self.on_edit(f"{part}: {names(passes)}")
                 picture, spent = timed(partial(self._edit, number))
                 check = self.examples[number].check
                 seconds.append(spent)
-                likenesses.append(likeness(picture, self._pictures[number]))
-                right.append(check(picture) if check else None)
-                if (exceeded := self.budget.broken(likenesses[-1])) is not None:
+                near = likeness(picture, self._pictures[number])
+                seen[number] = near, check(picture) if check else None
+                if (exceeded := self.budget.broken(near)) is not None:
+                    self._offenders.insert(0, number)
+                elif len(seconds) >= _TIMED and median(seconds) > than:
+                    exceeded = _SLOWER
+                if exceeded is not None:
                     break
-        quality = Quality(tuple(likenesses), tuple(right))
+        told = [seen[number] for number in sorted(seen)]
+        quality = Quality(tuple(near for near, _ in told), tuple(right for _, right in told))
         if exceeded is None:
             exceeded = self.budget.exceeded(quality, self.plain_success(part))
         trial = Trial(passes, part, median(seconds), quality, exceeded)
         self.trials.append(trial)
         return trial
 
+    def _hardest_first(self, part: Part) -> list[int]:
+        """Order a part's examples: those that were outside the budget before, then the rest."""
+        numbers = self.numbers(part)
+        hard = [n for n in dict.fromkeys(self._offenders) if n in numbers]
+        return [*hard, *(n for n in numbers if n not in hard)]
+
     def _edit(self, number: int) -> Any:
         return self.workload.run(self.pipe, self.examples[number], seed=self.seed + number)
+
+
+def _apart_from(dial: Pass, passes: Sequence[Pass]) -> list[object]:
+    """What of a list `using` could not turn into the same list with another setting."""
+    kept: list[object] = []
+    for pass_ in passes:
+        facts = configured(pass_)
+        fixed = {k: v for k, v in facts.settings.items() if k not in facts.tunable}
+        kept.append((type(pass_), fixed) if pass_.name == dial.name else pass_)
+    return kept
 
 
 def names(passes: Sequence[Pass]) -> str:

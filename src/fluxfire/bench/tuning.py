@@ -199,15 +199,15 @@ def tune(
         pass
     for family in candidates or ():
         api.plan(pipe, family.passes).raise_if_bad()
-    search = Search(pipe, examples, budget, workload or Workload.usual(pipe), seed, on_edit)
-    plain = search.begin()
-    found = [plain]
-    if candidates is None:
-        found += _turned(search, bases())
-        base = min(found, key=lambda c: c.trial.seconds)
-        candidates = caches(base.family.passes)
-    found += _turned(search, candidates)
-    best = search.fastest(found)
+    with Search(pipe, examples, budget, workload or Workload.usual(pipe), seed, on_edit) as search:
+        plain = search.begin()
+        found = [plain]
+        if candidates is None:
+            found += _turned(search, bases())
+            base = min(found, key=lambda c: c.trial.seconds)
+            candidates = caches(base.family.passes)
+        found += _turned(search, candidates)
+        best = search.fastest(found)
     checked = search.check(plain)
     assert checked is not None  # noqa: S101 - the plain pipeline equals itself
     trials = tuple(t for t in search.trials if t is not best.trial)
@@ -216,5 +216,5 @@ def tune(
 
 def _turned(search: Search, families: Sequence[Family]) -> list[Candidate]:
     """Turn the dials of the families that can be applied here."""
-    applicable = [f for f in families if api.plan(search.pipe, f.passes).ok]
+    applicable = [f for f in families if search.applies(f)]
     return [found for f in applicable if (found := search.turn(f)) is not None]
