@@ -17,6 +17,7 @@ from typing import Any
 
 import claims
 from fluxfire.bench import load
+from fluxfire.bench.search import names
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -268,6 +269,41 @@ def spark() -> str:
     )
 
 
+def tuned() -> str:
+    """The budgets of the presets that `tune` set, and what it saw."""
+    table = []
+    for name in ("balanced", "fast"):
+        result = load(RESULTS / f"tuned_{name}.json")
+        found, budget = result["tuned"], result["tuned"]["budget"]
+        checked, plainly = found["checked"], found["plain"]
+        cache = next(p for p in checked["passes"] if "Cache" in p)
+        table.append(
+            (
+                name,
+                f"worst PSNR {budget['min_psnr']:g} dB, {budget['max_lost']:.0%} of edits lost",
+                f"`{_own(cache)}`",
+                f"{checked['psnr']['mean']:.1f} ({checked['psnr']['worst']:.1f})",
+                f"{checked['ssim']['mean']:.4f} ({checked['ssim']['worst']:.4f})",
+                f"{checked['flip']['mean']:.3f} ({checked['flip']['worst']:.3f})",
+                f"{checked['success']:.1%} ({plainly['success']:.1%})",
+                f"{checked['n']}",
+            )
+        )
+    head = (
+        "preset", "budget", "its cache", "PSNR, dB: mean (worst)", "SSIM", "FLIP",
+        "right (plain)", "edits held out",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\nSpark, 28 steps. {where(result)}."
+
+
+def _own(pass_: str) -> str:
+    """Leave the settings out that are the defaults."""
+    from fluxfire import passes
+
+    made = eval(pass_, vars(passes))  # noqa: S307 - our own repr, from our own file
+    return names([made])
+
+
 def vocabulary() -> str:
     """What Spark's instructions are made of."""
     from fluxfire.spark.edits import KINDS, PLACES, WAYS
@@ -303,6 +339,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "main job": main_job,
     "spark": spark,
     "vocabulary": vocabulary,
+    "presets": tuned,
     "caches": caches,
     "caches in brief": caches_brief,
     "claims": claims.table,

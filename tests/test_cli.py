@@ -106,7 +106,10 @@ def test_the_seed_decides(capsys, photo, tmp_path):
         ({"-o": "x.psd"}, "cannot write x.psd: .psd is no picture format"),
         ({"--size": "160000x160000"}, "size 160000x160000: no side can be longer than 4096"),
         ({"--size": "100x64"}, "size 100x64: both sides must be positive multiples of 16"),
-        ({"--preset": "quick"}, "there is no preset 'quick'; there are faithful, article"),
+        (
+            {"--preset": "quick"},
+            "there is no preset 'quick'; there are faithful, balanced, fast, article",
+        ),
         ({"--model": "./nowhere"}, "there is no folder ./nowhere, and it is no hub id"),
     ],
 )

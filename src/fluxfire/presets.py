@@ -22,6 +22,21 @@ faithful: tuple[Pass, ...] = (
 )
 """Nothing lossy: rounding only. What `optimize(pipe)` does."""
 
+
+def _cached(cache: FirstBlockCache) -> tuple[Pass, ...]:
+    """Return `faithful` with a cache."""
+    return (*faithful[:-1], cache, faithful[-1])
+
+
+balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.12, predict="quadratic"))
+"""Lossy. Set by `fluxfire tune` on Spark: of 256 edits held out, the worst kept 48 dB to the plain
+picture, and no more than one in a hundred was lost (`benchmarks/results/tuned_balanced.json`).
+Quality on FLUX.1 Kontext itself was not measured: tune on your own pictures."""
+
+fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.15, predict="quadratic"))
+"""Lossy, more so than `balanced`: the worst of Spark's 256 edits kept 32 dB, and no more than two
+in a hundred were lost (`benchmarks/results/tuned_fast.json`)."""
+
 article: tuple[Pass, ...] = (
     InductorPatch(),
     QKVFusion(),
@@ -46,7 +61,7 @@ When Speed Meets Style"), in the order that fluxfire's stages ask for, and by bl
 compiles the whole transformer, which no cache can decide in. Lossy. Tuning takes minutes, once:
 `warmup` saves what was compiled in the user's cache folder."""
 
-_NAMES = ("faithful", "article")
+_NAMES = ("faithful", "balanced", "fast", "article")
 
 
 def named(name: str) -> tuple[Pass, ...]:

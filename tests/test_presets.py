@@ -1,0 +1,50 @@
+"""Presets are lists that can be applied, and those set by tune are what it found."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import fluxfire
+from fluxfire import presets, recipes
+from fluxfire.bench import load
+from fluxfire.passes import FirstBlockCache
+from fluxfire.testing import tiny_kontext
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+@pytest.mark.parametrize("name", presets._NAMES)
+def test_every_preset_is_a_tuple_in_order_that_applies(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    preset = presets.named(name)
+    assert isinstance(preset, tuple)
+    assert fluxfire.order(preset) == list(preset)
+    assert fluxfire.plan(tiny_kontext(), name).ok
+
+
+def test_only_faithful_loses_nothing():
+    lossy = {n for n in presets._NAMES if any(p.exactness == "lossy" for p in presets.named(n))}
+    assert lossy == {"balanced", "fast", "article"}
+
+
+@pytest.mark.parametrize("name", ["balanced", "fast"])
+def test_tuned_presets_have_the_cache_that_was_found(name):
+    file = RESULTS / f"tuned_{name}.json"
+    found = [p for p in recipes.read(file) if isinstance(p, FirstBlockCache)]
+    assert [p for p in presets.named(name) if isinstance(p, FirstBlockCache)] == found
+    tuned = load(file)["tuned"]
+    assert tuned["checked"]["exceeded"] is None
+    assert tuned["checked"]["n"] >= 256
+    assert tuned["checked"]["psnr"]["worst"] >= tuned["budget"]["min_psnr"]
+    lost = tuned["plain"]["success"] - tuned["checked"]["success"]
+    assert lost <= tuned["budget"]["max_lost"]
+
+
+def test_faster_presets_hit_more():
+    thresholds = [
+        next(p.threshold for p in presets.named(n) if isinstance(p, FirstBlockCache))
+        for n in ("balanced", "fast")
+    ]
+    assert thresholds == sorted(thresholds)
