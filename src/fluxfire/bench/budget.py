@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-from fluxfire.bench.quality import Likeness, Quality, missing
+from fluxfire.bench.quality import EQUAL, Likeness, Quality, missing
 from fluxfire.errors import BenchError
 
-_MOST_PSNR = 100.0  # what equal pictures are told as
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +19,8 @@ class Budget:
         min_ssim: SSIM that the worst picture must reach.
         max_flip: FLIP that the worst picture must not exceed.
         max_lost: by how much the share of right edits may fall below the plain pipeline's,
-            where a program can tell: 0.01 is one point.
+            where a program can tell: 0.01 is one point. Edits that are right only with the
+            passes make up for others.
 
     Raises:
         BenchError: when made: nothing is asked for, or something that cannot be.
@@ -31,7 +32,7 @@ class Budget:
     max_lost: float | None = None
 
     def __post_init__(self) -> None:
-        ranges = {"min_psnr": _MOST_PSNR, "min_ssim": 1.0, "max_flip": 1.0, "max_lost": 1.0}
+        ranges = {"min_psnr": EQUAL, "min_ssim": 1.0, "max_flip": 1.0, "max_lost": 1.0}
         asked = {name: v for name, v in asdict(self).items() if v is not None}
         if not asked:
             names = ", ".join(f.name for f in fields(self))
@@ -72,28 +73,33 @@ class Budget:
             return f"FLIP {1.0 if one.flip is None else one.flip:.4f}"
         return None
 
-    def exceeded(self, quality: Quality, plain_success: float | None) -> str | None:
-        """Say what pictures exceed as a whole, or None.
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """Which measures it asks for beside PSNR."""
+        asked = {"ssim": self.min_ssim, "flip": self.max_flip}
+        return tuple(name for name, limit in asked.items() if limit is not None)
+
+    def lost(self, quality: Quality, plain_success: float | None) -> str | None:
+        """Say how many edits too many are no longer right, or None.
 
         Args:
-            quality: of all, beside the plain ones.
+            quality: of all pictures.
             plain_success: share of the plain ones that are right.
         """
-        for one in quality.likenesses:
-            if (why := self.broken(one)) is not None:
-                return why
-        if self.max_lost is not None and quality.success is not None and plain_success is not None:
-            lost = plain_success - quality.success
-            if lost > self.max_lost + 1e-9:
-                return f"{lost * 100:.1f} points fewer edits right"
-        return None
+        if self.max_lost is None or quality.success is None or plain_success is None:
+            return None
+        lost = plain_success - quality.success
+        return f"{lost * 100:.1f} points fewer right" if lost > self.max_lost + _ROUNDING else None
 
     def __str__(self) -> str:
         said = {
             "min_psnr": "worst PSNR at least {} dB",
             "min_ssim": "worst SSIM at least {}",
             "max_flip": "worst FLIP at most {}",
-            "max_lost": "at most {} of the edits lost",
+            "max_lost": "at most {} points fewer edits right",
         }
         asked = {name: v for name, v in asdict(self).items() if v is not None}
-        return ", ".join(said[name].format(f"{v:g}") for name, v in asked.items())
+        return ", ".join(
+            said[name].format(f"{v * 100 if name == 'max_lost' else v:g}")
+            for name, v in asked.items()
+        )

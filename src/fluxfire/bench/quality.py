@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from statistics import mean
@@ -13,6 +13,9 @@ from PIL import Image
 
 from fluxfire.spark import checking
 from fluxfire.spark.scoring import psnr
+
+EQUAL = 100.0
+"""The PSNR, in dB, that equal pictures are told to have; none is told to have more."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +107,15 @@ def compare(
     return Quality(likenesses, tuple(right) if right is not None else (None,) * len(made))
 
 
-def likeness(made: Image.Image, wanted: Image.Image) -> Likeness:
+def likeness(
+    made: Image.Image, wanted: Image.Image, measures: Collection[str] = ("ssim", "flip")
+) -> Likeness:
     """Compare two pictures of one size.
+
+    Args:
+        made: the picture to judge.
+        wanted: what it should be.
+        measures: which to take beside PSNR; FLIP takes over a second for a megapixel.
 
     Raises:
         ValueError: they have different sizes.
@@ -113,7 +123,11 @@ def likeness(made: Image.Image, wanted: Image.Image) -> Likeness:
     if made.size != wanted.size:
         raise ValueError(f"a picture of {made.size} cannot be compared with one of {wanted.size}")
     near = psnr(checking.as_tensor(made), checking.as_tensor(wanted))
-    return Likeness(near, _ssim(made, wanted), _flip(made, wanted))
+    return Likeness(
+        near,
+        _ssim(made, wanted) if "ssim" in measures else None,
+        _flip(made, wanted) if "flip" in measures else None,
+    )
 
 
 def missing() -> list[str]:

@@ -1,12 +1,11 @@
-"""The search behind `tune`: turn dials by halving, then check on examples not searched with."""
+"""The search behind `tune`: turn dials by halving, choose, and confirm on untouched examples."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
-from math import inf
 from statistics import mean, median
 from typing import Any, Literal, Self
 
@@ -15,17 +14,17 @@ from PIL import Image
 from fluxfire import api
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
-from fluxfire.bench.quality import Likeness, Quality, likeness
-from fluxfire.bench.timing import timed
+from fluxfire.bench.quality import EQUAL, Likeness, Quality, likeness
+from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.planner import configured
 from fluxfire.protocol import Pass
 
-_SEARCHED = 24  # examples at most; the rest checks
+_MOST = {"search": 24, "choose": 96}  # examples of each part; the rest confirms
 _TIMED = 12  # edits after which a median says that a list is too slow to matter
-_SLOWER = "slower than the best so far"
-_FASTER = 0.98  # a setting that is faster by less is not worth its risk
-Part = Literal["search", "check"]
+_MARGIN = 1.02  # what is faster by less is not worth its risk
+Part = Literal["search", "choose", "confirm"]
+Verdict = Literal["within", "outside", "slower", "failed"]
 
 
 @dataclass(frozen=True)
@@ -55,23 +54,33 @@ class Trial:
 
     Attributes:
         passes: the list.
-        part: whether these are the examples searched with, or those held out.
-        seconds: of an edit, the median.
-        quality: beside the plain pipeline's pictures, example by example.
-        exceeded: what was outside the budget; None if nothing was. The first picture
-            outside ends a trial.
+        part: which examples.
+        verdict: whether all is within the budget. A trial ends with the first picture
+            outside, or when it is slower than what was found already.
+        why: what was outside, or what was raised; empty where all is well.
+        quality: beside the plain pipeline's pictures, example by example; None if it failed.
+        seconds: of an edit, the median; nan if it failed.
+        speed: how many times as fast as plain, the median over the same examples.
     """
 
     passes: tuple[Pass, ...]
     part: Part
+    verdict: Verdict
+    why: str
+    quality: Quality | None
     seconds: float
-    quality: Quality
-    exceeded: str | None
+    speed: float
 
     @property
     def examples(self) -> int:
         """How many were edited."""
-        return len(self.quality.likenesses)
+        return len(self.quality.likenesses) if self.quality else 0
+
+    @property
+    def worth(self) -> float:
+        """Its speed; what loses nothing counts for a little more, and plain for more still."""
+        exact = all(p.exactness != "lossy" for p in self.passes)
+        return self.speed * (_MARGIN if exact else 1.0) * (1.0 if self.passes else _MARGIN)
 
 
 @dataclass(frozen=True)
@@ -91,11 +100,11 @@ class Candidate:
 
 @dataclass
 class Search:
-    """Edits examples with lists of passes, and remembers every trial.
+    """Edits examples with lists of passes, and remembers every trial; a context manager.
 
     Attributes:
-        pipe: plain between the trials.
-        examples: the first few are searched with, the rest is held out.
+        pipe: plain before and after.
+        examples: in three parts: to search with, to choose by, and to confirm on.
         budget: what must hold.
         workload: how to edit.
         seed: of the first example's noise.
@@ -115,108 +124,116 @@ class Search:
     _seconds: list[float] = field(default_factory=list)
     _offenders: list[int] = field(default_factory=list)
     _present: tuple[Pass, ...] = ()
+    _device: ExitStack = field(default_factory=ExitStack)
     _undo: ExitStack = field(default_factory=ExitStack)
 
     def __enter__(self) -> Self:
+        """Make every edit plain."""
+        self._device.enter_context(on_device(self.pipe))
+        try:
+            self.workload.run(self.pipe, self.examples[0], steps=2)
+            for number, example in enumerate(self.examples):
+                self.on_edit("plain")
+                picture, seconds = timed(partial(self._edit, number))
+                self._pictures.append(picture)
+                self._seconds.append(seconds)
+                self._right.append(example.check(picture) if example.check else None)
+        except BaseException:
+            self._device.close()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
         """Leave the pipeline plain."""
-        self._undo.close()
-
-    def begin(self) -> Candidate:
-        """Make every edit plain, and return the plain pipeline as a candidate."""
-        self.workload.run(self.pipe, self.examples[0], steps=2)
-        for number, example in enumerate(self.examples):
-            self.on_edit("plain")
-            picture, seconds = timed(partial(self._edit, number))
-            self._pictures.append(picture)
-            self._seconds.append(seconds)
-            self._right.append(example.check(picture) if example.check else None)
-        return Candidate(Family(), 0, self._plain("search"))
-
-    def applies(self, family: Family) -> bool:
-        """Whether a family's passes can be applied to this pipeline, here."""
-        self._undo.close()
-        self._present = ()
-        return api.plan(self.pipe, family.passes).ok
+        self._unapply()
+        self._device.close()
 
     def numbers(self, part: Part) -> range:
         """Return the positions of a part's examples."""
         n = len(self.examples)
-        searched = min(_SEARCHED, n // 2)
-        return range(searched) if part == "search" else range(searched, n)
+        first = min(_MOST["search"], n // 3)
+        second = first + min(_MOST["choose"], n // 3)
+        return {
+            "search": range(first),
+            "choose": range(first, second),
+            "confirm": range(second, n),
+        }[part]
+
+    def plain(self, part: Part) -> Candidate:
+        """Return the plain pipeline, which is always within the budget."""
+        numbers = self.numbers(part)
+        same = (Likeness(EQUAL, 1.0, 0.0),) * len(numbers)
+        quality = Quality(same, tuple(self._right[n] for n in numbers))
+        seconds = median(self._seconds[n] for n in numbers)
+        return Candidate(Family(), 0, Trial((), part, "within", "", quality, seconds, 1.0))
+
+    def applies(self, family: Family) -> bool:
+        """Whether a family's passes can be applied to this pipeline, here."""
+        self._unapply()
+        return api.plan(self.pipe, family.passes).ok
 
     def turn(self, family: Family) -> Candidate | None:
-        """Turn a family's dial as far as the search's examples allow, by halving.
+        """Turn a family's dial as far as the first examples allow, by halving.
 
-        Takes for granted that a further setting is no slower and no nearer.
+        Takes for granted that a further setting is no slower and no nearer; where one is
+        nearer after all, a faster list may be missed, but none outside the budget is taken.
 
         Returns:
-            The furthest setting within the budget, or None if none is.
+            The furthest setting within the budget that is worth it, or None if none is.
         """
         if not family.dial:
             trial = self._try(family, 0, "search")
-            return None if trial.exceeded else Candidate(family, 0, trial)
+            return Candidate(family, 0, trial) if trial.verdict == "within" else None
         best: Candidate | None = None
         within, outside = -1, len(family.dial)
         while outside - within > 1:
             middle = (within + outside) // 2
             trial = self._try(family, middle, "search")
-            if trial.exceeded:
+            if trial.verdict != "within":
                 outside = middle
                 continue
             within = middle
-            if best is None or trial.seconds < _FASTER * best.trial.seconds:
+            if best is None or trial.speed > _MARGIN * best.trial.speed:
                 best = Candidate(family, middle, trial)
         return best
 
-    def check(self, candidate: Candidate, than: float = inf) -> Candidate | None:
-        """Edit what was held out, turning the dial back until all is within the budget.
+    def choose(self, found: Sequence[Candidate]) -> Candidate:
+        """Try candidates on the second part, the best first, until none could be better.
 
-        Args:
-            candidate: where the search left the dial.
-            than: seconds of an edit that it must be faster than to matter.
-
-        Returns:
-            The furthest setting within the budget, or None if none is, or none that is faster.
+        Each dial is turned back until all is within the budget there, too.
         """
-        if not candidate.family.passes:
-            return Candidate(candidate.family, 0, self._plain("check"))
-        for rung in range(candidate.rung, -1, -1):
-            trial = self._try(candidate.family, rung, "check", than)
-            if not trial.exceeded:
-                return Candidate(candidate.family, rung, trial)
-            if trial.exceeded == _SLOWER:
-                return None
-        return None
-
-    def fastest(self, found: Sequence[Candidate]) -> Candidate:
-        """Check candidates, fastest first, until none is left that could be faster.
-
-        Args:
-            found: what the search found within the budget; the plain pipeline among them,
-                which always is.
-        """
-        best: Candidate | None = None
-        for candidate in sorted(found, key=lambda c: c.trial.seconds):
-            than = best.trial.seconds if best else inf
-            if candidate.trial.seconds >= than:
+        best = self.plain("choose")
+        for candidate in sorted(found, key=lambda c: -c.trial.worth):
+            if candidate.trial.worth <= best.trial.worth:
                 break
-            best = self.check(candidate, than) or best
-        assert best is not None  # noqa: S101 - the plain pipeline equals itself
+            chosen = next(self._turned_back(candidate, "choose", best.trial.speed), None)
+            if chosen and chosen.trial.worth > best.trial.worth:
+                best = chosen
         return best
 
-    def plain_success(self, part: Part) -> float | None:
-        """Return which share of the plain edits of a part is right, where that is known."""
-        known = [r for n in self.numbers(part) if (r := self._right[n]) is not None]
-        return mean(known) if known else None
+    def confirm(self, chosen: Candidate) -> tuple[Candidate, int]:
+        """Try what was chosen on the examples that nothing was found by.
 
-    def _plain(self, part: Part) -> Trial:
-        numbers = self.numbers(part)
-        same = tuple(likeness(self._pictures[n], self._pictures[n]) for n in numbers)
-        quality = Quality(same, tuple(self._right[n] for n in numbers))
-        return Trial((), part, median(self._seconds[n] for n in numbers), quality, None)
+        Returns:
+            It, or with its dial turned back as far as these examples ask, or the plain
+            pipeline; and how many lists were tried on them.
+        """
+        if not chosen.family.passes:
+            return self.plain("confirm"), 0
+        before = len(self.trials)
+        confirmed = next(self._turned_back(chosen, "confirm"), None)
+        return confirmed or self.plain("confirm"), len(self.trials) - before
+
+    def _turned_back(
+        self, candidate: Candidate, part: Part, than: float = 0.0
+    ) -> Iterator[Candidate]:
+        """Turn a dial back, setting by setting; yield those within the budget."""
+        for rung in range(candidate.rung, -1, -1):
+            trial = self._try(candidate.family, rung, part, than)
+            if trial.verdict == "within":
+                yield Candidate(candidate.family, rung, trial)
+            elif trial.verdict != "outside":
+                return
 
     def _apply(self, family: Family, rung: int) -> None:
         """Apply a family's passes, unless they are applied and differ only in the dial."""
@@ -224,45 +241,75 @@ class Search:
             family.dial[rung], family.passes
         ):
             return
-        self._undo.close()
-        self._present = ()
+        self._unapply()
         self.on_edit(f"compiling {names(family.passes)}")
         self._undo.enter_context(api.optimized(self.pipe, family.passes))
         self._present = family.passes
         self.workload.run(self.pipe, self.examples[0], steps=2)
 
-    def _try(self, family: Family, rung: int, part: Part, than: float = inf) -> Trial:
-        """Edit a part's examples with the dial at a setting; what fails others comes first."""
-        self._apply(family, rung)
-        passes, seconds, exceeded = family.at(rung), [], None
-        seen: dict[int, tuple[Likeness, bool | None]] = {}
-        with api.using(self.pipe, family.dial[rung]) if family.dial else nullcontext():
-            for number in self._hardest_first(part):
-                self.on_edit(f"{part}: {names(passes)}")
-                picture, spent = timed(partial(self._edit, number))
-                check = self.examples[number].check
-                seconds.append(spent)
-                near = likeness(picture, self._pictures[number])
-                seen[number] = near, check(picture) if check else None
-                if (exceeded := self.budget.broken(near)) is not None:
-                    self._offenders.insert(0, number)
-                elif len(seconds) >= _TIMED and median(seconds) > than:
-                    exceeded = _SLOWER
-                if exceeded is not None:
-                    break
-        told = [seen[number] for number in sorted(seen)]
-        quality = Quality(tuple(near for near, _ in told), tuple(right for _, right in told))
-        if exceeded is None:
-            exceeded = self.budget.exceeded(quality, self.plain_success(part))
-        trial = Trial(passes, part, median(seconds), quality, exceeded)
+    def _unapply(self) -> None:
+        self._undo.close()
+        self._present = ()
+
+    def _try(self, family: Family, rung: int, part: Part, than: float = 0.0) -> Trial:
+        """Edit a part's examples with the dial at a setting, and remember how that went."""
+        try:
+            self._apply(family, rung)
+            with api.using(self.pipe, family.dial[rung]) if family.dial else nullcontext():
+                trial = self._tried(family.at(rung), part, than)
+        except Exception as error:  # noqa: BLE001 - anyone's code; the search goes on
+            why = f"{type(error).__name__}: {error}"
+            trial = Trial(family.at(rung), part, "failed", why, None, float("nan"), 0.0)
+            self._unapply()
         self.trials.append(trial)
         return trial
+
+    def _tried(self, passes: tuple[Pass, ...], part: Part, than: float) -> Trial:
+        """Edit a part's examples until one is outside; those that failed others come first."""
+        seen: dict[int, tuple[Likeness, bool | None]] = {}
+        seconds: list[float] = []
+        speeds: list[float] = []
+        verdict: Verdict = "within"
+        why = ""
+        for number in self._hardest_first(part):
+            self.on_edit(f"{part}: {names(passes)}")
+            picture, spent = self._timed_edit(number)
+            check = self.examples[number].check
+            seconds.append(spent)
+            speeds.append(self._seconds[number] / spent)
+            measures = ("ssim", "flip") if part == "confirm" else self.budget.measures
+            near = likeness(picture, self._pictures[number], measures)
+            seen[number] = near, check(picture) if check else None
+            if broken := self.budget.broken(near):
+                self._offenders.insert(0, number)
+                verdict, why = "outside", broken
+                break
+            if len(speeds) >= _TIMED and median(speeds) < than:
+                verdict, why = "slower", "slower than what was found"
+                break
+        told = [seen[number] for number in sorted(seen)]
+        quality = Quality(tuple(near for near, _ in told), tuple(right for _, right in told))
+        if verdict == "within" and (lost := self.budget.lost(quality, self._plain_success(part))):
+            verdict, why = "outside", lost
+        return Trial(passes, part, verdict, why, quality, median(seconds), median(speeds))
+
+    def _timed_edit(self, number: int) -> tuple[Image.Image, float]:
+        """Edit an example; again if it had to compile for its size."""
+        picture, seconds = timed(partial(self._edit, number))
+        runs = api.report(self.pipe).runs
+        if runs and runs[-1].compiles:
+            picture, seconds = timed(partial(self._edit, number))
+        return picture, seconds
 
     def _hardest_first(self, part: Part) -> list[int]:
         """Order a part's examples: those that were outside the budget before, then the rest."""
         numbers = self.numbers(part)
         hard = [n for n in dict.fromkeys(self._offenders) if n in numbers]
         return [*hard, *(n for n in numbers if n not in hard)]
+
+    def _plain_success(self, part: Part) -> float | None:
+        known = [r for n in self.numbers(part) if (r := self._right[n]) is not None]
+        return mean(known) if known else None
 
     def _edit(self, number: int) -> Any:
         return self.workload.run(self.pipe, self.examples[number], seed=self.seed + number)

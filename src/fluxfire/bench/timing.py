@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, TypeVar
@@ -67,6 +68,12 @@ def timed(run: Callable[[], T]) -> tuple[T, float]:
     result = run()
     settle()
     return result, time.perf_counter() - began
+
+
+def on_device(pipe: Any) -> AbstractContextManager[object]:
+    """Make a pipeline's own GPU torch's current one: its clock, memory and energy are read."""
+    device = pipe._execution_device  # noqa: SLF001 - the one truth under offloading
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def settle() -> None:
