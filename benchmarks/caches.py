@@ -62,7 +62,7 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "caches", **stamp(), "examples": n, "rows": []}
     fluxfire.optimize(pipe, [FirstBlockCache(0)])
 
-    def compare(tasks: Sequence[Any], steps: int, caches: Iterator[FirstBlockCache]) -> None:
+    def judge(tasks: Sequence[Any], steps: int, caches: Iterator[FirstBlockCache]) -> None:
         plain = _make(pipe, tasks, steps, batch)
         result["rows"].append(_row(None, plain, plain))
         for cache in caches:
@@ -72,8 +72,8 @@ def main() -> None:
             save(result, arguments.out)
 
     for steps in arguments.steps:
-        compare(edits, steps, variants())
-    compare(words, FROM_WORDS_STEPS, iter([FirstBlockCache()]))
+        judge(edits, steps, variants())
+    judge(words, FROM_WORDS_STEPS, iter([FirstBlockCache()]))
     print(_table(result["rows"]))
 
 

@@ -137,7 +137,7 @@ def main() -> None:
 def _contender(name: str, workloads: list[Workload]) -> Contender:
     passes = STACKS[name]
     settings = {load.name: as_spark(load) for load in workloads} if AS_SPARK in passes else {}
-    return Contender(name, passes, settings=settings, scheduled="cache" in name)
+    return Contender(name, passes, settings=settings)
 
 
 def _picture(name: str | None, side: int) -> Image.Image:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+import fluxfire
 from doubles import SkipBlock
 from fluxfire.bench import (
     Contender,
@@ -23,6 +25,8 @@ from fluxfire.bench import (
     stamp,
 )
 from fluxfire.bench.phases import phases
+from fluxfire.bench.tables import as_text
+from fluxfire.errors import BenchError, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
 from fluxfire.testing import edit
 
@@ -76,7 +80,7 @@ def test_pictures_are_judged_beside_the_controls(pipe):
     contenders[1] = Contender("compile only", (), "control")  # as if it had been compiled
     eager, compiled, skip = measure(pipe, contenders, [LOAD], EXAMPLES, rounds=1)
     expected = [LOAD.run(pipe, e, seed=i) for i, e in enumerate(EXAMPLES)]
-    for picture, wanted in zip(eager.pictures, expected, strict=True):
+    for picture, wanted in zip(eager.pictures.values(), expected, strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(wanted))
     assert [one.psnr for one in compiled.quality["eager"].likenesses] == [100, 100]
     assert set(skip.quality) == {"eager", "compile only"}
@@ -84,9 +88,12 @@ def test_pictures_are_judged_beside_the_controls(pipe):
 
 
 def test_examples_are_checked_where_a_program_can(pipe):
-    examples = [replace(EXAMPLES[0], check=lambda _: True), replace(EXAMPLES[1], check=lambda _: 0)]
+    examples = [
+        replace(EXAMPLES[0], check=lambda _: True),
+        replace(EXAMPLES[1], check=lambda _: False),
+    ]
     (row,) = measure(pipe, [Contender("eager")], [LOAD], [*examples, EXAMPLES[0]], rounds=1)
-    assert row.right == [True, 0, None]
+    assert row.right == [True, False, None]
     assert row.to_dict()["quality"]["eager"]["success"] == 0.5
 
 
@@ -169,6 +176,102 @@ def test_warming_up_can_be_part_of_what_counts(pipe):
     told = row.to_dict()
     assert told["first_seconds"] == []
     assert len(told["edit"]["seconds"]) == 10
+
+
+def test_turns_go_forwards_and_backwards(pipe):
+    told = []
+    contenders = [Contender(name) for name in ("a", "b")]
+    measure(pipe, contenders, [LOAD], EXAMPLES[:1], rounds=3, on_edit=told.append)
+    assert [said.split(": ")[1] for said in told if "," not in said] == [
+        "a",
+        "b",
+        "b",
+        "a",
+        "a",
+        "b",
+    ]
+
+
+def test_every_size_is_warmed_up(pipe):
+    """Pictures of two shapes at the pipeline's own sizes; the first run told is the first one."""
+    pipe.reference_size = lambda w, h: (w, h)
+    load = Workload(name="own sizes", steps=1, auto_resize=False, text_tokens=24)
+    shapes = [Example("x", Image.new("RGB", size)) for size in ((32, 32), (48, 32), (32, 32))]
+    assert load.of_each_size(pipe, shapes) == shapes[:2]
+    (row,) = measure(pipe, [Contender("eager")], [load], shapes, rounds=1)
+    assert len(row.first) == 1
+    assert [p.size for p in row.pictures.values()] == [(32, 32), (48, 32), (32, 32)]
+
+
+def test_of_many_examples_the_worst_pictures_are_kept(pipe):
+    contenders = [Contender("eager", (), "control"), Contender("skip", (SkipBlock(),))]
+    eager, skip = measure(pipe, contenders, [LOAD], EXAMPLES * 2, rounds=2, keep=3)
+    assert sorted(eager.pictures) == [0, 1, 2, 3]
+    assert list(skip.pictures) == [skip.quality["eager"].worst]
+    assert len(skip.quality["eager"].likenesses) == 4
+
+
+def test_a_picture_of_another_size_is_that_contenders_fault(pipe):
+    class Other(Workload):
+        def run(self, pipe, example, **rest):
+            made = super().run(pipe, example, **rest)
+            return made.resize((16, 16)) if fluxfire.report(pipe).passes else made
+
+    load = Other(
+        **{f: getattr(LOAD, f) for f in ("name", "size", "steps", "auto_resize", "text_tokens")}
+    )
+    contenders = [
+        Contender("eager", (), "control"),
+        Contender("other", (QKVFusion(),)),
+        Contender("last"),
+    ]
+    rows = measure(pipe, contenders, [load], EXAMPLES, rounds=1)
+    assert [bool(row.error) for row in rows] == [False, True, False]
+    assert "cannot be compared" in rows[1].error
+    assert "(failed later)" in as_text({"rows": [r.to_dict() for r in rows], "notes": []})
+
+
+@pytest.mark.parametrize(
+    ("contenders", "loads", "examples", "said"),
+    [
+        ([], [LOAD], EXAMPLES, "there is no contender"),
+        ([Contender("a")] * 2, [LOAD], EXAMPLES, "two contenders are called 'a'"),
+        ([Contender("a")], [], EXAMPLES, "there is no workload"),
+        ([Contender("a")], [LOAD, LOAD], EXAMPLES, "two workloads are called 'tiny'"),
+        ([Contender("a")], [LOAD], [], "there is no example"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(pipe, contenders, loads, examples, said):
+    with pytest.raises(BenchError, match=said):
+        measure(pipe, contenders, loads, examples)
+
+
+def test_a_pipeline_that_is_not_plain_is_refused(pipe):
+    fluxfire.optimize(pipe, [QKVFusion()])
+    with pytest.raises(PlanError, match="plain pipeline"):
+        measure(pipe, [Contender("eager")], [LOAD], EXAMPLES)
+
+
+def test_a_later_failure_leaves_what_was_measured(pipe):
+    class Failing(Workload):
+        def run(self, pipe, example, **rest):
+            raise RuntimeError("out of something")
+
+    bad = Failing(name="bad", size=(32, 32), steps=3)
+    loads = [LOAD, bad, replace(LOAD, name="third")]
+    rows = measure(pipe, [Contender("eager")], loads, EXAMPLES, rounds=2)
+    assert [row.error for row in rows] == [
+        None, "RuntimeError: out of something", "not run, after bad failed",
+    ]  # fmt: skip
+    assert len(rows[0].edits) == 2
+
+
+def test_a_commit_is_that_of_the_measured_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("FLUXFIRE_COMMIT", raising=False)
+    monkeypatch.chdir(tmp_path)
+    here = stamp()["commit"]
+    subprocess.run(["git", "init", "-q", "."], check=True)
+    assert stamp()["commit"] == here  # whatever repository one happens to stand in
 
 
 def test_phases_leave_no_trace(pipe):

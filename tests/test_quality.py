@@ -7,13 +7,10 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 
 from fluxfire import spark
-from fluxfire.bench import compare, held_out, quality, read
-from fluxfire.bench.examples import divide
+from fluxfire.bench import Example, compare, held_out, quality, read
 from fluxfire.errors import ExampleError
 
 
@@ -107,13 +104,12 @@ def test_held_out_examples_can_be_passed_over():
     assert not whole[4].check(whole[4].picture)
 
 
-@settings(max_examples=300)
-@given(st.integers(2, 60), st.floats(0.01, 0.99))
-def test_examples_are_divided_without_loss(n, share):
-    first, second = divide(range(n), share)
-    assert sorted([*first, *second]) == list(range(n))
-    assert first
-    assert second
+def test_a_picture_of_another_size_is_neither_right_nor_wrong():
+    (example,) = held_out(1)
+    assert example.right(example.target) is True
+    assert example.right(example.picture) is False
+    assert example.right(example.target.resize((64, 64))) is None
+    assert Example("x").right(example.target) is None
 
 
 def test_examples_are_read_from_a_file(tmp_path, picture):

@@ -20,6 +20,7 @@ EXAMPLE = Example("make it blue", Image.new("RGB", (32, 32), "red"))
 def run(pipe, rival):
     (row,) = measure(pipe, [Contender("it", (), "rival", rival=rival)], [LOAD], [EXAMPLE], rounds=2)
     assert row.error is None
+    assert {row.to_dict()[name] for name in ("step", "hits", "weights_gb_per_second")} == {None}
     return np.asarray(row.pictures[0])
 
 
@@ -42,7 +43,7 @@ def test_cache_dit_is_what_it_is_by_itself(pipe, reference):
     assert np.array_equal(edit(pipe), reference)
     alone = apart(tiny_kontext())
     config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.33
+        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.33, max_warmup_steps=0
     )
     alone.__class__ = type("FluxAlone", (type(alone),), {})  # it patches the class
     cache_dit.enable_cache(flux_adapter(alone), cache_config=config)
@@ -57,17 +58,27 @@ def test_mag_cache_is_calibrated_and_begins_anew(pipe, reference, capsys):
     made = run(pipe, rival)
     assert np.array_equal(edit(pipe), reference)
     assert "Calibration" not in capsys.readouterr().out
-    assert len(rival._ratios[LOAD.steps]) == LOAD.steps
+    assert len(rival._ratios[LOAD]) == LOAD.steps
     from diffusers import MagCacheConfig
 
     alone = tiny_kontext()
     alone.transformer.enable_cache(
         MagCacheConfig(
-            threshold=10.0, num_inference_steps=LOAD.steps, mag_ratios=rival._ratios[LOAD.steps]
+            threshold=10.0, num_inference_steps=LOAD.steps, mag_ratios=rival._ratios[LOAD]
         )
     )
     assert np.array_equal(made, np.asarray(LOAD.run(alone, EXAMPLE)))
     assert not np.array_equal(made, np.asarray(LOAD.run(pipe, EXAMPLE)))
+
+
+def test_each_rival_runs_and_leaves_the_pipeline_plain():
+    """Uncompiled: what compiling does is tested elsewhere."""
+    pipe = tiny_kontext(double_blocks=4, single_blocks=8)  # cache-dit computes eight by default
+    reference = edit(pipe)
+    rivals = [c for c in installed() if not c.name.endswith("compiled")]
+    rows = measure(pipe, rivals, [LOAD], [EXAMPLE], rounds=1)
+    assert {row.contender.name: row.error for row in rows} == {c.name: None for c in rivals}
+    assert np.array_equal(edit(pipe), reference)
 
 
 def test_only_caches_decide_by_content():

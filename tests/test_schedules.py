@@ -36,6 +36,7 @@ def test_what_decides_nothing_is_left_alone():
     assert on_spark(never, 3) is never
     exact = Contender("exact", (QKVFusion(),))
     assert scheduled(exact, 3) == exact
+    assert not exact.scheduled
     lossy = scheduled(Contender("lossy", (QKVFusion(), FirstBlockCache(1e9))), 3)
     assert lossy.scheduled
     assert lossy.passes[1].schedule == (1, 2)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import fluxfire
+from doubles import SkipBlock
 from fluxfire import presets, recipes
 from fluxfire.bench import Budget, Example, Family, Workload, search, tune
 from fluxfire.bench.tuning import caches
@@ -302,6 +303,14 @@ def test_files_that_are_no_lists_are_refused(pipe, tmp_path, text, said):
     file.write_text(text)
     with pytest.raises(PlanError, match=said):
         fluxfire.optimize(pipe, file)
+
+
+def test_what_no_file_could_give_back_is_not_saved(tmp_path):
+    with pytest.raises(PlanError, match="not announced as its class|there is no pass"):
+        recipes.write([SkipBlock()], tmp_path / "list.json")
+    with pytest.raises(PlanError, match="cannot be saved"):
+        recipes.write([FirstBlockCache(float("inf"))], tmp_path / "list.json")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_file_and_another_suffix_are_refused(pipe, tmp_path):

@@ -42,13 +42,13 @@ class Demo:
         return table(head, rows)
 
     def _cells(self, row: Row) -> tuple[str, ...]:
-        seconds = median(row.edits)
+        seconds = median(e.seconds for e in row.edits)
         near = [one.psnr for one in row.quality[EAGER].likenesses]
-        left_out = [run.hit_rate for run in row.runs if run.hit_rate is not None]
+        left_out = [e.hit_rate for e in row.edits if e.hit_rate is not None]
         right = [one for one in row.right if one is not None]
         return (
             human_seconds(seconds),
-            f"{median(self.plain.edits) / seconds:.2f}x",
+            f"{median(e.seconds for e in self.plain.edits) / seconds:.2f}x",
             human_seconds(row.first[0].seconds),
             f"{mean(left_out):.0%}" if left_out else "-",
             "-" if row is self.plain else f"{decibels(mean(near))} ({decibels(min(near))})",
@@ -57,8 +57,8 @@ class Demo:
 
     def grid(self) -> Image.Image:
         """Draw one row for each edit: reference, plain, optimized, difference, target."""
-        wide = max(i.width for i in self.plain.pictures)
-        high = max(i.height for i in self.plain.pictures)
+        wide = max(i.width for i in self.plain.pictures.values())
+        high = max(i.height for i in self.plain.pictures.values())
         columns = _COLUMNS if any(e.target for e in self.examples) else _COLUMNS[:-1]
         across, down = wide + _MARGIN, high + _MARGIN + _CAPTION
         size = (across * len(columns) + _MARGIN, down * len(self.examples) + _HEAD)
@@ -99,7 +99,10 @@ def run(
     contenders = [Contender(EAGER, (), "control")]
     contenders += [Contender(name, tuple(passes))] if passes else []
     load = Workload.usual(pipe, steps=steps)
-    rows = measure(pipe, contenders, [load], examples, rounds=1, seed=seed, on_edit=on_edit)
+    rows = measure(
+        pipe, contenders, [load], examples, rounds=1, seed=seed, keep=len(examples),
+        on_edit=on_edit,
+    )  # fmt: skip
     for row in rows:
         if row.error is not None:
             raise BenchError(f"{row.contender.name}: {row.error}")

@@ -28,12 +28,24 @@ def write(passes: Iterable[Pass], path: Path, **facts: object) -> None:
         PlanError: the name has another suffix, or a setting cannot be written as JSON.
         OSError: the file cannot be written.
     """
+    passes = list(passes)
     if path.suffix != SUFFIX:
         raise PlanError(f"{path} must end in {SUFFIX}, by which optimize() knows it")
+    for pass_ in passes:
+        if plugins.find(pass_.name) is not type(pass_):
+            raise PlanError(
+                f"{pass_!r} cannot be saved: the name {pass_.name!r} is not announced as its "
+                f"class, so no file could give it back"
+            )
     listed = [{"name": p.name, "settings": dict(configured(p).settings)} for p in passes]
     try:
-        text = json.dumps({"format": _FORMAT, "passes": listed, **facts}, indent=1, default=_plain)
-    except TypeError as error:
+        text = json.dumps(
+            {"format": _FORMAT, "passes": listed, **facts},
+            indent=1,
+            default=_plain,
+            allow_nan=False,
+        )
+    except (TypeError, ValueError) as error:
         raise PlanError(f"these passes cannot be saved: {error}") from None
     scratch = path.with_suffix(".part")  # so that a crash leaves the old file whole
     scratch.write_text(text + "\n", encoding="utf-8")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from fluxfire import api
+from fluxfire.bench.workload import Workload
 from fluxfire.passes import Compile
 from fluxfire.protocol import Pass
 
@@ -22,8 +23,12 @@ class Rival(Protocol):
     def applied(self, pipe: Any) -> AbstractContextManager[object]:
         """Apply it for the length of a `with` block."""
 
-    def begin(self, run: Callable[[], object], steps: int) -> None:
-        """Hear that generations of so many steps begin; `run` makes one to calibrate on."""
+    @property
+    def tells(self) -> bool:
+        """Whether all steps are computed: what it leaves out, it does not tell us."""
+
+    def begin(self, run: Callable[[], object], workload: Workload) -> None:
+        """Hear that generations of a workload begin; `run` makes one to calibrate on."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,6 @@ class Contender:
         role: a control, a pass of the ladder alone, a stack of it, or a rival.
         settings: by workload, a cache's run-time settings for it (as `using` takes).
         rival: what else is applied.
-        scheduled: the hits of its cache are a fixed schedule, not the cache's own choice.
     """
 
     name: str
@@ -44,7 +48,6 @@ class Contender:
     role: Role = "stack"
     settings: Mapping[str, Pass] = field(default_factory=dict)
     rival: Rival | None = None
-    scheduled: bool = False
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Any]:
@@ -62,13 +65,24 @@ class Contender:
         with api.optimized(own, list(self.passes)), self.rival.applied(own):
             yield own
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the hits of its cache are a fixed schedule, not the cache's own choice."""
+        caches = (*self.passes, *self.settings.values())
+        return any(getattr(p, "schedule", None) is not None for p in caches)
+
+    @property
+    def tells(self) -> bool:
+        """Whether it is known which steps are computed and which are left out."""
+        return self.rival is None or self.rival.tells
+
     def beginning(
-        self, pipe: Any, workload: str, steps: int, run: Callable[[], object]
+        self, pipe: Any, workload: Workload, run: Callable[[], object]
     ) -> AbstractContextManager[object]:
         """Prepare for generations of one workload."""
         if self.rival:
-            self.rival.begin(run, steps)
-        own = self.settings.get(workload)
+            self.rival.begin(run, workload)
+        own = self.settings.get(workload.name)
         return api.using(pipe, own) if own else nullcontext()
 
 
@@ -95,13 +109,20 @@ def controls(passes: Sequence[Pass] = ()) -> list[Contender]:
     ]
 
 
-def ladder(passes: Sequence[Pass]) -> list[Contender]:
-    """Return the controls, each pass alone, and the list built up pass by pass."""
+def ladder(passes: Sequence[Pass], *, partial: bool = True) -> list[Contender]:
+    """Return the controls, each pass alone, and the list built up pass by pass.
+
+    Args:
+        passes: the list, in order.
+        partial: with the passes alone and the lists on the way; else the whole list only.
+    """
     rungs = controls(passes)
-    rungs += [Contender(f"{p.name} alone", (p,), "alone") for p in passes]
-    for count in range(2, len(passes) + 1):
+    if partial:
+        rungs += [Contender(f"{p.name} alone", (p,), "alone") for p in passes]
+    for count in range(1, len(passes) + 1):
         some = tuple(passes[:count])
-        rungs.append(Contender(" + ".join(p.name for p in some), some))
+        if partial or count == len(passes):
+            rungs.append(Contender(" + ".join(p.name for p in some), some))
     seen: dict[tuple[Pass, ...], Contender] = {}
     for rung in rungs:
         seen.setdefault(rung.passes, rung)

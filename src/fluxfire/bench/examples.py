@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,12 @@ class Example:
     picture: Image.Image | None = None
     check: Callable[[Image.Image], bool] | None = None
     target: Image.Image | None = None
+
+    def right(self, picture: Image.Image) -> bool | None:
+        """Whether a result is right; None where no program can tell, as of another size."""
+        if self.check is None or (self.target is not None and picture.size != self.target.size):
+            return None
+        return self.check(picture)
 
 
 def held_out(n: int, *, first: int = 0) -> list[Example]:
@@ -85,17 +91,3 @@ def _example(line: str, folder: Path, where: str) -> Example:
         return Example(facts["prompt"], read_picture(folder / name))
     except PictureError as error:
         raise ExampleError(f"{where}: {error}") from None
-
-
-def divide(examples: Sequence[Example], share: float) -> tuple[list[Example], list[Example]]:
-    """Divide examples in two without order: every so-many-th goes to the first part.
-
-    Args:
-        examples: at least two.
-        share: of the first part; each part gets one example at least.
-    """
-    n = len(examples)
-    wanted = min(max(round(n * share), 1), n - 1)
-    chosen = {round(i * n / wanted) for i in range(wanted)}
-    first = [e for i, e in enumerate(examples) if i in chosen]
-    return first, [e for i, e in enumerate(examples) if i not in chosen]

@@ -53,7 +53,7 @@ def page(result: dict[str, Any], rows: Sequence[Row], examples: Sequence[Example
     if find_spec("matplotlib") is not None:
         from fluxfire.bench import plots
 
-        drawn = plots.draw(result)
+        drawn = {name: svg[svg.index("<svg") :] for name, svg in plots.draw(result).items()}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True)
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
@@ -84,7 +84,7 @@ def _strips(rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[Strip]
             shown.append(("exact target", example.target))
         right = {True: ", right", False: ", not right", None: ""}[row.right[number]]
         title = (
-            f"{row.contender.name}, {row.workload.name}: the worst of {len(row.pictures)}, "
+            f"{row.contender.name}, {row.workload.name}: the worst of {len(quality.likenesses)}, "
             f"“{example.instruction}”, PSNR {decibels(near.psnr)} dB{right}"
         )
         yield Strip(title, [(caption, _data(picture)) for caption, picture in shown])

@@ -27,7 +27,7 @@ def stamp() -> dict[str, Any]:
 def save(result: dict[str, Any], path: Path) -> None:
     """Write a result, replacing the file in one step so that a crash leaves no half."""
     scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(result, indent=1) + "\n")
+    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     scratch.replace(path)
 
 
@@ -38,9 +38,12 @@ def load(path: Path) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+    here = Path(__file__)
+    git = ["git", "-C", str(here.parent)]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True)  # noqa: S603
+        for command in (["ls-files", "--error-unmatch", here.name],  # or it is somebody else's
+                        ["describe", "--always", "--dirty", "--abbrev=12"]):  # fmt: skip
+            done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None
     return done.stdout.strip()

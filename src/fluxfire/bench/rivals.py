@@ -1,4 +1,4 @@
-"""Other libraries' ways to make a Kontext pipeline faster, each as its documentation says.
+"""Other libraries' ways to make a Kontext pipeline faster.
 
 Each gets a pipeline of its own (`contenders.apart`): cache-dit leaves the transformer's forward
 replaced behind it, and what torchao quantised nobody can restore.
@@ -13,27 +13,31 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 
-from fluxfire.bench.contenders import Contender
+from fluxfire.bench.contenders import Contender, Rival
+from fluxfire.bench.workload import Workload
 from fluxfire.kontext import blocks
 from fluxfire.passes import Compile, ParaAttention
+from fluxfire.protocol import Pass
 
 
 @dataclass(frozen=True)
 class CacheDit:
-    """cache-dit's DBCache with one block computed ahead and none after, at a threshold.
+    """cache-dit's DBCache, as it comes, or set to what our first-block cache does.
 
     Attributes:
-        threshold: its `residual_diff_threshold`.
+        threshold: its `residual_diff_threshold`, with one block computed ahead, none after,
+            and no steps before the first that may hit; None leaves all to its defaults.
         taylor: with its TaylorSeer calibrator, which extrapolates.
     """
 
-    threshold: float = 0.12
+    threshold: float | None = 0.12
     taylor: bool = False
+    tells: ClassVar[bool] = False
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
@@ -42,9 +46,11 @@ class CacheDit:
         import cache_dit
         from cache_dit.caching.block_adapters.adapters import flux_adapter
 
-        config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=self.threshold
-        )
+        settings = {
+            "Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "max_warmup_steps": 0,
+            "residual_diff_threshold": self.threshold,
+        }  # fmt: skip
+        config = cache_dit.DBCacheConfig(**(settings if self.threshold is not None else {}))
         extra = {"calibrator_config": cache_dit.TaylorSeerCalibratorConfig()} if self.taylor else {}
         adapter = flux_adapter(pipe)  # by hand, since it goes by the name of the class otherwise
         cache_dit.enable_cache(adapter, cache_config=config, **extra)
@@ -53,7 +59,7 @@ class CacheDit:
         finally:
             cache_dit.disable_cache(adapter)
 
-    def begin(self, run: Callable[[], object], steps: int) -> None:
+    def begin(self, run: Callable[[], object], workload: Workload) -> None:
         """Do nothing: its cache begins anew with each call of the pipeline."""
 
 
@@ -66,8 +72,9 @@ class MagCache:
     """
 
     threshold: float = 0.06
+    tells: ClassVar[bool] = False
     _transformer: Any = None
-    _ratios: dict[int, list[float]] = field(default_factory=dict)
+    _ratios: dict[Workload, list[float]] = field(default_factory=dict)
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
@@ -80,22 +87,24 @@ class MagCache:
                 pipe.transformer.disable_cache()
             self._transformer = None
 
-    def begin(self, run: Callable[[], object], steps: int) -> None:
-        """Calibrate for this number of steps, once, and start from a clean state."""
+    def begin(self, run: Callable[[], object], workload: Workload) -> None:
+        """Calibrate for this workload, once, and start from a clean state."""
         from diffusers import MagCacheConfig
 
-        transformer = self._transformer
+        transformer, steps = self._transformer, workload.steps
         if transformer.is_cache_enabled:
             transformer.disable_cache()
-        if steps not in self._ratios:
+        if workload not in self._ratios:
             transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
             with redirect_stdout(io.StringIO()) as printed:  # it tells the ratios in no other way
                 run()
             transformer.disable_cache()
-            self._ratios[steps] = ast.literal_eval(printed.getvalue().strip().splitlines()[-1])
+            self._ratios[workload] = ast.literal_eval(printed.getvalue().strip().splitlines()[-1])
         transformer.enable_cache(
             MagCacheConfig(
-                threshold=self.threshold, num_inference_steps=steps, mag_ratios=self._ratios[steps]
+                threshold=self.threshold,
+                num_inference_steps=steps,
+                mag_ratios=self._ratios[workload],
             )
         )
 
@@ -103,6 +112,8 @@ class MagCache:
 @dataclass(frozen=True)
 class TorchaoFloat8:
     """torchao's dynamic float8, scaled by row, under regional compilation: its own recipe."""
+
+    tells: ClassVar[bool] = True
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
@@ -121,29 +132,31 @@ class TorchaoFloat8:
             block.compile(fullgraph=True)
         yield
 
-    def begin(self, run: Callable[[], object], steps: int) -> None:
+    def begin(self, run: Callable[[], object], workload: Workload) -> None:
         """Do nothing."""
 
 
 def decides_by_content(contender: Contender) -> bool:
     """Whether what a rival leaves out depends on the pictures: on noise that means nothing."""
-    return not isinstance(contender.rival, TorchaoFloat8)
+    return contender.rival is None or not contender.rival.tells
 
 
 def installed() -> list[Contender]:
     """Return the rivals that can run here, eager and, where they bear it, compiled."""
-    found = []
+    found: list[Contender] = []
+
+    def add(name: str, rival: Rival | None = None, passes: tuple[Pass, ...] = ()) -> None:
+        found.append(Contender(name, passes, "rival", rival=rival))
+        found.append(Contender(f"{name}, compiled", (*passes, Compile()), "rival", rival=rival))
+
     if find_spec("cache_dit") is not None:
-        for taylor in (False, True):
-            name = f"cache-dit F1B0 0.12{', TaylorSeer' if taylor else ''}"
-            found.append(Contender(name, (), "rival", rival=CacheDit(taylor=taylor)))
-            found.append(
-                Contender(f"{name}, compiled", (Compile(),), "rival", rival=CacheDit(taylor=taylor))
-            )
-    if hasattr(diffusers, "MagCacheConfig"):  # since 0.36
+        add("cache-dit as it comes", CacheDit(threshold=None))
+        add("cache-dit F1B0 0.12", CacheDit())
+        add("cache-dit F1B0 0.12, TaylorSeer", CacheDit(taylor=True))
+    if hasattr(diffusers, "MagCacheConfig"):  # since 0.36; it cannot be compiled in one graph
         found.append(Contender("diffusers MagCache 0.06", (), "rival", rival=MagCache()))
     if find_spec("para_attn") is not None:
-        found.append(Contender("para-attn 0.12", (ParaAttention(0.12),), "rival"))
+        add("para-attn 0.12", passes=(ParaAttention(0.12),))
     if find_spec("torchao") is not None and torch.cuda.is_available():
         found.append(
             Contender("torchao float8 by row, compiled", (), "rival", rival=TorchaoFloat8())

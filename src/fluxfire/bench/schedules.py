@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -25,6 +26,7 @@ def most_hit(shares: Sequence[float]) -> list[int]:
     return sorted(by_share[: round(sum(shares))])
 
 
+@functools.cache
 def on_spark(cache: FirstBlockCache, steps: int, *, edits: bool = True) -> FirstBlockCache:
     """Return a cache with the schedule that Spark's own edits have, or pictures from words.
 
@@ -54,4 +56,4 @@ def scheduled(contender: Contender, steps: int, *, edits: bool = True) -> Conten
         on_spark(p, steps, edits=edits) if isinstance(p, FirstBlockCache) else p
         for p in contender.passes
     )
-    return replace(contender, passes=passes, scheduled=passes != contender.passes)
+    return replace(contender, passes=passes)

@@ -137,7 +137,7 @@ class Search:
                 picture, seconds = timed(partial(self._edit, number))
                 self._pictures.append(picture)
                 self._seconds.append(seconds)
-                self._right.append(example.check(picture) if example.check else None)
+                self._right.append(example.right(picture))
         except BaseException:
             self._device.close()
             raise
@@ -274,12 +274,11 @@ class Search:
         for number in self._hardest_first(part):
             self.on_edit(f"{part}: {names(passes)}")
             picture, spent = self._timed_edit(number)
-            check = self.examples[number].check
             seconds.append(spent)
             speeds.append(self._seconds[number] / spent)
             measures = ("ssim", "flip") if part == "confirm" else self.budget.measures
             near = likeness(picture, self._pictures[number], measures)
-            seen[number] = near, check(picture) if check else None
+            seen[number] = near, self.examples[number].right(picture)
             if broken := self.budget.broken(near):
                 self._offenders.insert(0, number)
                 verdict, why = "outside", broken

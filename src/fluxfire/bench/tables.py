@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from fluxfire.bench.contenders import COMPILED, EAGER
@@ -20,6 +21,11 @@ def as_text(result: dict[str, Any]) -> str:
     parts = [f"{title}\n\n{table(head, rows)}" for title, head, rows in tables(result)]
     parts += [f"note: {note}" for note in result["notes"]]
     parts += [f"{row['contender']}: {row['error']}" for row in result["rows"] if row["error"]]
+    parts += [
+        f"{row['contender']}: compiled {row['compiles']} times within the edits that count"
+        for row in result["rows"]
+        if row.get("compiles")
+    ]
     return "\n\n".join(parts)
 
 
@@ -41,9 +47,14 @@ def _without_workload(one: Table) -> Table:
 
 
 def faster(rows: Sequence[Row], row: Row, control: str) -> str:
-    """Say how many times faster than a control's edit a row's is."""
+    """Say how many times as fast as a control a row is: the median over the same examples."""
     base = next((r for r in rows if (r["contender"], _load(r)) == (control, _load(row))), None)
-    return f"{base['edit']['median'] / row['edit']['median']:.2f}x" if base else "-"
+    if base is None:
+        return "-"
+    ours, theirs = row["edit"]["seconds"], base["edit"]["seconds"]
+    if len(ours) != len(theirs):  # one of them was cut short
+        return f"{base['edit']['median'] / row['edit']['median']:.2f}x"
+    return f"{median(b / a for a, b in zip(ours, theirs, strict=True)):.2f}x"
 
 
 def spread(sample: dict[str, Any] | None) -> str:
@@ -65,13 +76,14 @@ def _load(row: Row) -> str:
 
 
 def _names(row: Row) -> tuple[str, str]:
-    return row["contender"], _load(row)
+    failed = " (failed later)" if row["error"] else ""
+    return f"{row['contender']}{failed}", _load(row)
 
 
 def _speed(rows: Sequence[Row]) -> Table:
     head = (
         "contender", "workload", "edit: median (spread)", "× eager", "× compiled",
-        "computed step", "hit", "hits", "first run", "peak GiB", "J an edit", "GPU busy",
+        "computed step", "hit", "hits", "first run, 2 steps", "peak GiB", "J an edit", "GPU busy",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = [
         (
@@ -93,8 +105,8 @@ def _speed(rows: Sequence[Row]) -> Table:
 
 
 def _hits(row: Row) -> str:
-    if row["role"] == "rival" and row["hit_step"] is None:
-        return "?"  # it does not tell
+    if row["hits"] is None:
+        return "?"  # a rival that does not tell
     if row["hit_step"] is None:
         return "-"
     mark = "*" if row["scheduled"] else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +46,19 @@ class Workload:
             return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
         return cls(name=name, steps=steps, size=size)
 
+    def output_size(self, pipe: Any, example: Example) -> tuple[int, int] | None:
+        """Return the output's width and height; None leaves it to the pipeline."""
+        if self.size is not None or example.picture is None or not self.reference:
+            return self.size
+        return kontext.reference_size(pipe, *example.picture.size)
+
+    def of_each_size(self, pipe: Any, examples: Sequence[Example]) -> list[Example]:
+        """Return the first example of each output size: each may compile something."""
+        first: dict[object, Example] = {}
+        for example in examples:
+            first.setdefault((self.output_size(pipe, example), example.picture is None), example)
+        return list(first.values())
+
     def run(self, pipe: Any, example: Example, *, seed: int = 0, steps: int | None = None) -> Any:
         """Make one picture.
 
@@ -59,13 +73,10 @@ class Workload:
         """
         picture = example.picture if self.reference else None
         call: dict[str, Any] = {}
-        size = self.size
-        if picture is not None:
-            if size is None:
-                size = kontext.reference_size(pipe, *picture.size)
-            if not self.auto_resize:
-                picture = picture.resize(size, Image.Resampling.LANCZOS)
-                call["_auto_resize"] = False
+        size = self.output_size(pipe, example)
+        if picture is not None and size is not None and not self.auto_resize:
+            picture = picture.resize(size, Image.Resampling.LANCZOS)
+            call["_auto_resize"] = False
         if size is not None:
             call |= {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}
         if self.text_tokens is not None:

@@ -82,7 +82,9 @@ def bench(arguments: argparse.Namespace) -> int:
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     load = Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
-    contenders, notes = _contenders(arguments, passes)
+    contenders, notes = _contenders(
+        arguments, passes, edits=any(e.picture is not None for e in examples)
+    )
     result = _result(arguments, len(examples), notes)
     turns = arguments.rounds * len(contenders)
     with edits_bar(turns * (len(examples) + 1)) as tell:
@@ -112,6 +114,8 @@ def _check(arguments: argparse.Namespace) -> None:
         if path is not None and path.is_dir():
             raise UsageError(f"cannot write {path}: it is a folder")
     if arguments.plots is not None:
+        if arguments.plots.exists() and not arguments.plots.is_dir():
+            raise UsageError(f"cannot write plots to {arguments.plots}: it is no folder")
         from importlib.util import find_spec
 
         if find_spec("matplotlib") is None:
@@ -127,26 +131,22 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _contenders(
-    arguments: argparse.Namespace, passes: Sequence[Any]
+    arguments: argparse.Namespace, passes: Sequence[Any], *, edits: bool
 ) -> tuple[list[Any], list[str]]:
     """Return who competes, and what must be said of it."""
     from fluxfire import loading
-    from fluxfire.bench import controls, ladder, quality, rivals, schedules
-    from fluxfire.bench.contenders import Contender
+    from fluxfire.bench import ladder, quality, rivals, schedules
     from fluxfire.bench.power import unavailable
 
     notes = []
-    contenders = ladder(passes)
-    if arguments.only_stack:
-        stack = Contender(" + ".join(p.name for p in passes), tuple(passes))
-        contenders = [*controls(passes), *([stack] if len(passes) > 1 else [])]
+    contenders = ladder(passes, partial=not arguments.only_stack)
     others = [] if arguments.no_rivals else rivals.installed()
     if arguments.model in loading.RANDOM:
         notes.append(
             "the weights are random: pictures are noise, so what is said of them only tells exact "
             "passes from others; quality on Kontext was not measured"
         )
-        contenders = [schedules.scheduled(c, arguments.steps) for c in contenders]
+        contenders = [schedules.scheduled(c, arguments.steps, edits=edits) for c in contenders]
         if any(c.scheduled for c in contenders):
             notes.append("*: which steps a cache leaves out was chosen on Spark, and fixed")
         others = [c for c in others if not rivals.decides_by_content(c)]
