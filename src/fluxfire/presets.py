@@ -33,7 +33,7 @@ balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.12, predict="quadratic"))
 picture, and no more than one in a hundred was lost (`benchmarks/results/tuned_balanced.json`).
 Quality on FLUX.1 Kontext itself was not measured: tune on your own pictures."""
 
-fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.15, predict="quadratic"))
+fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.22, predict="quadratic"))
 """Lossy, more so than `balanced`: the worst of Spark's 256 edits kept 32 dB, and no more than two
 in a hundred were lost (`benchmarks/results/tuned_fast.json`)."""
 

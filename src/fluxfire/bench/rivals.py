@@ -42,7 +42,6 @@ class CacheDit:
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
         """Enable its cache."""
-        logging.getLogger("CACHE_DIT").setLevel(logging.WARNING)  # it tells of every layer
         import cache_dit
         from cache_dit.caching.block_adapters.adapters import flux_adapter
 
@@ -52,15 +51,30 @@ class CacheDit:
         }  # fmt: skip
         config = cache_dit.DBCacheConfig(**(settings if self.threshold is not None else {}))
         extra = {"calibrator_config": cache_dit.TaylorSeerCalibratorConfig()} if self.taylor else {}
-        adapter = flux_adapter(pipe)  # by hand, since it goes by the name of the class otherwise
-        cache_dit.enable_cache(adapter, cache_config=config, **extra)
+        with _quiet():
+            adapter = flux_adapter(pipe)  # by hand: else it goes by the name of the class
+            cache_dit.enable_cache(adapter, cache_config=config, **extra)
         try:
             yield
         finally:
-            cache_dit.disable_cache(adapter)
+            with _quiet():
+                cache_dit.disable_cache(adapter)
 
     def begin(self, run: Callable[[], object], workload: Workload) -> None:
         """Do nothing: its cache begins anew with each call of the pipeline."""
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep cache-dit from telling of every layer on the standard output."""
+    handlers = [(h, h.level) for h in logging.getLogger("CACHE_DIT").handlers]
+    for handler, _ in handlers:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for handler, level in handlers:
+            handler.setLevel(level)
 
 
 @dataclass
