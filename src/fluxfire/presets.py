@@ -28,7 +28,7 @@ def _cached(cache: FirstBlockCache) -> tuple[Pass, ...]:
     return (*faithful[:-1], cache, faithful[-1])
 
 
-balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.12, predict="quadratic"))
+balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.1))
 """Lossy. Set by `fluxfire tune` on Spark: of 256 edits held out, the worst kept 48 dB to the plain
 picture, and no more than one in a hundred was lost (`benchmarks/results/tuned_balanced.json`).
 Quality on FLUX.1 Kontext itself was not measured: tune on your own pictures."""

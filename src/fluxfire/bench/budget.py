@@ -96,7 +96,7 @@ class Budget:
             "min_psnr": "worst PSNR at least {} dB",
             "min_ssim": "worst SSIM at least {}",
             "max_flip": "worst FLIP at most {}",
-            "max_lost": "at most {} points fewer edits right",
+            "max_lost": "edits right at most {} points fewer",
         }
         asked = {name: v for name, v in asdict(self).items() if v is not None}
         return ", ".join(
