@@ -280,18 +280,19 @@ def tuned() -> str:
         table.append(
             (
                 name,
-                f"worst PSNR {budget['min_psnr']:g} dB, {budget['max_lost']:.0%} of edits lost",
+                f"worst PSNR {budget['min_psnr']:g} dB, {100 * budget['max_lost']:g} points fewer right",
                 f"`{_own(cache)}`",
                 f"{checked['psnr']['mean']:.1f} ({checked['psnr']['worst']:.1f})",
                 f"{checked['ssim']['mean']:.4f} ({checked['ssim']['worst']:.4f})",
                 f"{checked['flip']['mean']:.3f} ({checked['flip']['worst']:.3f})",
                 f"{checked['success']:.1%} ({plainly['success']:.1%})",
                 f"{checked['n']}",
+                f"{found['attempts']}",
             )
         )
     head = (
         "preset", "budget", "its cache", "PSNR, dB: mean (worst)", "SSIM", "FLIP",
-        "right (plain)", "edits held out",
+        "right (plain)", "edits held out", "lists tried on these",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\nSpark, 28 steps. {where(result)}."
 
