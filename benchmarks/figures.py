@@ -280,7 +280,7 @@ def tuned() -> str:
         table.append(
             (
                 name,
-                f"worst PSNR {budget['min_psnr']:g} dB, {100 * budget['max_lost']:g} points fewer right",
+                f"worst PSNR {budget['min_psnr']:g} dB, {budget['max_lost']:.0%} fewer right",
                 f"`{_own(cache)}`",
                 f"{checked['psnr']['mean']:.1f} ({checked['psnr']['worst']:.1f})",
                 f"{checked['ssim']['mean']:.4f} ({checked['ssim']['worst']:.4f})",
