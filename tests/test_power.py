@@ -57,9 +57,11 @@ def nvml(monkeypatch):
 
 
 def test_energy_and_utilisation(nvml):
+    began = time.perf_counter()
     with power.metered() as drawn:
         time.sleep(0.2)
-    assert drawn.joules == pytest.approx(100 * drawn.seconds, rel=0.2)
+    whole = time.perf_counter() - began
+    assert 20 <= 100 * drawn.seconds <= drawn.joules <= 100 * whole
     assert drawn.utilisation == pytest.approx(0.6)
     assert nvml.asked == ["GPU-card-1"]  # torch's card, not NVML's first
     assert nvml.open == 0
