@@ -14,7 +14,7 @@ from typing import Any
 from PIL import Image
 
 from fluxfire import presets
-from fluxfire.bench import Contender, Example, Row, Workload, measure, save, stamp
+from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
 from fluxfire.bench import load as load_result
 from fluxfire.bench.schedules import most_hit
 from fluxfire.loading import load
@@ -119,17 +119,14 @@ def main() -> None:
     examples = [Example(INSTRUCTION, picture)] * (10 if arguments.curve else 1)
     result: dict[str, Any] = {"benchmark": "edits", **stamp(), "rows": []}
 
-    def keep(rows: list[Row]) -> None:
-        result["rows"] = [row.to_dict() for row in rows]
-        save(result, arguments.out)
-
     workloads = FULL if arguments.full else TINY
     if arguments.workloads:
         workloads = [w for w in workloads if w.name in arguments.workloads]
     contenders = [_contender(name, workloads) for name in arguments.stacks]
     measure(
-        pipe, contenders, workloads, examples, rounds=arguments.rounds, on_rows=keep,
+        pipe, contenders, workloads, examples, rounds=arguments.rounds,
         warmups=0 if arguments.curve else 1, on_edit=lambda said: print(said, flush=True),
+        on_rows=keeping(result, arguments.out),
     )  # fmt: skip
     print(_summary(result["rows"]))
 

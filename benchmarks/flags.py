@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from fluxfire.bench import Contender, Example, Row, Workload, controls, measure, save, stamp
+from fluxfire.bench import Contender, Example, Workload, controls, keeping, measure, stamp
 from fluxfire.loading import load
 from fluxfire.passes import Compile, MemoryLayout
 from fluxfire.text import human_seconds, table
@@ -67,14 +67,10 @@ def main() -> None:
     )
     result: dict[str, Any] = {"benchmark": "flags", **stamp(), "rows": []}
 
-    def keep(rows: list[Row]) -> None:
-        result["rows"] = [row.to_dict() for row in rows]
-        save(result, arguments.out)
-
     wanted = [c for c in contenders() if not arguments.only or c.name in arguments.only]
     example = Example("make it a snowy winter evening", Image.new("RGB", (side, side), "olive"))
     measure(
-        pipe, wanted, [workload], [example], rounds=1, on_rows=keep,
+        pipe, wanted, [workload], [example], rounds=1, on_rows=keeping(result, arguments.out),
         on_edit=lambda said: print(said, flush=True),
     )  # fmt: skip
     lines = [

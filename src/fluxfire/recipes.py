@@ -11,6 +11,7 @@ from fluxfire import plugins
 from fluxfire.errors import PlanError
 from fluxfire.planner import configured
 from fluxfire.protocol import Pass
+from fluxfire.text import write_whole
 
 SUFFIX = ".json"
 _FORMAT = 1
@@ -47,9 +48,7 @@ def write(passes: Iterable[Pass], path: Path, **facts: object) -> None:
         )
     except (TypeError, ValueError) as error:
         raise PlanError(f"these passes cannot be saved: {error}") from None
-    scratch = path.with_suffix(".part")  # so that a crash leaves the old file whole
-    scratch.write_text(text + "\n", encoding="utf-8")
-    scratch.replace(path)
+    write_whole(path, text + "\n")
 
 
 def read(path: Path) -> tuple[Pass, ...]:

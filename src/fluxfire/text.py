@@ -1,8 +1,9 @@
-"""Plain-text tables and units, for everything that fluxfire prints."""
+"""Plain-text tables, units and files, for everything that fluxfire prints or writes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
@@ -21,6 +22,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     return "\n".join(
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells
     )
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file, replacing it in one step, so that a crash leaves the old one whole."""
+    scratch = path.with_suffix(".part")
+    scratch.write_text(text, encoding="utf-8")
+    scratch.replace(path)
 
 
 def human_bytes(count: int) -> str:

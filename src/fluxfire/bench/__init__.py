@@ -8,7 +8,7 @@ from fluxfire.bench.contenders import Contender, controls, ladder
 from fluxfire.bench.examples import Example, held_out, read
 from fluxfire.bench.measuring import Row, measure
 from fluxfire.bench.quality import Likeness, Quality, compare
-from fluxfire.bench.results import load, save, stamp
+from fluxfire.bench.results import keeping, load, save, stamp
 from fluxfire.bench.search import Family, Trial
 from fluxfire.bench.timing import Sample, repeat
 from fluxfire.bench.tuning import Tuned, tune
@@ -31,6 +31,7 @@ __all__ = [
     "compare",
     "controls",
     "held_out",
+    "keeping",
     "ladder",
     "load",
     "measure",

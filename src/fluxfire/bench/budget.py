@@ -33,11 +33,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         ranges = {"min_psnr": EQUAL, "min_ssim": 1.0, "max_flip": 1.0, "max_lost": 1.0}
-        asked = {name: v for name, v in asdict(self).items() if v is not None}
-        if not asked:
+        if not self.asked:
             names = ", ".join(f.name for f in fields(self))
             raise BenchError(f"the budget asks for nothing; give at least one of {names}")
-        for name, value in asked.items():
+        for name, value in self.asked.items():
             if not isinstance(value, float | int) or not 0 <= value <= ranges[name]:
                 raise BenchError(
                     f"{name}={value!r} can never be met; it must lie between 0 and {ranges[name]:g}"
@@ -52,8 +51,7 @@ class Budget:
         Raises:
             BenchError: naming what is missing.
         """
-        needs = {"SSIM": self.min_ssim, "FLIP": self.max_flip}
-        if absent := [name for name in missing() if needs[name] is not None]:
+        if absent := [name for name in missing() if name.lower() in self.measures]:
             raise BenchError(
                 f'the budget asks for {" and ".join(absent)}; pip install "fluxfire[bench]"'
             )
@@ -74,10 +72,15 @@ class Budget:
         return None
 
     @property
+    def asked(self) -> dict[str, float]:
+        """The limits that were stated, by name."""
+        return {name: v for name, v in asdict(self).items() if v is not None}
+
+    @property
     def measures(self) -> tuple[str, ...]:
         """Which measures it asks for beside PSNR."""
-        asked = {"ssim": self.min_ssim, "flip": self.max_flip}
-        return tuple(name for name, limit in asked.items() if limit is not None)
+        measured = {"min_ssim": "ssim", "max_flip": "flip"}
+        return tuple(measured[name] for name in self.asked if name in measured)
 
     def lost(self, quality: Quality, plain_success: float | None) -> str | None:
         """Say how many edits too many are no longer right, or None.
@@ -98,8 +101,7 @@ class Budget:
             "max_flip": "worst FLIP at most {}",
             "max_lost": "edits right at most {} points fewer",
         }
-        asked = {name: v for name, v in asdict(self).items() if v is not None}
         return ", ".join(
             said[name].format(f"{v * 100 if name == 'max_lost' else v:g}")
-            for name, v in asked.items()
+            for name, v in self.asked.items()
         )

@@ -200,12 +200,13 @@ class Row:
         hits = [seconds for seconds, hit in steps if hit]
         computed = [seconds for seconds, hit in steps if not hit]
         step = Sample.of(computed) if computed else None
-        counted = step and self.weights
         return {
             "step": step.to_dict() if step else None,
             "hit_step": Sample.of(hits).to_dict() if hits else None,
             "hits": len(hits) / len(self.edits),
-            "weights_gb_per_second": self.weights / step.median / 1e9 if step and counted else None,
+            "weights_gb_per_second": self.weights / step.median / 1e9
+            if step and self.weights
+            else None,
         }
 
     def _utilisation(self) -> float | None:

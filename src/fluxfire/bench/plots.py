@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fluxfire.bench.contenders import EAGER
+from fluxfire.bench.tables import faster
 
 Row = dict[str, Any]
 _DPI = 100
@@ -85,12 +86,10 @@ def _phases(axes: Any, rows: list[Row]) -> None:
 
 def _tradeoff(axes: Any, rows: list[Row]) -> None:
     """Draw a point for each contender: how fast, and how near its worst picture is."""
-    base = next(row["edit"]["median"] for row in rows if row["contender"] == EAGER)
     for row in _judged(rows):
-        faster = base / row["edit"]["median"]
         psnr = row["quality"][EAGER]["psnr"]
         axes.errorbar(
-            faster, psnr["mean"], yerr=[[psnr["mean"] - psnr["worst"]], [0]],
+            faster(rows, row, EAGER), psnr["mean"], yerr=[[psnr["mean"] - psnr["worst"]], [0]],
             fmt="o", capsize=3, label=row["contender"],
         )  # fmt: skip
     axes.legend(**_BESIDE)

@@ -6,10 +6,12 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from fluxfire.environment import environment
+from fluxfire.text import write_whole
 
 
 def stamp() -> dict[str, Any]:
@@ -26,9 +28,17 @@ def stamp() -> dict[str, Any]:
 
 def save(result: dict[str, Any], path: Path) -> None:
     """Write a result, replacing the file in one step so that a crash leaves no half."""
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
-    scratch.replace(path)
+    write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+
+
+def keeping(result: dict[str, Any], path: Path) -> Callable[[Sequence[Any]], None]:
+    """Make what `measure` hands its rows to: they go into the result, and that into its file."""
+
+    def keep(rows: Sequence[Any]) -> None:
+        result["rows"] = [row.to_dict() for row in rows]
+        save(result, path)
+
+    return keep
 
 
 def load(path: Path) -> dict[str, Any]:

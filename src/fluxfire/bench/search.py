@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, fields, is_dataclass
 from functools import partial
@@ -206,7 +206,7 @@ class Search:
         for candidate in sorted(found, key=lambda c: -c.trial.worth):
             if candidate.trial.worth <= best.trial.worth:
                 break
-            chosen = next(self._turned_back(candidate, "choose", best.trial.speed), None)
+            chosen = self._turned_back(candidate, "choose", best.trial.speed)
             if chosen and chosen.trial.worth > best.trial.worth:
                 best = chosen
         return best
@@ -221,19 +221,18 @@ class Search:
         if not chosen.family.passes:
             return self.plain("confirm"), 0
         before = len(self.trials)
-        confirmed = next(self._turned_back(chosen, "confirm"), None)
+        confirmed = self._turned_back(chosen, "confirm")
         return confirmed or self.plain("confirm"), len(self.trials) - before
 
-    def _turned_back(
-        self, candidate: Candidate, part: Part, than: float = 0.0
-    ) -> Iterator[Candidate]:
-        """Turn a dial back, setting by setting; yield those within the budget."""
+    def _turned_back(self, candidate: Candidate, part: Part, than: float = 0.0) -> Candidate | None:
+        """Turn a dial back, setting by setting, until all is within the budget."""
         for rung in range(candidate.rung, -1, -1):
             trial = self._try(candidate.family, rung, part, than)
             if trial.verdict == "within":
-                yield Candidate(candidate.family, rung, trial)
-            elif trial.verdict != "outside":
-                return
+                return Candidate(candidate.family, rung, trial)
+            if trial.verdict != "outside":
+                break
+        return None
 
     def _apply(self, family: Family, rung: int) -> None:
         """Apply a family's passes, unless they are applied and differ only in the dial."""

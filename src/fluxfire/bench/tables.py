@@ -46,15 +46,19 @@ def _without_workload(one: Table) -> Table:
     return f"{title}: {load}", (head[0], *head[2:]), [(line[0], *line[2:]) for line in lines]
 
 
-def faster(rows: Sequence[Row], row: Row, control: str) -> str:
-    """Say how many times as fast as a control a row is: the median over the same examples."""
+def faster(rows: Sequence[Row], row: Row, control: str) -> float | None:
+    """How many times as fast as a control a row is: the median over the same examples."""
     base = next((r for r in rows if (r["contender"], _load(r)) == (control, _load(row))), None)
     if base is None:
-        return "-"
+        return None
     ours, theirs = row["edit"]["seconds"], base["edit"]["seconds"]
     if len(ours) != len(theirs):  # one of them was cut short
-        return f"{base['edit']['median'] / row['edit']['median']:.2f}x"
-    return f"{median(b / a for a, b in zip(ours, theirs, strict=True)):.2f}x"
+        return float(base["edit"]["median"] / row["edit"]["median"])
+    return float(median(b / a for a, b in zip(ours, theirs, strict=True)))
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}x"
 
 
 def spread(sample: dict[str, Any] | None) -> str:
@@ -89,8 +93,8 @@ def _speed(rows: Sequence[Row]) -> Table:
         (
             *_names(row),
             spread(row["edit"]),
-            faster(rows, row, EAGER),
-            faster(rows, row, COMPILED),
+            _times(faster(rows, row, EAGER)),
+            _times(faster(rows, row, COMPILED)),
             human_seconds(row["step"]["median"]) if row["step"] else "-",
             human_seconds(row["hit_step"]["median"]) if row["hit_step"] else "-",
             _hits(row),

@@ -77,7 +77,7 @@ def bench(arguments: argparse.Namespace) -> int:
     _check(arguments)
     passes = wanted(arguments)
     examples = examples_wanted(arguments)
-    from fluxfire.bench import Workload, measure, save, tables
+    from fluxfire.bench import Workload, keeping, measure, tables
 
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
@@ -88,14 +88,10 @@ def bench(arguments: argparse.Namespace) -> int:
     result = _result(arguments, len(examples), notes)
     turns = arguments.rounds * len(contenders)
     with edits_bar(turns * (len(examples) + 1)) as tell:
-
-        def keep(rows: Sequence[Any]) -> None:
-            result["rows"] = [row.to_dict() for row in rows]
-            save(result, arguments.out)
-
         rows = measure(
             pipe, contenders, [load], examples, rounds=arguments.rounds,
-            warmups=arguments.warmups, seed=arguments.seed, on_edit=tell, on_rows=keep,
+            warmups=arguments.warmups, seed=arguments.seed, on_edit=tell,
+            on_rows=keeping(result, arguments.out),
         )  # fmt: skip
     say(tables.as_text(result))
     _write(arguments, result, rows, examples)

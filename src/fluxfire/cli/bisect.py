@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from fluxfire.cli.options import (
+    MOST_EXAMPLES,
     Commands,
     UsageError,
     add_command,
@@ -19,7 +20,6 @@ from fluxfire.cli.options import (
 )
 from fluxfire.cli.values import seed, words
 
-_SCENES = 5000
 _MOST_PSNR = 100
 
 
@@ -58,8 +58,10 @@ def find(arguments: argparse.Namespace) -> int:
         The exit status: 1 if a pass breaks it.
     """
     check_pair(arguments)
-    if arguments.example >= _SCENES:
-        raise UsageError(f"--example {arguments.example} is past the last scene, {_SCENES - 1}")
+    if arguments.example >= MOST_EXAMPLES:
+        raise UsageError(
+            f"--example {arguments.example} is past the last scene, {MOST_EXAMPLES - 1}"
+        )
     if not 0 <= arguments.min_psnr <= _MOST_PSNR:
         raise UsageError(
             f"--min-psnr {arguments.min_psnr:g} is not between 0 and {_MOST_PSNR}, which equal "

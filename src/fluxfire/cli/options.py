@@ -14,7 +14,7 @@ from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
 
 _DEFAULT_MODEL = "spark"
-_MOST_EXAMPLES = 5000
+MOST_EXAMPLES = 5000
 _RANDOM_NOTE = (
     "note: {} has random weights: the result is noise, and only shows that all parts work"
 )
@@ -140,8 +140,8 @@ def examples_wanted(arguments: argparse.Namespace) -> list[Any]:
 
     if arguments.examples is not None:
         return read(arguments.examples)
-    if arguments.n > _MOST_EXAMPLES:
-        raise UsageError(f"-n {arguments.n} is more than {_MOST_EXAMPLES}, the most that are drawn")
+    if arguments.n > MOST_EXAMPLES:
+        raise UsageError(f"-n {arguments.n} is more than {MOST_EXAMPLES}, the most that are drawn")
     if arguments.image is not None:
         return [Example(arguments.prompt, read_picture(arguments.image))]
     return held_out(arguments.n)
