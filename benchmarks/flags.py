@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from PIL import Image
 
@@ -21,7 +21,6 @@ from fluxfire.text import human_seconds, table
 FLAGS: dict[str, dict[str, bool]] = {
     "shape_padding": {"shape_padding": True},  # inductor's default: no difference expected
     "epilogue_fusion off": {"epilogue_fusion": False},
-    "conv_1x1_as_mm": {"conv_1x1_as_mm": True},
     "coordinate_descent_tuning": {"coordinate_descent_tuning": True},
     "coordinate_descent_check_all_directions": {
         "coordinate_descent_tuning": True,
@@ -29,19 +28,21 @@ FLAGS: dict[str, dict[str, bool]] = {
     },
 }
 
+AS_MATRIX = {"conv_1x1_as_mm": True}
+MODE: Final = "max-autotune-no-cudagraphs"
+
 
 def contenders() -> Iterator[Contender]:
-    """Compile by blocks with the VAE, then with each flag, the mode, and all of them."""
+    """Compile by blocks, then with each flag, each mode, and all; convolutions are the VAE's."""
     yield from controls()
-    yield Contender("with the VAE", (Compile(vae=True),))
     for name, options in FLAGS.items():
-        yield Contender(name, (Compile(vae=True, options=options),), "alone")
+        yield Contender(name, (Compile(options=options),), "alone")
+    yield Contender(MODE, (Compile(mode=MODE),), "alone")
+    yield Contender("with the VAE", (Compile(vae=True),))
+    yield Contender("conv_1x1_as_mm", (Compile(vae=True, options=AS_MATRIX),), "alone")
     yield Contender("channels-last", (MemoryLayout(), Compile(vae=True)), "alone")
-    mode = "max-autotune-no-cudagraphs"
-    yield Contender(mode, (Compile(vae=True, mode=mode),), "alone")
-    everything = {k: v for options in FLAGS.values() for k, v in options.items()}
-    together = Compile(vae=True, mode=mode, options=everything)
-    yield Contender("everything", (MemoryLayout(), together))
+    every = {k: v for options in (*FLAGS.values(), AS_MATRIX) for k, v in options.items()}
+    yield Contender("everything", (MemoryLayout(), Compile(vae=True, mode=MODE, options=every)))
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fluxfire
 from fluxfire import Change, Finding, Target, Transaction, presets
-from fluxfire.bench import Workload, save, stamp
+from fluxfire.bench import Example, Workload, save, stamp
 from fluxfire.generation import Listener
 from fluxfire.kontext import Call
 from fluxfire.loading import RANDOM, load
@@ -60,13 +60,13 @@ def main() -> None:
 
     pipe = load(arguments.model)
     side, resize = arguments.side, arguments.model == "random-full"
-    work = Workload(name="edit", width=side, height=side, steps=2, auto_resize=resize)
+    work = Workload(name="edit", size=(side, side), steps=2, auto_resize=resize)
     picture = Image.new("RGB", (side, side), "olive")
     on_gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     profiler = profile(activities=[activity])
     with fluxfire.optimized(pipe, [ProfileStep(profiler=profiler), *presets.faithful]):
-        work.run(pipe, picture)
+        work.run(pipe, Example("make it a snowy winter evening", picture))
     save(
         {
             "benchmark": "profile",
