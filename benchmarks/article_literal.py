@@ -16,7 +16,7 @@ from PIL import Image
 
 import fluxfire
 from edits import uncached
-from fluxfire.bench import Workload, save, stamp
+from fluxfire.bench import Example, Workload, save, stamp
 from fluxfire.loading import RANDOM, load
 from fluxfire.passes import Compile
 
@@ -62,12 +62,12 @@ def main() -> None:
 
 def _edit_twice(model: str, side: int, ready: Any, done: Any) -> None:
     pipe = fluxfire.optimize(load(model), LITERAL)
-    picture = Image.new("RGB", (side, side), "olive")
+    example = Example("make it a snowy winter evening", Image.new("RGB", (side, side), "olive"))
     resize = model == "random-full"
-    load_ = Workload(name="edit", width=side, height=side, steps=2, auto_resize=resize)
+    load_ = Workload(name="edit", size=(side, side), steps=2, auto_resize=resize)
     ready.set()
     for _ in range(2):
-        load_.run(pipe, picture)
+        load_.run(pipe, example)
     done.put(fluxfire.report(pipe).to_dict()["generations"])
 
 

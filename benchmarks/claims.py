@@ -6,6 +6,7 @@ Each row's figure comes from a committed result; a result that is not there yet 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -62,8 +63,8 @@ def _row(file: str, name: str, workload: str | None = None) -> Row:
     )  # fmt: skip
 
 
-def _edit(name: str, workload: str) -> str:
-    eager, row = _row("edits.json", "eager", workload), _row("edits.json", name, workload)
+def _edit(name: str, workload: str, file: str = "article.json") -> str:
+    eager, row = _row(file, "eager", workload), _row(file, name, workload)
     base, now = eager["edit"]["median"], row["edit"]["median"]
     found = f"{base:.2f} → {now:.2f} s ({base / now:.2f}×"
     if row["hits"]:
@@ -72,36 +73,32 @@ def _edit(name: str, workload: str) -> str:
 
 
 def _whole() -> str:
-    stack = "article, by blocks"
+    """The article's settings where they were run; everywhere, our preset with its cache."""
     loads = {
         "as its data ran, text-to-image 1024²": "text-to-image 1024, 20 steps",
         "a true 512²": "text-to-image 512, 20 steps",
         "an edit to 1024²": "edit 1024, 20 steps",
         "an edit to 512²": "edit 512, 20 steps",
     }
-    found = []
-    for told, workload in loads.items():
-        try:
-            without = _edit(stack, workload)
-        except StopIteration:
-            found.append(f"{told}: not yet measured")
-            continue
-        found.append(f"{told}: without its cache {without}, with it {_with_cache(stack, workload)}")
-    return f"{'; '.join(found)}. Quality on Kontext not measured"
-
-
-def _with_cache(stack: str, workload: str) -> str:
-    """A whole edit with the hits that Spark has, or where that is missing, every other step."""
-    try:
-        told = _edit(f"{stack}, and cache, Spark's hits", workload)
-    except StopIteration:
-        told = _edit(f"{stack}, and cache, alternate hits", workload)
-        return f"{told}, every other one"
-    return f"{told}, as many as Spark's"
+    article = "article, by blocks"
+    told = []
+    for said, workload in loads.items():
+        stacks = {
+            "`faithful`": ("edits.json", "faithful"),
+            "and a cache": ("edits.json", "faithful and cache, Spark's hits"),
+            "its settings": ("article.json", article),
+            "its settings and a cache": ("article.json", f"{article}, and cache, alternate hits"),
+        }
+        found = []
+        for name, (file, stack) in stacks.items():
+            with suppress(StopIteration):
+                found.append(f"{name} {_edit(stack, workload, file)}")
+        told.append(f"{said}: {', '.join(found)}")
+    return f"{'; '.join(told)}. Quality on Kontext not measured"
 
 
 def _hit() -> str:
-    row = _row("edits.json", "faithful and cache, alternate hits", "edit 1024, 20 steps")
+    row = _row("edits.json", "faithful and cache, Spark's hits", "edit 1024, 20 steps")
     hit, step = row["hit_step"]["median"], row["step"]["median"]
     return (
         f"it caches no attention, but what all blocks after the first add. A hit takes "
@@ -148,7 +145,7 @@ def _compile() -> str:
 
 
 def _flags() -> str:
-    base = _row("flags.json", "with the VAE")["step"]["median"]
+    base = _row("flags.json", "compile only")["step"]["median"]
     rows = load(RESULTS / "flags.json")["rows"]
     told = [
         f"{r['contender']} {base / r['step']['median'] - 1:+.1%}"
@@ -207,7 +204,7 @@ def _literal() -> str:
 
 def _memory() -> str:
     workload = "edit 1024, 20 steps"
-    eager, row = (_row("edits.json", n, workload) for n in ("eager", "article, by blocks"))
+    eager, row = (_row("article.json", name, workload) for name in ("eager", "article, by blocks"))
     return (
         f"peak {eager['peak_gib']:.1f} → {row['peak_gib']:.1f} GiB allocated; the transformer's "
         f"weights alone are 22.2 in bfloat16"
@@ -237,7 +234,7 @@ def _ladder() -> str:
 
 
 def _warmups() -> str:
-    row = _row("warming.json", "article, by blocks")
+    row = _row("warming.json", "faithful")
     seconds = row["edit"]["seconds"][:10]
     rest = mean(seconds[1:])
     return f"{seconds[0]:.1f} s, then {rest:.2f} s on average over the next {len(seconds) - 1}"
@@ -280,8 +277,9 @@ CLAIMS = (
           "python benchmarks/cold_start.py --full --folder /tmp/kontext --out cold.json"),
     Claim("cold start 75 → 32 s", _cold, "H100, fresh processes",
           "python benchmarks/cold_start.py --full --folder /tmp/kontext --out cold.json"),
-    Claim("seconds of the first ten images", _warmups, "H100, random weights, edit 1024",
-          "python benchmarks/edits.py --full --curve --out warming.json"),
+    Claim("seconds of the first ten images", _warmups, "H100, random weights, edit 512, `faithful`",
+          "python benchmarks/edits.py --full --curve --stacks faithful --workloads "
+          "'edit 512, 20 steps' --out warming.json"),
     Claim("VRAM 18.2 → 12.8 GB (−29.7%)", _memory, f"{_H100}, edit 1024", _EDITS),
     Claim("GPU utilisation 78 → 94%, 234 → 341 GB/s, images per watt", _energy,
           "H100, random weights, edit 1024", _BENCH),

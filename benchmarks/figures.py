@@ -73,7 +73,7 @@ def edits_summary() -> str:
     """Steps and whole edits, in brief."""
     result = load(RESULTS / "edits.json")
     rows = plain(result["rows"])
-    first, *others = (f"edit {side}, 28 steps" for side in (1024, 512))
+    first, *others = (f"edit {side}, 20 steps" for side in (1024, 512))
     table = []
     for stack in stacks(rows):
         row = find(rows, stack, first)
@@ -115,9 +115,9 @@ def edits_detail(name: str) -> str:
     return f"{markdown(head, table)}\n\n{where(result)}."
 
 
-def hits() -> str:
+def hits(name: str) -> str:
     """What a cache's hits and misses cost, beside the same stack without it."""
-    result = load(RESULTS / "edits.json")
+    result = load(RESULTS / name)
     rows = result["rows"]
     table = []
     for row in rows:
@@ -143,6 +143,89 @@ def hits() -> str:
         "hit, ms (of a step)", "edit, s (× eager)",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def ladder() -> str:
+    """Each pass alone and the stack, with memory and energy, beside a rival."""
+    result = load(RESULTS / "bench.json")
+    rows = [row for row in result["rows"] if not row["error"]]
+    table = [
+        (
+            row["contender"],
+            f"{row['edit']['median']:.2f} ({ratio(rows, row, 'edit')})",
+            f"{row['step']['median'] * 1e3:.0f} ({ratio(rows, row, 'step')})",
+            f"{row['hits']:.0f}",
+            f"{row['peak_gib']:.1f}",
+            f"{row['joules']:.0f}",
+            f"{row['utilisation']:.0%}",
+        )
+        for row in rows
+    ]
+    head = (
+        "", "edit, s (× eager)", "computed step, ms (× eager)", "steps left out", "GiB peak",
+        "joules an edit", "GPU busy",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def phases() -> str:
+    """Where the time of a whole edit goes."""
+    result = load(RESULTS / "bench.json")
+    names = list(result["rows"][0]["phases"])
+    table = [
+        (row["contender"], *(f"{row['phases'][n]['median'] * 1e3:.0f}" for n in names))
+        for row in result["rows"]
+        if not row["error"]
+    ]
+    return f"{markdown(('milliseconds', *names), table)}\n\n{where(result)}."
+
+
+def flags() -> str:
+    """What each of the article's compiler flags does to a step."""
+    result = load(RESULTS / "flags.json")
+    table = [
+        (
+            row["contender"],
+            f"{row['step']['median'] * 1e3:.1f}",
+            ratio(result["rows"], row, "step"),
+            f"{row['phases']['decoding']['median'] * 1e3:.0f}",
+        )
+        for row in result["rows"]
+        if not row["error"]
+    ]
+    head = ("compiled with", "a step, ms", "× eager", "decoding, ms")
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def cold() -> str:
+    """From a fresh process to a picture, phase by phase."""
+    result = load(RESULTS / "cold.json")
+    table = []
+    for row in result["rows"]:
+        spent, sizes = row["phases"], row["sizes"]
+        table.append(
+            (
+                row["start"],
+                *(f"{spent[name]:.1f}" for name in ("imports", "weights", "optimize")),
+                f"{row['mega_cache']['load_seconds']:.1f}",
+                *(
+                    f"{size['seconds']:.1f} ({size['trace_seconds']:.1f} + "
+                    f"{size['compile_seconds']:.1f}; {size['hits']} of "
+                    f"{size['hits'] + size['misses']})"
+                    for size in sizes
+                ),
+                f"{spent['an edit of two steps, warm']:.1f}",
+            )
+        )
+    head = (
+        "seconds", "imports", "weights", "optimize", "artifacts",
+        *(f"first {size['size']} (tracing + compiling; graphs found)" for size in sizes), "again",
+    )  # fmt: skip
+    file = result["rows"][-1]["mega_cache"]["loaded_bytes"] / 2**20
+    return (
+        f"{markdown(head, table)}\n\nThe file has {file:.0f} MiB, the weights "
+        f"{result['weights']['gib']:.1f} GiB. {where(result)}."
+    )
 
 
 def literal() -> str:
@@ -332,7 +415,13 @@ def _filled(wording: str) -> str:
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": edits_summary,
     "edits": lambda: edits_detail("edits.json"),
-    "hits": hits,
+    "hits": lambda: hits("edits.json"),
+    "article": lambda: edits_detail("article.json"),
+    "article hits": lambda: hits("article.json"),
+    "ladder": ladder,
+    "phases": phases,
+    "flags": flags,
+    "cold": cold,
     "profile": profile,
     "passes": lambda: edits_detail("passes.json"),
     "literal": literal,

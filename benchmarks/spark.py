@@ -44,7 +44,7 @@ def main() -> None:
         "splits": {},
     }
     n, batch = arguments.n, arguments.batch
-    sets = {
+    sets: dict[str, list[Any]] = {
         "test": spark.examples(split="test", n=n),
         "train": spark.examples(split="train", n=n),
         "from words": spark.drawings(n=n // 4),

@@ -15,11 +15,7 @@ from fluxfire.passes import (
 )
 from fluxfire.protocol import Pass
 
-faithful: tuple[Pass, ...] = (
-    InductorPatch(),
-    QKVFusion(),
-    Compile(options={"max_autotune_pointwise": True}),
-)
+faithful: tuple[Pass, ...] = (InductorPatch(), QKVFusion(), Compile())
 """Nothing lossy: rounding only. What `optimize(pipe)` does."""
 
 
