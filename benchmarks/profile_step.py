@@ -22,7 +22,8 @@ from fluxfire.bench import Example, Workload, save, stamp
 from fluxfire.generation import Listener
 from fluxfire.kontext import Call
 from fluxfire.loading import RANDOM, load
-from fluxfire.protocol import Exactness, Stage
+from fluxfire.passes import Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
+from fluxfire.protocol import Exactness, Pass, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +51,19 @@ class ProfileStep(Listener):
         return self.profiler if call.step == 1 else nullcontext()
 
 
+_BLOCKS = (FusedBlocks(), ModulationTable(), Compile())
+STACKS: dict[str, tuple[Pass, ...]] = {
+    "faithful": presets.faithful,
+    "fused": (QKVFusion(), *_BLOCKS),
+    "float8": (Float8(), *_BLOCKS),
+}
+
+
 def main() -> None:
     """Edit in two steps: the first compiles, the second is profiled."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=RANDOM, default="random-full")
+    parser.add_argument("--stack", choices=STACKS, default="faithful")
     parser.add_argument("--side", type=int, default=1024, help="of the picture, in pixels")
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
@@ -65,13 +75,13 @@ def main() -> None:
     on_gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     profiler = profile(activities=[activity])
-    with fluxfire.optimized(pipe, [ProfileStep(profiler=profiler), *presets.faithful]):
+    with fluxfire.optimized(pipe, [ProfileStep(profiler=profiler), *STACKS[arguments.stack]]):
         work.run(pipe, Example("make it a snowy winter evening", picture))
     save(
         {
             "benchmark": "profile",
             **stamp(),
-            "passes": [repr(p) for p in presets.faithful],
+            "passes": [repr(p) for p in STACKS[arguments.stack]],
             "kernels": _kernels(profiler, on_gpu),
         },
         arguments.out,

@@ -87,7 +87,7 @@ def restore(pipe: P) -> P:
         The same pipeline.
 
     Raises:
-        PlanError: this is no Kontext pipeline.
+        PlanError: this is no Kontext pipeline, or a pass let go of what it would need.
         BusyError: the pipeline is generating.
         RestoreError: some edits could not be undone; all others were.
     """
@@ -96,6 +96,10 @@ def restore(pipe: P) -> P:
         return pipe
     with conductor.idle("restore"), _editing():
         transactions = _record(conductor).transactions
+        if kept := [why for tx in transactions for why in tx.kept]:
+            raise PlanError(
+                f"{'; '.join(kept)}. Nothing was changed; to have it back, load the pipeline again"
+            )
         failures = [e for tx in reversed(transactions) for e in tx.rollback()]
         transactions.clear()
     if failures:

@@ -19,9 +19,9 @@ forward does the rest, so embeddings and output projection stay the library's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any, Protocol
 
@@ -41,6 +41,7 @@ class Streams:
         temb: (batch, width): embedding of timestep, guidance and pooled text.
         rotary: cosine and sine, each (text tokens + image tokens, head width), text first.
         attention_kwargs: `joint_attention_kwargs` as diffusers passes it on.
+        temb_by_block: what each block gets in the place of `temb`, if not that.
     """
 
     image: torch.Tensor
@@ -48,6 +49,7 @@ class Streams:
     temb: torch.Tensor
     rotary: tuple[torch.Tensor, torch.Tensor]
     attention_kwargs: dict[str, Any] | None
+    temb_by_block: Sequence[torch.Tensor] | None = None
 
 
 Run = Callable[[Streams, range], Streams]
@@ -136,18 +138,18 @@ def _plain_run(transformer: Any, inputs: dict[str, Any]) -> Run:
     residuals = _residuals(transformer, inputs)
 
     def run(streams: Streams, which: range) -> Streams:
-        image, text = streams.image, streams.text
+        image, text, tembs = streams.image, streams.text, streams.temb_by_block
         for index in which:
             text, image = blocks[index](
                 hidden_states=image,
                 encoder_hidden_states=text,
-                temb=streams.temb,
+                temb=streams.temb if tembs is None else tembs[index],
                 image_rotary_emb=streams.rotary,
                 joint_attention_kwargs=streams.attention_kwargs,
             )
             if index in residuals:
                 image = image + residuals[index]
-        return Streams(image, text, streams.temb, streams.rotary, streams.attention_kwargs)
+        return replace(streams, image=image, text=text)
 
     return run
 

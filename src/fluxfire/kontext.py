@@ -217,6 +217,8 @@ def storage_bytes(pipe: Any) -> int:
     seen: dict[int, int] = {}
     for _, component in modules(pipe):
         for tensor in (*component.parameters(), *component.buffers()):
+            if tensor.is_meta:
+                continue
             storage = tensor.untyped_storage()
             seen[storage.data_ptr()] = storage.nbytes()
     return sum(seen.values())

@@ -59,11 +59,13 @@ class Change:
         count: how many things were changed; 0 is an honest answer.
         what: what they are, as a plural phrase ("attention projections fused").
         bytes: bytes of weights and buffers gained (positive) or freed (negative).
+        host_bytes: bytes of those freed that wait in host memory.
     """
 
     count: int
     what: str
     bytes: int = 0
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -28,11 +28,13 @@ class Transaction:
     Attributes:
         pipe: the pipeline.
         facts: what the pass being applied tells the report, or None.
+        kept: why this cannot be taken back any more; empty while it can.
     """
 
     def __init__(self, pipe: Any, conductor: Conductor) -> None:
         self.pipe = pipe
         self.facts: Callable[[], Mapping[str, object]] | None = None
+        self.kept: list[str] = []
         self._conductor = conductor
         self._inverses: list[tuple[str, Callable[[], None]]] = []
 
@@ -112,6 +114,10 @@ class Transaction:
     def tell(self, facts: Callable[[], Mapping[str, object]]) -> None:
         """Have the report ask for these facts about the pass being applied, each time anew."""
         self.facts = facts
+
+    def keep(self, why: str) -> None:
+        """Have `restore` refuse from now on, since something is gone that it would need."""
+        self.kept.append(why)
 
     def live(self, pass_: P) -> Live[P]:
         """Make a pass's settings ones that `fluxfire.using` can swap while it is applied.

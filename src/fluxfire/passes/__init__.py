@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from fluxfire.passes.compile import Compile
 from fluxfire.passes.first_block_cache import FirstBlockCache
+from fluxfire.passes.float8 import Float8
+from fluxfire.passes.fused_blocks import FusedBlocks
 from fluxfire.passes.inductor_patch import InductorPatch
 from fluxfire.passes.mega_cache import MegaCache
 from fluxfire.passes.memory_layout import MemoryLayout
+from fluxfire.passes.modulation_table import ModulationTable
 from fluxfire.passes.para_attention import ParaAttention
 from fluxfire.passes.qkv_fusion import QKVFusion
 
 __all__ = [
     "Compile",
     "FirstBlockCache",
+    "Float8",
+    "FusedBlocks",
     "InductorPatch",
     "MegaCache",
     "MemoryLayout",
+    "ModulationTable",
     "ParaAttention",
     "QKVFusion",
 ]

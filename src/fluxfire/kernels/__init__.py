@@ -1,0 +1,23 @@
+"""What Flux's blocks compute between their matrix products, each in one kernel.
+
+Every operation is a `torch.library` operator of its own, `fluxfire::…`: on CUDA a Triton kernel,
+elsewhere the same arithmetic in torch, which also is what the kernels are tested against. A
+compiled graph keeps them whole. All reckon in float32 and round once, where eager torch rounds
+after each of its steps, so they err less from float64 than it does. They have no gradients.
+"""
+
+from __future__ import annotations
+
+from fluxfire.kernels.modulated import gated_add, modulated_norm
+from fluxfire.kernels.products import linear_gelu, two_products
+from fluxfire.kernels.rotated import in_heads, joined_heads, rotated_heads
+
+__all__ = [
+    "gated_add",
+    "in_heads",
+    "joined_heads",
+    "linear_gelu",
+    "modulated_norm",
+    "rotated_heads",
+    "two_products",
+]

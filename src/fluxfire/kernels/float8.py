@@ -1,0 +1,164 @@
+"""Rows in float8 (e4m3), each with a scale of its own, and products of them.
+
+A row is divided by its largest magnitude over 448, the largest number of e4m3, so nothing is
+clipped. The operators quantise where the row is made, while it still is in registers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from torch import Tensor
+from torch.library import custom_op
+
+from fluxfire.kernels.modulated import modulated_norm
+from fluxfire.kernels.segments import block_of, segments
+
+FLOAT8 = torch.float8_e4m3fn
+_LARGEST = 448.0
+
+
+class Rows(NamedTuple):
+    """Quantised rows.
+
+    Attributes:
+        data: (batch, tokens, width), float8.
+        scale: (batch, tokens, 1), float32: what to multiply the data by.
+    """
+
+    data: Tensor
+    scale: Tensor
+
+
+@custom_op("fluxfire::modulated_norm_float8", mutates_args=())
+def modulated_norm_float8(
+    image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`modulated_norm`, its rows in float8: (data, scale) as in `Rows`."""
+    return _quantised(modulated_norm(image, text, shift, scale, eps).float())
+
+
+@modulated_norm_float8.register_kernel("cuda")
+def _modulated_norm_float8_cuda(
+    image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    from fluxfire.kernels.triton_kernels import norm_rows_float8
+
+    shift, scale = shift.contiguous(), scale.contiguous()
+    tokens, width = image.shape[1] + (0 if text is None else text.shape[1]), image.shape[2]
+    data, scales = _empty(image, tokens, width)
+    for x, first in segments(image, text):
+        norm_rows_float8[x.shape[1], x.shape[0]](
+            x, shift, scale, data, scales, x.stride(0), x.stride(1), shift.stride(0), tokens,
+            first, width, eps, BLOCK=block_of(width), num_warps=4,
+        )  # fmt: skip
+    return data, scales
+
+
+@modulated_norm_float8.register_fake
+def _(
+    image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(image, image.shape[1] + (0 if text is None else text.shape[1]), image.shape[2])
+
+
+@custom_op("fluxfire::gelu_float8", mutates_args=())
+def gelu_float8(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """GELU by its tanh formula, its rows in float8.
+
+    Args:
+        beside: (batch, tokens, width of its own), put before each row as it is; or None.
+        x: (batch, tokens, width).
+
+    Returns:
+        (data, scale) as in `Rows`, as wide as both.
+    """
+    made = F.gelu(x.float(), approximate="tanh")
+    return _quantised(made if beside is None else torch.cat([beside.float(), made], dim=-1))
+
+
+@gelu_float8.register_kernel("cuda")
+def _gelu_float8_cuda(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _rows_float8(beside, x, gelu=True)
+
+
+@gelu_float8.register_fake
+def _(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(x, x.shape[1], x.shape[2] + (0 if beside is None else beside.shape[2]))
+
+
+@custom_op("fluxfire::float8_rows", mutates_args=())
+def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise (batch, tokens, width) row by row: (data, scale) as in `Rows`."""
+    return _quantised(x.float())
+
+
+@float8_rows.register_kernel("cuda")
+def _float8_rows_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _rows_float8(None, x, gelu=False)
+
+
+@float8_rows.register_fake
+def _(x: Tensor) -> tuple[Tensor, Tensor]:
+    return _empty(x, x.shape[1], x.shape[2])
+
+
+def float8_linear(
+    rows: Rows, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`rows · weightᵀ + bias`; on a GPU by `torch._scaled_mm`, elsewhere in float32.
+
+    Args:
+        rows: what to multiply.
+        weight: (width out, width), float8.
+        weight_scale: (width out, 1), float32.
+        bias: (width out,), or None.
+        dtype: of the result.
+
+    Returns:
+        (batch, tokens, width out).
+    """
+    shape = (*rows.data.shape[:-1], weight.shape[0])
+    if not rows.data.is_cuda:
+        made = F.linear(rows.data.float() * rows.scale, weight.float() * weight_scale)
+        return (made if bias is None else made + bias.float()).to(dtype)
+    made = torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it yet
+        rows.data.flatten(0, -2), weight.t(), rows.scale.flatten(0, -2), weight_scale.t(),
+        bias=bias, out_dtype=dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return made.view(shape)
+
+
+def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise (width out, width) row by row: (float8, float32 scales of (width out, 1))."""
+    return _quantised(weight.float())
+
+
+def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+    scale = (x.abs().amax(-1, keepdim=True) / _LARGEST).clamp(min=1e-12)
+    return (x / scale).clamp(-_LARGEST, _LARGEST).to(FLOAT8), scale
+
+
+def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+    from fluxfire.kernels.triton_kernels import rows_float8
+
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    left = x if beside is None else beside if beside.stride(-1) == 1 else beside.contiguous()
+    before = 0 if beside is None else left.shape[2]
+    data, scale = _empty(x, x.shape[1], before + x.shape[2])
+    rows_float8[x.shape[1], x.shape[0]](
+        left, x, data, scale, left.stride(0), left.stride(1), before, x.stride(0), x.stride(1),
+        x.shape[2], BLOCK=block_of(before + x.shape[2]), GELU=gelu,
+        num_warps=8 if before + x.shape[2] > 4096 else 4,  # noqa: PLR2004
+    )  # fmt: skip
+    return data, scale
+
+
+def _empty(like: Tensor, tokens: int, width: int) -> tuple[Tensor, Tensor]:
+    batch = like.shape[0]
+    return (
+        like.new_empty(batch, tokens, width, dtype=FLOAT8),
+        like.new_empty(batch, tokens, 1, dtype=torch.float32),
+    )

@@ -1,0 +1,96 @@
+"""Layer norm with modulation, and the gated residual, over text and image at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from torch import Tensor
+from torch.library import custom_op
+
+from fluxfire.kernels.segments import block_of, segments
+
+
+@custom_op("fluxfire::modulated_norm", mutates_args=())
+def modulated_norm(
+    image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    """Layer norm without weights, times `1 + scale`, plus `shift`.
+
+    Args:
+        image: (batch, image tokens, width).
+        text: (batch, text tokens, width), or None.
+        shift: (batch, width).
+        scale: (batch, width).
+        eps: added to the variance.
+
+    Returns:
+        (batch, text tokens + image tokens, width), text first.
+    """
+    joint = image if text is None else torch.cat([text, image], dim=1)
+    normed = F.layer_norm(joint.float(), joint.shape[-1:], eps=eps)
+    return (normed * (1 + scale[:, None].float()) + shift[:, None].float()).to(image.dtype)
+
+
+@modulated_norm.register_kernel("cuda")
+def _modulated_norm_cuda(
+    image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
+) -> Tensor:
+    from fluxfire.kernels.triton_kernels import norm_rows
+
+    shift, scale = shift.contiguous(), scale.contiguous()
+    out = _joint(image, text)
+    width = image.shape[-1]
+    for x, first in segments(image, text):
+        norm_rows[x.shape[1], x.shape[0]](
+            x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), out.stride(0),
+            out.stride(1), first, width, eps, BLOCK=block_of(width), num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@modulated_norm.register_fake
+def _(image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:  # noqa: ARG001
+    return _joint(image, text)
+
+
+@custom_op("fluxfire::gated_add", mutates_args=())
+def gated_add(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> Tensor:
+    """Add `gate · add` to a stream, or to text and image side by side.
+
+    Args:
+        image: (batch, image tokens, width).
+        text: (batch, text tokens, width), or None.
+        gate: (batch, width).
+        add: (batch, text tokens + image tokens, width), text first.
+
+    Returns:
+        Of the shape of `add`.
+    """
+    joint = image if text is None else torch.cat([text, image], dim=1)
+    return (joint.float() + gate[:, None].float() * add.float()).to(image.dtype)
+
+
+@gated_add.register_kernel("cuda")
+def _gated_add_cuda(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> Tensor:
+    from fluxfire.kernels.triton_kernels import add_gated
+
+    gate, add = gate.contiguous(), add.contiguous()
+    out = _joint(image, text)
+    width = image.shape[-1]
+    for x, first in segments(image, text):
+        add_gated[x.shape[1], x.shape[0]](
+            x, gate, add, out, x.stride(0), x.stride(1), gate.stride(0), add.stride(0),
+            add.stride(1), out.stride(0), out.stride(1), first, width, BLOCK=block_of(width),
+            num_warps=4,
+        )  # fmt: skip
+    return out
+
+
+@gated_add.register_fake
+def _(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> Tensor:  # noqa: ARG001
+    return _joint(image, text)
+
+
+def _joint(image: Tensor, text: Tensor | None) -> Tensor:
+    tokens = image.shape[1] + (0 if text is None else text.shape[1])
+    return image.new_empty(image.shape[0], tokens, image.shape[2])

@@ -1,0 +1,150 @@
+"""RMS norm and rotary embedding of queries and keys."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+from fluxfire.kernels.segments import block_of
+
+
+@custom_op("fluxfire::rotated_heads", mutates_args=())
+def rotated_heads(
+    query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """RMS norm over each head, then the rotation.
+
+    Args:
+        query: (batch, tokens, heads · head width); its rows may be parts of longer ones.
+        key: of the shape and strides of the query.
+        q_weight: (head width,), of the norm.
+        k_weight: (head width,).
+        cos: (tokens, head width), float32, each number twice: neighbours turn together.
+        sin: likewise.
+        eps: added to the mean square.
+
+    Returns:
+        Query and key, each (batch, tokens, heads, head width), contiguous.
+    """
+    return (
+        _rotated(query, q_weight, cos, sin, eps).contiguous(),
+        _rotated(key, k_weight, cos, sin, eps).contiguous(),
+    )
+
+
+@rotated_heads.register_kernel("cuda")
+def _rotated_heads_cuda(
+    query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q, k = (_empty(query, query.shape[1], cos) for _ in range(2))
+    _launch((query, key, key), (q_weight, k_weight), cos, sin, eps, (q, k, k), first=0, copy=False)
+    return q, k
+
+
+@rotated_heads.register_fake
+def _(
+    query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,  # noqa: ARG001
+    eps: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return _empty(query, query.shape[1], cos), _empty(query, query.shape[1], cos)
+
+
+@custom_op("fluxfire::joined_heads", mutates_args=())
+def joined_heads(
+    image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],
+    text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`rotated_heads` for two streams, put side by side, and their values with them.
+
+    Args:
+        image: query, key and value of the image, each (batch, tokens, heads · head width).
+        text: those of the text.
+        image_weights: of the norms of the image's query and key, each (head width,).
+        text_weights: of the text's.
+        cos: (text tokens + image tokens, head width), float32, text first.
+        sin: likewise.
+        eps: added to the mean square.
+
+    Returns:
+        Query, key and value, each (batch, text tokens + image tokens, heads, head width).
+    """
+    tokens = text[0].shape[1]
+    joined = [
+        torch.cat(
+            [
+                _rotated(text[i], text_weights[i], cos[:tokens], sin[:tokens], eps),
+                _rotated(image[i], image_weights[i], cos[tokens:], sin[tokens:], eps),
+            ],
+            dim=1,
+        )
+        for i in range(2)
+    ]
+    value = in_heads(torch.cat([text[2], image[2]], dim=1), cos.shape[-1])
+    return joined[0], joined[1], value
+
+
+@joined_heads.register_kernel("cuda")
+def _joined_heads_cuda(
+    image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],
+    text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens = text[0].shape[1]
+    q, k, v = (_empty(image[0], tokens + image[0].shape[1], cos) for _ in range(3))
+    for stream, weights, first in ((text, text_weights, 0), (image, image_weights, tokens)):
+        _launch(
+            (stream[0], stream[1], stream[2]), (weights[0], weights[1]), cos, sin, eps, (q, k, v),
+            first=first, copy=True,
+        )  # fmt: skip
+    return q, k, v
+
+
+@joined_heads.register_fake
+def _(
+    image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],  # noqa: ARG001
+    text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,  # noqa: ARG001
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens = text[0].shape[1] + image[0].shape[1]
+    q, k, v = (_empty(image[0], tokens, cos) for _ in range(3))
+    return q, k, v
+
+
+def _launch(
+    inputs: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor], cos: Tensor,
+    sin: Tensor, eps: float, outputs: tuple[Tensor, Tensor, Tensor], *, first: int, copy: bool,
+) -> None:  # fmt: skip
+    from fluxfire.kernels.triton_kernels import rotate_heads
+
+    strides = {x.stride() for x in inputs}
+    if len(strides) > 1 or inputs[0].stride(-1) != 1:
+        q, k, v = inputs
+        inputs = (q.contiguous(), k.contiguous(), v.contiguous())
+    query, (out, *_) = inputs[0], outputs
+    heads, width = out.shape[2:]
+    rotate_heads[query.shape[1], query.shape[0]](
+        *inputs, *weights, cos.contiguous(), sin.contiguous(), *outputs, query.stride(0),
+        query.stride(1), out.stride(0), out.stride(1), first, heads, eps, WIDTH=width,
+        HEADS=block_of(heads), COPY_VALUE=copy, num_warps=4,
+    )  # fmt: skip
+
+
+def _rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    """The same in torch: (batch, tokens, heads, head width)."""
+    heads = in_heads(x, cos.shape[-1]).float()
+    normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + eps) * weight.float()
+    even, odd = normed[..., ::2], normed[..., 1::2]
+    turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    rotated: Tensor = normed * cos[:, None].float() + turned * sin[:, None].float()
+    return rotated.to(x.dtype)
+
+
+def in_heads(x: Tensor, width: int) -> Tensor:
+    """View (batch, tokens, heads · width) as (batch, tokens, heads, width)."""
+    return x.view(*x.shape[:-1], -1, width)
+
+
+def _empty(like: Tensor, tokens: int, cos: Tensor) -> Tensor:
+    width = cos.shape[-1]
+    return like.new_empty(like.shape[0], tokens, like.shape[-1] // width, width)

@@ -1,0 +1,224 @@
+"""Float8: the blocks' matrix products in eight bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from fluxfire import kontext
+from fluxfire.errors import FluxfireError
+from fluxfire.generation import Listener
+from fluxfire.host import HostWeights
+from fluxfire.kernels.float8 import Rows, float8_linear, float8_rows, quantised_weight
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+
+if TYPE_CHECKING:
+    from fluxfire.transaction import Transaction
+
+Originals = Literal["host", "drop"]
+_ORIGINALS = ("host", "drop")
+_SELF, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
+_SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting", "model-offload"})
+_CAPABLE = (8, 9)
+
+
+@dataclass(frozen=True)
+class Float8:
+    """Multiplies in float8 (e4m3) what the blocks multiply: projections, outputs and MLPs.
+
+    Weights are scaled by output channel, once; what is multiplied with them by token, as it
+    comes. Query, key and value are one product. What is small or sensitive stays as it is: all
+    outside the blocks (embeddings, output), the modulations, norms and attention itself. Behind
+    `FusedBlocks` the kernels that make a product's input also quantise it.
+
+    A layer that carries a LoRA keeps its weights. Loading a LoRA afterwards is refused by name at
+    the next generation. On a CPU the arithmetic is emulated, for quality's sake, and slow.
+
+    Attributes:
+        originals: `"host"` keeps the original weights in host memory, for `restore` to bring back
+            bit for bit and for `save_pretrained`; `"drop"` lets go of them, and `restore` refuses.
+    """
+
+    originals: Originals = "host"
+    _: KW_ONLY
+
+    name: ClassVar[str] = "float8"
+    stage: ClassVar[Stage] = "weights"
+    slot: ClassVar[str | None] = "quantisation"
+    exactness: ClassVar[Exactness] = "lossy"
+    leaves: ClassVar[frozenset[str]] = frozenset({"quantised"})
+
+    def __post_init__(self) -> None:
+        if self.originals not in _ORIGINALS:
+            raise ValueError(
+                f"originals={self.originals!r}; it must be one of {', '.join(_ORIGINALS)}"
+            )
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse devices without float8, and weights that are fused, moved or quantised."""
+        transformer, environment = target.pipe.transformer, target.environment
+        if transformer.device.type != "cuda":
+            yield Finding("warning", "float8 is emulated without a GPU: slower, for quality's sake")
+        elif environment.capability is not None and environment.capability < _CAPABLE:
+            had = ".".join(map(str, environment.capability))
+            yield Finding(
+                "error",
+                f"{environment.gpu} has compute capability {had}, and float8 products need 8.9",
+                "leave Float8 out",
+            )
+        for trait, why, remedy in (
+            (
+                "fused-qkv",
+                "the projections are fused already",
+                "leave the fusion out: Float8 fuses",
+            ),
+            ("quantised", "the weights are quantised already", "use one quantisation"),
+        ):
+            if trait in target.traits:
+                yield Finding("error", why, remedy)
+        if moved := target.traits & _SWAPPED:
+            yield Finding(
+                "error",
+                f"the weights are moved while the pipeline runs ({', '.join(sorted(moved))})",
+                "float8 halves them: take the offloading off",
+            )
+        if "lora" in target.traits:
+            yield Finding("info", "layers that carry a LoRA keep their weights")
+        widths = {n for *_, linear in _linears(transformer) for n in linear.weight.shape}
+        if odd := sorted(n for n in widths if n % 16):
+            yield Finding("error", f"widths must be multiples of 16, and there are {odd}")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Quantise layer by layer, so that no more than one is there twice."""
+        transformer = tx.pipe.transformer
+        host = HostWeights()
+        tx.on_undo(host.bring_back)
+        layers = list(_linears(transformer))
+        gained = freed = 0
+        for attention in (block.attn for block in kontext.blocks(transformer)):
+            for names, stack in ((_SELF, "to_qkv"), (_ADDED, "to_added_qkv")):
+                parts = [getattr(attention, name, None) for name in names]
+                if all(type(part) is nn.Linear for part in parts):
+                    product = Float8Product(parts)
+                    tx.setattr(attention, stack, product)
+                    tx.setattr(attention, "fused_projections", True)
+                    gained += product.nbytes
+                    freed += sum(map(host.take, parts))
+        for _, name, linear in layers:
+            if name not in (*_SELF, *_ADDED):
+                product = Float8Product([linear])
+                tx.set_class(linear, Float8Linear)
+                tx.setattr(linear, "product", product)
+                gained += product.nbytes
+                freed += host.take(linear)
+        tx.listen(_Watch(tx, layers, host, drop=self.originals == "drop"))
+        return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
+
+
+class Float8Product(nn.Module):
+    """A product with the weights of one layer, or of several whose outputs stand side by side.
+
+    Attributes:
+        weight: (width out, width), float8.
+        scale: (width out, 1), float32.
+        bias: (width out,), or None.
+    """
+
+    takes_float8 = True
+    weight: Tensor
+    scale: Tensor
+    bias: Tensor | None
+
+    def __init__(self, linears: list[Any]) -> None:
+        super().__init__()
+        with kontext.as_made(linears[0].weight):
+            made = [quantised_weight(linear.weight.detach()) for linear in linears]
+            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
+            self.register_buffer("weight", torch.cat([w for w, _ in made]), persistent=False)
+            self.register_buffer("scale", torch.cat([s for _, s in made]), persistent=False)
+            bias = torch.cat(biases) if biases else None
+            self.register_buffer("bias", bias, persistent=False)
+        self.dtype = linears[0].weight.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its buffers."""
+        return sum(buffer.nbytes for buffer in self.buffers())
+
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        """Multiply (batch, tokens, width), quantised already or to be quantised."""
+        rows = x if isinstance(x, Rows) else Rows(*float8_rows(x))
+        return float8_linear(rows, self.weight, self.scale, self.bias, self.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ARG002 - torch's signature
+        """Follow `.to()`: to a device as it is; a cast is one of the results."""
+        like = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
+        self.dtype = like.dtype
+        self.weight, self.scale = self.weight.to(like.device), self.scale.to(like.device)
+        self.bias = None if self.bias is None else self.bias.to(like)
+        return self
+
+
+class Float8Linear(nn.Linear):
+    """A linear layer whose product is another's; its own weight waits in host memory."""
+
+    takes_float8 = True
+    product: Float8Product
+
+    @override
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        """Multiply (batch, tokens, width), quantised already or to be quantised."""
+        out: Tensor = self.product(x)
+        return out
+
+
+class _Watch(Listener):
+    """Looks at the layers before each generation, since anything may be done in between."""
+
+    def __init__(
+        self, tx: Transaction, layers: list[tuple[Any, str, Any]], host: HostWeights, *, drop: bool
+    ) -> None:
+        self._tx, self._layers, self._host, self._drop = tx, layers, host, drop
+
+    @override
+    def prepare(self) -> None:
+        """Refuse layers put in the place of ours; send weights home, or let go of them.
+
+        Raises:
+            FluxfireError: a layer was replaced, as loading a LoRA does.
+        """
+        for owner, name, linear in self._layers:
+            if getattr(owner, name) is not linear:
+                raise FluxfireError(
+                    f"{name} of {type(owner).__name__} was replaced after Float8 quantised it "
+                    f"(a LoRA was loaded?); restore(pipe), load it, and optimize(pipe) again"
+                )
+        if self._drop and self._host.linears:
+            self._tx.keep("Float8(originals='drop') let go of the original weights")
+            self._host.drop()
+        self._host.send()
+
+
+def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Iterate over the plain linear layers to quantise: (owner, its attribute's name, layer)."""
+    block: Any
+    for block in kontext.blocks(transformer):
+        places: list[tuple[Any, str]] = [
+            (block.attn, name) for name in (*_SELF, *_ADDED, "to_add_out")
+        ]
+        if getattr(block.attn, "to_out", None) is not None:
+            places.append((block.attn.to_out, "0"))
+        if hasattr(block, "ff"):
+            places += [(mlp.net[0], "proj") for mlp in (block.ff, block.ff_context)]
+            places += [(mlp.net, "2") for mlp in (block.ff, block.ff_context)]
+        else:
+            places += [(block, "proj_mlp"), (block, "proj_out")]
+        for owner, name in places:
+            linear = getattr(owner, name, None)
+            if type(linear) is nn.Linear:
+                yield owner, name, linear

@@ -1,0 +1,242 @@
+"""FusedBlocks: Flux's blocks with all that is between their matrix products in few kernels."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor, nn
+
+from fluxfire import kontext
+from fluxfire.adaln import modulations
+from fluxfire.kernels import (
+    gated_add,
+    in_heads,
+    joined_heads,
+    linear_gelu,
+    modulated_norm,
+    rotated_heads,
+    two_products,
+)
+from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+
+if TYPE_CHECKING:
+    from fluxfire.transaction import Transaction
+
+Rotary = tuple[Tensor, Tensor]
+Pair = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FusedBlocks:
+    """Runs each block as its matrix products, its attention, and a kernel for what is between.
+
+    A layer norm and its modulation are one kernel; so are the norm and rotation of queries and
+    keys, which also puts text beside image; so is each gated residual. GELU is computed in the
+    product before it. A single block reads text and image where they are, and its output
+    projection runs as two products, the second adding to the first, so that attention and MLP
+    are not copied side by side.
+
+    The kernels are Triton's on CUDA. Elsewhere the same arithmetic runs in torch, no faster than
+    diffusers' own. A block runs as diffusers' own does while gradients are on, in float16 (whose
+    overflow diffusers clips), with an attention processor or attention arguments other than plain
+    Flux's, and without rotary embeddings. A layer that is more than a plain `nn.Linear` (a
+    LoRA) is called as it is.
+    """
+
+    name: ClassVar[str] = "fused-blocks"
+    stage: ClassVar[Stage] = "blocks"
+    slot: ClassVar[str | None] = "block-forward"
+    exactness: ClassVar[Exactness] = "close"
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse blocks that are not diffusers' own, and a GPU without Triton."""
+        transformer = target.pipe.transformer
+        strange = {type(b).__name__ for b in kontext.blocks(transformer) if type(b) not in _FUSED}
+        if strange:
+            yield Finding(
+                "error",
+                f"the transformer has blocks of another kind: {', '.join(sorted(strange))}",
+                "leave FusedBlocks out",
+            )
+        on_gpu = transformer.device.type == "cuda" or "model-offload" in target.traits
+        if on_gpu and importlib.util.find_spec("triton") is None:
+            yield Finding("error", "the kernels for CUDA need triton", "pip install triton")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Turn every block into an instance of a subclass with another forward."""
+        blocks = kontext.blocks(tx.pipe.transformer)
+        for block in blocks:
+            tx.set_class(block, _FUSED[type(block)])
+        return Change(len(blocks), "blocks run with fused kernels")
+
+
+class FusedDoubleBlock(FluxTransformerBlock):  # type: ignore[misc]
+    """A two-stream block."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Pair:
+        """Run the block; shapes as in diffusers, text and image returned in this order."""
+        rotary = image_rotary_emb
+        if rotary is None or not _fusible(self.attn, hidden_states, joint_attention_kwargs):
+            plain: Pair = super().forward(
+                hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
+            )
+            return plain
+        attn, text, image = self.attn, encoder_hidden_states, hidden_states
+        text_mods = modulations(self.norm1_context, temb).chunk(6, dim=1)
+        image_mods = modulations(self.norm1, temb).chunk(6, dim=1)
+        added_text, added_image = _attend_jointly(
+            attn,
+            _norm(None, text, text_mods, self.norm1_context.norm, _projections(attn, added=True)),
+            _norm(None, image, image_mods, self.norm1.norm, _projections(attn)),
+            rotary,
+        )
+        return (
+            _residuals(text, added_text, text_mods[2:], self.norm2_context, self.ff_context),
+            _residuals(image, added_image, image_mods[2:], self.norm2, self.ff),
+        )
+
+
+class FusedSingleBlock(FluxSingleTransformerBlock):  # type: ignore[misc]
+    """A one-stream block."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor,
+        temb: Tensor,
+        image_rotary_emb: Rotary | None = None,
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> Pair:
+        """Run the block; shapes as in diffusers, text and image returned in this order."""
+        rotary, attn = image_rotary_emb, self.attn
+        if rotary is None or not _fusible(attn, hidden_states, joint_attention_kwargs):
+            plain: Pair = super().forward(
+                hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
+            )
+            return plain
+        text, image = encoder_hidden_states, hidden_states
+        mods = modulations(self.norm, temb).chunk(3, dim=1)
+        into = _projections(attn)
+        x = _norm(text, image, mods, self.norm.norm, [*into, self.proj_mlp])
+        query, key, value = _heads(into, x)
+        query, key = rotated_heads(
+            query, key, attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps
+        )
+        attended = _attend(attn, query, key, in_heads(value, attn.head_dim))
+        add = _mlp(self.proj_mlp, self.proj_out, x, beside=attended)
+        joint = gated_add(image, text, mods[2], add)
+        return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
+
+
+_FUSED = {FluxTransformerBlock: FusedDoubleBlock, FluxSingleTransformerBlock: FusedSingleBlock}
+
+
+def _fusible(attention: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
+    """Whether a block's call is the plain case that the kernels compute."""
+    processor = attention.processor
+    return (
+        not arguments
+        and not torch.is_grad_enabled()
+        and x.dtype is not torch.float16
+        and type(processor) is FluxAttnProcessor
+        and getattr(processor, "_parallel_config", None) is None
+    )
+
+
+def _norm(
+    text: Tensor | None, image: Tensor, mods: Sequence[Tensor], norm: Any, into: Sequence[Any]
+) -> Tensor | Rows:
+    """Norm and modulate, in the form that all the products it goes into take."""
+    shift, scale, *_ = mods
+    if all(map(_takes_float8, into)):
+        return Rows(*modulated_norm_float8(image, text, shift, scale, norm.eps))
+    normed: Tensor = modulated_norm(image, text, shift, scale, norm.eps)
+    return normed
+
+
+def _residuals(x: Tensor, add: Tensor, mods: Sequence[Tensor], norm: Any, mlp: Any) -> Tensor:
+    """Add what attention gave, and what the MLP then gives."""
+    gate, shift, scale, mlp_gate = mods
+    x = gated_add(x, None, gate, add)
+    proj_in, proj_out = mlp.net[0].proj, mlp.net[2]
+    normed = _norm(None, x, (shift, scale), norm, [proj_in])
+    done: Tensor = gated_add(x, None, mlp_gate, _mlp(proj_in, proj_out, normed))
+    return done
+
+
+def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = None) -> Tensor:
+    """Two products and the GELU between them; `beside` goes into the second one, too."""
+    done: Tensor
+    if _takes_float8(proj_out):
+        done = proj_out(Rows(*gelu_float8(beside, proj_in(x))))
+        return done
+    if type(proj_in) is nn.Linear:
+        hidden = linear_gelu(x, proj_in.weight, proj_in.bias)
+    else:
+        hidden = F.gelu(proj_in(x), approximate="tanh")
+    if beside is not None and type(proj_out) is nn.Linear:
+        done = two_products(beside, hidden, proj_out.weight, proj_out.bias)
+    else:
+        done = proj_out(hidden if beside is None else torch.cat([beside, hidden], dim=2))
+    return done
+
+
+def _attend_jointly(
+    attention: Any, text: Tensor | Rows, image: Tensor | Rows, rotary: Rotary
+) -> Pair:
+    """Attend over text and image together; both come back through their output projections."""
+    of_text = _heads(_projections(attention, added=True), text)
+    of_image = _heads(_projections(attention), image)
+    query, key, value = joined_heads(
+        of_image, of_text, [attention.norm_q.weight, attention.norm_k.weight],
+        [attention.norm_added_q.weight, attention.norm_added_k.weight], *rotary,
+        attention.norm_q.eps,
+    )  # fmt: skip
+    attended, tokens = _attend(attention, query, key, value), of_text[0].shape[1]
+    out = attention.to_out[1](attention.to_out[0](attended[:, tokens:]))
+    return attention.to_add_out(attended[:, :tokens]), out
+
+
+def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by diffusers' dispatch: (batch, tokens, heads, head width) to (…, width)."""
+    backend = attention.processor._attention_backend  # noqa: SLF001 - where diffusers keeps it
+    attended: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
+    joined: Tensor = attended.flatten(2, 3)
+    return joined
+
+
+def _projections(attention: Any, *, added: bool = False) -> list[Any]:
+    """Return what makes queries, keys and values, of the text if `added`: one layer or three."""
+    if attention.fused_projections:
+        return [attention.to_added_qkv if added else attention.to_qkv]
+    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+    return [getattr(attention, name) for name in names]
+
+
+def _heads(projections: list[Any], x: Tensor | Rows) -> list[Tensor]:
+    """Return query, key and value, each (batch, tokens, heads · head width)."""
+    made = [projection(x) for projection in projections]
+    return list(made[0].chunk(3, dim=-1)) if len(made) == 1 else made
+
+
+def _takes_float8(layer: Any) -> bool:
+    return bool(getattr(layer, "takes_float8", False))
