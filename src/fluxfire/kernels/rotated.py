@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from math import gcd
+
 import torch
 from torch import Tensor
 from torch.library import custom_op
-
-from fluxfire.kernels.segments import block_of
 
 
 @custom_op("fluxfire::rotated_heads", mutates_args=())
@@ -123,10 +123,11 @@ def _launch(
         inputs = (q.contiguous(), k.contiguous(), v.contiguous())
     query, (out, *_) = inputs[0], outputs
     heads, width = out.shape[2:]
-    rotate_heads[query.shape[1], query.shape[0]](
+    together = gcd(heads, 8)  # of 128 in bfloat16: 16 bytes for each of four warps' threads
+    rotate_heads[query.shape[1], heads // together, query.shape[0]](
         *inputs, *weights, cos.contiguous(), sin.contiguous(), *outputs, query.stride(0),
-        query.stride(1), out.stride(0), out.stride(1), first, heads, eps, WIDTH=width,
-        HEADS=block_of(heads), COPY_VALUE=copy, num_warps=4,
+        query.stride(1), out.stride(0), out.stride(1), first, eps, WIDTH=width, HEADS=together,
+        COPY_VALUE=copy, num_warps=4,
     )  # fmt: skip
 
 
