@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 
 import torch
@@ -40,7 +41,7 @@ def _rotated_heads_cuda(
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     q, k = (_empty(query, query.shape[1], cos) for _ in range(2))
-    _launch((query, key, key), (q_weight, k_weight), cos, sin, eps, (q, k, k), first=0, copy=False)
+    launch((query, key, key), (q_weight, k_weight), cos, sin, eps, (q, k, k), copy=False)
     return q, k
 
 
@@ -94,9 +95,9 @@ def _joined_heads_cuda(
     tokens = text[0].shape[1]
     q, k, v = (_empty(image[0], tokens + image[0].shape[1], cos) for _ in range(3))
     for stream, weights, first in ((text, text_weights, 0), (image, image_weights, tokens)):
-        _launch(
+        launch(
             (stream[0], stream[1], stream[2]), (weights[0], weights[1]), cos, sin, eps, (q, k, v),
-            first=first, copy=True,
+            first=first,
         )  # fmt: skip
     return q, k, v
 
@@ -111,10 +112,24 @@ def _(
     return q, k, v
 
 
-def _launch(
+def launch(
     inputs: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor], cos: Tensor,
-    sin: Tensor, eps: float, outputs: tuple[Tensor, Tensor, Tensor], *, first: int, copy: bool,
+    sin: Tensor, eps: float, outputs: tuple[Tensor, Tensor, Tensor], *, first: int = 0,
+    copy: bool = True, scales: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
+    """Run the Triton kernel on one stream.
+
+    Args:
+        inputs: query, key and value.
+        weights: of the norms of query and key.
+        cos: (joint tokens, head width), float32.
+        sin: likewise.
+        eps: added to the mean square.
+        outputs: query, key and value, each (batch, joint tokens, heads, head width).
+        first: the stream's first row in the joint sequence.
+        copy: write the value, too.
+        scales: to divide by for float8: of query and key (1,), of the value (batch, heads).
+    """
     from fluxfire.kernels.triton_kernels import rotate_heads
 
     strides = {x.stride() for x in inputs}
@@ -125,9 +140,9 @@ def _launch(
     heads, width = out.shape[2:]
     together = gcd(heads, 8)  # of 128 in bfloat16: 16 bytes for each of four warps' threads
     rotate_heads[query.shape[1], heads // together, query.shape[0]](
-        *inputs, *weights, cos.contiguous(), sin.contiguous(), *outputs, query.stride(0),
-        query.stride(1), out.stride(0), out.stride(1), first, eps, WIDTH=width, HEADS=together,
-        COPY_VALUE=copy, num_warps=4,
+        *inputs, *weights, cos.contiguous(), sin.contiguous(), *outputs, *(scales or [cos] * 3),
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), first, heads, eps,
+        WIDTH=width, HEADS=together, COPY_VALUE=copy, FLOAT8=scales is not None, num_warps=4,
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fluxfire.passes.attention import Attention
 from fluxfire.passes.compile import Compile
 from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.float8 import Float8
@@ -14,6 +15,7 @@ from fluxfire.passes.para_attention import ParaAttention
 from fluxfire.passes.qkv_fusion import QKVFusion
 
 __all__ = [
+    "Attention",
     "Compile",
     "FirstBlockCache",
     "Float8",

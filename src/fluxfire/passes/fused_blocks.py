@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
-from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxSingleTransformerBlock,
@@ -19,15 +18,8 @@ from torch import Tensor, nn
 
 from fluxfire import kontext
 from fluxfire.adaln import modulations
-from fluxfire.kernels import (
-    gated_add,
-    in_heads,
-    joined_heads,
-    linear_gelu,
-    modulated_norm,
-    rotated_heads,
-    two_products,
-)
+from fluxfire.attending import Float8AttnProcessor, attend, attend_jointly, heads, projections
+from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
@@ -103,10 +95,10 @@ class FusedDoubleBlock(FluxTransformerBlock):  # type: ignore[misc]
         attn, text, image = self.attn, encoder_hidden_states, hidden_states
         text_mods = modulations(self.norm1_context, temb).chunk(6, dim=1)
         image_mods = modulations(self.norm1, temb).chunk(6, dim=1)
-        added_text, added_image = _attend_jointly(
+        added_text, added_image = attend_jointly(
             attn,
-            _norm(None, text, text_mods, self.norm1_context.norm, _projections(attn, added=True)),
-            _norm(None, image, image_mods, self.norm1.norm, _projections(attn)),
+            _norm(None, text, text_mods, self.norm1_context.norm, projections(attn, added=True)),
+            _norm(None, image, image_mods, self.norm1.norm, projections(attn)),
             rotary,
         )
         return (
@@ -135,13 +127,9 @@ class FusedSingleBlock(FluxSingleTransformerBlock):  # type: ignore[misc]
             return plain
         text, image = encoder_hidden_states, hidden_states
         mods = modulations(self.norm, temb).chunk(3, dim=1)
-        into = _projections(attn)
+        into = projections(attn)
         x = _norm(text, image, mods, self.norm.norm, [*into, self.proj_mlp])
-        query, key, value = _heads(into, x)
-        query, key = rotated_heads(
-            query, key, attn.norm_q.weight, attn.norm_k.weight, *rotary, attn.norm_q.eps
-        )
-        attended = _attend(attn, query, key, in_heads(value, attn.head_dim))
+        attended = attend(attn, heads(into, x), rotary)
         add = _mlp(self.proj_mlp, self.proj_out, x, beside=attended)
         joint = gated_add(image, text, mods[2], add)
         return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
@@ -157,7 +145,7 @@ def _fusible(attention: Any, x: Tensor, arguments: dict[str, Any] | None) -> boo
         not arguments
         and not torch.is_grad_enabled()
         and x.dtype is not torch.float16
-        and type(processor) is FluxAttnProcessor
+        and type(processor) in (FluxAttnProcessor, Float8AttnProcessor)
         and getattr(processor, "_parallel_config", None) is None
     )
 
@@ -198,44 +186,6 @@ def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = 
     else:
         done = proj_out(hidden if beside is None else torch.cat([beside, hidden], dim=2))
     return done
-
-
-def _attend_jointly(
-    attention: Any, text: Tensor | Rows, image: Tensor | Rows, rotary: Rotary
-) -> Pair:
-    """Attend over text and image together; both come back through their output projections."""
-    of_text = _heads(_projections(attention, added=True), text)
-    of_image = _heads(_projections(attention), image)
-    query, key, value = joined_heads(
-        of_image, of_text, [attention.norm_q.weight, attention.norm_k.weight],
-        [attention.norm_added_q.weight, attention.norm_added_k.weight], *rotary,
-        attention.norm_q.eps,
-    )  # fmt: skip
-    attended, tokens = _attend(attention, query, key, value), of_text[0].shape[1]
-    out = attention.to_out[1](attention.to_out[0](attended[:, tokens:]))
-    return attention.to_add_out(attended[:, :tokens]), out
-
-
-def _attend(attention: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by diffusers' dispatch: (batch, tokens, heads, head width) to (…, width)."""
-    backend = attention.processor._attention_backend  # noqa: SLF001 - where diffusers keeps it
-    attended: Tensor = dispatch_attention_fn(query, key, value, backend=backend)
-    joined: Tensor = attended.flatten(2, 3)
-    return joined
-
-
-def _projections(attention: Any, *, added: bool = False) -> list[Any]:
-    """Return what makes queries, keys and values, of the text if `added`: one layer or three."""
-    if attention.fused_projections:
-        return [attention.to_added_qkv if added else attention.to_qkv]
-    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
-    return [getattr(attention, name) for name in names]
-
-
-def _heads(projections: list[Any], x: Tensor | Rows) -> list[Tensor]:
-    """Return query, key and value, each (batch, tokens, heads · head width)."""
-    made = [projection(x) for projection in projections]
-    return list(made[0].chunk(3, dim=-1)) if len(made) == 1 else made
 
 
 def _takes_float8(layer: Any) -> bool:
