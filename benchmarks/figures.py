@@ -98,7 +98,7 @@ def edits_detail(name: str) -> str:
             (
                 name_of(row),
                 row["workload"]["name"],
-                f"{step['median'] * 1e3:.1f} ({step['min'] * 1e3:.1f} to {step['max'] * 1e3:.1f})",
+                _spread(step),
                 ratio(rows, row, "step"),
                 f"{edit['median']:.2f}",
                 ratio(rows, row, "edit"),
@@ -113,6 +113,12 @@ def edits_detail(name: str) -> str:
         "first run, s", "GiB added", "GiB peak of optimize", "GiB peak of the edit",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def _spread(sample: Row) -> str:
+    """Milliseconds: the median, and from the least to the most."""
+    least, middle, most = (sample[k] * 1e3 for k in ("min", "median", "max"))
+    return f"{middle:.1f} ({least:.1f} to {most:.1f})"
 
 
 def hits(name: str) -> str:
@@ -268,13 +274,88 @@ def main_job() -> str:
     )
 
 
-def profile() -> str:
+def steps() -> str:
+    """A step with each pass, beside eager, compilation alone and a rival."""
+    result = load(RESULTS / "steps.json")
+    rows = [row for row in result["rows"] if not row["error"]]
+    table = [
+        (
+            row["contender"],
+            _spread(row["step"]),
+            ratio(rows, row, "step"),
+            f"{row['first_seconds'][0]:.1f}",
+            f"{row['apply_gib']:+.1f}",
+            f"{row['peak_gib']:.1f}",
+        )
+        for row in rows
+    ]
+    head = (
+        "", "step, ms: median (spread)", "× eager", "first run, s", "GiB on the GPU, by applying",
+        "GiB peak of the edit",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{rows[0]['workload']['name']}. {where(result)}."
+
+
+def operators() -> str:
+    """Each operator beside what it stands for."""
+    result = load(RESULTS / "operators.json")
+    table = [
+        (
+            row["name"],
+            f"{row['ms']:.3f}",
+            f"{row['moved'] / row['ms'] / 1e9:.2f}" if row["moved"] else "",
+            f"{row['flop'] / row['ms'] / 1e9:.0f}" if row["flop"] else "",
+            f"{row['error']:.1e}" if "error" in row else "",
+        )
+        for row in result["rows"]
+        if "ms" in row
+    ]
+    head = ("", "ms", "TB/s of what it must move", "TFLOP/s", "error from float64")
+    return f"{markdown(head, table)}\n\n8704 tokens, width 3072, bfloat16. {where(result)}."
+
+
+def passes_on_spark() -> str:
+    """What the passes do to Spark's edits."""
+    result = load(RESULTS / "passes_on_spark.json")
+    table = [
+        (
+            row["stack"],
+            f"{row['success']:.1%}",
+            *(
+                "same" if row["stack"] == "plain" else cell
+                for cell in (
+                    f"{row['psnr']['mean']:.1f} ({row['psnr']['worst']:.1f})",
+                    f"{row['ssim']['mean']:.4f} ({row['ssim']['worst']:.4f})",
+                    f"{row['flip']['mean']:.4f} ({row['flip']['worst']:.4f})",
+                )
+            ),
+        )
+        for row in result["rows"]
+        if not row["error"]
+    ]
+    head = ("", "edits done", "PSNR to plain, dB: mean (worst)", "SSIM", "FLIP")
+    return (
+        f"{markdown(head, table)}\n\n{result['examples']} held-out edits, {result['steps']} steps, "
+        f"{result['dtype']}. {where(result)}."
+    )
+
+
+def profile(name: str = "profile.json") -> str:
     """Where a compiled step goes, by kind of kernel."""
-    result = load(RESULTS / "profile.json")
+    result = load(RESULTS / name)
     kinds = {
         "matrix products": ("nvjet", "gemm", "cublas"),
-        "attention": ("cudnn_generated_fort_native_sdpa", "flash", "fmha"),
-        "fused elementwise kernels, norms and rotations": ("triton",),
+        "attention": (
+            "cudnn_generated_fort_native_sdpa",
+            "flash",
+            "fmha",
+            "void cutlass::device_kernel<flash",
+        ),
+        "norms, modulation": ("norm_rows",),
+        "norms and rotation of heads": ("rotate_heads",),
+        "gated residuals": ("add_gated",),
+        "GELU and rounding to float8": ("rows_float8",),
+        "inductor's elementwise kernels": ("triton",),
     }
     spent: dict[str, float] = {}
     for kernel in result["kernels"]:
@@ -422,7 +503,12 @@ REGIONS: dict[str, Callable[[], str]] = {
     "phases": phases,
     "flags": flags,
     "cold": cold,
+    "steps": steps,
+    "operators": operators,
+    "passes on spark": passes_on_spark,
     "profile": profile,
+    "profile fused": lambda: profile("profile_fused.json"),
+    "profile float8": lambda: profile("profile_float8.json"),
     "passes": lambda: edits_detail("passes.json"),
     "literal": literal,
     "symfloat": symfloat,

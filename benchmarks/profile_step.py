@@ -22,15 +22,24 @@ from fluxfire.bench import Example, Workload, save, stamp
 from fluxfire.generation import Listener
 from fluxfire.kontext import Call
 from fluxfire.loading import RANDOM, load
-from fluxfire.passes import Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
+from fluxfire.passes import (
+    Attention,
+    Compile,
+    FirstBlockCache,
+    Float8,
+    FusedBlocks,
+    ModulationTable,
+    QKVFusion,
+)
 from fluxfire.protocol import Exactness, Pass, Stage
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProfileStep(Listener):
-    """Profiles the second step of every generation: a pass, applied like any other."""
+    """Profiles one step of every generation: a pass, applied like any other."""
 
     profiler: profile = field(repr=False)
+    step: int
 
     name: ClassVar[str] = "profile-step"
     stage: ClassVar[Stage] = "environment"
@@ -47,20 +56,23 @@ class ProfileStep(Listener):
         return Change(1, "profilers attached")
 
     def around(self, call: Call) -> AbstractContextManager[object]:
-        """Profile step 1; step 0 may compile."""
-        return self.profiler if call.step == 1 else nullcontext()
+        """Profile a step after the first, which may compile."""
+        return self.profiler if call.step == self.step else nullcontext()
 
 
+STEPS = 4
 _BLOCKS = (FusedBlocks(), ModulationTable(), Compile())
 STACKS: dict[str, tuple[Pass, ...]] = {
     "faithful": presets.faithful,
     "fused": (QKVFusion(), *_BLOCKS),
     "float8": (Float8(), *_BLOCKS),
+    "float8 attention": (Float8(), Attention("fa3-fp8"), *_BLOCKS),
+    "hit": (*presets.faithful[:-1], FirstBlockCache(schedule=(STEPS - 1,)), Compile()),
 }
 
 
 def main() -> None:
-    """Edit in two steps: the first compiles, the second is profiled."""
+    """Edit in four steps and profile the last, which is a cache's hit where there is one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=RANDOM, default="random-full")
     parser.add_argument("--stack", choices=STACKS, default="faithful")
@@ -70,12 +82,14 @@ def main() -> None:
 
     pipe = load(arguments.model)
     side, resize = arguments.side, arguments.model == "random-full"
-    work = Workload(name="edit", size=(side, side), steps=2, auto_resize=resize)
+    work = Workload(name="edit", size=(side, side), steps=STEPS, auto_resize=resize)
     picture = Image.new("RGB", (side, side), "olive")
     on_gpu = torch.cuda.is_available()
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     profiler = profile(activities=[activity])
-    with fluxfire.optimized(pipe, [ProfileStep(profiler=profiler), *STACKS[arguments.stack]]):
+    with fluxfire.optimized(
+        pipe, [ProfileStep(profiler=profiler, step=STEPS - 1), *STACKS[arguments.stack]]
+    ):
         work.run(pipe, Example("make it a snowy winter evening", picture))
     save(
         {

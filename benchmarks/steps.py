@@ -15,7 +15,7 @@ from PIL import Image
 from fluxfire.bench import Contender, Example, Workload, controls, keeping, measure, stamp
 from fluxfire.bench.rivals import installed
 from fluxfire.loading import load
-from fluxfire.passes import Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
+from fluxfire.passes import Attention, Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
 from fluxfire.text import human_seconds, table
 
 FUSED = (FusedBlocks(), ModulationTable(), Compile())
@@ -29,6 +29,7 @@ CONTENDERS = [
     Contender("all exact passes", (QKVFusion(), *FUSED)),
     Contender("Float8 + Compile", (Float8(), Compile())),
     Contender("Float8 + exact passes", (Float8(), *FUSED)),
+    Contender("Float8 + float8 attention + exact passes", (Float8(), Attention("fa3-fp8"), *FUSED)),
     Contender("Float8 + exact passes, modulations on the host", (Float8(), *ON_HOST)),
     *(c for c in installed() if c.name.startswith("torchao")),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fluxfire.passes.attention import Attention
 from fluxfire.passes.compile import Compile
+from fluxfire.passes.encoding_cache import EncodingCache
 from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.float8 import Float8
 from fluxfire.passes.fused_blocks import FusedBlocks
@@ -17,6 +18,7 @@ from fluxfire.passes.qkv_fusion import QKVFusion
 __all__ = [
     "Attention",
     "Compile",
+    "EncodingCache",
     "FirstBlockCache",
     "Float8",
     "FusedBlocks",

@@ -26,7 +26,7 @@ Region = Literal["blocks", "transformer"]
 
 @dataclass(frozen=True)
 class Compile:
-    """Compiles the transformer, and the VAE on request.
+    """Compiles the transformer, and on request the VAE and the text encoders.
 
     By blocks, the 57 blocks share three graphs, which compile in half a minute where the
     whole model takes minutes, and passes that wrap the blocks run between the graphs.
@@ -42,6 +42,7 @@ class Compile:
     Attributes:
         region: `"blocks"` or `"transformer"`.
         vae: also compile the VAE's encoder and decoder.
+        text_encoders: also compile the text encoders, by their layers, which share graphs.
         mode: a mode of `torch.compile`, or None for its default.
         dynamic: True makes sizes symbolic from the start, False never; None means on
             the second size.
@@ -52,6 +53,7 @@ class Compile:
     region: Region = "blocks"
     _: KW_ONLY
     vae: bool = False
+    text_encoders: bool = False
     mode: Mode | None = None
     dynamic: bool | None = None
     fullgraph: bool = True
@@ -66,7 +68,8 @@ class Compile:
         regions = ("blocks", "transformer")
         if self.region not in regions:
             raise ValueError(f"region={self.region!r}; it must be one of {', '.join(regions)}")
-        for name, kinds in (("vae", bool), ("fullgraph", bool), ("dynamic", bool | None)):
+        for name in ("vae", "text_encoders", "fullgraph", "dynamic"):
+            kinds = bool | None if name == "dynamic" else bool
             if not isinstance(getattr(self, name), kinds):
                 said = "True, False or None" if name == "dynamic" else "True or False"
                 raise TypeError(f"{name}={getattr(self, name)!r}; it must be {said}")
@@ -98,6 +101,10 @@ class Compile:
             )
         if self.vae and target.pipe.vae is None:
             yield Finding("error", "the pipeline has no VAE", "use Compile(vae=False)")
+        if self.text_encoders and not _text_encoders(target.pipe):
+            yield Finding(
+                "error", "the pipeline has no text encoder", "use Compile(text_encoders=False)"
+            )
         yield from self._check_options()
         yield from _check_compiler(target)
 
@@ -126,6 +133,8 @@ class Compile:
             groups.append([pipe.transformer])
         if self.vae:
             groups += [[part] for part in (pipe.vae.encoder, pipe.vae.decoder)]
+        if self.text_encoders:
+            groups += map(_layers, _text_encoders(pipe))
         return groups
 
     def _inductor_options(self) -> dict[str, Option]:
@@ -164,6 +173,18 @@ class Compile:
                 '(torch: "accessing tensor output of CUDAGraphs that has been overwritten")',
                 'use mode="max-autotune-no-cudagraphs", or region="transformer"',
             )
+
+
+def _text_encoders(pipe: Any) -> list[nn.Module]:
+    return [e for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None]
+
+
+def _layers(encoder: nn.Module) -> list[nn.Module]:
+    """Return the layers that a text encoder repeats: its longest list of modules."""
+    from torch import nn
+
+    lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+    return list(max(lists, key=lambda layers: len(layers)))
 
 
 def _check_compiler(target: Target) -> Iterator[Finding]:

@@ -14,7 +14,7 @@ from fluxfire import kontext
 from fluxfire.errors import FluxfireError
 from fluxfire.generation import Listener
 from fluxfire.host import HostWeights
-from fluxfire.kernels.float8 import Rows, float8_linear, float8_rows, quantised_weight
+from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
 if TYPE_CHECKING:
@@ -162,6 +162,16 @@ class Float8Product(nn.Module):
         self.weight, self.scale = self.weight.to(like.device), self.scale.to(like.device)
         self.bias = None if self.bias is None else self.bias.to(like)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Hand the weight on as plain bytes: torch 2.13 cannot unpickle float8."""
+        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
+        state["_buffers"] = {**state["_buffers"], "weight": self.weight.view(torch.uint8)}
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.weight = self.weight.view(FLOAT8)
 
 
 class Float8Linear(nn.Linear):

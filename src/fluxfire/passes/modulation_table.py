@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -19,6 +20,7 @@ from fluxfire.generation import Generation, Listener
 from fluxfire.host import HostWeights
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.shadow import Shadow
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
@@ -97,7 +99,8 @@ class ModulationTable:
             tx.listen(_StayHome(host))
         table = _Table(tx.pipe, norms)
         embed = transformer.time_text_embed
-        tx.setattr(embed, "forward", table.remembering(embed.forward))
+        asked_once = Shadow(embed, "forward", partial(table.temb, embed.forward))
+        tx.setattr(embed, "forward", asked_once)
         tx.listen(table)
         tx.wrap_blocks(table)
         tx.tell(table.facts)
@@ -162,20 +165,16 @@ class _Table(Listener):
         """Tell the report how many tables were made, and how often none fitted."""
         return {"tables": self.made, "without": self.declined}
 
-    def remembering(self, embed: Any) -> Any:
-        """Wrap the embedding of time step, guidance and pooled text: it is asked once."""
-
-        def forward(timestep: Tensor, *others: Tensor) -> Tensor:
-            call = self._call
-            if call is None or torch.is_grad_enabled():
-                made: Tensor = embed(timestep, *others)
-                return made
+    def temb(self, embed: Any, timestep: Tensor, *others: Tensor) -> Tensor:
+        """Look a step's embedding up, or have it computed; the first of a branch makes a table."""
+        call = self._call
+        if call is not None and not torch.is_grad_enabled():
             if call.branch not in self._rows or self._is_stale(call, others[-1]):
                 self._rows[call.branch] = self._make(embed, call, timestep, others)
-            rows = self._rows[call.branch]
-            return embed(timestep, *others) if rows is None else rows.temb[call.step]
-
-        return forward
+            if (rows := self._rows[call.branch]) is not None:
+                return rows.temb[call.step]
+        made: Tensor = embed(timestep, *others)
+        return made
 
     def _is_stale(self, call: Call, pooled: Tensor) -> bool:
         rows = self._rows[call.branch]
