@@ -184,7 +184,7 @@ def _layers(encoder: nn.Module) -> list[nn.Module]:
     from torch import nn
 
     lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
-    return list(max(lists, key=lambda layers: len(layers)))
+    return list(max(lists, key=nn.ModuleList.__len__))
 
 
 def _check_compiler(target: Target) -> Iterator[Finding]:
