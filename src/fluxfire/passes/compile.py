@@ -183,8 +183,8 @@ def _layers(encoder: nn.Module) -> list[nn.Module]:
     """Return the layers that a text encoder repeats: its longest list of modules."""
     from torch import nn
 
-    lists = [part for part in encoder.modules() if isinstance(part, nn.ModuleList)]
-    return list(max(lists, key=nn.ModuleList.__len__))
+    lists = [list(part) for part in encoder.modules() if isinstance(part, nn.ModuleList)]
+    return max(lists, key=len)
 
 
 def _check_compiler(target: Target) -> Iterator[Finding]:
