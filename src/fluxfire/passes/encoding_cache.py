@@ -69,18 +69,18 @@ class EncodingCache:
 
     def apply(self, tx: Transaction) -> Change:
         """Shadow what encodes, on this pipeline alone."""
-        pipe = tx.pipe
-        kept = {"prompts": _Kept(self.prompts), "pictures": _Kept(self.pictures)}
+        pipe, prompts, pictures = tx.pipe, _Kept(self.prompts), _Kept(self.pictures)
+        encoders = _Encoders(pipe, prompts, pictures)
         shadows: dict[str, Callable[..., Any]] = {}
         if self.prompts:
-            for method, part in (("_get_clip_prompt_embeds", ""), ("_get_t5_prompt_embeds", "_2")):
-                encode = partial(_prompt, pipe, part, kept["prompts"], getattr(pipe, method))
-                shadows[method] = encode
+            shadows["_get_clip_prompt_embeds"] = partial(encoders.prompt, "")
+            shadows["_get_t5_prompt_embeds"] = partial(encoders.prompt, "_2")
         if self.pictures:
-            method = "_encode_vae_image"
-            shadows[method] = partial(_picture, pipe, kept["pictures"], getattr(pipe, method))
+            shadows["_encode_vae_image"] = encoders.picture
         for method, call in shadows.items():
-            tx.setattr(pipe, method, Shadow(pipe, method, call))
+            shadow = Shadow(pipe, method, partial(call, getattr(pipe, method)))
+            tx.setattr(pipe, method, shadow)
+        kept = {"prompts": prompts, "pictures": pictures}
         tx.tell(lambda: {f"{k}_{n}": v for k, of in kept.items() for n, v in of.facts().items()})
         return Change(len(shadows), "encoders asked only for what is new")
 
@@ -121,62 +121,83 @@ class _Kept:
         return {"hits": self.hits, "misses": self.misses, "kept": len(self.entries), "bytes": size}
 
 
-def _prompt(
-    pipe: Any, part: str, kept: _Kept, encode: Callable[..., Tensor], *args: Any, **kwargs: Any
-) -> Tensor:
-    """Encode a prompt by one of the text encoders, unless that was done before."""
-    stamp = _stamp(getattr(pipe, f"text_encoder{part}"))
-    tokenizer = getattr(pipe, f"tokenizer{part}")
-    asked = _hashable((args, sorted(kwargs.items())))
-    if stamp is None or asked is None or tokenizer is None:
-        return encode(*args, **kwargs)
-    key = (part, stamp, id(tokenizer), len(tokenizer), asked)
-    if key in kept.entries:
-        return kept.take(key)
-    made = encode(*args, **kwargs)
-    kept.put(key, None, made)
-    return made
+@dataclass(eq=False)
+class _Stamps:
+    """Tells one state of a module from another: by its parts, and eight numbers of each weight.
 
-
-def _picture(
-    pipe: Any, kept: _Kept, encode: Callable[..., Tensor], image: Tensor, generator: Any
-) -> Tensor:
-    """Encode a picture, unless the very same was encoded before."""
-    vae = pipe.vae
-    stamp = _stamp(vae)
-    if stamp is None:
-        return encode(image=image, generator=generator)
-    ways = tuple(getattr(vae, f"use_{way}", False) for way in ("tiling", "slicing"))
-    alike = (stamp, ways, isinstance(generator, list), image.shape, image.dtype, image.device)
-    for key, (asked, _) in kept.entries.items():
-        if asked is None or not isinstance(key, tuple) or key[0] != alike:
-            continue
-        if torch.equal(asked, image):
-            return kept.take(key)
-    made = encode(image=image, generator=generator)
-    kept.put((alike, object()), image, made)
-    return made
-
-
-def _stamp(module: nn.Module | None) -> Hashable | None:
-    """Tell one state of a module from another: by its parts, and eight numbers of each weight.
-
-    Returns:
-        None if nothing can be said: there is no module, its weights are elsewhere, or it
-        carries a LoRA.
+    Taking the numbers' places afresh at each call would cost more than encoding a prompt does
+    (25 ms for T5 on one machine), so they are taken again only where weights have moved.
     """
-    if module is None or any(hasattr(part, "lora_A") for part in module.modules()):
-        return None
-    weights = list(module.parameters())
-    if any(weight.is_meta for weight in weights):
-        return None
-    samples: dict[torch.dtype, list[Tensor]] = {}
-    with torch.no_grad():
-        for weight in weights:
-            every = max(1, weight.numel() // _SAMPLED)
-            samples.setdefault(weight.dtype, []).append(weight.flatten()[::every][:_SAMPLED])
-        numbers = tuple(tuple(torch.cat(of).float().tolist()) for of in samples.values())
-    return (id(module), tuple(map(id, weights)), tuple(samples), numbers)
+
+    _places: dict[int, tuple[Hashable, list[Tensor]]] = field(default_factory=dict)
+
+    def of(self, module: nn.Module | None) -> Hashable | None:
+        """Return a stamp; None if nothing can be said.
+
+        That is where there is no module, its weights are elsewhere, or it carries a LoRA.
+        """
+        if module is None or any(hasattr(part, "lora_A") for part in module.modules()):
+            return None
+        weights = list(module.parameters())
+        if any(weight.is_meta for weight in weights):
+            return None
+        parts = (*map(id, weights), *(weight.data_ptr() for weight in weights))
+        known, places = self._places.get(id(module), (None, []))
+        if known != parts:
+            places = [_sampled(weight.detach()) for weight in weights]
+            self._places[id(module)] = parts, places
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for place in places:
+            by_dtype.setdefault(place.dtype, []).append(place)
+        numbers = tuple(tuple(torch.cat(of).float().tolist()) for of in by_dtype.values())
+        return (id(module), tuple(map(id, weights)), tuple(by_dtype), numbers)
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    """View eight numbers of a weight, far from each other."""
+    return weight.flatten()[:: max(1, weight.numel() // _SAMPLED)][:_SAMPLED]
+
+
+@dataclass(eq=False)
+class _Encoders:
+    """What encodes for one pipeline, and what is kept of it."""
+
+    pipe: Any
+    prompts: _Kept
+    pictures: _Kept
+    stamps: _Stamps = field(default_factory=_Stamps)
+
+    def prompt(self, part: str, encode: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Encode a prompt by one of the text encoders, unless that was done before."""
+        stamp = self.stamps.of(getattr(self.pipe, f"text_encoder{part}"))
+        tokenizer = getattr(self.pipe, f"tokenizer{part}")
+        asked = _hashable((args, sorted(kwargs.items())))
+        if stamp is None or asked is None or tokenizer is None:
+            return encode(*args, **kwargs)
+        key = (part, stamp, id(tokenizer), len(tokenizer), asked)
+        if key in self.prompts.entries:
+            return self.prompts.take(key)
+        made = encode(*args, **kwargs)
+        self.prompts.put(key, None, made)
+        return made
+
+    def picture(self, encode: Callable[..., Tensor], image: Tensor, generator: Any) -> Tensor:
+        """Encode a picture, unless the very same was encoded before."""
+        vae = self.pipe.vae
+        stamp = self.stamps.of(vae)
+        if stamp is None:
+            return encode(image=image, generator=generator)
+        ways = tuple(getattr(vae, f"use_{way}", False) for way in ("tiling", "slicing"))
+        drawn = isinstance(generator, list)  # picture by picture, which may round otherwise
+        alike = (stamp, ways, drawn, image.shape, image.dtype, image.device)
+        for key, (asked, _) in self.pictures.entries.items():
+            if asked is None or not isinstance(key, tuple) or key[0] != alike:
+                continue
+            if torch.equal(asked, image):
+                return self.pictures.take(key)
+        made = encode(image=image, generator=generator)
+        self.pictures.put((alike, object()), image, made)
+        return made
 
 
 def _hashable(value: Any) -> Hashable | None:
