@@ -40,14 +40,14 @@ def run(capsys, *arguments):
 def test_passes(capsys):
     status, out, _ = run(capsys, "passes")
     assert status == 0
-    for name in ("inductor-patch", "qkv-fusion", "memory-layout", "compile"):
+    for name in ("inductor-patch", "qkv-fusion", "memory-layout", "attention", "compile"):
         assert name in out
 
 
 def test_plan(capsys):
     status, out, _ = run(capsys, "plan")
     assert status == 0
-    assert "qkv-fusion      weights      close      ready" in out
+    assert "fused-blocks    blocks       close      ready" in out
     status, out, _ = run(capsys, "plan", "--passes", "compile,qkv-fusion")
     assert status == 1
     assert "must come before compile" in out

@@ -13,7 +13,18 @@ from torch._inductor import config as inductor_config
 from doubles import Bare, HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change, Finding
 from fluxfire.generation import Listener
-from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.passes import (
+    Attention,
+    Compile,
+    EncodingCache,
+    FirstBlockCache,
+    Float8,
+    FusedBlocks,
+    InductorPatch,
+    MemoryLayout,
+    ModulationTable,
+    QKVFusion,
+)
 from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
 
 OURS = [
@@ -21,6 +32,13 @@ OURS = [
     MemoryLayout(),
     QKVFusion(),
     QKVFusion(vae=False),
+    Float8(),
+    Attention(),
+    Attention("_native_math"),
+    Attention("fa3-fp8"),
+    FusedBlocks(),
+    ModulationTable(),
+    EncodingCache(),
     FirstBlockCache(),
     FirstBlockCache(0),
     FirstBlockCache(schedule=[1], predict="linear"),
@@ -33,7 +51,11 @@ def test_passes_conform(pass_, kind):
     check_pass(pass_, functools.partial(tiny_kontext, kind))
 
 
-@pytest.mark.parametrize("pass_", [QKVFusion(), MemoryLayout()], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "pass_",
+    [QKVFusion(), MemoryLayout(), Attention(), FusedBlocks(), ModulationTable()],
+    ids=lambda p: p.name,
+)
 def test_passes_conform_in_bfloat16(pass_):
     check_pass(pass_, functools.partial(tiny_kontext, dtype=torch.bfloat16))
 

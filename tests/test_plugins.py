@@ -52,5 +52,5 @@ def test_a_plugin_that_fails_otherwise_is_named_too(pipe, monkeypatch):
 
 
 def test_unknown_names_list_plugins_too(pipe, announced):
-    with pytest.raises(PlanError, match="first-block-cache, gone, inductor-patch"):
+    with pytest.raises(PlanError, match="fused-blocks, gone, inductor-patch"):
         fluxfire.optimize(pipe, ["cache"])

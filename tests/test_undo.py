@@ -14,7 +14,17 @@ import fluxfire
 from doubles import HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import api
 from fluxfire.errors import PassError, PlanError, RestoreError
-from fluxfire.passes import Compile, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.passes import (
+    Attention,
+    Compile,
+    EncodingCache,
+    Float8,
+    FusedBlocks,
+    InductorPatch,
+    MemoryLayout,
+    ModulationTable,
+    QKVFusion,
+)
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from fluxfire.testing.conformance import FaultyTransaction, InjectedFailureError
 
@@ -25,6 +35,12 @@ PASSES = [
     QKVFusion(vae=False),
     QKVFusion(transformer=False),
     MemoryLayout(),
+    Float8(),
+    Attention("_native_math"),
+    Attention("fa3-fp8"),
+    FusedBlocks(),
+    ModulationTable(),
+    EncodingCache(),
     ScaleTemb(),
     SkipBlock(),
     HalfTheTokens(),
@@ -71,7 +87,8 @@ def test_random_lists_with_failures_at_random_edits(shared, passes, in_order, fa
         if generate:
             edit(pipe, steps=1)
     except PlanError:
-        assert not in_order
+        both_fuse = {"qkv-fusion", "float8"} <= {p.name for p in passes}
+        assert not in_order or both_fuse
     except PassError as error:
         assert isinstance(error.__cause__, InjectedFailureError)
     else:

@@ -8,6 +8,7 @@ from fluxfire.errors import PlanError
 from fluxfire.passes import (
     Compile,
     FirstBlockCache,
+    FusedBlocks,
     InductorPatch,
     MegaCache,
     MemoryLayout,
@@ -15,7 +16,7 @@ from fluxfire.passes import (
 )
 from fluxfire.protocol import Pass
 
-faithful: tuple[Pass, ...] = (InductorPatch(), QKVFusion(), Compile())
+faithful: tuple[Pass, ...] = (InductorPatch(), FusedBlocks(), Compile())
 """Nothing lossy: rounding only. What `optimize(pipe)` does."""
 
 

@@ -36,6 +36,10 @@ class Float8:
     outside the blocks (embeddings, output), the modulations, norms and attention itself. Behind
     `FusedBlocks` the kernels that make a product's input also quantise it.
 
+    On an H100 (torch 2.11, edit 1024) a step took 194 ms behind `FusedBlocks` where eager took 375
+    and torchao's float8 by row, compiled, 215; with `Attention("fa3-fp8")` it took 170. The
+    transformer's weights on the GPU went from 22.2 to 14.2 GiB.
+
     A layer that carries a LoRA keeps its weights. Loading a LoRA afterwards is refused by name at
     the next generation. On a CPU the arithmetic is emulated, for quality's sake, and slow.
 

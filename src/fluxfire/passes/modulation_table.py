@@ -38,14 +38,17 @@ class ModulationTable:
     steps look theirs up. Embeddings are computed step by step, with the pipeline's own rounding
     of time steps, so they are bitwise the plain ones; the batched product may round otherwise.
 
+    It saves memory, not time: on an H100 (torch 2.11, bf16, edit 1024) a compiled step took 284 ms
+    instead of 285, and 270 either way with `FusedBlocks`, so it is in no preset.
+
     A table holds for one generation and branch (cond and uncond have one each): 2 MB a step and
     sample for FLUX in bfloat16. Where the scheduler's time steps are not those that the pipeline
     goes through, a generation is computed without.
 
     Attributes:
         host: keep those weights in host memory, pinned, and bring them to the GPU one by one
-            where a table is made. This frees 6.0 GiB of FLUX's 22.2 and costs each generation
-            their transfer.
+            where a table is made. This frees 6.0 GiB of FLUX's 22.2; bringing them took the first
+            step 0.12 s, on an H100.
     """
 
     host: bool = False

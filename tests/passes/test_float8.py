@@ -1,0 +1,189 @@
+"""Float8: which layers, whose weights, and the way back."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+
+import fluxfire
+from fluxfire import kontext, spark
+from fluxfire.bench import compare
+from fluxfire.environment import Environment
+from fluxfire.errors import FluxfireError, PlanError
+from fluxfire.kernels.float8 import FLOAT8
+from fluxfire.passes import Compile, Float8, FusedBlocks, QKVFusion
+from fluxfire.passes.float8 import Float8Linear, Float8Product
+from fluxfire.protocol import Target
+from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+from passes.test_qkv_fusion import with_lora
+
+
+def quantised(pipe):
+    """Names of the layers whose product is in float8."""
+    return {
+        name
+        for name, module in pipe.transformer.named_modules()
+        if isinstance(module, Float8Linear) or name.endswith(("to_qkv", "to_added_qkv"))
+    }
+
+
+def test_the_rule_which_layers(pipe):
+    fluxfire.optimize(pipe, [Float8()])
+    double = {"attn.to_qkv", "attn.to_added_qkv", "attn.to_out.0", "attn.to_add_out"}
+    double |= {f"{ff}.net.{layer}" for ff in ("ff", "ff_context") for layer in ("0.proj", "2")}
+    single = {"attn.to_qkv", "proj_mlp", "proj_out"}
+    expected = {f"transformer_blocks.{i}.{name}" for i in range(2) for name in double}
+    expected |= {f"single_transformer_blocks.{i}.{name}" for i in range(3) for name in single}
+    assert quantised(pipe) == expected
+    for module in pipe.transformer.modules():
+        if isinstance(module, Float8Product):
+            assert module.weight.dtype is FLOAT8
+
+
+def test_a_product_is_that_of_the_rounded_numbers(pipe):
+    linear = pipe.transformer.single_transformer_blocks[0].proj_mlp
+    x = torch.randn(2, 7, 48)
+    plain = linear(x).detach()
+    fluxfire.optimize(pipe, [Float8()])
+    product = linear.product
+    exact = torch.nn.functional.linear(
+        x.double(), product.weight.double() * product.scale.double(), linear.bias.double()
+    ).detach()
+    with torch.no_grad():
+        made = linear(x)
+    assert 0 < (made - plain).norm() < 0.06 * plain.norm()
+    assert (made - exact).norm() < 0.04 * exact.norm()  # x is rounded, too
+
+
+def test_files_are_those_of_the_plain_pipeline(pipe, tmp_path):
+    before = {k: v.clone() for k, v in pipe.transformer.state_dict().items()}
+    fluxfire.optimize(pipe, [Float8()])
+    after = pipe.transformer.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[k], before[k]) for k in before)
+    pipe.save_pretrained(tmp_path)
+    again = FluxKontextPipeline.from_pretrained(tmp_path)
+    assert all(torch.equal(v, before[k]) for k, v in again.transformer.state_dict().items())
+
+
+def test_bytes_are_told_truly(pipe):
+    before = kontext.storage_bytes(pipe)
+    fluxfire.optimize(pipe, [Float8()])
+    (done,) = fluxfire.report(pipe).passes
+    weights = sum(
+        m.weight.nbytes for m in pipe.transformer.modules() if isinstance(m, Float8Product)
+    )
+    assert kontext.storage_bytes(pipe) - before == done.change.bytes > weights > 0
+    assert done.change.host_bytes == 0  # a CPU's memory is the host's
+
+
+@pytest.mark.parametrize("generate", [True, False])
+def test_dropped_originals(generate, reference):
+    pipe = tiny_kontext()
+    before = fingerprint(pipe)
+    fluxfire.optimize(pipe, [Float8("drop")])
+    if not generate:
+        fluxfire.restore(pipe)
+        assert np.array_equal(edit(pipe), reference)
+        assert differences(before, fingerprint(pipe)) != []  # a first call leaves its marks
+        return
+    picture = edit(pipe)
+    assert 0 < np.abs(picture - reference).max() < 0.1
+    assert any(p.is_meta for p in pipe.transformer.parameters())
+    with pytest.raises(PlanError, match=r"originals='drop'\) let go of the original weights. Not"):
+        fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), picture)
+    assert [p.name for p in fluxfire.report(pipe).passes] == ["float8"]
+
+
+def test_a_layer_with_a_lora_keeps_its_weights(reference):
+    plain = with_lora(tiny_kontext())
+    expected = edit(plain)
+    pipe = fluxfire.optimize(with_lora(tiny_kontext()), [Float8()])
+    assert not any("proj_mlp" in name for name in quantised(pipe))
+    assert np.abs(edit(pipe) - expected).max() < 0.1
+    assert np.abs(edit(pipe) - reference).max() > 1e-3
+
+
+def test_a_lora_that_comes_later_is_refused_by_name(pipe):
+    fluxfire.optimize(pipe, [Float8()])
+    edit(pipe)
+    with_lora(pipe)
+    with pytest.raises(
+        FluxfireError, match=r"to_q of FluxAttention was replaced after Float8 quantised it"
+    ):
+        edit(pipe)
+    pipe.unload_lora_weights()
+    edit(pipe)
+
+
+def refusals(pass_, pipe, traits=frozenset(), device="cpu", **facts):
+    environment = Environment(
+        "3.12", {}, "13.0", **{"gpu": "NVIDIA A100", "capability": (8, 0), "gpu_bytes": 1, **facts}
+    )
+    found = pass_.check(Target(pipe, environment, traits=frozenset(traits)))
+    return [str(finding) for finding in found if finding.level == "error"]
+
+
+def test_refusals(pipe):
+    with pytest.raises(ValueError, match="originals='keep'; it must be one of host, drop"):
+        Float8("keep")
+    assert refusals(Float8(), pipe, ["fused-qkv", "quantised", "sequential-offload"]) == [
+        "the projections are fused already; leave the fusion out: Float8 fuses",
+        "the weights are quantised already; use one quantisation",
+        (
+            "the weights are moved while the pipeline runs (sequential-offload); "
+            "float8 halves them: take the offloading off"
+        ),
+    ]
+    with pytest.raises(PlanError, match="float8: the projections are fused already"):
+        fluxfire.optimize(pipe, [QKVFusion(), Float8()])
+
+
+def test_a_gpu_without_float8_is_refused(pipe, monkeypatch):
+    monkeypatch.setattr(type(pipe.transformer), "device", torch.device("cuda"))
+    assert refusals(Float8(), pipe) == [
+        "NVIDIA A100 has compute capability 8.0, and float8 products need 8.9; leave Float8 out"
+    ]
+    assert refusals(Float8(), pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
+
+
+def test_casts_leave_float8_alone(pipe):
+    fluxfire.optimize(pipe, [Float8()])
+    product = pipe.transformer.single_transformer_blocks[0].proj_mlp.product
+    weight = product.weight.float()
+    pipe.to(torch.float64)
+    assert product.weight.dtype is FLOAT8
+    assert torch.equal(product.weight.float(), weight)
+    assert product.bias.dtype is torch.float64
+    assert product.scale.dtype is torch.float32
+    assert edit(pipe).dtype.kind == "f"
+
+
+def test_behind_fused_blocks_rows_are_rounded_where_they_are_made(reference):
+    alone = edit(fluxfire.optimize(tiny_kontext(), [Float8()]))
+    fused = edit(fluxfire.optimize(tiny_kontext(), [Float8(), FusedBlocks()]))
+    assert np.abs(fused - alone).max() < 0.01
+    assert 0 < np.abs(fused - reference).max() < 0.1
+
+
+def test_sparks_edits_stay():
+    pipe, edits = spark.load(dtype=torch.float32), spark.examples(split="test", n=6)
+    plain = spark.score(pipe, edits, steps=10)
+    with fluxfire.optimized(pipe, [Float8()]):
+        made = spark.score(pipe, edits, steps=10)
+    assert [m.passed for m in made] == [p.passed for p in plain]
+    near = compare([m.image for m in made], [p.image for p in plain]).to_dict()
+    assert near["psnr"]["worst"] > 35
+
+
+@pytest.mark.slow
+def test_a_block_stays_one_graph():
+    pipe = tiny_kontext()
+    fluxfire.optimize(pipe, [Float8()])
+    plain = edit(pipe)
+    fluxfire.optimize(pipe, [FusedBlocks(), Compile()])
+    assert np.abs(edit(pipe) - plain).max() < 0.01
+    assert fluxfire.report(pipe).runs[-1].graph_breaks == 0

@@ -1,0 +1,113 @@
+"""FusedBlocks: plain Flux's arithmetic where it can, diffusers' own where it cannot."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+
+import fluxfire
+from fluxfire import kontext
+from fluxfire.errors import PlanError
+from fluxfire.passes import Compile, FusedBlocks, QKVFusion
+from fluxfire.passes import fused_blocks as module
+from fluxfire.testing import edit, forward_errors, tiny_kontext
+from passes.test_qkv_fusion import with_lora
+
+CLOSE = 1e-5
+
+
+@pytest.fixture
+def norms(monkeypatch):
+    """Count the calls of the operator that every fused block begins with."""
+    calls = []
+    plain = module.modulated_norm
+
+    def counted(*args):
+        calls.append(args)
+        return plain(*args)
+
+    monkeypatch.setattr(module, "modulated_norm", counted)
+    return calls
+
+
+@pytest.mark.parametrize("before", [[], [QKVFusion()]], ids=["alone", "behind fusion"])
+@pytest.mark.parametrize(
+    "call",
+    [{}, {"num_images_per_prompt": 2}, {"negative_prompt": "a boat", "true_cfg_scale": 2.0}],
+    ids=["one", "batch", "true CFG"],
+)
+def test_pictures_are_the_plain_ones_up_to_rounding(pipe, norms, before, call):
+    plain = edit(pipe, **call)
+    fluxfire.optimize(pipe, [*before, FusedBlocks()])
+    assert np.abs(edit(pipe, **call) - plain).max() < CLOSE
+    assert len(norms) > 0
+
+
+def test_it_errs_less_than_eager_in_bfloat16():
+    plain, pipe = (tiny_kontext(dtype=torch.bfloat16) for _ in range(2))
+    fused, eager = forward_errors(plain, fluxfire.optimize(pipe, [FusedBlocks()]), edit)
+    assert fused < eager
+
+
+def test_what_the_kernels_do_not_compute_runs_as_in_diffusers(pipe, norms):
+    class Own(FluxAttnProcessor):
+        pass
+
+    double = tiny_kontext().transformer.transformer_blocks[0]
+    single = tiny_kontext().transformer.single_transformer_blocks[0]
+    text, image, temb = torch.randn(1, 3, 48), torch.randn(1, 5, 48), torch.randn(1, 48)
+    rotary = (torch.rand(8, 16), torch.rand(8, 16))
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    blocks = kontext.blocks(pipe.transformer)
+    for plain, block in ((double, blocks[0]), (single, blocks[2])):
+        with torch.no_grad():
+            for arguments in ((None, None), (rotary, {"attention_mask": torch.ones(8, 8).bool()})):
+                expected = plain(image, text, temb, *arguments)
+                made = block(image, text, temb, *arguments)
+                assert all(map(torch.equal, made, expected))
+            block.attn.processor = Own()
+            made, expected = (b(image, text, temb, rotary) for b in (block, plain))
+            assert all(map(torch.equal, made, expected))
+            block.attn.processor = FluxAttnProcessor()
+        made = block(image.requires_grad_(), text, temb, rotary)
+        made[1].sum().backward()
+        assert image.grad is not None
+    assert norms == []
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_lora_has_its_effect_whichever_came_first(first, reference):
+    expected = edit(with_lora(tiny_kontext()))
+    assert np.abs(expected - reference).max() > 1e-3
+    pipe = tiny_kontext()
+    if first:
+        with_lora(pipe)
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    if not first:
+        with_lora(pipe)
+    assert np.abs(edit(pipe) - expected).max() < CLOSE
+
+
+def test_foreign_blocks_are_refused(pipe):
+    class Strange(type(pipe.transformer.transformer_blocks[0])):
+        pass
+
+    pipe.transformer.transformer_blocks[0].__class__ = Strange
+    with pytest.raises(
+        PlanError,
+        match="the transformer has blocks of another kind: Strange; leave FusedBlocks out",
+    ):
+        fluxfire.optimize(pipe, [FusedBlocks()])
+
+
+@pytest.mark.slow
+def test_a_block_stays_one_graph():
+    pipe = tiny_kontext()
+    plain = edit(pipe)
+    fluxfire.optimize(pipe, [FusedBlocks(), Compile()])
+    assert np.abs(edit(pipe) - plain).max() < CLOSE
+    (run,) = fluxfire.report(pipe).runs
+    assert run.graph_breaks == 0
+    assert run.compiles <= 3  # double, single, and single after a single
