@@ -74,7 +74,7 @@ class Report:
                 p.stage,
                 p.exactness,
                 f"{p.change.count} {p.change.what}",
-                human_bytes(p.change.bytes),
+                _memory(p.change),
                 human_seconds(p.seconds),
             )
             for p in self.passes
@@ -89,6 +89,11 @@ class Report:
         if self.runs:
             parts += ["", _runs(self.runs)]
         return "\n".join(parts)
+
+
+def _memory(change: Change) -> str:
+    host = f", {human_bytes(change.host_bytes)} on the host" if change.host_bytes else ""
+    return human_bytes(change.bytes) + host
 
 
 def _told(facts: Mapping[str, object]) -> str:

@@ -3,7 +3,7 @@
 Every operation is a `torch.library` operator of its own, `fluxfire::…`: on CUDA a Triton kernel,
 elsewhere the same arithmetic in torch, which also is what the kernels are tested against. A
 compiled graph keeps them whole. All reckon in float32 and round once, where eager torch rounds
-after each of its steps, so they err less from float64 than it does. They have no gradients.
+after each of its steps. They have no gradients.
 """
 
 from __future__ import annotations

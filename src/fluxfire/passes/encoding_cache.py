@@ -125,8 +125,8 @@ class _Kept:
 class _Stamps:
     """Tells one state of a module from another: by its parts, and eight numbers of each weight.
 
-    Taking the numbers' places afresh at each call would cost more than encoding a prompt does
-    (27 ms for both text encoders, by an H100), so they are taken again only where weights have moved.
+    Taking the numbers' places afresh at each call cost 27 ms for both text encoders, on an H100's
+    host, nearly as much as encoding does; so that is done only where weights have moved.
     """
 
     _places: dict[int, tuple[Hashable, list[Tensor]]] = field(default_factory=dict)

@@ -34,8 +34,8 @@ class QKVFusion:
 
     Alone it does not help: on an H100 (torch 2.11, bf16, edit 1024) an eager step took 385 ms
     instead of 376, since the strided parts cost more than the larger product saves. Compiled,
-    the parts are free, and a step took 288 ms instead of 290; with `FusedBlocks`, 270 either way. So
-    it is only in the preset `article`.
+    the parts are free, and a step took 288 ms instead of 290; with `FusedBlocks`, 270 either way.
+    So it is only in the preset `article`.
 
     A projection that is more than a plain `nn.Linear` (a LoRA is loaded, a hook is set, its
     weight is swapped in and out) is called as it is, so its effect is that of the plain
