@@ -110,6 +110,14 @@ def test_the_least_recently_used_goes(pipe):
     assert fluxfire.report(pipe).passes[0].facts["prompts_kept"] == 4
 
 
+def test_with_gradients_nothing_is_kept(pipe):
+    fluxfire.optimize(pipe, [EncodingCache()])
+    for _ in range(2):
+        assert pipe.encode_prompt("a", max_sequence_length=24)[0].requires_grad
+    assert told(pipe)[:2] == [0, 0]
+
+
+@torch.no_grad()
 def test_callers_cannot_spoil_what_is_kept(pipe):
     fluxfire.optimize(pipe, [EncodingCache()])
     first = pipe._get_t5_prompt_embeds(prompt=["a"], max_sequence_length=24)

@@ -134,9 +134,12 @@ class _Stamps:
     def of(self, module: nn.Module | None) -> Hashable | None:
         """Return a stamp; None if nothing can be said.
 
-        That is where there is no module, its weights are elsewhere, or it carries a LoRA.
+        That is where there is no module, its weights are elsewhere, it carries a LoRA, or
+        gradients are on, which go with a result.
         """
-        if module is None or any(hasattr(part, "lora_A") for part in module.modules()):
+        if module is None or torch.is_grad_enabled():
+            return None
+        if any(hasattr(part, "lora_A") for part in module.modules()):
             return None
         weights = list(module.parameters())
         if any(weight.is_meta for weight in weights):
@@ -150,7 +153,8 @@ class _Stamps:
         for place in places:
             by_dtype.setdefault(place.dtype, []).append(place)
         numbers = tuple(tuple(torch.cat(of).float().tolist()) for of in by_dtype.values())
-        return (id(module), tuple(map(id, weights)), tuple(by_dtype), numbers)
+        rounding = (torch.is_autocast_enabled("cuda"), torch.get_float32_matmul_precision())
+        return (id(module), tuple(map(id, weights)), tuple(by_dtype), numbers, rounding)
 
 
 def _sampled(weight: Tensor) -> Tensor:
