@@ -33,6 +33,10 @@ class Float8AttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
     query_scale: Tensor
     key_scale: Tensor
 
+    def scales(self, device: torch.device) -> Pair:
+        """Return both on a device: under offloading they were computed elsewhere."""
+        return self.query_scale.to(device), self.key_scale.to(device)
+
     @override
     def __call__(
         self,
@@ -69,7 +73,7 @@ def attend(attention: Any, of_all: list[Tensor], rotary: Rotary) -> Tensor:
     norms, eps = (attention.norm_q.weight, attention.norm_k.weight), attention.norm_q.eps
     processor = attention.processor
     if isinstance(processor, Float8AttnProcessor):
-        scales = (processor.query_scale, processor.key_scale, _value_scale(attention, value))
+        scales = (*processor.scales(query.device), _value_scale(attention, value))
         made = rotated_heads_float8(query, key, value, *norms, *rotary, list(scales), eps)
         out: Tensor = float8_attention(*made, *scales, query.dtype).flatten(2, 3)
         return out
@@ -100,7 +104,7 @@ def attend_jointly(
     processor, eps, tokens = attention.processor, attention.norm_q.eps, of_text[0].shape[1]
     if isinstance(processor, Float8AttnProcessor):
         largest = torch.maximum(*(_value_scale(attention, x[2]) for x in (of_text, of_image)))
-        scales = (processor.query_scale, processor.key_scale, largest)
+        scales = (*processor.scales(largest.device), largest)
         made = joined_heads_float8(
             of_image, of_text, norms, added_norms, *rotary, list(scales), eps
         )

@@ -9,9 +9,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import fluxfire
 from fluxfire import kontext
+from fluxfire.environment import environment
 from fluxfire.errors import PlanError
 from fluxfire.passes import Compile, FusedBlocks, QKVFusion
 from fluxfire.passes import fused_blocks as module
+from fluxfire.protocol import Target
 from fluxfire.testing import edit, forward_errors, tiny_kontext
 from passes.test_qkv_fusion import with_lora
 
@@ -88,6 +90,36 @@ def test_a_lora_has_its_effect_whichever_came_first(first, reference):
     if not first:
         with_lora(pipe)
     assert np.abs(edit(pipe) - expected).max() < CLOSE
+
+
+def test_offloading_layer_by_layer(pipe, reference):
+    """Refused where it is there, and diffusers' own way where it comes later."""
+    from accelerate import cpu_offload
+
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    assert np.array_equal(edit(pipe), reference)
+    pipe = tiny_kontext()
+    found = FusedBlocks().check(Target(pipe, environment(), traits=frozenset({"group-offload"})))
+    assert [str(f) for f in found] == [
+        (
+            "weights are swapped layer by layer while the pipeline runs (group-offload), and the "
+            "kernels read several layers at once; use enable_model_cpu_offload() or none"
+        )
+    ]
+
+
+def test_a_quantised_layer_is_called_as_it_is(pipe, reference):
+    """As torchao leaves it: a plain layer whose weight is a tensor of another kind."""
+
+    class Quantised(torch.Tensor):
+        pass
+
+    for block in pipe.transformer.single_transformer_blocks:
+        for layer in (block.proj_mlp, block.proj_out):
+            layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Quantised), False)
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    assert np.abs(edit(pipe) - reference).max() < CLOSE
 
 
 def test_foreign_blocks_are_refused(pipe):

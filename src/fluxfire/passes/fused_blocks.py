@@ -26,6 +26,7 @@ from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
 
+_SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 
@@ -47,8 +48,8 @@ class FusedBlocks:
     The kernels are Triton's on CUDA. Elsewhere the same arithmetic runs in torch, no faster than
     diffusers' own. A block runs as diffusers' own does while gradients are on, in float16 (whose
     overflow diffusers clips), with an attention processor or attention arguments other than plain
-    Flux's, and without rotary embeddings. A layer that is more than a plain `nn.Linear` (a
-    LoRA) is called as it is.
+    Flux's, and without rotary embeddings. A layer that is more than a plain `nn.Linear` (it
+    carries a LoRA, it is quantised) is called as it is.
     """
 
     name: ClassVar[str] = "fused-blocks"
@@ -65,6 +66,13 @@ class FusedBlocks:
                 "error",
                 f"the transformer has blocks of another kind: {', '.join(sorted(strange))}",
                 "leave FusedBlocks out",
+            )
+        if swapped := target.traits & _SWAPPED:
+            yield Finding(
+                "error",
+                f"weights are swapped layer by layer while the pipeline runs "
+                f"({', '.join(sorted(swapped))}), and the kernels read several layers at once",
+                "use enable_model_cpu_offload() or none",
             )
         on_gpu = transformer.device.type == "cuda" or "model-offload" in target.traits
         if on_gpu and importlib.util.find_spec("triton") is None:
@@ -151,6 +159,7 @@ def _fusible(attention: Any, x: Tensor, arguments: dict[str, Any] | None) -> boo
         and x.dtype is not torch.float16
         and type(processor) in (FluxAttnProcessor, Float8AttnProcessor)
         and getattr(processor, "_parallel_config", None) is None
+        and not attention.norm_q.weight.is_meta  # sequential offloading came later
     )
 
 
@@ -181,15 +190,20 @@ def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = 
     if _takes_float8(proj_out):
         done = proj_out(Rows(*gelu_float8(beside, proj_in(x))))
         return done
-    if type(proj_in) is nn.Linear:
+    if _is_plain(proj_in):
         hidden = linear_gelu(x, proj_in.weight, proj_in.bias)
     else:
         hidden = F.gelu(proj_in(x), approximate="tanh")
-    if beside is not None and type(proj_out) is nn.Linear:
+    if beside is not None and _is_plain(proj_out):
         done = two_products(beside, hidden, proj_out.weight, proj_out.bias)
     else:
         done = proj_out(hidden if beside is None else torch.cat([beside, hidden], dim=2))
     return done
+
+
+def _is_plain(layer: Any) -> bool:
+    """Whether calling a layer means nothing but its product, by a weight of plain numbers."""
+    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
 
 
 def _takes_float8(layer: Any) -> bool:
