@@ -202,3 +202,28 @@ def test_presets_run(preset, reference):
     assert np.abs(edit(pipe) - reference).max() < CLOSE
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), reference)
+
+
+def test_cuda_graphs_of_text_encoders_are_refused(pipe):
+    asked = Compile("transformer", text_encoders=True, mode="reduce-overhead")
+    assert "overwrite each other" in fluxfire.plan(pipe, [asked]).complaints()[0]
+
+
+def test_no_text_encoders_at_all(pipe):
+    pipe.text_encoder = pipe.text_encoder_2 = None
+    (said,) = fluxfire.plan(pipe, [Compile(text_encoders=True)]).complaints()
+    assert "the pipeline has no text encoder; use Compile(text_encoders=False)" in said
+
+
+@pytest.mark.slow
+def test_the_text_encoders_too(reference):
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    plain = edit(pipe)
+    fluxfire.optimize(pipe, [Compile(text_encoders=True)])
+    assert np.abs(edit(pipe) - plain).max() < CLOSE
+    edit(pipe)
+    first, second = fluxfire.report(pipe).runs
+    # One graph for CLIP's layers; two for T5's, of which the first computes the position bias.
+    assert (first.compiles, first.graph_breaks, second.compiles) == (2 + 3, 0, 0)
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), plain)

@@ -48,7 +48,8 @@ class Attention:
     which keeps the bound; so their scale is known without looking at them. Values are scaled by
     each sample's and head's largest. Norm, rotation and the rounding to float8 are one kernel.
     With a mask, without rotation, and while gradients are on, attention is diffusers' own. On a
-    CPU it is emulated, but for the rounding of the probabilities.
+    CPU it is emulated, but for the rounding of the probabilities. On Spark (96 edits, emulated) it
+    kept 51.8 dB to the plain pictures on average, but one edit strayed, to 21.1.
 
     Measured on an H100 (torch 2.11, 8704 tokens, 24 heads of 128, bf16), in TFLOP/s: SDPA's
     default 617, cuDNN 607, FlashAttention-3 626, SDPA's FlashAttention-2 327, FlashAttention-3

@@ -166,12 +166,12 @@ class Compile:
                 torch.compile(_call, options=self._inductor_options() or None)  # type: ignore[arg-type]
             except RuntimeError as error:
                 yield Finding("error", f"torch.compile refuses the options: {error}")
-        if self.region == "blocks" and self._cuda_graphs():
+        if (self.region == "blocks" or self.text_encoders) and self._cuda_graphs():
             yield Finding(
                 "error",
                 "CUDA graphs of the blocks overwrite each other's outputs "
                 '(torch: "accessing tensor output of CUDAGraphs that has been overwritten")',
-                'use mode="max-autotune-no-cudagraphs", or region="transformer"',
+                'use mode="max-autotune-no-cudagraphs", or region="transformer" alone',
             )
 
 

@@ -175,17 +175,27 @@ class _Trend:
             return value
         x0, x1, *rest = self.levels
         first = value - older[0]
-        predicted = value + first * self._scale((level - x0) / _apart(x0, x1), 1, value)
+        along = self._where_known(1, (level - x0) / _apart(x0, x1))
+        predicted = value if along is None else value + first * _over(along, value)
         if rest:
             x2 = rest[0]
             bend = (level - x0) * (level - x1) / (_apart(x0, x2) * _apart(x0, x1))
-            second = first - (older[0] - older[1]) * _over(_apart(x0, x1) / _apart(x1, x2), value)
-            predicted = predicted + second * self._scale(bend, 2, value)
+            if (bend_known := self._where_known(2, bend)) is not None:
+                by = _over(_apart(x0, x1) / _apart(x1, x2), value)
+                second = first - (older[0] - older[1]) * by
+                predicted = predicted + second * _over(bend_known, value)
         return predicted
 
-    def _scale(self, factor: Tensor, needed: int, value: Tensor) -> Tensor:
-        """Shape a factor for the values; 0 for samples of which too few are known."""
-        return _over(factor * factor.new_tensor([n > needed for n in self.known]), value)
+    def _where_known(self, needed: int, factor: Tensor) -> Tensor | None:
+        """Zero the factor of samples of which too few values are known; None if it is of all.
+
+        Only a mixed batch has to say which. To bring that to the GPU waits for it, which made
+        a hit of an edit to 1024² take 8 ms instead of 6, on an H100.
+        """
+        known = [n > needed for n in self.known]
+        if all(known):
+            return factor
+        return factor * factor.new_tensor(known) if any(known) else None
 
 
 class _Engine(CacheEngine[FirstBlockCache]):

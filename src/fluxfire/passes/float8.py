@@ -38,7 +38,8 @@ class Float8:
 
     On an H100 (torch 2.11, edit 1024) a step took 194 ms behind `FusedBlocks` where eager took 375
     and torchao's float8 by row, compiled, 215; with `Attention("fa3-fp8")` it took 170. The
-    transformer's weights on the GPU went from 22.2 to 14.2 GiB.
+    transformer's weights on the GPU went from 22.2 to 14.2 GiB. On Spark (96 edits, emulated) no
+    edit was lost; the pictures kept 49.8 dB to the plain ones on average, 41.1 at worst.
 
     A layer that carries a LoRA keeps its weights. Loading a LoRA afterwards is refused by name at
     the next generation. On a CPU the arithmetic is emulated, for quality's sake, and slow.
