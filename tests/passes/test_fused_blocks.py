@@ -135,11 +135,14 @@ def test_foreign_blocks_are_refused(pipe):
 
 
 @pytest.mark.slow
-def test_a_block_stays_one_graph():
+def test_a_block_stays_one_graph_at_any_size():
     pipe = tiny_kontext()
-    plain = edit(pipe)
+    sizes = ((32, 32), (48, 32), (32, 64))
+    plain = [edit(pipe, size) for size in sizes]
     fluxfire.optimize(pipe, [FusedBlocks(), Compile()])
-    assert np.abs(edit(pipe) - plain).max() < CLOSE
-    (run,) = fluxfire.report(pipe).runs
-    assert run.graph_breaks == 0
-    assert run.compiles <= 3  # double, single, and single after a single
+    for size, expected in zip(sizes, plain, strict=True):
+        assert np.abs(edit(pipe, size) - expected).max() < CLOSE
+    runs = fluxfire.report(pipe).runs
+    assert [run.graph_breaks for run in runs] == [0, 0, 0]
+    assert runs[0].compiles <= 3  # double, single, and single after a single
+    assert runs[2].compiles == 0  # the second size made the graphs dynamic

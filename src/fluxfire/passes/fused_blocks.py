@@ -203,7 +203,8 @@ def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = 
 
 def _is_plain(layer: Any) -> bool:
     """Whether calling a layer means nothing but its product, by a weight of plain numbers."""
-    return type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+    return plain and layer.bias is not None
 
 
 def _takes_float8(layer: Any) -> bool:
