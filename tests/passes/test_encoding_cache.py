@@ -68,7 +68,7 @@ def edited(pipe):
 
 
 def cast(pipe):
-    pipe.to(torch.float64)
+    pipe.to(torch.bfloat16)
 
 
 def loaded(pipe):
