@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 
 COLUMNS = "_fluxfire_columns"
@@ -25,5 +26,9 @@ def modulations(norm: Any, temb: Tensor) -> Tensor:
     if columns is not None and temb.shape[-1] != norm.linear.in_features:
         start, stop = columns
         return temb[:, start:stop]
-    made: Tensor = norm.linear(norm.silu(temb))
-    return made
+    linear, x = norm.linear, norm.silu(temb)
+    if linear.weight.device == linear.bias.device:
+        made: Tensor = linear(x)
+        return made
+    weight = linear.weight.to(x.device, non_blocking=True)  # it alone waits in host memory
+    return F.linear(x, weight, linear.bias)

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire.kernels import in_heads, joined_heads, rotated_heads
-from fluxfire.kernels.float8 import FLOAT8, Rows
+from fluxfire.kernels.float8 import LARGEST, Rows
 from fluxfire.kernels.float8_attention import (
     float8_attention,
     joined_heads_float8,
@@ -137,14 +137,14 @@ def bound(weights: list[Tensor], width: int) -> Tensor:
     the largest weight, and turning keeps it: so no number of it can be larger.
     """
     largest = torch.stack([w.detach().float().abs().max() for w in weights]).max()
-    scale: Tensor = largest * width**0.5 / torch.finfo(FLOAT8).max
+    scale: Tensor = largest * width**0.5 / LARGEST
     return scale.reshape(1)
 
 
 def _value_scale(attention: Any, value: Tensor) -> Tensor:
     """Measure the scale of values, which nothing bounds: (batch, heads), float32."""
     largest = in_heads(value, attention.head_dim).abs().amax(dim=(1, 3)).float()
-    scale: Tensor = (largest / torch.finfo(FLOAT8).max).clamp(min=1e-12)
+    scale: Tensor = (largest / LARGEST).clamp(min=1e-12)
     return scale
 
 

@@ -7,12 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from typing_extensions import override
 
 from fluxfire import kontext
+from fluxfire.generation import Listener
 
 
 @dataclass(eq=False)
-class HostWeights:
+class HostWeights(Listener):
     """Keeps the weights of some layers in host memory, pinned.
 
     The parameters stay where they are in the model: a state dict has them as ever. On a CPU there
@@ -35,7 +37,8 @@ class HostWeights:
         self.linears.append(linear)
         return self._send(linear)
 
-    def send(self) -> None:
+    @override
+    def prepare(self) -> None:
         """Send away those that `.to(device)` brought back."""
         for linear in self.linears:
             self._send(linear)

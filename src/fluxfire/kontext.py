@@ -16,6 +16,8 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
+SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
+"""Traits of pipelines whose weights are swapped layer by layer while they run."""
 CALL_SLOT = "_compiled_call_impl"
 """Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
 

@@ -17,7 +17,7 @@ from fluxfire.kernels.modulated import modulated_norm
 from fluxfire.kernels.segments import block_of, segments
 
 FLOAT8 = torch.float8_e4m3fn
-_LARGEST = 448.0
+LARGEST: float = torch.finfo(FLOAT8).max
 
 
 class Rows(NamedTuple):
@@ -137,8 +137,8 @@ def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / _LARGEST).clamp(min=1e-12)
-    return (x / scale).clamp(-_LARGEST, _LARGEST).to(FLOAT8), scale
+    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-12)
+    return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
 
 
 def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:

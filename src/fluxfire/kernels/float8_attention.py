@@ -7,8 +7,8 @@ import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 from torch.library import custom_op
 
-from fluxfire.kernels.float8 import FLOAT8
-from fluxfire.kernels.rotated import in_heads, joined_heads, launch, rotated_heads
+from fluxfire.kernels.float8 import FLOAT8, LARGEST
+from fluxfire.kernels.rotated import in_heads, joined_heads, launch, room, rotated_heads
 
 
 @custom_op("fluxfire::rotated_heads_float8", mutates_args=())
@@ -131,17 +131,14 @@ def _(
 
 
 def _scaled(q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    most = torch.finfo(FLOAT8).max
     by = (scales[0], scales[1], scales[2][:, None, :, None])
     q8, k8, v8 = (
-        (x.float() / s).clamp(-most, most).to(FLOAT8).contiguous()
+        (x.float() / s).clamp(-LARGEST, LARGEST).to(FLOAT8).contiguous()
         for x, s in zip((q, k, v), by, strict=True)
     )
     return q8, k8, v8
 
 
 def _empty(like: Tensor, tokens: int, cos: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    width = cos.shape[-1]
-    shape = (like.shape[0], tokens, like.shape[-1] // width, width)
-    q, k, v = (like.new_empty(shape, dtype=FLOAT8) for _ in range(3))
+    q, k, v = (room(like, tokens, cos, FLOAT8) for _ in range(3))
     return q, k, v

@@ -40,7 +40,7 @@ def _rotated_heads_cuda(
     query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    q, k = (_empty(query, query.shape[1], cos) for _ in range(2))
+    q, k = (room(query, query.shape[1], cos) for _ in range(2))
     launch((query, key, key), (q_weight, k_weight), cos, sin, eps, (q, k, k), copy=False)
     return q, k
 
@@ -50,7 +50,7 @@ def _(
     query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,  # noqa: ARG001
     eps: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _empty(query, query.shape[1], cos), _empty(query, query.shape[1], cos)
+    return room(query, query.shape[1], cos), room(query, query.shape[1], cos)
 
 
 @custom_op("fluxfire::joined_heads", mutates_args=())
@@ -93,7 +93,7 @@ def _joined_heads_cuda(
     text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens = text[0].shape[1]
-    q, k, v = (_empty(image[0], tokens + image[0].shape[1], cos) for _ in range(3))
+    q, k, v = (room(image[0], tokens + image[0].shape[1], cos) for _ in range(3))
     for stream, weights, first in ((text, text_weights, 0), (image, image_weights, tokens)):
         launch(
             (stream[0], stream[1], stream[2]), (weights[0], weights[1]), cos, sin, eps, (q, k, v),
@@ -108,7 +108,7 @@ def _(
     text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,  # noqa: ARG001
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     tokens = text[0].shape[1] + image[0].shape[1]
-    q, k, v = (_empty(image[0], tokens, cos) for _ in range(3))
+    q, k, v = (room(image[0], tokens, cos) for _ in range(3))
     return q, k, v
 
 
@@ -161,6 +161,8 @@ def in_heads(x: Tensor, width: int) -> Tensor:
     return x.view(*x.shape[:-1], -1, width)
 
 
-def _empty(like: Tensor, tokens: int, cos: Tensor) -> Tensor:
+def room(like: Tensor, tokens: int, cos: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Make (batch, tokens, heads, head width), unwritten; of another dtype if asked."""
     width = cos.shape[-1]
-    return like.new_empty(like.shape[0], tokens, like.shape[-1] // width, width)
+    shape = (like.shape[0], tokens, like.shape[-1] // width, width)
+    return like.new_empty(shape, dtype=dtype or like.dtype)

@@ -16,6 +16,18 @@ import triton.language as tl
 
 
 @triton.jit
+def modulated(x, shift, scale, at, width, eps):
+    """Layer norm of the row at `x`, then `· (1 + scale) + shift`, in float32."""
+    inside = at < width
+    value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    mean = tl.sum(value, 0) / width
+    away = tl.where(inside, value - mean, 0.0)
+    normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + eps)
+    factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
+    return normed * (1 + factor) + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
 def norm_rows(
     x, shift, scale, out,
     x_batch, x_row, mod_batch, out_batch, out_row, first, width, eps,
@@ -25,15 +37,10 @@ def norm_rows(
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    value = tl.load(x + batch * x_batch + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value, 0) / width
-    away = tl.where(inside, value - mean, 0.0)
-    normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + eps)
-    factor = tl.load(scale + batch * mod_batch + at, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + batch * mod_batch + at, mask=inside, other=0.0).to(tl.float32)
-    result = normed * (1 + factor) + offset
+    mods = batch * mod_batch
+    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, eps)
     to = out + batch * out_batch + (first + row) * out_row + at
-    tl.store(to, result.to(out.dtype.element_ty), mask=inside)
+    tl.store(to, made.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -122,14 +129,10 @@ def norm_rows_float8(
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    value = tl.load(x + batch * x_batch + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value, 0) / width
-    away = tl.where(inside, value - mean, 0.0)
-    normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + eps)
-    factor = tl.load(scale + batch * mod_batch + at, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(shift + batch * mod_batch + at, mask=inside, other=0.0).to(tl.float32)
+    mods = batch * mod_batch
+    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, eps)
     to = batch * rows + first + row
-    store_float8(normed * (1 + factor) + offset, out + to * width, scale_out + to, at, inside)
+    store_float8(made, out + to * width, scale_out + to, at, inside)
 
 
 @triton.jit

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
 _SELF, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
-_SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting", "model-offload"})
 _CAPABLE = (8, 9)
 
 
@@ -86,7 +85,7 @@ class Float8:
         ):
             if trait in target.traits:
                 yield Finding("error", why, remedy)
-        if moved := target.traits & _SWAPPED:
+        if moved := target.traits & (kontext.SWAPPED | {"model-offload"}):
             yield Finding(
                 "error",
                 f"the weights are moved while the pipeline runs ({', '.join(sorted(moved))})",
@@ -122,6 +121,7 @@ class Float8:
                 gained += product.nbytes
                 freed += host.take(linear)
         tx.listen(_Watch(tx, layers, host, drop=self.originals == "drop"))
+        tx.listen(host)
         return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
 
 
@@ -202,7 +202,7 @@ class _Watch(Listener):
 
     @override
     def prepare(self) -> None:
-        """Refuse layers put in the place of ours; send weights home, or let go of them.
+        """Refuse layers put in the place of ours; let go of weights that are to be dropped.
 
         Raises:
             FluxfireError: a layer was replaced, as loading a LoRA does.
@@ -216,7 +216,6 @@ class _Watch(Listener):
         if self._drop and self._host.linears:
             self._tx.keep("Float8(originals='drop') let go of the original weights")
             self._host.drop()
-        self._host.send()
 
 
 def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:

@@ -15,6 +15,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor, nn
+from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.adaln import modulations
@@ -26,7 +27,6 @@ from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
 
-_SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 
@@ -67,7 +67,7 @@ class FusedBlocks:
                 f"the transformer has blocks of another kind: {', '.join(sorted(strange))}",
                 "leave FusedBlocks out",
             )
-        if swapped := target.traits & _SWAPPED:
+        if swapped := target.traits & kontext.SWAPPED:
             yield Finding(
                 "error",
                 f"weights are swapped layer by layer while the pipeline runs "
@@ -86,9 +86,12 @@ class FusedBlocks:
         return Change(len(blocks), "blocks run with fused kernels")
 
 
-class FusedDoubleBlock(FluxTransformerBlock):  # type: ignore[misc]
-    """A two-stream block."""
+class _FusedBlock(nn.Module):
+    """What both kinds of block begin with."""
 
+    attn: Any
+
+    @override
     def forward(
         self,
         hidden_states: Tensor,
@@ -99,12 +102,24 @@ class FusedDoubleBlock(FluxTransformerBlock):  # type: ignore[misc]
     ) -> Pair:
         """Run the block; shapes as in diffusers, text and image returned in this order."""
         rotary = image_rotary_emb
-        if rotary is None or not _fusible(self.attn, hidden_states, joint_attention_kwargs):
-            plain: Pair = super().forward(
-                hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
-            )
-            return plain
-        attn, text, image = self.attn, encoder_hidden_states, hidden_states
+        if rotary is not None and _fusible(self.attn, hidden_states, joint_attention_kwargs):
+            return self.fused(encoder_hidden_states, hidden_states, temb, rotary)
+        plain: Pair = super().forward(
+            hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
+        )
+        return plain
+
+    def fused(self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
+        """Run the block by its kernels; likewise."""
+        raise NotImplementedError
+
+
+class FusedDoubleBlock(_FusedBlock, FluxTransformerBlock):  # type: ignore[misc]
+    """A two-stream block."""
+
+    @override
+    def fused(self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
+        attn = self.attn
         text_mods = modulations(self.norm1_context, temb).chunk(6, dim=1)
         image_mods = modulations(self.norm1, temb).chunk(6, dim=1)
         added_text, added_image = attend_jointly(
@@ -119,25 +134,12 @@ class FusedDoubleBlock(FluxTransformerBlock):  # type: ignore[misc]
         )
 
 
-class FusedSingleBlock(FluxSingleTransformerBlock):  # type: ignore[misc]
+class FusedSingleBlock(_FusedBlock, FluxSingleTransformerBlock):  # type: ignore[misc]
     """A one-stream block."""
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor,
-        temb: Tensor,
-        image_rotary_emb: Rotary | None = None,
-        joint_attention_kwargs: dict[str, Any] | None = None,
-    ) -> Pair:
-        """Run the block; shapes as in diffusers, text and image returned in this order."""
-        rotary, attn = image_rotary_emb, self.attn
-        if rotary is None or not _fusible(attn, hidden_states, joint_attention_kwargs):
-            plain: Pair = super().forward(
-                hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
-            )
-            return plain
-        text, image = encoder_hidden_states, hidden_states
+    @override
+    def fused(self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
+        attn = self.attn
         mods = modulations(self.norm, temb).chunk(3, dim=1)
         into = projections(attn)
         x = _norm(text, image, mods, self.norm.norm, [*into, self.proj_mlp])

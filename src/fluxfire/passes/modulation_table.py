@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from fluxfire import kontext
@@ -24,8 +24,6 @@ from fluxfire.shadow import Shadow
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
-
-_SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting", "model-offload"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +71,7 @@ class ModulationTable:
                 f"the blocks have norms of another kind: {', '.join(sorted(strange))}",
                 "leave ModulationTable out",
             )
-        if self.host and (moved := target.traits & _SWAPPED):
+        if self.host and (moved := target.traits & (kontext.SWAPPED | {"model-offload"})):
             yield Finding(
                 "error",
                 f"ModulationTable(host=True) keeps weights in host memory, and so does "
@@ -99,7 +97,7 @@ class ModulationTable:
             host = HostWeights()
             tx.on_undo(host.bring_back)
             freed = sum(map(host.take, linears))
-            tx.listen(_StayHome(host))
+            tx.listen(host)
         table = _Table(tx.pipe, norms)
         embed = transformer.time_text_embed
         asked_once = Shadow(embed, "forward", partial(table.temb, embed.forward))
@@ -195,7 +193,7 @@ class _Table(Listener):
         rows = torch.cat(temb)
         blocks = []
         for norms in self.norms:
-            parts = [_computed(norm, rows) for norm in norms]
+            parts = [modulations(norm, rows) for norm in norms]
             blocks.append(torch.cat(parts, dim=1).view(len(times), len(temb[0]), -1))
         return _Rows(others[-1], temb, blocks)
 
@@ -236,29 +234,7 @@ class _TabledZeroSingle(AdaLayerNormZeroSingle):  # type: ignore[misc]
 _TABLED = {AdaLayerNormZero: _TabledZero, AdaLayerNormZeroSingle: _TabledZeroSingle}
 
 
-class _StayHome(Listener):
-    """Sends away what `.to(device)` brought back in between."""
-
-    def __init__(self, host: HostWeights) -> None:
-        self._host = host
-
-    @override
-    def prepare(self) -> None:
-        """Look at every weight."""
-        self._host.send()
-
-
 def _norms(block: Any) -> Iterator[Any]:
     """Iterate over the norms of a block that compute modulations."""
     names = ("norm1", "norm1_context") if hasattr(block, "norm1") else ("norm",)
     return (getattr(block, name) for name in names)
-
-
-def _computed(norm: Any, temb: Tensor) -> Tensor:
-    """Compute a norm's modulations: (rows, width) to (rows, modulations)."""
-    linear = norm.linear
-    if linear.weight.device == temb.device:
-        made: Tensor = linear(norm.silu(temb))
-        return made
-    weight = linear.weight.to(temb.device, non_blocking=True)
-    return nn.functional.linear(norm.silu(temb), weight, linear.bias)

@@ -67,7 +67,7 @@ class QKVFusion:
                 "the projections are fused already, by fuse_qkv_projections()",
                 "call unfuse_qkv_projections() first",
             )
-        moved = target.traits & {"sequential-offload", "group-offload", "layerwise-casting"}
+        moved = target.traits & kontext.SWAPPED
         if moved:
             yield Finding(
                 "error",
