@@ -6,15 +6,13 @@ python benchmarks/around.py --tiny --out /tmp/around.json                  # a m
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 from PIL import Image
 
-from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
-from fluxfire.loading import load
+import full_or_tiny
+from fluxfire.bench import Contender, Example, keeping, measure, stamp
 from fluxfire.passes import Compile, EncodingCache
 from fluxfire.text import human_seconds, table
 
@@ -32,23 +30,12 @@ PROMPTS = ("make it night", "make it snow", "paint the wall red", "remove the ch
 
 def main() -> None:
     """Edit one picture by several prompts; only the first has the picture to encode."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")
-    size.add_argument("--tiny", action="store_true", help="a tiny pipeline, for trying this out")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = full_or_tiny.parser(__doc__)
     arguments = parser.parse_args()
 
-    pipe = load("random-full" if arguments.full else "random-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    side = 1024 if arguments.full else 64
-    workload = Workload(
-        name=f"edit {side}, 2 steps",
-        size=(side, side),
-        steps=2,
-        auto_resize=arguments.full,
-        text_tokens=512 if arguments.full else 32,
-    )
+    pipe = full_or_tiny.pipeline(full=arguments.full)
+    side = full_or_tiny.side(full=arguments.full)
+    workload = full_or_tiny.edit(side, 2, full=arguments.full)
     picture = Image.effect_noise((side, side), 60).convert("RGB")
     result: dict[str, Any] = {"benchmark": "around", **stamp(), "rows": []}
     rows = measure(

@@ -6,18 +6,17 @@ python benchmarks/edits.py --tiny --out /tmp/edits.json                  # secon
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+import full_or_tiny
 from fluxfire import presets
 from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
 from fluxfire.bench import load as load_result
 from fluxfire.bench.schedules import most_hit
-from fluxfire.loading import load
 from fluxfire.passes import Compile, FirstBlockCache, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table
 
@@ -97,11 +96,7 @@ def as_spark(workload: Workload) -> FirstBlockCache:
 
 def main() -> None:
     """Run the benchmark; rows are saved after each edit."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")
-    size.add_argument("--tiny", action="store_true", help="a tiny pipeline, for trying this out")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = full_or_tiny.parser(__doc__)
     parser.add_argument("--picture", help="the picture to edit (default: a plain one)")
     parser.add_argument("--stacks", nargs="*", choices=STACKS, default=list(STACKS))
     parser.add_argument("--workloads", nargs="*", choices=[w.name for w in FULL])
@@ -111,9 +106,8 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    pipe = load("random-full" if arguments.full else "random-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    picture = _picture(arguments.picture, 1024 if arguments.full else 64)
+    pipe = full_or_tiny.pipeline(full=arguments.full)
+    picture = _picture(arguments.picture, full_or_tiny.side(full=arguments.full))
     examples = [Example(INSTRUCTION, picture)] * (10 if arguments.curve else 1)
     result: dict[str, Any] = {"benchmark": "edits", **stamp(), "rows": []}
 

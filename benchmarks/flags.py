@@ -6,15 +6,13 @@ python benchmarks/flags.py --tiny --out /tmp/flags.json                  # a min
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Final
 
 from PIL import Image
 
-from fluxfire.bench import Contender, Example, Workload, controls, keeping, measure, stamp
-from fluxfire.loading import load
+import full_or_tiny
+from fluxfire.bench import Contender, Example, controls, keeping, measure, stamp
 from fluxfire.passes import Compile, MemoryLayout
 from fluxfire.text import human_seconds, table
 
@@ -47,25 +45,14 @@ def contenders() -> Iterator[Contender]:
 
 def main() -> None:
     """Measure every flag; rows are saved after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")
-    size.add_argument("--tiny", action="store_true", help="a tiny pipeline, for trying this out")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = full_or_tiny.parser(__doc__)
     parser.add_argument("--only", nargs="*", help="names of contenders")
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
 
-    pipe = load("random-full" if arguments.full else "random-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    side = 1024 if arguments.full else 64
-    workload = Workload(
-        name=f"edit {side}, {arguments.steps} steps",
-        size=(side, side),
-        steps=arguments.steps,
-        auto_resize=arguments.full,
-        text_tokens=512 if arguments.full else 32,
-    )
+    pipe = full_or_tiny.pipeline(full=arguments.full)
+    side = full_or_tiny.side(full=arguments.full)
+    workload = full_or_tiny.edit(side, arguments.steps, full=arguments.full)
     result: dict[str, Any] = {"benchmark": "flags", **stamp(), "rows": []}
 
     wanted = [c for c in contenders() if not arguments.only or c.name in arguments.only]

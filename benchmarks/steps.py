@@ -6,15 +6,13 @@ python benchmarks/steps.py --tiny --out /tmp/steps.json                  # a min
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
-from fluxfire.bench import Contender, Example, Workload, controls, keeping, measure, stamp
+import full_or_tiny
+from fluxfire.bench import Contender, Example, controls, keeping, measure, stamp
 from fluxfire.bench.rivals import installed
-from fluxfire.loading import load
 from fluxfire.passes import Attention, Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
 from fluxfire.text import human_seconds, table
 
@@ -37,30 +35,16 @@ CONTENDERS = [
 
 def main() -> None:
     """Measure every stack; rows are saved after each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    size = parser.add_mutually_exclusive_group(required=True)
-    size.add_argument("--full", action="store_true", help="FLUX.1 Kontext's sizes, random weights")
-    size.add_argument("--tiny", action="store_true", help="a tiny pipeline, for trying this out")
-    parser.add_argument("--out", type=Path, required=True)
+    parser = full_or_tiny.parser(__doc__)
     parser.add_argument("--only", nargs="*", choices=[c.name for c in CONTENDERS])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--side", type=int, nargs="*", help="of the output, in pixels")
     arguments = parser.parse_args()
 
-    pipe = load("random-full" if arguments.full else "random-tiny")
-    pipe.set_progress_bar_config(disable=True)
-    sides = arguments.side or ([1024] if arguments.full else [64])
-    workloads = [
-        Workload(
-            name=f"edit {side}, {arguments.steps} steps",
-            size=(side, side),
-            steps=arguments.steps,
-            auto_resize=arguments.full,
-            text_tokens=512 if arguments.full else 32,
-        )
-        for side in sides
-    ]
+    pipe = full_or_tiny.pipeline(full=arguments.full)
+    sides = arguments.side or [full_or_tiny.side(full=arguments.full)]
+    workloads = [full_or_tiny.edit(side, arguments.steps, full=arguments.full) for side in sides]
     picture = Image.effect_noise((sides[0], sides[0]), 60).convert("RGB")
     wanted = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
     result: dict[str, Any] = {"benchmark": "steps", **stamp(), "rows": []}
