@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
+from torch.func import functional_call
 
 COLUMNS = "_fluxfire_columns"
 """On a norm whose modulations come from a table: its part of what a block gets for `temb`."""
@@ -27,8 +27,11 @@ def modulations(norm: Any, temb: Tensor) -> Tensor:
         start, stop = columns
         return temb[:, start:stop]
     linear, x = norm.linear, norm.silu(temb)
-    if linear.weight.device == linear.bias.device:
-        made: Tensor = linear(x)
+    made: Tensor
+    if linear.bias is None or linear.weight.device == linear.bias.device:
+        made = linear(x)
         return made
     weight = linear.weight.to(x.device, non_blocking=True)  # it alone waits in host memory
-    return F.linear(x, weight, linear.bias)
+    name = "base_layer.weight" if hasattr(linear, "base_layer") else "weight"  # under a LoRA
+    made = functional_call(linear, {name: weight}, (x,))
+    return made

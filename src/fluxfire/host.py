@@ -10,6 +10,7 @@ from torch import nn
 from typing_extensions import override
 
 from fluxfire import kontext
+from fluxfire.errors import FluxfireError
 from fluxfire.generation import Listener
 
 
@@ -39,7 +40,11 @@ class HostWeights(Listener):
 
     @override
     def prepare(self) -> None:
-        """Send away those that `.to(device)` brought back."""
+        """Send away those that `.to(device)` brought back.
+
+        Raises:
+            FluxfireError: offloading layer by layer has them.
+        """
         for linear in self.linears:
             self._send(linear)
 
@@ -60,6 +65,11 @@ class HostWeights(Listener):
 
     def _send(self, linear: Any) -> int:
         weight = linear.weight
+        if weight.is_meta:
+            raise FluxfireError(
+                "weights that fluxfire keeps in host memory are moved by something else, too "
+                "(offloading was enabled?); take that off, or restore(pipe) before it"
+            )
         if weight.device.type == "cpu":
             return 0
         self.device = weight.device

@@ -149,7 +149,7 @@ def traits(pipe: Any) -> frozenset[str]:
     found: set[str] = set()
     for _, component in optimizable(pipe):
         for module in component.modules():
-            found.update(_module_traits(module))
+            found.update(module_traits(module))
     transformer = pipe.transformer
     found |= cache_traits(transformer)
     if getattr(transformer, "encoder_hid_proj", None) is not None:
@@ -167,7 +167,8 @@ def cache_traits(transformer: Any) -> set[str]:
     return found
 
 
-def _module_traits(module: nn.Module) -> Iterator[str]:
+def module_traits(module: nn.Module) -> Iterator[str]:
+    """Find out what is true of one module, its children aside: some of what `traits` lists."""
     own = vars(module)
     if hasattr(own.get(CALL_SLOT), "_torchdynamo_orig_callable"):
         yield "compiled"
@@ -198,6 +199,15 @@ def _is_fused(attention: Any) -> bool:
     """
     unused = isinstance(attention, Attention) and "Fused" not in type(attention.processor).__name__
     return not unused and getattr(attention.to_qkv, "weight", None) is not None
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module is more than its class's forward.
+
+    Accelerate and diffusers put their hooks into a `forward` of the instance.
+    """
+    own = vars(module)
+    return "forward" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 def is_quantised(weight: torch.Tensor) -> bool:

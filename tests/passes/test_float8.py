@@ -119,6 +119,31 @@ def test_a_lora_that_comes_later_is_refused_by_name(pipe):
     edit(pipe)
 
 
+def test_hooks(pipe):
+    """Heard where a layer is called, and refused by name where it is not."""
+    block = pipe.transformer.single_transformer_blocks[0]
+    block.attn.to_q.register_forward_hook(lambda *_: None)
+    fluxfire.optimize(pipe, [Float8(), FusedBlocks()])
+    assert "single_transformer_blocks.0.attn.to_qkv" not in quantised(pipe)
+    before = edit(pipe)
+    hook = block.proj_mlp.register_forward_hook(lambda _, inputs, out: out * 0.5)
+    assert np.abs(edit(pipe) - before).max() > 1e-3
+    hook.remove()
+    assert np.array_equal(edit(pipe), before)
+    pipe.transformer.transformer_blocks[0].attn.add_k_proj.register_forward_hook(lambda *_: None)
+    with pytest.raises(FluxfireError, match="add_k_proj has a hook that came after Float8"):
+        edit(pipe)
+
+
+def test_offloading_that_comes_later_is_refused(pipe):
+    from accelerate import cpu_offload
+
+    fluxfire.optimize(pipe, [Float8()])
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    with pytest.raises(FluxfireError, match=r"to_q has a hook .* \(offloading was enabled\?\)"):
+        edit(pipe)
+
+
 def refusals(pass_, pipe, traits=frozenset(), device="cpu", **facts):
     environment = Environment(
         "3.12", {}, "13.0", **{"gpu": "NVIDIA A100", "capability": (8, 0), "gpu_bytes": 1, **facts}

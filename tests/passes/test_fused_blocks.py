@@ -109,6 +109,39 @@ def test_offloading_layer_by_layer(pipe, reference):
     ]
 
 
+def with_casting(pipe):
+    pipe.transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32
+    )
+
+
+def with_hooks(pipe):
+    for block in kontext.blocks(pipe.transformer):
+        block.attn.norm_q.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
+    block.proj_mlp.register_forward_hook(lambda _, inputs, out: out * 0.5)
+
+
+@pytest.mark.parametrize("hook", [with_casting, with_hooks])
+def test_hooks_that_come_later_are_heard(hook, reference):
+    plain, pipe = tiny_kontext(), fluxfire.optimize(tiny_kontext(), [FusedBlocks()])
+    edit(pipe)
+    hook(plain)
+    hook(pipe)
+    expected = edit(plain)
+    assert np.abs(expected - reference).max() > 1e-3
+    assert np.array_equal(edit(pipe), expected)
+
+
+def test_a_hook_taken_off_is_forgotten(pipe, norms):
+    hook = pipe.transformer.transformer_blocks[0].norm2.register_forward_hook(lambda *_: None)
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    edit(pipe, steps=1)
+    without_one = len(norms)
+    hook.remove()
+    edit(pipe, steps=1)
+    assert len(norms) == 2 * without_one + 4  # the norms of a double block
+
+
 def test_a_quantised_layer_is_called_as_it_is(pipe, reference):
     """As torchao leaves it: a plain layer whose weight is a tensor of another kind."""
 

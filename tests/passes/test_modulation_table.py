@@ -8,8 +8,10 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
 
 import fluxfire
+from fluxfire.errors import FluxfireError
 from fluxfire.generation import Listener
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ModulationTable
 from fluxfire.passes import modulation_table as module
@@ -88,6 +90,77 @@ def test_steps_that_are_not_the_schedulers_are_computed(pipe, monkeypatch):
     monkeypatch.setattr(module._Table, "_times", lambda *_: None)
     assert np.array_equal(edit(pipe), plain)
     assert facts(pipe) == {"tables": 0, "without": 1}
+
+
+class Wandering(FlowMatchEulerDiscreteScheduler):
+    """Forgets which time steps it gave out, where it begins or at the step that it is told."""
+
+    forgets_at = 0
+
+    def set_begin_index(self, begin_index=0):
+        super().set_begin_index(begin_index)
+        self.left = self.forgets_at
+        self._wander()
+
+    def step(self, *args, **kwargs):
+        out = super().step(*args, **kwargs)
+        self.left -= 1
+        self._wander()
+        return out
+
+    def _wander(self):
+        if self.left == 0:
+            self.timesteps = self.timesteps + 7
+
+
+def test_a_scheduler_that_forgets_its_steps(pipe):
+    pipe.scheduler = Wandering.from_config(pipe.scheduler.config)
+    plain = edit(pipe)
+    fluxfire.optimize(pipe, [ModulationTable()])
+    assert np.array_equal(edit(pipe), plain)
+    assert facts(pipe) == {"tables": 0, "without": 1}
+
+
+class Departing(FluxKontextPipeline):
+    """Goes its own way half-way: there its time steps are copies of the scheduler's."""
+
+    @property
+    def current_timestep(self):
+        now = self._current_timestep
+        if now is None or now > 700:
+            return now
+        return vars(self).setdefault(f"_at_{now}", now.clone())
+
+
+def test_time_steps_that_depart_half_way(pipe):
+    plain = edit(pipe, steps=4)
+    pipe.__class__ = Departing
+    fluxfire.optimize(pipe, [ModulationTable()])
+    assert np.abs(edit(pipe, steps=4) - plain).max() < CLOSE
+    assert facts(pipe) == {"tables": 1, "without": 1}
+
+
+def test_offloading_layer_by_layer(reference):
+    from accelerate import cpu_offload
+
+    for first in (True, False):
+        pipe = tiny_kontext()
+        if first:
+            cpu_offload(pipe.transformer, torch.device("cpu"))
+        fluxfire.optimize(pipe, [ModulationTable()])
+        if not first:
+            cpu_offload(pipe.transformer, torch.device("cpu"))
+        assert np.abs(edit(pipe) - reference).max() < CLOSE
+        assert facts(pipe) == {"tables": 1, "without": 0}
+
+
+def test_weights_in_host_memory_that_offloading_takes_are_refused(pipe):
+    from accelerate import cpu_offload
+
+    fluxfire.optimize(pipe, [ModulationTable(host=True)])
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    with pytest.raises(FluxfireError, match="in host memory are moved by something else, too"):
+        edit(pipe)
 
 
 def test_nothing_is_kept_also_after_an_exception(pipe):

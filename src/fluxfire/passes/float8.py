@@ -40,8 +40,9 @@ class Float8:
     transformer's weights on the GPU went from 22.2 to 14.2 GiB. On Spark (96 edits, emulated) no
     edit was lost; the pictures kept 49.8 dB to the plain ones on average, 41.1 at worst.
 
-    A layer that carries a LoRA keeps its weights. Loading a LoRA afterwards is refused by name at
-    the next generation. On a CPU the arithmetic is emulated, for quality's sake, and slow.
+    A layer that carries a LoRA or a hook keeps its weights. A LoRA loaded afterwards is refused by
+    name at the next generation, and so is a hook that the stacked products would not call. On a
+    CPU the arithmetic is emulated, for quality's sake, and slow.
 
     Attributes:
         originals: `"host"` keeps the original weights in host memory, for `restore` to bring back
@@ -103,12 +104,15 @@ class Float8:
         host = HostWeights()
         tx.on_undo(host.bring_back)
         layers = list(_linears(transformer))
+        plain = {linear for *_, linear in layers}
+        stacked: list[tuple[str, Any]] = []
         gained = freed = 0
         for attention in (block.attn for block in kontext.blocks(transformer)):
             for names, stack in ((_SELF, "to_qkv"), (_ADDED, "to_added_qkv")):
                 parts = [getattr(attention, name, None) for name in names]
-                if all(type(part) is nn.Linear for part in parts):
+                if plain.issuperset(parts):
                     product = Float8Product(parts)
+                    stacked += zip(names, parts, strict=True)
                     tx.setattr(attention, stack, product)
                     tx.setattr(attention, "fused_projections", True)
                     gained += product.nbytes
@@ -120,7 +124,7 @@ class Float8:
                 tx.setattr(linear, "product", product)
                 gained += product.nbytes
                 freed += host.take(linear)
-        tx.listen(_Watch(tx, layers, host, drop=self.originals == "drop"))
+        tx.listen(_Watch(tx, layers, stacked, host, drop=self.originals == "drop"))
         tx.listen(host)
         return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
 
@@ -196,22 +200,36 @@ class _Watch(Listener):
     """Looks at the layers before each generation, since anything may be done in between."""
 
     def __init__(
-        self, tx: Transaction, layers: list[tuple[Any, str, Any]], host: HostWeights, *, drop: bool
+        self,
+        tx: Transaction,
+        layers: list[tuple[Any, str, Any]],
+        stacked: list[tuple[str, Any]],
+        host: HostWeights,
+        *,
+        drop: bool,
     ) -> None:
-        self._tx, self._layers, self._host, self._drop = tx, layers, host, drop
+        self._tx, self._layers, self._stacked = tx, layers, stacked
+        self._host, self._drop = host, drop
 
     @override
     def prepare(self) -> None:
         """Refuse layers put in the place of ours; let go of weights that are to be dropped.
 
         Raises:
-            FluxfireError: a layer was replaced, as loading a LoRA does.
+            FluxfireError: a layer was replaced, as loading a LoRA does; or one that is not called
+                has a hook, as offloading layer by layer puts it.
         """
         for owner, name, linear in self._layers:
             if getattr(owner, name) is not linear:
                 raise FluxfireError(
                     f"{name} of {type(owner).__name__} was replaced after Float8 quantised it "
                     f"(a LoRA was loaded?); restore(pipe), load it, and optimize(pipe) again"
+                )
+        for name, linear in self._stacked:
+            if kontext.is_hooked(linear):
+                raise FluxfireError(
+                    f"{name} has a hook that came after Float8 (offloading was enabled?), which "
+                    f"its product with others would not call; take it off, or restore(pipe)"
                 )
         if self._drop and self._host.linears:
             self._tx.keep("Float8(originals='drop') let go of the original weights")
@@ -234,5 +252,5 @@ def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:
             places += [(block, "proj_mlp"), (block, "proj_out")]
         for owner, name in places:
             linear = getattr(owner, name, None)
-            if type(linear) is nn.Linear:
+            if type(linear) is nn.Linear and not kontext.is_hooked(linear):
                 yield owner, name, linear

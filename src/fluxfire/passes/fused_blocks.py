@@ -20,6 +20,7 @@ from typing_extensions import override
 from fluxfire import kontext
 from fluxfire.adaln import modulations
 from fluxfire.attending import Float8AttnProcessor, attend, attend_jointly, heads, projections
+from fluxfire.generation import Listener
 from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
+
+_HOOKED = "_fluxfire_hooked"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +51,9 @@ class FusedBlocks:
     The kernels are Triton's on CUDA. Elsewhere the same arithmetic runs in torch, no faster than
     diffusers' own. A block runs as diffusers' own does while gradients are on, in float16 (whose
     overflow diffusers clips), with an attention processor or attention arguments other than plain
-    Flux's, and without rotary embeddings. A layer that is more than a plain `nn.Linear` (it
-    carries a LoRA, it is quantised) is called as it is.
+    Flux's, without rotary embeddings, and where a hook is on any of its layers: layers are read
+    past here, and not called. A layer that is more than a plain `nn.Linear` (it carries a LoRA,
+    it is quantised) is called as it is.
     """
 
     name: ClassVar[str] = "fused-blocks"
@@ -82,7 +86,9 @@ class FusedBlocks:
         """Turn every block into an instance of a subclass with another forward."""
         blocks = kontext.blocks(tx.pipe.transformer)
         for block in blocks:
+            tx.setattr(block, _HOOKED, False)
             tx.set_class(block, _FUSED[type(block)])
+        tx.listen(_Look(blocks))
         return Change(len(blocks), "blocks run with fused kernels")
 
 
@@ -102,7 +108,7 @@ class _FusedBlock(nn.Module):
     ) -> Pair:
         """Run the block; shapes as in diffusers, text and image returned in this order."""
         rotary = image_rotary_emb
-        if rotary is not None and _fusible(self.attn, hidden_states, joint_attention_kwargs):
+        if rotary is not None and _fusible(self, hidden_states, joint_attention_kwargs):
             return self.fused(encoder_hidden_states, hidden_states, temb, rotary)
         plain: Pair = super().forward(
             hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
@@ -152,16 +158,30 @@ class FusedSingleBlock(_FusedBlock, FluxSingleTransformerBlock):  # type: ignore
 _FUSED = {FluxTransformerBlock: FusedDoubleBlock, FluxSingleTransformerBlock: FusedSingleBlock}
 
 
-def _fusible(attention: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
+class _Look(Listener):
+    """Looks for hooks before each generation, since anything may be done in between."""
+
+    def __init__(self, blocks: list[nn.Module]) -> None:
+        self._blocks = blocks
+
+    @override
+    def prepare(self) -> None:
+        """Mark the blocks that have any, as offloading and casting layer by layer put them."""
+        for block in self._blocks:
+            hooked = any(kontext.is_hooked(m) for m in block.modules() if m is not block)
+            setattr(block, _HOOKED, hooked)
+
+
+def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
     """Whether a block's call is the plain case that the kernels compute."""
-    processor = attention.processor
+    processor = block.attn.processor
     return (
         not arguments
+        and not getattr(block, _HOOKED)
         and not torch.is_grad_enabled()
         and x.dtype is not torch.float16
         and type(processor) in (FluxAttnProcessor, Float8AttnProcessor)
         and getattr(processor, "_parallel_config", None) is None
-        and not attention.norm_q.weight.is_meta  # sequential offloading came later
     )
 
 

@@ -113,11 +113,13 @@ class _Rows:
     """One branch's table.
 
     Attributes:
+        planned: the scheduler's time steps that it was made of.
         pooled: the pooled text embedding that it was made of.
         temb: one for each step: (batch, width).
         blocks: one for each block: (steps, batch, modulations of its norms).
     """
 
+    planned: Tensor
     pooled: Tensor
     temb: list[Tensor]
     blocks: list[Tensor]
@@ -170,21 +172,27 @@ class _Table(Listener):
         """Look a step's embedding up, or have it computed; the first of a branch makes a table."""
         call = self._call
         if call is not None and not torch.is_grad_enabled():
-            if call.branch not in self._rows or self._is_stale(call, others[-1]):
+            rows = self._rows.get(call.branch)
+            if call.branch not in self._rows or (rows and rows.pooled is not others[-1]):
                 self._rows[call.branch] = self._make(embed, call, timestep, others)
+            elif rows and not self._follows(rows.planned, call):
+                self._rows[call.branch] = None
+                self.declined += 1
             if (rows := self._rows[call.branch]) is not None:
                 return rows.temb[call.step]
         made: Tensor = embed(timestep, *others)
         return made
 
-    def _is_stale(self, call: Call, pooled: Tensor) -> bool:
-        rows = self._rows[call.branch]
-        return rows is not None and rows.pooled is not pooled
+    def _follows(self, planned: Tensor, call: Call) -> bool:
+        """Whether a step's time is the very number that was planned: asked without a wait."""
+        now = self.pipe.current_timestep
+        return call.step < len(planned) and now.data_ptr() == planned[call.step].data_ptr()
 
     def _make(
         self, embed: Any, call: Call, timestep: Tensor, others: tuple[Tensor, ...]
     ) -> _Rows | None:
-        times = self._times(call, timestep)
+        planned = self.pipe.scheduler.timesteps[-call.steps :]
+        times = self._times(planned, call, timestep)
         if times is None:
             self.declined += 1
             return None
@@ -195,16 +203,15 @@ class _Table(Listener):
         for norms in self.norms:
             parts = [modulations(norm, rows) for norm in norms]
             blocks.append(torch.cat(parts, dim=1).view(len(times), len(temb[0]), -1))
-        return _Rows(others[-1], temb, blocks)
+        return _Rows(planned, others[-1], temb, blocks)
 
-    def _times(self, call: Call, timestep: Tensor) -> list[Tensor] | None:
+    def _times(self, planned: Tensor, call: Call, timestep: Tensor) -> list[Tensor] | None:
         """Return what each step's embedding is asked for, each (batch,); None if unknown.
 
         The pipeline casts a time step to the latents' dtype and divides it by 1000; the
         transformer casts that to its own and multiplies again. Both round.
         """
-        planned = self.pipe.scheduler.timesteps[-call.steps :]
-        if len(planned) != call.steps or call.step >= call.steps:
+        if len(planned) != call.steps or not self._follows(planned, call):
             return None
         times = [
             (t.expand(call.timestep.shape).to(call.timestep) / 1000).to(timestep) * 1000

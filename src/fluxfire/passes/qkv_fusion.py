@@ -233,12 +233,9 @@ def _groups(attention: Any) -> Iterator[tuple[str, str, str]]:
 
 def _is_plain(projection: Any) -> bool:
     """Whether a projection is a linear layer without hooks, its weight at hand."""
-    own = vars(projection)
     return (
         type(projection) is nn.Linear
-        and "forward" not in own  # where accelerate and diffusers put their hooks
-        and not own["_forward_hooks"]
-        and not own["_forward_pre_hooks"]
+        and not kontext.is_hooked(projection)
         and not projection.weight.is_meta
         and not kontext.is_quantised(projection.weight)
     )
