@@ -12,6 +12,7 @@ from torch._inductor import config as inductor_config
 
 import fluxfire
 from fluxfire import kernels, presets
+from fluxfire.adaln import modulations
 from fluxfire.kernels import float8
 from fluxfire.passes import (
     Attention,
@@ -91,6 +92,24 @@ def test_float8_frees_what_it_says_and_gives_it_back():
     assert np.abs(edit(pipe) - plain).mean() < 0.05
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), plain)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_a_weight_on_the_host_multiplies_also_without_a_table(lora):
+    pipe = on_gpu()
+    if lora:
+        config = pytest.importorskip("peft").LoraConfig(
+            target_modules=["norm.linear", "norm1.linear"], init_lora_weights=False
+        )
+        pipe.transformer.add_adapter(config)
+    norms = [block.norm for block in pipe.transformer.single_transformer_blocks]
+    norms += [block.norm1 for block in pipe.transformer.transformer_blocks]
+    temb = torch.randn(2, 48, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        plain = [norm.linear(norm.silu(temb)) for norm in norms]
+        fluxfire.optimize(pipe, [ModulationTable(host=True)])
+        assert all(norm.linear.weight.device.type == "cpu" for norm in norms)
+        assert all(map(torch.equal, (modulations(norm, temb) for norm in norms), plain))
 
 
 def test_operators_are_those_of_a_cpu():
