@@ -126,7 +126,8 @@ def test_operators_are_those_of_a_cpu():
         data, scales = float8.modulated_norm_float8(*device, 1e-6)
         assert ((data.float() * scales).cpu() - exact).norm() < 0.05 * exact.norm()
     heads = [torch.randn(2, 9, 384, generator=generator).bfloat16() for _ in range(2)]
-    rest = [torch.ones(128).bfloat16()] * 2 + [torch.rand(9, 128, generator=generator)] * 2
+    angles = [torch.rand(9, 64, generator=generator).repeat_interleave(2, 1) for _ in range(2)]
+    rest = [torch.ones(128).bfloat16()] * 2 + angles
     exact = kernels.rotated_heads(*heads, *rest, 1e-6)
     made = kernels.rotated_heads(*(x.cuda() for x in (*heads, *rest)), 1e-6)
     for one, other in zip(made, exact, strict=True):

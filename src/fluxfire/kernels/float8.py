@@ -11,10 +11,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
-from torch.library import custom_op
 
 from fluxfire.kernels.modulated import modulated_norm
-from fluxfire.kernels.segments import block_of, segments
+from fluxfire.kernels.segments import alike, block_of, in_rows, segments
 
 FLOAT8 = torch.float8_e4m3fn
 LARGEST: float = torch.finfo(FLOAT8).max
@@ -32,21 +31,21 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
-@custom_op("fluxfire::modulated_norm_float8", mutates_args=())
 def modulated_norm_float8(
     image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`modulated_norm`, its rows in float8: (data, scale) as in `Rows`."""
+    if image.is_cuda:
+        return _modulated_norm_float8_cuda(image, text, shift, scale, eps)
     return _quantised(modulated_norm(image, text, shift, scale, eps).float())
 
 
-@modulated_norm_float8.register_kernel("cuda")
 def _modulated_norm_float8_cuda(
     image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     from fluxfire.kernels.triton_kernels import norm_rows_float8
 
-    shift, scale = shift.contiguous(), scale.contiguous()
+    shift, scale = alike(shift, scale)
     tokens, width = image.shape[1] + (0 if text is None else text.shape[1]), image.shape[2]
     data, scales = _empty(image, tokens, width)
     for x, first in segments(image, text):
@@ -57,14 +56,6 @@ def _modulated_norm_float8_cuda(
     return data, scales
 
 
-@modulated_norm_float8.register_fake
-def _(
-    image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _empty(image, image.shape[1] + (0 if text is None else text.shape[1]), image.shape[2])
-
-
-@custom_op("fluxfire::gelu_float8", mutates_args=())
 def gelu_float8(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     """GELU by its tanh formula, its rows in float8.
 
@@ -75,34 +66,25 @@ def gelu_float8(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         (data, scale) as in `Rows`, as wide as both.
     """
+    if x.is_cuda:
+        return _gelu_float8_cuda(beside, x)
     made = F.gelu(x.float(), approximate="tanh")
     return _quantised(made if beside is None else torch.cat([beside.float(), made], dim=-1))
 
 
-@gelu_float8.register_kernel("cuda")
 def _gelu_float8_cuda(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     return _rows_float8(beside, x, gelu=True)
 
 
-@gelu_float8.register_fake
-def _(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.shape[1], x.shape[2] + (0 if beside is None else beside.shape[2]))
-
-
-@custom_op("fluxfire::float8_rows", mutates_args=())
 def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise (batch, tokens, width) row by row: (data, scale) as in `Rows`."""
+    if x.is_cuda:
+        return _float8_rows_cuda(x)
     return _quantised(x.float())
 
 
-@float8_rows.register_kernel("cuda")
 def _float8_rows_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
     return _rows_float8(None, x, gelu=False)
-
-
-@float8_rows.register_fake
-def _(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _empty(x, x.shape[1], x.shape[2])
 
 
 def float8_linear(
@@ -144,8 +126,8 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
 def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     from fluxfire.kernels.triton_kernels import rows_float8
 
-    x = x if x.stride(-1) == 1 else x.contiguous()
-    left = x if beside is None else beside if beside.stride(-1) == 1 else beside.contiguous()
+    x = in_rows(x)
+    left = x if beside is None else in_rows(beside)
     before = 0 if beside is None else left.shape[2]
     data, scale = _empty(x, x.shape[1], before + x.shape[2])
     rows_float8[x.shape[1], x.shape[0]](

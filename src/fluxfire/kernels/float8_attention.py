@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
-from torch.library import custom_op
 
 from fluxfire.kernels.float8 import FLOAT8, LARGEST
+from fluxfire.kernels.operator import operator
 from fluxfire.kernels.rotated import in_heads, joined_heads, launch, room, rotated_heads
 
 
-@custom_op("fluxfire::rotated_heads_float8", mutates_args=())
 def rotated_heads_float8(
     query: Tensor, key: Tensor, value: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
     sin: Tensor, scales: list[Tensor], eps: float,
@@ -20,11 +19,14 @@ def rotated_heads_float8(
 
     They are divided by `scales`: of query and key (1,), of the value (batch, heads), float32.
     """
+    if query.is_cuda:
+        return _rotated_heads_float8_cuda(
+            query, key, value, q_weight, k_weight, cos, sin, scales, eps
+        )
     q, k = rotated_heads(query, key, q_weight, k_weight, cos, sin, eps)
     return _scaled(q, k, in_heads(value, cos.shape[-1]), scales)
 
 
-@rotated_heads_float8.register_kernel("cuda")
 def _rotated_heads_float8_cuda(
     query: Tensor, key: Tensor, value: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,
     sin: Tensor, scales: list[Tensor], eps: float,
@@ -34,25 +36,19 @@ def _rotated_heads_float8_cuda(
     return q, k, v
 
 
-@rotated_heads_float8.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor,  # noqa: ARG001
-    sin: Tensor, scales: list[Tensor], eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty(query, query.shape[1], cos)
-
-
-@custom_op("fluxfire::joined_heads_float8", mutates_args=())
 def joined_heads_float8(
     image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],
     text_weights: list[Tensor], cos: Tensor, sin: Tensor, scales: list[Tensor], eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`joined_heads` in float8; `scales` as in `rotated_heads_float8`."""
+    if cos.is_cuda:
+        return _joined_heads_float8_cuda(
+            image, text, image_weights, text_weights, cos, sin, scales, eps
+        )
     q, k, v = joined_heads(image, text, image_weights, text_weights, cos, sin, eps)
     return _scaled(q, k, v, scales)
 
 
-@joined_heads_float8.register_kernel("cuda")
 def _joined_heads_float8_cuda(
     image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],
     text_weights: list[Tensor], cos: Tensor, sin: Tensor, scales: list[Tensor], eps: float,
@@ -67,15 +63,14 @@ def _joined_heads_float8_cuda(
     return out
 
 
-@joined_heads_float8.register_fake
-def _(
-    image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],  # noqa: ARG001
-    text_weights: list[Tensor], cos: Tensor, sin: Tensor, scales: list[Tensor], eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _empty(image[0], text[0].shape[1] + image[0].shape[1], cos)
+def _attended(
+    query: Tensor, key: Tensor, value: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor,  # noqa: ARG001
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return torch.empty_like(query, dtype=dtype)
 
 
-@custom_op("fluxfire::float8_attention", mutates_args=())
+@operator(fake=_attended)
 def float8_attention(
     query: Tensor, key: Tensor, value: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor,
     dtype: torch.dtype,
@@ -97,6 +92,8 @@ def float8_attention(
     Returns:
         (batch, tokens, heads, head width).
     """
+    if query.is_cuda:
+        return _float8_attention_cuda(query, key, value, q_scale, k_scale, v_scale, dtype)
     q, k, v = (
         query.float() * q_scale,
         key.float() * k_scale,
@@ -106,7 +103,6 @@ def float8_attention(
     return out.transpose(1, 2).to(dtype).contiguous()
 
 
-@float8_attention.register_kernel("cuda")
 def _float8_attention_cuda(
     query: Tensor, key: Tensor, value: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor,
     dtype: torch.dtype,
@@ -120,14 +116,6 @@ def _float8_attention_cuda(
     )  # fmt: skip
     made: Tensor = out[0] if isinstance(out, tuple) else out
     return made.to(dtype)
-
-
-@float8_attention.register_fake
-def _(
-    query: Tensor, key: Tensor, value: Tensor, q_scale: Tensor, k_scale: Tensor, v_scale: Tensor,  # noqa: ARG001
-    dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    return torch.empty_like(query, dtype=dtype)
 
 
 def _scaled(q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
-from torch.library import custom_op
 
-from fluxfire.kernels.segments import block_of, segments
+from fluxfire.kernels.segments import alike, block_of, in_rows, segments
 
 
-@custom_op("fluxfire::modulated_norm", mutates_args=())
 def modulated_norm(
     image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> Tensor:
@@ -26,18 +24,19 @@ def modulated_norm(
     Returns:
         (batch, text tokens + image tokens, width), text first.
     """
+    if image.is_cuda:
+        return _modulated_norm_cuda(image, text, shift, scale, eps)
     joint = image if text is None else torch.cat([text, image], dim=1)
     normed = F.layer_norm(joint.float(), joint.shape[-1:], eps=eps)
     return (normed * (1 + scale[:, None].float()) + shift[:, None].float()).to(image.dtype)
 
 
-@modulated_norm.register_kernel("cuda")
 def _modulated_norm_cuda(
     image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> Tensor:
     from fluxfire.kernels.triton_kernels import norm_rows
 
-    shift, scale = shift.contiguous(), scale.contiguous()
+    shift, scale = alike(shift, scale)
     out = _joint(image, text)
     width = image.shape[-1]
     for x, first in segments(image, text):
@@ -48,12 +47,6 @@ def _modulated_norm_cuda(
     return out
 
 
-@modulated_norm.register_fake
-def _(image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float) -> Tensor:  # noqa: ARG001
-    return _joint(image, text)
-
-
-@custom_op("fluxfire::gated_add", mutates_args=())
 def gated_add(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> Tensor:
     """Add `gate · add` to a stream, or to text and image side by side.
 
@@ -66,15 +59,16 @@ def gated_add(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> 
     Returns:
         Of the shape of `add`.
     """
+    if image.is_cuda:
+        return _gated_add_cuda(image, text, gate, add)
     joint = image if text is None else torch.cat([text, image], dim=1)
     return (joint.float() + gate[:, None].float() * add.float()).to(image.dtype)
 
 
-@gated_add.register_kernel("cuda")
 def _gated_add_cuda(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> Tensor:
     from fluxfire.kernels.triton_kernels import add_gated
 
-    gate, add = gate.contiguous(), add.contiguous()
+    gate, add = in_rows(gate), in_rows(add)
     out = _joint(image, text)
     width = image.shape[-1]
     for x, first in segments(image, text):
@@ -84,11 +78,6 @@ def _gated_add_cuda(image: Tensor, text: Tensor | None, gate: Tensor, add: Tenso
             num_warps=4,
         )  # fmt: skip
     return out
-
-
-@gated_add.register_fake
-def _(image: Tensor, text: Tensor | None, gate: Tensor, add: Tensor) -> Tensor:  # noqa: ARG001
-    return _joint(image, text)
 
 
 def _joint(image: Tensor, text: Tensor | None) -> Tensor:

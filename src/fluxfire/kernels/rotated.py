@@ -7,10 +7,10 @@ from math import gcd
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
+
+from fluxfire.kernels.segments import alike
 
 
-@custom_op("fluxfire::rotated_heads", mutates_args=())
 def rotated_heads(
     query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     eps: float,
@@ -29,13 +29,14 @@ def rotated_heads(
     Returns:
         Query and key, each (batch, tokens, heads, head width), contiguous.
     """
+    if query.is_cuda:
+        return _rotated_heads_cuda(query, key, q_weight, k_weight, cos, sin, eps)
     return (
         _rotated(query, q_weight, cos, sin, eps).contiguous(),
         _rotated(key, k_weight, cos, sin, eps).contiguous(),
     )
 
 
-@rotated_heads.register_kernel("cuda")
 def _rotated_heads_cuda(
     query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,
     eps: float,
@@ -45,15 +46,6 @@ def _rotated_heads_cuda(
     return q, k
 
 
-@rotated_heads.register_fake
-def _(
-    query: Tensor, key: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor,  # noqa: ARG001
-    eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return room(query, query.shape[1], cos), room(query, query.shape[1], cos)
-
-
-@custom_op("fluxfire::joined_heads", mutates_args=())
 def joined_heads(
     image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],
     text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,
@@ -72,6 +64,8 @@ def joined_heads(
     Returns:
         Query, key and value, each (batch, text tokens + image tokens, heads, head width).
     """
+    if cos.is_cuda:
+        return _joined_heads_cuda(image, text, image_weights, text_weights, cos, sin, eps)
     tokens = text[0].shape[1]
     joined = [
         torch.cat(
@@ -87,7 +81,6 @@ def joined_heads(
     return joined[0], joined[1], value
 
 
-@joined_heads.register_kernel("cuda")
 def _joined_heads_cuda(
     image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],
     text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,
@@ -102,18 +95,8 @@ def _joined_heads_cuda(
     return q, k, v
 
 
-@joined_heads.register_fake
-def _(
-    image: list[Tensor], text: list[Tensor], image_weights: list[Tensor],  # noqa: ARG001
-    text_weights: list[Tensor], cos: Tensor, sin: Tensor, eps: float,  # noqa: ARG001
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    tokens = text[0].shape[1] + image[0].shape[1]
-    q, k, v = (room(image[0], tokens, cos) for _ in range(3))
-    return q, k, v
-
-
 def launch(
-    inputs: tuple[Tensor, Tensor, Tensor], weights: tuple[Tensor, Tensor], cos: Tensor,
+    inputs: tuple[Tensor, ...], weights: tuple[Tensor, Tensor], cos: Tensor,
     sin: Tensor, eps: float, outputs: tuple[Tensor, Tensor, Tensor], *, first: int = 0,
     copy: bool = True, scales: Sequence[Tensor] | None = None,
 ) -> None:  # fmt: skip
@@ -132,17 +115,15 @@ def launch(
     """
     from fluxfire.kernels.triton_kernels import rotate_heads
 
-    strides = {x.stride() for x in inputs}
-    if len(strides) > 1 or inputs[0].stride(-1) != 1:
-        q, k, v = inputs
-        inputs = (q.contiguous(), k.contiguous(), v.contiguous())
-    query, (out, *_) = inputs[0], outputs
+    inputs = alike(*inputs)
+    query, out = inputs[0], outputs[0]
     heads, width = out.shape[2:]
     together = gcd(heads, 8)  # of 128 in bfloat16: 16 bytes for each of four warps' threads
     rotate_heads[query.shape[1], heads // together, query.shape[0]](
         *inputs, *weights, cos.contiguous(), sin.contiguous(), *outputs, *(scales or [cos] * 3),
-        query.stride(0), query.stride(1), out.stride(0), out.stride(1), first, heads, eps,
-        WIDTH=width, HEADS=together, COPY_VALUE=copy, FLOAT8=scales is not None, num_warps=4,
+        query.stride(0), query.stride(1), out.stride(0), out.stride(1), first,
+        heads, eps, WIDTH=width, HEADS=together, COPY_VALUE=copy, FLOAT8=scales is not None,
+        num_warps=4,
     )  # fmt: skip
 
 

@@ -212,7 +212,7 @@ def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = 
     if _takes_float8(proj_out):
         done = proj_out(Rows(*gelu_float8(beside, proj_in(x))))
         return done
-    if _is_plain(proj_in):
+    if _is_plain(proj_in) and isinstance(x, Tensor):
         hidden = linear_gelu(x, proj_in.weight, proj_in.bias)
     else:
         hidden = F.gelu(proj_in(x), approximate="tanh")
