@@ -19,6 +19,7 @@ from torch import Tensor
 from fluxfire import kernels
 from fluxfire.bench import save, stamp
 from fluxfire.kernels import float8
+from fluxfire.kernels.heads import Stream
 from fluxfire.text import table
 
 Event: Any = torch.cuda.Event  # torch leaves it untyped
@@ -90,23 +91,16 @@ def cases() -> Iterator[Case]:
     weight = make(HEAD)
     angles = torch.randn(tokens, HEAD // 2, device="cuda").repeat_interleave(2, 1)
     cos, sin = angles.cos(), angles.sin()
-    q, k, _ = all_qkv.chunk(3, dim=-1)
+    weights = (weight, weight)
+    alone, of_text, of_image = (Stream(x.chunk(3, dim=-1), weights) for x in (all_qkv, added, qkv))
     yield Case(
         "rotated heads, ours",
-        lambda: kernels.rotated_heads(q, k, weight, weight, cos, sin, 1e-6),
+        lambda: kernels.joint_heads([alone], (cos, sin), 1e-6),
         4 * row,
     )
     yield Case(
         "joined heads, ours",
-        lambda: kernels.joined_heads(
-            list(qkv.chunk(3, dim=-1)),
-            list(added.chunk(3, dim=-1)),
-            [weight] * 2,
-            [weight] * 2,
-            cos,
-            sin,
-            1e-6,
-        ),
+        lambda: kernels.joint_heads([of_text, of_image], (cos, sin), 1e-6),
         6 * row,
     )
 

@@ -14,6 +14,7 @@ import fluxfire
 from fluxfire import kernels, presets
 from fluxfire.adaln import modulations
 from fluxfire.kernels import float8
+from fluxfire.kernels.heads import Stream
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -125,11 +126,20 @@ def test_operators_are_those_of_a_cpu():
         assert (made - exact).norm() < 1e-3 * exact.norm()
         data, scales = float8.modulated_norm_float8(*device, 1e-6)
         assert ((data.float() * scales).cpu() - exact).norm() < 0.05 * exact.norm()
-    heads = [torch.randn(2, 9, 384, generator=generator).bfloat16() for _ in range(2)]
+    heads = [torch.randn(2, 9, 384, generator=generator).bfloat16() for _ in range(3)]
     angles = [torch.rand(9, 64, generator=generator).repeat_interleave(2, 1) for _ in range(2)]
-    rest = [torch.ones(128).bfloat16()] * 2 + angles
-    exact = kernels.rotated_heads(*heads, *rest, 1e-6)
-    made = kernels.rotated_heads(*(x.cuda() for x in (*heads, *rest)), 1e-6)
+    kept = [torch.randn(2, 3, 3, 128, generator=generator).bfloat16() for _ in range(2)]
+    weights = [torch.ones(128).bfloat16()] * 2
+
+    def joint(device):
+        of_all, norms, rotary, more = (
+            tuple(x.to(device) for x in xs) for xs in (heads, weights, angles, kept)
+        )
+        parts = [tuple(x[:, part] for x in of_all) for part in (slice(2), slice(2, None))]
+        streams = [Stream(part, norms) for part in parts]
+        return kernels.joint_heads(streams, rotary, 1e-6, kept=more)
+
+    exact, made = joint("cpu"), joint("cuda")
     for one, other in zip(made, exact, strict=True):
         assert (one.cpu().float() - other.float()).norm() < 1e-3 * other.float().norm()
 

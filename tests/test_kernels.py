@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxfire import kernels
-from fluxfire.kernels import float8, float8_attention
+from fluxfire.kernels import float8
+from fluxfire.kernels.flash_attention import flash_attention, float8_attention
+from fluxfire.kernels.heads import Stream
 
 SHAPES = st.fixed_dictionaries(
     {
@@ -83,7 +85,15 @@ def test_heads(shape, dtype):
 
     first, rest = slice(0, shape["text"]), slice(shape["text"], None)
     of_image, of_text = [image, image + 1, image * 2], [text, text - 1, text * 3]
-    q, k, v = kernels.joined_heads(of_image, of_text, weights[:2], weights[2:], cos, sin, 1e-6)
+    streams = [
+        Stream(tuple(of_text), tuple(weights[2:])),
+        Stream(tuple(of_image), tuple(weights[:2])),
+    ]
+    kept = [torch.randn(shape["batch"], 4, shape["heads"], WIDTH).to(dtype) for _ in range(2)]
+    q, k, v = kernels.joint_heads(streams, (cos, sin), 1e-6, kept=kept)
+    assert torch.equal(k[:, -4:], kept[0])
+    assert torch.equal(v[:, -4:], kept[1])
+    k, v = k[:, :-4], v[:, :-4]
     for made, number in ((q, 0), (k, 1)):
         parts = [
             exact(of_text[number], weights[2 + number], first),
@@ -92,7 +102,8 @@ def test_heads(shape, dtype):
         assert off(made, torch.cat(parts, 1).double()) < ERROR[dtype]
     assert torch.equal(v.flatten(2), torch.cat([of_text[2], of_image[2]], 1))
 
-    q, k = kernels.rotated_heads(*of_image[:2], *weights[:2], cos[rest], sin[rest], 1e-6)
+    q, k, v = kernels.joint_heads(streams[1:], (cos[rest], sin[rest]), 1e-6)
+    assert torch.equal(v.flatten(2), of_image[2])
     assert off(q, exact(of_image[0], weights[0], rest).double()) < ERROR[dtype]
     assert off(k, exact(of_image[1], weights[1], rest).double()) < ERROR[dtype]
 
@@ -137,14 +148,15 @@ def test_operators_trace_as_they_run():
     torch.library.opcheck(kernels.two_products, (x, y, torch.randn(48, 96), torch.randn(48)))
     heads = [torch.randn(2, 5, 3, 16).to(float8.FLOAT8) for _ in range(3)]
     scales = (torch.rand(1), torch.rand(1), torch.rand(2, 3))
-    attend = float8_attention.float8_attention  # torch cannot compare arguments in float8
-    torch.library.opcheck(attend, (*heads, *scales, torch.bfloat16), test_utils="test_faketensor")
+    in_float8 = (*heads, *scales, torch.bfloat16)  # torch cannot compare such arguments
+    torch.library.opcheck(float8_attention, in_float8, test_utils="test_faketensor")
+    torch.library.opcheck(flash_attention, tuple(x.float() for x in heads))
 
 
 INTERPRETED = """
 import torch
 from fluxfire import kernels
-from fluxfire.kernels import float8, float8_attention, modulated, rotated
+from fluxfire.kernels import float8, heads as of_heads, modulated
 
 torch.manual_seed(0)
 for heads in (3, 8):
@@ -175,17 +187,24 @@ for heads in (3, 8):
     weights = [torch.randn(16) for _ in range(4)]
     of_image = list(torch.randn(2, 9, 3 * width).chunk(3, -1))
     of_text = [torch.randn(2, 5, width) for _ in range(3)]
-    joint = (of_image, of_text, weights[:2], weights[2:], cos, sin, 1e-6)
-    same(kernels.joined_heads(*joint), rotated._joined_heads_cuda(*joint))
-    alone = (*of_image[:2], *weights[:2], cos[5:], sin[5:], 1e-6)
-    same(kernels.rotated_heads(*alone), rotated._rotated_heads_cuda(*alone))
+    image_stream = of_heads.Stream(of_image, weights[:2])
+    joint = [of_heads.Stream(of_text, weights[2:]), image_stream]
     scales = [torch.tensor([0.1]), torch.tensor([0.2]), torch.rand(2, heads) + 0.1]
-    joint = (*joint[:-1], scales, 1e-6)
-    same(
-        float8_attention.joined_heads_float8(*joint),
-        float8_attention._joined_heads_float8_cuda(*joint),
-        1 / 10,
-    )
+    kept = [torch.randn(2, 4, heads, 16) for _ in range(2)]
+    kept8 = [x.to(float8.FLOAT8) for x in kept]
+    for streams, rotary, by, more, within in (
+        (joint, (cos, sin), None, None, 1e-5),
+        (joint, (cos, sin), None, kept, 1e-5),
+        ([image_stream], (cos[5:], sin[5:]), None, None, 1e-5),
+        ([image_stream], (cos[5:], sin[5:]), None, kept, 1e-5),
+        (joint, (cos, sin), scales, kept8, 1 / 10),
+        ([image_stream], (cos[5:], sin[5:]), scales, None, 1 / 10),
+    ):
+        same(
+            kernels.joint_heads(streams, rotary, 1e-6, scales=by, kept=more),
+            of_heads._joint_heads_cuda(streams, rotary, 1e-6, by, more),
+            within,
+        )
     for beside in (image, None):
         x = torch.randn(2, 9, 4 * width)
         same(

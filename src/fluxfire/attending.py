@@ -2,27 +2,116 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
+from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from typing_extensions import override
 
-from fluxfire.kernels import in_heads, joined_heads, rotated_heads
+from fluxfire.kernels import in_heads, joint_heads
+from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.float8 import LARGEST, Rows
-from fluxfire.kernels.float8_attention import (
-    float8_attention,
-    joined_heads_float8,
-    rotated_heads_float8,
-)
-
-Rotary = tuple[Tensor, Tensor]
-Pair = tuple[Tensor, Tensor]
+from fluxfire.kernels.heads import Pair, Stream, Triple
 
 
-class Float8AttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
+class Kept(NamedTuple):
+    """What one block keeps of the reference between steps; an attention argument.
+
+    Attributes:
+        key: (batch, reference tokens, heads, head width), normed and rotated.
+        value: likewise.
+        scale: (batch, heads), float32: of the values, where they are in float8.
+        fresh: whether the stream has the reference's tokens, to be kept; else it ends before
+            them, and attends to these.
+        due: for each sample, whether to keep the new ones; None if all. The others attend to
+            the old ones, as they would alone.
+    """
+
+    key: Tensor
+    value: Tensor
+    scale: Tensor
+    fresh: bool
+    due: Tensor | None = None
+
+
+class KeepingAttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
+    """Attends as diffusers' processor does, bit for bit, and can keep the reference."""
+
+    @override
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_rotary_emb: Pair | None = None,
+        reference: Kept | None = None,
+    ) -> Tensor | Pair:
+        """Attend.
+
+        Args:
+            attn: the module.
+            hidden_states: (batch, tokens, width): of the image; in a single block, of both.
+            encoder_hidden_states: (batch, text tokens, width), or None.
+            attention_mask: as in diffusers.
+            image_rotary_emb: cosine and sine, each (tokens, head width).
+            reference: what to keep, or to attend to.
+
+        Returns:
+            As diffusers: image and text, projected; of a single block both, unprojected.
+        """
+        rotary = image_rotary_emb
+        if rotary is None or attention_mask is not None or torch.is_grad_enabled():
+            plain: Tensor | Pair = super().__call__(
+                attn, hidden_states, encoder_hidden_states, attention_mask, rotary
+            )
+            return plain
+        return self._attend(attn, hidden_states, encoder_hidden_states, rotary, reference)
+
+    def _attend(
+        self, attn: Any, image: Tensor, text: Tensor | None, rotary: Pair, kept: Kept | None
+    ) -> Tensor | Pair:
+        if kept is None:
+            plain: Tensor | Pair = super().__call__(attn, image, text, None, rotary)
+            return plain
+        streams = [_normed(attn, image)]
+        if text is not None:
+            streams.insert(0, _normed(attn, text, added=True))
+        parts = zip(*streams, strict=True)
+        query, key, value = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in parts)
+        query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
+        if kept.fresh:
+            key, value = _keep(key, value, kept)
+        else:
+            key, value = torch.cat([key, kept.key], dim=1), torch.cat([value, kept.value], dim=1)
+        attended = _dispatched(self, query, key, value)
+        if text is None:
+            return attended
+        text, image = _projected(attn, attended, text.shape[1])
+        return image, text
+
+
+class KernelAttnProcessor(KeepingAttnProcessor):
+    """Attends by fluxfire's kernels for norm and rotation, and one of its own for the rest."""
+
+    @override
+    def _attend(
+        self, attn: Any, image: Tensor, text: Tensor | None, rotary: Pair, kept: Kept | None
+    ) -> Tensor | Pair:
+        if text is None:
+            return attend(attn, heads(projections(attn), image), rotary, kept)
+        text, image = attend_jointly(attn, text, image, rotary, kept)
+        return image, text
+
+
+class FlashAttnProcessor(KernelAttnProcessor):
+    """Attends by FlashAttention-3."""
+
+
+class Float8AttnProcessor(KernelAttnProcessor):
     """Attends in float8.
 
     Attributes:
@@ -33,57 +122,26 @@ class Float8AttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
     query_scale: Tensor
     key_scale: Tensor
 
-    def scales(self, device: torch.device) -> Pair:
-        """Return both on a device: under offloading they were computed elsewhere."""
-        return self.query_scale.to(device), self.key_scale.to(device)
 
-    @override
-    def __call__(
-        self,
-        attn: Any,
-        hidden_states: Tensor,
-        encoder_hidden_states: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        image_rotary_emb: Rotary | None = None,
-    ) -> Tensor | Pair:
-        """Attend as diffusers' processor does; with a mask or without rotation, by that."""
-        if image_rotary_emb is None or attention_mask is not None or torch.is_grad_enabled():
-            plain: Tensor | Pair = super().__call__(
-                attn, hidden_states, encoder_hidden_states, attention_mask, image_rotary_emb
-            )
-            return plain
-        if encoder_hidden_states is None:
-            return attend(attn, heads(projections(attn), hidden_states), image_rotary_emb)
-        text, image = attend_jointly(attn, encoder_hidden_states, hidden_states, image_rotary_emb)
-        return image, text
-
-
-def attend(attention: Any, of_all: list[Tensor], rotary: Rotary) -> Tensor:
+def attend(attention: Any, of_all: list[Tensor], rotary: Pair, kept: Kept | None = None) -> Tensor:
     """Attend over one stream.
 
     Args:
         attention: the module.
         of_all: query, key and value, each (batch, tokens, heads · head width).
         rotary: cosine and sine, each (tokens, head width).
+        kept: what to keep of the reference, or to attend to.
 
     Returns:
         (batch, tokens, heads · head width), not yet projected.
     """
-    query, key, value = of_all
-    norms, eps = (attention.norm_q.weight, attention.norm_k.weight), attention.norm_q.eps
-    processor = attention.processor
-    if isinstance(processor, Float8AttnProcessor):
-        scales = (*processor.scales(query.device), _value_scale(attention, value))
-        made = rotated_heads_float8(query, key, value, *norms, *rotary, list(scales), eps)
-        out: Tensor = float8_attention(*made, *scales, query.dtype).flatten(2, 3)
-        return out
-    query, key = rotated_heads(query, key, *norms, *rotary, eps)
-    return _dispatched(processor, query, key, in_heads(value, attention.head_dim))
+    return _attend(attention, [_stream(attention, of_all)], rotary, kept)
 
 
 def attend_jointly(
-    attention: Any, text: Tensor | Rows, image: Tensor | Rows, rotary: Rotary
-) -> Pair:
+    attention: Any, text: Tensor | Rows, image: Tensor | Rows, rotary: Pair,
+    kept: Kept | None = None,
+) -> Pair:  # fmt: skip
     """Attend over text and image together.
 
     Args:
@@ -91,29 +149,16 @@ def attend_jointly(
         text: (batch, text tokens, width), normed; perhaps in float8.
         image: (batch, image tokens, width), normed; perhaps in float8.
         rotary: cosine and sine, each (text tokens + image tokens, head width).
+        kept: what to keep of the reference, or to attend to.
 
     Returns:
         Text and image, projected.
     """
-    of_text, of_image = (
-        heads(projections(attention, added=True), text),
-        heads(projections(attention), image),
-    )
-    norms = [attention.norm_q.weight, attention.norm_k.weight]
-    added_norms = [attention.norm_added_q.weight, attention.norm_added_k.weight]
-    processor, eps, tokens = attention.processor, attention.norm_q.eps, of_text[0].shape[1]
-    if isinstance(processor, Float8AttnProcessor):
-        largest = torch.maximum(*(_value_scale(attention, x[2]) for x in (of_text, of_image)))
-        scales = (*processor.scales(largest.device), largest)
-        made = joined_heads_float8(
-            of_image, of_text, norms, added_norms, *rotary, list(scales), eps
-        )
-        attended = float8_attention(*made, *scales, of_image[0].dtype).flatten(2, 3)
-    else:
-        joint = joined_heads(of_image, of_text, norms, added_norms, *rotary, eps)
-        attended = _dispatched(processor, *joint)
-    out = attention.to_out[1](attention.to_out[0](attended[:, tokens:]))
-    return attention.to_add_out(attended[:, :tokens]), out
+    of_text = heads(projections(attention, added=True), text)
+    of_image = heads(projections(attention), image)
+    streams = [_stream(attention, of_text, added=True), _stream(attention, of_image)]
+    attended = _attend(attention, streams, rotary, kept)
+    return _projected(attention, attended, of_text[0].shape[1])
 
 
 def projections(attention: Any, *, added: bool = False) -> list[Any]:
@@ -141,15 +186,81 @@ def bound(weights: list[Tensor], width: int) -> Tensor:
     return scale.reshape(1)
 
 
-def _value_scale(attention: Any, value: Tensor) -> Tensor:
-    """Measure the scale of values, which nothing bounds: (batch, heads), float32."""
-    largest = in_heads(value, attention.head_dim).abs().amax(dim=(1, 3)).float()
-    scale: Tensor = (largest / LARGEST).clamp(min=1e-12)
-    return scale
+def _attend(attention: Any, streams: list[Stream], rotary: Pair, kept: Kept | None) -> Tensor:
+    """Attend over streams side by side: (batch, tokens, heads · head width)."""
+    processor, eps = attention.processor, attention.norm_q.eps
+    old = None if kept is None or kept.fresh else (kept.key, kept.value)
+    scales = None
+    if isinstance(processor, Float8AttnProcessor):
+        scales = _scales(processor, streams, attention.head_dim, kept)
+    query, key, value = joint_heads(streams, rotary, eps, scales=scales, kept=old)
+    if kept is not None and kept.fresh:
+        key, value = _keep(key, value, kept)
+    if scales is None:
+        return _dispatched(processor, query, key, value)
+    dtype = streams[0].projected[0].dtype
+    out: Tensor = float8_attention(query, key, value, *scales, dtype).flatten(2, 3)
+    return out
+
+
+def _keep(key: Tensor, value: Tensor, kept: Kept) -> Pair:
+    """Keep the reference's keys and values; of samples not due, bring back the old ones."""
+    tokens = kept.key.shape[1]
+    joint = []
+    for x, old in ((key, kept.key), (value, kept.value)):
+        before, new = x[:, :-tokens], x[:, -tokens:]
+        if kept.due is not None:
+            new = torch.where(kept.due[:, None, None, None], new, old)
+        old.copy_(new)
+        joint.append(x if kept.due is None else torch.cat([before, new], dim=1))
+    return joint[0], joint[1]
+
+
+def _scales(
+    processor: Float8AttnProcessor, streams: list[Stream], width: int, kept: Kept | None
+) -> Triple:
+    """What query, key and value are divided by for float8; nothing bounds the last.
+
+    Values kept are in float8 already: so new ones share their scale, and are cut off at it.
+    """
+    device = streams[0].projected[0].device  # under offloading the first two were made elsewhere
+    of_heads = processor.query_scale.to(device), processor.key_scale.to(device)
+    if kept is not None and not kept.fresh:
+        return *of_heads, kept.scale
+    largest = [in_heads(s.projected[2], width).abs().amax(dim=(1, 3)).float() for s in streams]
+    scale = (torch.stack(largest).amax(0) / LARGEST).clamp(min=1e-12)
+    if kept is not None:
+        if kept.due is not None:
+            scale = torch.where(kept.due[:, None], scale, kept.scale)
+        kept.scale.copy_(scale)
+    return *of_heads, scale
+
+
+def _stream(attention: Any, of_all: list[Tensor], *, added: bool = False) -> Stream:
+    norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
+    query, key, value = of_all
+    of_query, of_key = (getattr(attention, name).weight for name in norms)
+    return Stream((query, key, value), (of_query, of_key))
+
+
+def _normed(attention: Any, x: Tensor, *, added: bool = False) -> Triple:
+    """Project and norm by the modules themselves: (batch, tokens, heads, head width) each."""
+    norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
+    made = heads(projections(attention, added=added), x)
+    query, key, value = (in_heads(of, attention.head_dim) for of in made)
+    return getattr(attention, norms[0])(query), getattr(attention, norms[1])(key), value
 
 
 def _dispatched(processor: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by diffusers' dispatch: (batch, tokens, heads, head width) to (…, width)."""
+    """Attention by its kernel: (batch, tokens, heads, head width) to (batch, tokens, width)."""
+    if isinstance(processor, FlashAttnProcessor):
+        return flash_attention(query, key, value).flatten(2, 3)  # type: ignore[no-any-return]
     backend = processor._attention_backend  # noqa: SLF001 - where diffusers keeps it
     out: Tensor = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)
     return out
+
+
+def _projected(attention: Any, attended: Tensor, text_tokens: int) -> Pair:
+    """Take text and image apart and project them."""
+    image = attention.to_out[1](attention.to_out[0](attended[:, text_tokens:]))
+    return attention.to_add_out(attended[:, :text_tokens]), image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,11 +15,14 @@ import torch
 from diffusers.models import attention_dispatch
 from torch import Tensor
 
+from fluxfire.kernels.flash_attention import flash_attention
 from fluxfire.marks import Marks
 
 NATIVE = "native"
-OFFERED = ("_native_cudnn", "_native_flash", "flash", "_flash_3")
-"""diffusers' exact backends that can be faster than its default, which leaves it to torch."""
+FLASH_3 = "fa3"
+"""Ours, by the package `fa3-fwd`; diffusers' `_flash_3` takes another one, which has no wheels."""
+OFFERED = ("_native_cudnn", "_native_flash", "flash", "_flash_3", FLASH_3)
+"""Exact backends that can be faster than diffusers' default, which leaves it to torch."""
 
 _TOKENS = 8704  # an edit of one megapixel: 4096 of noise, 4096 of reference, 512 of text
 _FEW = 64  # enough to see whether a kernel runs and compiles
@@ -57,18 +61,19 @@ class Fastest:
 
 
 @cache
-def fastest(sizes: Sizes, *, tokens: int = _TOKENS) -> Fastest:
+def fastest(sizes: Sizes, offered: tuple[str, ...] = OFFERED, *, tokens: int = _TOKENS) -> Fastest:
     """Measure the exact backends that run on a device, and choose.
 
     Args:
         sizes: of the attention.
+        offered: which may be chosen, beside the native one.
         tokens: of query, key and value; one sample.
 
     Returns:
         The choice: the fastest, unless the native one is as fast to a percent.
     """
-    failed = {name: why for name in OFFERED if (why := why_not(name, sizes)) is not None}
-    names = [NATIVE, *(name for name in OFFERED if name not in failed)]
+    failed = {name: why for name in offered if (why := why_not(name, sizes)) is not None}
+    names = [NATIVE, *(name for name in offered if name not in failed)]
     inputs = _inputs(sizes, tokens)
     with torch.no_grad(), _on(sizes.device):
         seconds = _timed({name: _kernel(name) for name in names}, inputs)
@@ -91,8 +96,11 @@ def why_not(name: str, sizes: Sizes) -> str | None:
     """Say why a backend cannot compute an attention of these sizes, or None if it can."""
     inputs = _inputs(sizes, _FEW)
     try:
-        backend = attention_dispatch.AttentionBackendName(name)
-        attention_dispatch._check_attention_backend_requirements(backend)  # noqa: SLF001
+        if name == FLASH_3:
+            _check_flash_3(sizes)
+        else:
+            backend = attention_dispatch.AttentionBackendName(name)
+            attention_dispatch._check_attention_backend_requirements(backend)  # noqa: SLF001
         with torch.no_grad(), _on(sizes.device), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of each condition that is not met
             made, native = _kernel(name)(*inputs).float(), _kernel(NATIVE)(*inputs).float()
@@ -105,7 +113,17 @@ def why_not(name: str, sizes: Sizes) -> str | None:
     return None
 
 
+def _check_flash_3(sizes: Sizes) -> None:
+    """Raise a RuntimeError that says what it lacks."""
+    if sizes.device.type != "cuda":
+        raise RuntimeError("FlashAttention-3 needs a GPU")
+    if importlib.util.find_spec("fa3_fwd_interface") is None:
+        raise RuntimeError("FlashAttention-3 is not installed: pip install fa3-fwd")
+
+
 def _kernel(name: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    if name == FLASH_3:
+        return flash_attention
     dispatch: Any = attention_dispatch.dispatch_attention_fn
     backend = attention_dispatch.AttentionBackendName(name)
     return lambda query, key, value: dispatch(query, key, value, backend=backend)

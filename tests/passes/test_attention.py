@@ -22,12 +22,9 @@ from fluxfire import fastest, kontext
 from fluxfire.attending import bound
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
+from fluxfire.kernels.flash_attention import float8_attention
 from fluxfire.kernels.float8 import FLOAT8
-from fluxfire.kernels.float8_attention import (
-    float8_attention,
-    joined_heads_float8,
-    rotated_heads_float8,
-)
+from fluxfire.kernels.heads import Stream, joint_heads
 from fluxfire.passes import Attention, Compile, FusedBlocks, QKVFusion
 from fluxfire.passes import attention as module
 from fluxfire.protocol import Target
@@ -66,9 +63,10 @@ def test_settings():
     by_member = Attention(attention_dispatch.AttentionBackendName.NATIVE)
     assert by_member == Attention("native")
     assert repr(by_member) == "Attention(backend='native')"
-    assert Attention().exactness == Attention("flash").exactness == "close"
+    for backend in ("auto", "flash", "fa3"):
+        assert Attention(backend).exactness == "close"
     assert Attention("fa3-fp8").exactness == Attention("sage").exactness == "lossy"
-    with pytest.raises(ValueError, match=r"^backend='flsh'; it must be one of auto, fa3-fp8,"):
+    with pytest.raises(ValueError, match=r"^backend='flsh'; it must be one of auto, fa3, fa3-fp8,"):
         Attention("flsh")
 
 
@@ -135,6 +133,18 @@ def test_float8_composes(before, reference):
     picture = edit(pipe)
     assert np.abs(picture - alone).max() < 0.02
     assert 0 < np.abs(picture - reference).max() < 0.1
+
+
+@pytest.mark.parametrize("before", [[], [QKVFusion()], [FusedBlocks()]], ids=str)
+def test_flash_attention_composes(before, reference):
+    """Without a GPU it is torch's attention: what is tested is all around it."""
+    pipe = fluxfire.optimize(tiny_kontext(), [*before, Attention("fa3")])
+    with Calls("flash_attention") as calls:
+        picture = edit(pipe)
+    assert calls.count == 3 * LAYERS
+    assert np.abs(picture - reference).max() < 1e-5
+    (*_, done) = fluxfire.report(pipe).passes
+    assert [str(f) for f in done.findings] == ["fa3 is torch's own attention without a GPU"]
 
 
 def test_a_mask_and_gradients_run_as_in_diffusers(pipe):
@@ -208,7 +218,7 @@ class Strange(FluxAttnProcessor):
     """Somebody's own: it may do anything."""
 
 
-@pytest.mark.parametrize("backend", ["auto", "native", "fa3-fp8"])
+@pytest.mark.parametrize("backend", ["auto", "native", "fa3", "fa3-fp8"])
 def test_unknown_processors_are_refused_by_name(pipe, backend):
     pipe.transformer.set_attn_processor(Strange())
     (said,) = refusals(Attention(backend), pipe)
@@ -301,7 +311,7 @@ def rotary(tokens, width=16):
 
 def scales(value, *, weights, width=16):
     largest = value.float().view(*value.shape[:2], -1, width).abs().amax((1, 3))
-    return [bound([weights], width), bound([weights], width), largest / 448]
+    return bound([weights], width), bound([weights], width), largest / 448
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -313,7 +323,7 @@ def test_float8_attention_against_float64(dtype, size):
         v, ones = v * size, torch.ones(16, dtype=dtype)
         cos, sin = rotary(40)
         by = scales(v, weights=ones)
-        made = rotated_heads_float8(q, k, v, ones, ones, cos, sin, by, 1e-6)
+        made = joint_heads([Stream((q, k, v), (ones, ones))], (cos, sin), 1e-6, scales=by)
         assert {x.dtype for x in made} == {FLOAT8}
         out = float8_attention(*made, *by, dtype)
         assert out.dtype == dtype
@@ -333,8 +343,10 @@ def test_two_streams_are_one_beside_the_other():
     streams = heads(1)
     text, image = [x[:, :12] for x in streams], [x[:, 12:] for x in streams]
     by = scales(streams[2], weights=ones)
-    joint = joined_heads_float8(image, text, [ones, ones], [ones, ones], cos, sin, by, 1e-6)
-    alone = rotated_heads_float8(*streams, ones, ones, cos, sin, by, 1e-6)
+    joint, alone = (
+        joint_heads([Stream(tuple(x), (ones, ones)) for x in of], (cos, sin), 1e-6, scales=by)
+        for of in ((text, image), (streams,))
+    )
     for one, other in zip(joint, alone, strict=True):
         assert torch.equal(one.float(), other.float())
 
@@ -377,7 +389,7 @@ def test_the_bound_follows_the_weights(pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["auto", "native", "fa3-fp8"])
+@pytest.mark.parametrize("backend", ["auto", "native", "fa3", "fa3-fp8"])
 @pytest.mark.parametrize("before", [[], [FusedBlocks()]], ids=str)
 def test_a_block_stays_one_graph(before, backend):
     passes = [*before, Attention(backend)]

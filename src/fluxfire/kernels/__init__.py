@@ -9,16 +9,15 @@ float32 and round once, where eager torch rounds after each of its steps. They h
 
 from __future__ import annotations
 
+from fluxfire.kernels.heads import in_heads, joint_heads
 from fluxfire.kernels.modulated import gated_add, modulated_norm
 from fluxfire.kernels.products import linear_gelu, two_products
-from fluxfire.kernels.rotated import in_heads, joined_heads, rotated_heads
 
 __all__ = [
     "gated_add",
     "in_heads",
-    "joined_heads",
+    "joint_heads",
     "linear_gelu",
     "modulated_norm",
-    "rotated_heads",
     "two_products",
 ]

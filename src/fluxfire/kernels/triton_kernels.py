@@ -74,7 +74,7 @@ def turned(x, weight, cos, sin, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def rotate_heads(
     query, key, value, q_weight, k_weight, cos, sin, q_out, k_out, v_out,
-    q_scale, k_scale, v_scale, in_batch, in_row, out_batch, out_row, first, heads, eps,
+    q_scale, k_scale, v_scale, in_batch, in_row, q_batch, kv_batch, out_row, first, heads, eps,
     WIDTH: tl.constexpr, HEADS: tl.constexpr, COPY_VALUE: tl.constexpr, FLOAT8: tl.constexpr,
 ):  # fmt: skip
     """RMS norm and rotary embedding of some heads of one token's query and key, one a program.
@@ -89,24 +89,39 @@ def rotate_heads(
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     whole = head[:, None] * WIDTH + at[None, :]
     source = batch * in_batch + row * in_row + whole
-    target = batch * out_batch + (first + row) * out_row + whole
+    target = (first + row) * out_row + whole
     angle = (first + row) * WIDTH + 2 * tl.arange(0, WIDTH // 2)
     c, s = tl.load(cos + angle)[None, :], tl.load(sin + angle)[None, :]
     w = tl.load(q_weight + at).to(tl.float32)
     q = turned(tl.load(query + source), w, c, s, eps, HEADS, WIDTH)
     if FLOAT8:
         q = q / tl.load(q_scale)
-    tl.store(q_out + target, q.to(q_out.dtype.element_ty))
+    tl.store(q_out + batch * q_batch + target, q.to(q_out.dtype.element_ty))
     w = tl.load(k_weight + at).to(tl.float32)
     k = turned(tl.load(key + source), w, c, s, eps, HEADS, WIDTH)
     if FLOAT8:
         k = k / tl.load(k_scale)
-    tl.store(k_out + target, k.to(k_out.dtype.element_ty))
+    tl.store(k_out + batch * kv_batch + target, k.to(k_out.dtype.element_ty))
     if COPY_VALUE:
         v = tl.load(value + source)
         if FLOAT8:
             v = v.to(tl.float32) / tl.load(v_scale + batch * heads + head)[:, None]
-        tl.store(v_out + target, v.to(v_out.dtype.element_ty))
+            v = tl.minimum(tl.maximum(v, -448.0), 448.0)
+        tl.store(v_out + batch * kv_batch + target, v.to(v_out.dtype.element_ty))
+
+
+@triton.jit
+def put_rows(
+    key, value, key_out, value_out, in_batch, out_batch, first, width, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Copy rows of keys and values to those from `first` on: one row of each a program."""
+    row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    source = batch * in_batch + row * width + at
+    target = batch * out_batch + (first + row) * width + at
+    tl.store(key_out + target, tl.load(key + source, mask=inside), mask=inside)
+    tl.store(value_out + target, tl.load(value + source, mask=inside), mask=inside)
 
 
 @triton.jit

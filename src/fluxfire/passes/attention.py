@@ -16,8 +16,8 @@ from diffusers.models.transformers.transformer_flux import (
 from typing_extensions import override
 
 from fluxfire import kontext
-from fluxfire.attending import Float8AttnProcessor, bound
-from fluxfire.fastest import Sizes, fastest, why_not
+from fluxfire.attending import FlashAttnProcessor, Float8AttnProcessor, bound
+from fluxfire.fastest import FLASH_3, OFFERED, Sizes, fastest, why_not
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
 
 FLOAT8 = "fa3-fp8"
+_OWN = {FLASH_3: FlashAttnProcessor, FLOAT8: Float8AttnProcessor}
 _HOPPER = (9, 0)
 _DTYPES = (torch.bfloat16, torch.float16)
 
@@ -43,12 +44,14 @@ class Attention:
     by a percent, and the report says what each took. Equal settings are measured once a process.
     Without a GPU it takes the native one.
 
-    `"fa3-fp8"` is FlashAttention-3 in float8 (e4m3): lossy, for Hopper GPUs, with the package
-    `fa3-fwd`. Query and key have been through an RMS norm, which bounds them, and a rotation,
-    which keeps the bound; so their scale is known without looking at them. Values are scaled by
-    each sample's and head's largest. Norm, rotation and the rounding to float8 are one kernel.
-    With a mask, without rotation, and while gradients are on, attention is diffusers' own. On a
-    CPU it is emulated, but for the rounding of the probabilities. On Spark (96 edits, emulated) it
+    `"fa3"` is FlashAttention-3, for Hopper GPUs, with the package `fa3-fwd`. With a mask, without
+    rotation, and while gradients are on, attention is diffusers' own.
+
+    `"fa3-fp8"` is the same in float8 (e4m3): lossy. Query and key have been through an RMS norm,
+    which bounds them, and a rotation, which keeps the bound; so their scale is known without
+    looking at them. Values are scaled by each sample's and head's largest. Norm, rotation and the
+    rounding to float8 are one kernel. On a CPU it is emulated, but for the rounding of the
+    probabilities. On Spark (96 edits, emulated) it
     kept 51.8 dB to the plain pictures on average, but one edit strayed, to 21.1.
 
     Measured on an H100 (torch 2.11, 8704 tokens, 24 heads of 128, bf16), in TFLOP/s: SDPA's
@@ -59,7 +62,7 @@ class Attention:
 
     Attributes:
         backend: `"auto"`; a backend of diffusers by its name there, such as `"native"`,
-            `"_native_cudnn"` or `"flash"`; or `"fa3-fp8"`.
+            `"_native_cudnn"` or `"flash"`; `"fa3"` or `"fa3-fp8"`.
     """
 
     backend: str = "auto"
@@ -69,7 +72,7 @@ class Attention:
     slot: ClassVar[str | None] = "attention"
 
     def __post_init__(self) -> None:
-        known = ["auto", FLOAT8, *(backend.value for backend in AttentionBackendName)]
+        known = ["auto", *_OWN, *(backend.value for backend in AttentionBackendName)]
         if self.backend not in known:
             raise ValueError(f"backend={self.backend!r}; it must be one of {', '.join(known)}")
         # A member of diffusers' enumeration equals its name, but its repr rebuilds nothing.
@@ -83,7 +86,7 @@ class Attention:
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse processors that have no choice of kernels, and a kernel that cannot run here."""
         yield from self._check_processors(target.pipe.transformer)
-        if self.backend == FLOAT8:
+        if self.backend in _OWN:
             yield from self._check_fa3(target)
         elif self.backend == "auto":
             if _device(target.pipe).type != "cuda":
@@ -108,8 +111,8 @@ class Attention:
             backend, what = self._measure(tx)
         attentions = _attentions(tx.pipe.transformer)
         for attention in attentions:
-            if backend == FLOAT8:
-                tx.setattr(attention, "processor", Float8AttnProcessor())
+            if backend in _OWN:
+                tx.setattr(attention, "processor", _OWN[backend]())
             else:
                 tx.setattr(attention.processor, "_attention_backend", AttentionBackendName(backend))
         if backend == FLOAT8:
@@ -123,14 +126,17 @@ class Attention:
         sizes = _sizes(tx.pipe)
         if sizes.device.type != "cuda":
             return "native", "attentions computed by native, unmeasured without a GPU"
-        made = fastest(sizes)
+        plain = all(
+            type(a.processor) is FluxAttnProcessor for a in _attentions(tx.pipe.transformer)
+        )
+        made = fastest(sizes, OFFERED if plain else tuple(n for n in OFFERED if n not in _OWN))
         tx.tell(made.facts)
         took = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.milliseconds.items())
         return made.backend, f"attentions computed by {made.backend} (of {took})"
 
     def _check_processors(self, transformer: Any) -> Iterator[Finding]:
         known = [FluxAttnProcessor]
-        if self.backend != FLOAT8:
+        if self.backend not in _OWN:
             known.append(FluxIPAdapterAttnProcessor)
         used = {type(a.processor) for a in _attentions(transformer)}
         if strange := sorted(cls.__name__ for cls in used if cls not in known):
@@ -144,7 +150,8 @@ class Attention:
 
     def _check_fa3(self, target: Target) -> Iterator[Finding]:
         transformer, environment = target.pipe.transformer, target.environment
-        if elsewhere := target.traits & {"sequential-offload", "group-offload"}:
+        elsewhere = target.traits & {"sequential-offload", "group-offload"}
+        if elsewhere and self.backend == FLOAT8:
             yield Finding(
                 "error",
                 f"the norms' weights, which give the scales, are elsewhere "
@@ -152,9 +159,11 @@ class Attention:
                 "use enable_model_cpu_offload() or none",
             )
         if _device(target.pipe).type != "cuda":
-            yield Finding(
-                "warning", f"{self.backend} is emulated without a GPU: slower, for quality's sake"
-            )
+            how = {
+                FLASH_3: "is torch's own attention without a GPU",
+                FLOAT8: "is emulated without a GPU: slower, for quality's sake",
+            }
+            yield Finding("warning", f"{self.backend} {how[self.backend]}")
             return
         if environment.capability != _HOPPER:
             had = ".".join(map(str, environment.capability or ()))

@@ -19,7 +19,14 @@ from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.adaln import modulations
-from fluxfire.attending import Float8AttnProcessor, attend, attend_jointly, heads, projections
+from fluxfire.attending import (
+    KeepingAttnProcessor,
+    Kept,
+    attend,
+    attend_jointly,
+    heads,
+    projections,
+)
 from fluxfire.generation import Listener
 from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
@@ -109,13 +116,16 @@ class _FusedBlock(nn.Module):
         """Run the block; shapes as in diffusers, text and image returned in this order."""
         rotary = image_rotary_emb
         if rotary is not None and _fusible(self, hidden_states, joint_attention_kwargs):
-            return self.fused(encoder_hidden_states, hidden_states, temb, rotary)
+            kept = (joint_attention_kwargs or {}).get("reference")
+            return self.fused(encoder_hidden_states, hidden_states, temb, rotary, kept)
         plain: Pair = super().forward(
             hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
         )
         return plain
 
-    def fused(self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
+    def fused(
+        self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary, kept: Kept | None
+    ) -> Pair:
         """Run the block by its kernels; likewise."""
         raise NotImplementedError
 
@@ -124,7 +134,9 @@ class FusedDoubleBlock(_FusedBlock, FluxTransformerBlock):  # type: ignore[misc]
     """A two-stream block."""
 
     @override
-    def fused(self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
+    def fused(
+        self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary, kept: Kept | None
+    ) -> Pair:
         attn = self.attn
         text_mods = modulations(self.norm1_context, temb).chunk(6, dim=1)
         image_mods = modulations(self.norm1, temb).chunk(6, dim=1)
@@ -133,6 +145,7 @@ class FusedDoubleBlock(_FusedBlock, FluxTransformerBlock):  # type: ignore[misc]
             _norm(None, text, text_mods, self.norm1_context.norm, projections(attn, added=True)),
             _norm(None, image, image_mods, self.norm1.norm, projections(attn)),
             rotary,
+            kept,
         )
         return (
             _residuals(text, added_text, text_mods[2:], self.norm2_context, self.ff_context),
@@ -144,12 +157,14 @@ class FusedSingleBlock(_FusedBlock, FluxSingleTransformerBlock):  # type: ignore
     """A one-stream block."""
 
     @override
-    def fused(self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary) -> Pair:
+    def fused(
+        self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary, kept: Kept | None
+    ) -> Pair:
         attn = self.attn
         mods = modulations(self.norm, temb).chunk(3, dim=1)
         into = projections(attn)
         x = _norm(text, image, mods, self.norm.norm, [*into, self.proj_mlp])
-        attended = attend(attn, heads(into, x), rotary)
+        attended = attend(attn, heads(into, x), rotary, kept)
         add = _mlp(self.proj_mlp, self.proj_out, x, beside=attended)
         joint = gated_add(image, text, mods[2], add)
         return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
@@ -176,11 +191,11 @@ def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
     """Whether a block's call is the plain case that the kernels compute."""
     processor = block.attn.processor
     return (
-        not arguments
+        not set(arguments or ()) - {"reference"}
         and not getattr(block, _HOOKED)
         and not torch.is_grad_enabled()
         and x.dtype is not torch.float16
-        and type(processor) in (FluxAttnProcessor, Float8AttnProcessor)
+        and (type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor))
         and getattr(processor, "_parallel_config", None) is None
     )
 
