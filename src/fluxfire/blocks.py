@@ -42,6 +42,7 @@ class Streams:
         rotary: cosine and sine, each (text tokens + image tokens, head width), text first.
         attention_kwargs: `joint_attention_kwargs` as diffusers passes it on.
         temb_by_block: what each block gets in the place of `temb`, if not that.
+        arguments: attention arguments of each block's own, asked for when it is about to run.
     """
 
     image: torch.Tensor
@@ -50,6 +51,7 @@ class Streams:
     rotary: tuple[torch.Tensor, torch.Tensor]
     attention_kwargs: dict[str, Any] | None
     temb_by_block: Sequence[torch.Tensor] | None = None
+    arguments: Callable[[int], dict[str, Any]] | None = None
 
 
 Run = Callable[[Streams, range], Streams]
@@ -140,15 +142,18 @@ def _plain_run(transformer: Any, inputs: dict[str, Any]) -> Run:
     def run(streams: Streams, which: range) -> Streams:
         image, text, tembs = streams.image, streams.text, streams.temb_by_block
         for index in which:
+            arguments = streams.attention_kwargs
+            if streams.arguments is not None:
+                arguments = {**(arguments or {}), **streams.arguments(index)}
             text, image = blocks[index](
                 hidden_states=image,
                 encoder_hidden_states=text,
                 temb=streams.temb if tembs is None else tembs[index],
                 image_rotary_emb=streams.rotary,
-                joint_attention_kwargs=streams.attention_kwargs,
+                joint_attention_kwargs=arguments,
             )
             if index in residuals:
-                image = image + residuals[index]
+                image = image + residuals[index][:, : image.shape[1]]
         return replace(streams, image=image, text=text)
 
     return run

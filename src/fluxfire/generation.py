@@ -43,6 +43,23 @@ class Decision:
     distances: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Refresh:
+    """Whether the reference was computed in one call of the transformer, or reused.
+
+    Attributes:
+        step: denoising step, counted from 0.
+        branch: `"cond"` or `"uncond"`.
+        due: for each sample of the batch, whether its reference was computed and kept.
+        drifts: by how much it had changed, for each sample; empty where nothing was measured.
+    """
+
+    step: int
+    branch: str
+    due: tuple[bool, ...]
+    drifts: tuple[float, ...] = ()
+
+
 @dataclass(eq=False)
 class Generation:
     """One call of the pipeline.
@@ -53,6 +70,7 @@ class Generation:
         step: the current step, from 0; -1 before the first.
         calls: how often the transformer ran.
         decisions: what a cache decided, call by call; empty without one.
+        refreshes: when the reference was computed, call by call; empty where always.
     """
 
     number: int
@@ -61,6 +79,7 @@ class Generation:
     step: int = -1
     calls: int = 0
     decisions: list[Decision] = field(default_factory=list)
+    refreshes: list[Refresh] = field(default_factory=list)
     _branch: int = 0
     _timestep: object = None
     _img_ids: object = None

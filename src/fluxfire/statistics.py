@@ -15,7 +15,7 @@ import torch
 from typing_extensions import override
 
 from fluxfire.compiling import Compilations, compilations
-from fluxfire.generation import Decision, Generation, Listener
+from fluxfire.generation import Decision, Generation, Listener, Refresh
 from fluxfire.kontext import Call, Tokens
 from fluxfire.marks import Marks
 
@@ -34,6 +34,7 @@ class RunStatistics:
         compiled: what torch.compile did during the call.
         error: what the call raised, or None.
         decisions: what a cache decided, call by call; empty without one.
+        refreshes: when the reference was computed, call by call; empty where always.
     """
 
     number: int
@@ -43,6 +44,7 @@ class RunStatistics:
     compiled: Compilations = field(default_factory=Compilations)
     error: str | None = None
     decisions: list[Decision] = field(default_factory=list, repr=False)
+    refreshes: list[Refresh] = field(default_factory=list, repr=False)
     _marks: list[Callable[[], float]] = field(default_factory=list, repr=False)
 
     @property
@@ -91,6 +93,7 @@ class RunStatistics:
             "error": self.error,
             "hit_rate": self.hit_rate,
             "decisions": [asdict(d) for d in self.decisions],
+            "refreshes": [asdict(r) for r in self.refreshes],
         }
 
 
@@ -123,7 +126,7 @@ class Statistics(Listener):
         finally:
             run.seconds = time.perf_counter() - began
             run.calls = generation.calls
-            run.decisions = generation.decisions
+            run.decisions, run.refreshes = generation.decisions, generation.refreshes
             run.tokens = self._tokens
             if self._clock is not None:
                 run._marks = self._clock.marks  # noqa: SLF001 - ours

@@ -14,6 +14,7 @@ from fluxfire.passes.memory_layout import MemoryLayout
 from fluxfire.passes.modulation_table import ModulationTable
 from fluxfire.passes.para_attention import ParaAttention
 from fluxfire.passes.qkv_fusion import QKVFusion
+from fluxfire.passes.reference_cache import ReferenceCache
 
 __all__ = [
     "Attention",
@@ -28,4 +29,5 @@ __all__ = [
     "ModulationTable",
     "ParaAttention",
     "QKVFusion",
+    "ReferenceCache",
 ]

@@ -140,6 +140,15 @@ class _Memory:
     rests: dict[int, _Trend] = field(default_factory=dict)
     streak: list[int] = field(default_factory=list)
 
+    def limit(self, added: Tensor) -> Tensor:
+        """Go on with the noise tokens alone, once the reference's are missing in a step."""
+        assert self.first is not None  # noqa: S101 - the caller looked
+        tokens = min(added.shape[1], self.first.shape[1])
+        if tokens < self.first.shape[1]:
+            self.first = self.first[:, :tokens]
+            self.size = _mean_abs(self.first)
+        return added[:, :tokens]
+
 
 @dataclass(eq=False)
 class _Trend:
@@ -226,6 +235,8 @@ class _Engine(CacheEngine[FirstBlockCache]):
         tokens = call.tokens.noise if self.settings.distance == "noise" else after.shape[1]
         added = after[:, :tokens] - before[:, :tokens]
         batch = len(added)
+        if memory.first is not None:
+            added = memory.limit(added)
         if memory.first is None or memory.first.shape != added.shape:
             memory.rests.clear()
             memory.streak = [0] * batch
