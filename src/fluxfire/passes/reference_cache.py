@@ -27,6 +27,8 @@ from fluxfire.text import human_bytes
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
 
+_ROUNDING = 1e-6  # of noise levels that are multiples of the spacing
+
 
 @dataclass(frozen=True)
 class ReferenceCache:
@@ -47,16 +49,18 @@ class ReferenceCache:
     for FLUX's 57 blocks and 4096 tokens in bfloat16, half of that behind `Attention("fa3-fp8")`.
 
     Attributes:
-        every: steps from one refresh to the next: at 1 every bit is kept.
+        spacing: refresh where the noise level, which falls from 1 to 0, has fallen by this much
+            since the last refresh; at 0 every step is one, and every bit is kept.
         warmup_steps: first steps that all are refreshes. The very first always is.
         tail_steps: last steps that all are.
         drift: refresh a sample before its time, too, if what the first block adds to the
             reference has changed by more than this since the last refresh (mean absolute
             difference over mean absolute value). The first block is computed in full for it.
-        schedule: exactly the steps (from 0) that are refreshes. Kept as a sorted tuple.
+        schedule: exactly the steps (from 0) that are refreshes, in the place of `spacing`. Kept
+            as a sorted tuple.
     """
 
-    every: int = 4
+    spacing: float = 0.2
     _: KW_ONLY
     warmup_steps: int = 0
     tail_steps: int = 0
@@ -68,12 +72,14 @@ class ReferenceCache:
     slot: ClassVar[str | None] = "reference"
     leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
-        {"every", "warmup_steps", "tail_steps", "drift", "schedule"}
+        {"spacing", "warmup_steps", "tail_steps", "drift", "schedule"}
     )
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise ValueError(f"every={self.every!r}; it must be 1 or more")
+        if not isinstance(self.spacing, float | int):
+            raise TypeError(f"spacing={self.spacing!r}; it must be a number")
+        if not self.spacing >= 0:
+            raise ValueError(f"spacing={self.spacing!r}; it must be 0 or more")
         for name in ("warmup_steps", "tail_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)!r}; it must be 0 or more")
@@ -90,7 +96,7 @@ class ReferenceCache:
     @property
     def exactness(self) -> Exactness:
         """Bitwise if every step is a refresh, else lossy."""
-        return "bitwise" if self.every == 1 and self.schedule is None else "lossy"
+        return "bitwise" if self.spacing == 0 and self.schedule is None else "lossy"
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse other caches, and attention processors that cannot keep the reference."""
@@ -151,6 +157,7 @@ class _Engine(CacheEngine[ReferenceCache]):
         super().__init__(live, pipe)
         self._memories: dict[str, _Memory] = {}
         self._attentions: list[Any] = []
+        self._levels: list[float] = []
         self._refreshed = self._reused = self._bytes = 0
 
     @override
@@ -176,6 +183,7 @@ class _Engine(CacheEngine[ReferenceCache]):
     def forget(self) -> None:
         """Drop everything that was kept."""
         self._memories.clear()
+        self._levels = []
 
     def facts(self) -> dict[str, object]:
         """Tell the report how often the reference was computed, and what one branch keeps."""
@@ -224,11 +232,23 @@ class _Engine(CacheEngine[ReferenceCache]):
             return [True] * batch
         if not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
             return [True] * batch
-        if settings.schedule is None:
-            latest = call.step - settings.every + 1
-        else:
+        oldest = [min(taken) for taken in zip(*memory.taken.values(), strict=True)]
+        if settings.schedule is not None:
             latest = max(step for step in settings.schedule if step <= call.step)
-        return [min(taken) < latest for taken in zip(*memory.taken.values(), strict=True)]
+            return [taken < latest for taken in oldest]
+        now, fallen = self._level(call.step, call.steps), settings.spacing - _ROUNDING
+        return [self._level(taken, call.steps) - now >= fallen for taken in oldest]
+
+    def _level(self, step: int, steps: int) -> float:
+        """Return a step's noise level; the first time in a generation waits for all of them.
+
+        A scheduler that does not keep its time steps is taken to step evenly.
+        """
+        if not self._levels:
+            planned = self._pipe.scheduler.timesteps[-steps:].tolist()
+            even = [1000 * (1 - i / steps) for i in range(steps)]
+            self._levels = [t / 1000 for t in (planned if len(planned) == steps else even)]
+        return self._levels[min(step, steps - 1)]
 
     def _by_drift(self, memory: _Memory, added: Tensor) -> list[float]:
         """Have samples be due whose reference changed; return by how much, which waits."""
