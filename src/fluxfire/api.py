@@ -13,7 +13,7 @@ import torch
 
 from fluxfire import kontext
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
-from fluxfire.generation import Conductor, conductor_of
+from fluxfire.generation import Conductor, conductor_of, rehearsal
 from fluxfire.planner import Plan, configured, malformed
 from fluxfire.planning import Passes, make_plan
 from fluxfire.protocol import Change, Pass
@@ -210,7 +210,7 @@ def warmup(
     began = time.perf_counter()
     calls = [(size, a) for size in sizes for a in blank_calls(pipe, size, references, call)]
     progress = Progress(pipe, len(calls))
-    with progress.shown(conductor):
+    with progress.shown(conductor), rehearsal(pipe):
         for size, arguments in calls:
             progress.begin(size)
             pipe(**arguments)

@@ -67,6 +67,8 @@ class Generation:
     Attributes:
         number: counts this pipeline's generations, from 1.
         passes: what is applied, as data; the same object until that changes.
+        rehearsal: whether this one only makes ready what will be used: a cache then takes each
+            of its ways at least once.
         step: the current step, from 0; -1 before the first.
         calls: how often the transformer ran.
         decisions: what a cache decided, call by call; empty without one.
@@ -75,6 +77,7 @@ class Generation:
 
     number: int
     passes: tuple[Configured, ...] = ()
+    rehearsal: bool = False
     thread: int = field(default_factory=threading.get_ident)
     step: int = -1
     calls: int = 0
@@ -159,6 +162,7 @@ class Conductor:
             model replaces it.
         live: the run-time settings of the passes that have some.
         passes: what is applied, as data.
+        rehearsing: whether generations are rehearsals.
         record: what `fluxfire.api` keeps here.
     """
 
@@ -166,6 +170,7 @@ class Conductor:
         self.listeners: list[Listener] = []
         self.live: list[Live[Any]] = []
         self.passes: tuple[Configured, ...] = ()
+        self.rehearsing = False
         self.stack = BlockStack()
         self.run_transformer: Callable[..., Any] | None = None
         self.record: Any = None
@@ -244,7 +249,7 @@ class Conductor:
                 raise FluxfireError(why)
             self.prepare()
             self._count += 1
-            generation = self._generation = Generation(self._count, self.passes)
+            generation = self._generation = Generation(self._count, self.passes, self.rehearsing)
             with ExitStack() as entered:
                 for listener in self.listeners:
                     entered.enter_context(listener.during(generation))
@@ -292,6 +297,17 @@ def conductor_of(pipe: object) -> Conductor | None:
     """Return the conductor of an optimized pipeline, or None."""
     found: Conductor | None = vars(type(pipe)).get(_CONDUCTOR)
     return found
+
+
+@contextmanager
+def rehearsal(pipe: object) -> Iterator[None]:
+    """Make a pipeline's generations within a `with` block rehearsals."""
+    conductor = conductor_of(pipe) or Conductor()
+    before, conductor.rehearsing = conductor.rehearsing, True
+    try:
+        yield
+    finally:
+        conductor.rehearsing = before
 
 
 def shared_conductor(transformer: object) -> Conductor | None:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from statistics import median
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from typing_extensions import override
@@ -19,6 +19,7 @@ from fluxfire.generation import Decision, Generation, Listener, Refresh
 from fluxfire.kontext import Call, Tokens
 from fluxfire.marks import Marks
 
+StepKind = Literal["computed", "reused", "hit"]
 _KEPT = 100
 
 
@@ -71,6 +72,17 @@ class RunStatistics:
         """
         times = [mark() for mark in self._marks]
         return [after - before for before, after in pairwise(times)]
+
+    @property
+    def step_kinds(self) -> list[StepKind]:
+        """Of each step, whether it was computed, or what its caches left out of all samples."""
+        kinds: list[StepKind] = ["computed"] * (len(self._marks) - 1)
+        told = [("reused", [(r.step, not any(r.due)) for r in self.refreshes])]
+        told.append(("hit", [(d.step, all(d.hits)) for d in self.decisions]))
+        for kind, calls in told:
+            for step in {step for step, _ in calls} - {step for step, left in calls if not left}:
+                kinds[step] = kind  # type: ignore[call-overload]
+        return kinds
 
     @property
     def hit_rate(self) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,7 +20,8 @@ from fluxfire.bench.quality import EQUAL, Likeness, Quality, compare
 from fluxfire.bench.timing import Sample, on_device, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError, FluxfireError
-from fluxfire.statistics import RunStatistics
+from fluxfire.generation import rehearsal
+from fluxfire.statistics import RunStatistics, StepKind
 
 _GIB = 2**30
 _CONTROLS = (EAGER, COMPILED)
@@ -105,7 +106,7 @@ class Edit:
 
     Attributes:
         seconds: from the call to the picture.
-        steps: seconds of each step, and whether a cache left it out.
+        steps: seconds of each step, and what caches left out of it.
         phases: seconds by phase.
         hit_rate: share of the cache's decisions that were hits; None without one.
         compiles: how often torch.compile traced code; none are expected.
@@ -113,7 +114,7 @@ class Edit:
     """
 
     seconds: float
-    steps: tuple[tuple[float, bool], ...]
+    steps: tuple[tuple[float, StepKind], ...]
     phases: dict[str, float]
     hit_rate: float | None
     compiles: int
@@ -192,18 +193,24 @@ class Row:
         }
 
     def _steps(self) -> dict[str, Any]:
-        """Computed steps and hits apart; nothing of a rival that does not tell them apart."""
+        """Steps by kind; nothing of a rival that does not tell them apart."""
         if not self.contender.tells:
-            unknown = ("step", "hit_step", "hits", "weights_gb_per_second")
+            unknown = (
+                "step", "hit_step", "hits", "reuse_step", "reuses", "weights_gb_per_second",
+            )  # fmt: skip
             return dict.fromkeys(unknown)
         steps = [step for edit in self.edits for step in edit.steps]
-        hits = [seconds for seconds, hit in steps if hit]
-        computed = [seconds for seconds, hit in steps if not hit]
+        computed, reused, hits = (
+            [seconds for seconds, kind in steps if kind == wanted]
+            for wanted in ("computed", "reused", "hit")
+        )
         step = Sample.of(computed) if computed else None
         return {
             "step": step.to_dict() if step else None,
             "hit_step": Sample.of(hits).to_dict() if hits else None,
             "hits": len(hits) / len(self.edits),
+            "reuse_step": Sample.of(reused).to_dict() if reused else None,
+            "reuses": len(reused) / len(self.edits),
             "weights_gb_per_second": self.weights / step.median / 1e9
             if step and self.weights
             else None,
@@ -261,7 +268,8 @@ class _Turn:
         with row.contender.beginning(pipe, load, calibrate):
             for example in load.of_each_size(pipe, self.examples):
                 for _ in range(self.warmups):
-                    load.run(pipe, example, steps=2)
+                    with rehearsal(pipe):
+                        load.run(pipe, example, steps=2)
                     first.append(api.report(pipe).runs[-1])
         edits, pictures, right = [], {}, []
         with row.contender.beginning(pipe, load, calibrate):  # anew, after runs of two steps
@@ -290,7 +298,7 @@ class _Turn:
         run = api.report(pipe).runs[-1]
         spent = {**watched.seconds(), "denoising": sum(run.step_seconds)}
         spent["the rest"] = seconds - sum(spent.values())
-        steps = tuple(_steps(run))
+        steps = tuple(zip(run.step_seconds, run.step_kinds, strict=True))
         return Edit(seconds, steps, spent, run.hit_rate, run.compiles, run.graph_breaks), picture
 
 
@@ -313,13 +321,6 @@ def _judge(row: Row, table: dict[tuple[str, str], Row], keep: int) -> None:
     if len(numbers) > keep and row.contender.name not in _CONTROLS:
         worst = {quality.worst for quality in row.quality.values()}
         row.pictures = {n: p for n, p in row.pictures.items() if n in worst}
-
-
-def _steps(run: RunStatistics) -> Iterator[tuple[float, bool]]:
-    """Seconds of each step, and whether a cache left it out for every sample and branch."""
-    hits = {d.step for d in run.decisions if all(d.hits)}
-    hits -= {d.step for d in run.decisions if not all(d.hits)}
-    yield from ((seconds, number in hits) for number, seconds in enumerate(run.step_seconds))
 
 
 def _memory() -> float:

@@ -17,6 +17,7 @@ from fluxfire.bench.examples import Example
 from fluxfire.bench.quality import EQUAL, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
+from fluxfire.generation import rehearsal
 from fluxfire.planner import configured
 from fluxfire.protocol import Pass
 
@@ -244,7 +245,8 @@ class Search:
         self.on_edit(f"compiling {names(family.passes)}")
         self._undo.enter_context(api.optimized(self.pipe, family.passes))
         self._present = family.passes
-        self.workload.run(self.pipe, self.examples[0], steps=2)
+        with rehearsal(self.pipe):
+            self.workload.run(self.pipe, self.examples[0], steps=2)
 
     def _unapply(self) -> None:
         self._undo.close()

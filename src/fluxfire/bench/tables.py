@@ -13,6 +13,7 @@ Row = dict[str, Any]
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """A title, the names of the columns, and the cells."""
 
+_LEFT_OUT = ("reuse_step", "hit_step")
 _SAME = 99.995  # dB; pictures that differ in no bit are told as 100
 
 
@@ -87,7 +88,8 @@ def _names(row: Row) -> tuple[str, str]:
 def _speed(rows: Sequence[Row]) -> Table:
     head = (
         "contender", "workload", "edit: median (spread)", "× eager", "× compiled",
-        "computed step", "hit", "hits", "first run, 2 steps", "peak GiB", "J an edit", "GPU busy",
+        "computed step", "reuse", "hit", "reuses + hits", "first run, 2 steps", "peak GiB",
+        "J an edit", "GPU busy",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = [
         (
@@ -96,7 +98,7 @@ def _speed(rows: Sequence[Row]) -> Table:
             _times(faster(rows, row, EAGER)),
             _times(faster(rows, row, COMPILED)),
             human_seconds(row["step"]["median"]) if row["step"] else "-",
-            human_seconds(row["hit_step"]["median"]) if row["hit_step"] else "-",
+            *(human_seconds(row[k]["median"]) if row.get(k) else "-" for k in _LEFT_OUT),
             _hits(row),
             human_seconds(row["first_seconds"][0]) if row["first_seconds"] else "-",
             f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-",
@@ -111,10 +113,11 @@ def _speed(rows: Sequence[Row]) -> Table:
 def _hits(row: Row) -> str:
     if row["hits"] is None:
         return "?"  # a rival that does not tell
-    if row["hit_step"] is None:
+    if not any(row.get(kind) for kind in _LEFT_OUT):
         return "-"
     mark = "*" if row["scheduled"] else ""
-    return f"{row['hits']:.1f}{mark} of {row['workload']['steps']}"
+    reuses = f"{row['reuses']:.1f} + " if row.get("reuse_step") else ""
+    return f"{reuses}{row['hits']:.1f}{mark} of {row['workload']['steps']}"
 
 
 def _phases(rows: Sequence[Row]) -> Table:

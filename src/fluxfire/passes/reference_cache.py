@@ -177,6 +177,10 @@ class _Engine(CacheEngine[ReferenceCache]):
                     f"cannot keep the reference; restore(pipe), and optimize(pipe) without it"
                 )
         with super().during(generation):
+            if generation.rehearsal and self.settings.exactness == "lossy":
+                self.settings = replace(
+                    self.settings, schedule=(0,), warmup_steps=0, tail_steps=0, drift=None
+                )
             yield
 
     @override
@@ -211,7 +215,9 @@ class _Engine(CacheEngine[ReferenceCache]):
                 drifts = []
             self._note(memory, call, drifts)
         if any(memory.due):
-            mixed = None if all(memory.due) else memory.due
+            # With a drift one kind of graph does for all batches, whoever is due.
+            one_kind = self.settings.drift is None or len(memory.due) == 1
+            mixed = None if one_kind and all(memory.due) else memory.due
             return self._refresh(memory, run, streams, blocks, mixed)
         return self._reuse(memory, run, streams, blocks, call)
 
