@@ -17,6 +17,7 @@ import fluxfire
 from doubles import SkipBlock
 from fluxfire import presets, recipes
 from fluxfire.bench import Budget, Example, Family, Workload, search, tune
+from fluxfire.bench.quality import Likeness, Quality
 from fluxfire.bench.tuning import caches
 from fluxfire.cli import main
 from fluxfire.errors import BenchError, PlanError
@@ -246,11 +247,22 @@ def test_what_cannot_be_tuned_is_refused_before_anything_runs(pipe):
         tune(pipe, EXAMPLES, Budget(min_psnr=30), on_edit=never)
 
 
+def test_a_budget_of_the_mean():
+    budget = Budget(mean_psnr=30)
+    assert str(budget) == "mean PSNR at least 30 dB"
+    low, high = (Likeness(psnr, 1.0, 0.0) for psnr in (25.0, 40.0))
+    assert budget.broken(low) is None
+    assert budget.fallen(Quality((low, high), (None, None)), None) is None
+    assert budget.fallen(Quality((low, low, high), (None,) * 3), None) is None
+    assert budget.fallen(Quality((low, low), (None,) * 2), None) == "PSNR 25.0 dB on average"
+
+
 def test_the_usual_candidates_are_dials_from_careful_to_fast():
     for family in caches((QKVFusion(), Compile())):
-        assert [p.stage for p in family.passes] == ["weights", "caching", "compile"]
-        thresholds = [p.threshold for p in family.dial]
-        assert thresholds == sorted(set(thresholds))
+        stages = [p.stage for p in family.passes]
+        assert stages in (["weights", *["caching"] * n, "compile"] for n in (1, 2))
+        turned = [getattr(p, "threshold", None) or p.spacing for p in family.dial]
+        assert turned == sorted(set(turned))
         assert family.at(3)[1] == family.dial[3]
 
 

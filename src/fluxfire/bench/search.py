@@ -289,7 +289,7 @@ class Search:
                 break
         told = [seen[number] for number in sorted(seen)]
         quality = Quality(tuple(near for near, _ in told), tuple(right for _, right in told))
-        if verdict == "within" and (lost := self.budget.lost(quality, self._plain_success(part))):
+        if verdict == "within" and (lost := self.budget.fallen(quality, self._plain_success(part))):
             verdict, why = "outside", lost
         return Trial(passes, part, verdict, why, quality, median(seconds), median(speeds))
 

@@ -15,7 +15,7 @@ from fluxfire.bench.search import Candidate, Family, Search, Trial, names
 from fluxfire.bench.tables import decibels
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
-from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
+from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
 from fluxfire.planner import order
 from fluxfire.protocol import Pass
 from fluxfire.text import human_seconds, table
@@ -25,6 +25,9 @@ PUBLISHABLE = 256
 _THRESHOLDS = (
     0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.5, 0.65, 0.8,
 )  # fmt: skip
+
+
+_SPACINGS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.65)
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _told(trial: Trial) -> dict[str, Any]:
 
 def bases() -> list[Family]:
     """Return the exact lists of which the fastest carries the lossy ones."""
-    return [Family((Compile(),)), Family((QKVFusion(), Compile()))]
+    return [Family((Compile(),)), Family((FusedBlocks(), Compile()))]
 
 
 def caches(base: Sequence[Pass] = ()) -> list[Family]:
@@ -172,10 +175,21 @@ def caches(base: Sequence[Pass] = ()) -> list[Family]:
         replace(cache, predict="quadratic"),
         replace(cache, predict="hold"),
     )
-    return [
+    alone = [
         Family(tuple(order([*base, kind])), tuple(replace(kind, threshold=t) for t in _THRESHOLDS))
         for kind in kinds
     ]
+    references = tuple(map(ReferenceCache, _SPACINGS))
+    alone.append(Family(tuple(order([*base, references[0]])), references))
+    both = [
+        Family(
+            tuple(order([*base, kind, ReferenceCache(spacing)])),
+            tuple(replace(kind, threshold=t) for t in _THRESHOLDS),
+        )
+        for spacing in _SPACINGS[2::2]
+        for kind in (cache, replace(cache, predict="quadratic"))
+    ]
+    return [*alone, *both]
 
 
 def tune(

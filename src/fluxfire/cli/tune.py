@@ -21,7 +21,7 @@ from fluxfire.cli.options import (
 from fluxfire.cli.pictures import check_size
 from fluxfire.cli.values import size
 
-_BUDGET = ("min_psnr", "min_ssim", "max_flip", "max_lost")
+_BUDGET = ("min_psnr", "mean_psnr", "min_ssim", "max_flip", "max_lost")
 _EXAMPLES = 376  # 24 to search with, 96 to choose by, 256 to confirm on
 
 
@@ -40,6 +40,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT (default: each picture's shape)")
     budget = parser.add_argument_group("the budget, judged by the worst picture (one at least)")
     budget.add_argument("--min-psnr", type=float, metavar="DB", help="its PSNR to the plain one")
+    budget.add_argument("--mean-psnr", type=float, metavar="DB", help="PSNR on average")
     budget.add_argument("--min-ssim", type=float, metavar="SSIM", help="its SSIM to the plain one")
     budget.add_argument("--max-flip", type=float, metavar="FLIP", help="its FLIP to the plain one")
     budget.add_argument(
