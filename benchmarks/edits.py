@@ -16,7 +16,7 @@ import full_or_tiny
 from fluxfire import presets
 from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
 from fluxfire.bench import load as load_result
-from fluxfire.bench.schedules import most_hit
+from fluxfire.bench.schedules import most_often
 from fluxfire.passes import Compile, FirstBlockCache, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table
 
@@ -91,7 +91,7 @@ def as_spark(workload: Workload) -> FirstBlockCache:
         "predict": AS_SPARK.predict,
     }
     (row,) = (row for row in rows if all(row[k] == v for k, v in wanted.items()))
-    return replace(AS_SPARK, schedule=most_hit(row["hits_by_step"]))
+    return replace(AS_SPARK, schedule=most_often(row["hits_by_step"]))
 
 
 def main() -> None:

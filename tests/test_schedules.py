@@ -8,13 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxfire.bench import Contender
-from fluxfire.bench.schedules import most_hit, on_spark, scheduled
-from fluxfire.passes import FirstBlockCache, QKVFusion
+from fluxfire.bench.schedules import most_often, on_spark, scheduled
+from fluxfire.passes import FirstBlockCache, QKVFusion, ReferenceCache
 
 
 @given(st.lists(st.floats(0, 1), max_size=50))
 def test_the_steps_that_hit_most_are_chosen(shares):
-    chosen = most_hit(shares)
+    chosen = most_often(shares)
     assert len(chosen) == round(sum(shares))
     assert chosen == sorted(set(chosen))
     rest = [s for i, s in enumerate(shares) if i not in chosen]
@@ -23,17 +23,30 @@ def test_the_steps_that_hit_most_are_chosen(shares):
 
 def test_a_cache_gets_spark_s_schedule():
     """Below no threshold nothing hits but the first; at one far too high, everything after it."""
-    assert on_spark(FirstBlockCache(1e9), 3).schedule == (1, 2)
-    found = on_spark(FirstBlockCache(0.3), 8)
+    (every,) = on_spark([FirstBlockCache(1e9)], 3)
+    assert every.schedule == (1, 2)
+    (found,) = on_spark([FirstBlockCache(0.3)], 8)
     assert 1 <= len(found.schedule) < 7
     assert replace(found, schedule=None) == FirstBlockCache(0.3)
 
 
+def test_two_caches_are_tried_together():
+    """A hit puts a refresh off, so the schedules never meet."""
+    exact = QKVFusion()
+    given, hits, refreshes = on_spark([exact, FirstBlockCache(0.3), ReferenceCache(0.3)], 8)
+    assert given is exact
+    assert hits.schedule
+    assert refreshes.schedule[0] == 0
+    assert 1 < len(refreshes.schedule) < 6
+    assert not set(hits.schedule) & set(refreshes.schedule)
+    (alone,) = on_spark([ReferenceCache(1)], 8)
+    assert alone.schedule == (0,)
+
+
 def test_what_decides_nothing_is_left_alone():
     fixed = FirstBlockCache(schedule=[2])
-    assert on_spark(fixed, 3) is fixed
-    never = FirstBlockCache(0)
-    assert on_spark(never, 3) is never
+    never = FirstBlockCache(0), ReferenceCache(0)
+    assert on_spark([fixed, *never], 3) == (fixed, *never)
     exact = Contender("exact", (QKVFusion(),))
     assert scheduled(exact, 3) == exact
     assert not exact.scheduled
