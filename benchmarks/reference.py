@@ -84,15 +84,7 @@ def _keeping(
 
 
 def _workload(side: int, steps: int, *, full: bool) -> Workload:
-    """Return an edit of a picture to its own size: 512 is 512, and not Kontext's megapixel."""
-    side = side if full else side // 16
-    return Workload(
-        name=f"edit {side}, {steps} steps",
-        size=(side, side),
-        steps=steps,
-        auto_resize=False,
-        text_tokens=512 if full else 32,
-    )
+    return full_or_tiny.edit(side if full else side // 16, steps, full=full)
 
 
 def _contender(name: str, steps: int) -> Contender:

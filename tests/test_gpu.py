@@ -8,12 +8,14 @@ import gc
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch._inductor import config as inductor_config
 
 import fluxfire
 from fluxfire import kernels, presets
 from fluxfire.adaln import modulations
 from fluxfire.kernels import float8
+from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.heads import Stream
 from fluxfire.passes import (
     Attention,
@@ -111,6 +113,29 @@ def test_a_weight_on_the_host_multiplies_also_without_a_table(lora):
         fluxfire.optimize(pipe, [ModulationTable(host=True)])
         assert all(norm.linear.weight.device.type == "cpu" for norm in norms)
         assert all(map(torch.equal, (modulations(norm, temb) for norm in norms), plain))
+
+
+def test_flash_attention_is_attention():
+    pytest.importorskip("fa3_fwd")
+    generator = torch.Generator("cuda").manual_seed(0)
+    query, *kept = (
+        torch.randn(2, n, 3, 128, device="cuda", generator=generator).bfloat16()
+        for n in (300, 500, 500)
+    )
+    exact = F.scaled_dot_product_attention(*(x.double().transpose(1, 2) for x in (query, *kept)))
+    exact = exact.transpose(1, 2)
+    made = flash_attention(query, *kept)
+    assert (made - exact).norm() < 0.01 * exact.norm()
+    scales = [x.float().abs().amax((1, 3)) / 448 for x in (query, *kept)]
+    eight = [
+        (x.float() / s[:, None, :, None]).to(float8.FLOAT8)
+        for x, s in zip((query, *kept), scales, strict=True)
+    ]
+    of_query, of_key = (s.amax().view(1) for s in scales[:2])
+    eight[0] = (query.float() / of_query).to(float8.FLOAT8)
+    eight[1] = (kept[0].float() / of_key).to(float8.FLOAT8)
+    made = float8_attention(*eight, of_query, of_key, scales[2], torch.bfloat16)
+    assert (made - exact).norm() < 0.08 * exact.norm()
 
 
 def test_operators_are_those_of_a_cpu():

@@ -229,3 +229,43 @@ def test_triton_kernels_in_its_interpreter():
         check=False,
     )  # fmt: skip
     assert done.stdout.strip() == "the same", done.stderr[-2000:]
+
+
+COMPILED = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fluxfire.kernels import triton_kernels as kernels
+
+half, eight, single = "*bf16", "*fp8e4nv", "*fp32"
+constants = {"EPS": 1e-6, "BLOCK": 4096, "GELU": True, "WIDTH": 128, "HEADS": 8}
+heads = [half] * 5 + [single] * 2
+for name, pointers, more in (
+    ("norm_rows", [half] * 4, {}),
+    ("add_gated", [half] * 4, {}),
+    ("put_rows", [half] * 4, {}),
+    ("norm_rows_float8", [half] * 3 + [eight, single], {}),
+    ("rows_float8", [half] * 2 + [eight, single], {}),
+    ("rotate_heads", heads + [half] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": False}),
+    ("rotate_heads", heads + [eight] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": True}),
+):
+    kernel = getattr(kernels, name)
+    given = {n: v for n, v in (constants | more).items() if n in kernel.arg_names}
+    types = iter([*pointers, *["i64"] * len(kernel.arg_names)])
+    signature = {n: "constexpr" if n in given else next(types) for n in kernel.arg_names}
+    constexprs = {(kernel.arg_names.index(n),): v for n, v in given.items()}
+    source = ASTSource(kernel, signature=signature, constexprs=constexprs)
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    assert "f64" not in made.asm["ttir"], name  # float8 cannot be made of it, and it is slow
+print("compiled")
+"""
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    assert done.stdout.strip() == "compiled", done.stderr[-2000:]

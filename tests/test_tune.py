@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,13 +16,13 @@ from PIL import Image
 import fluxfire
 from doubles import SkipBlock
 from fluxfire import presets, recipes
-from fluxfire.bench import Budget, Example, Family, Workload, search, tune
+from fluxfire.bench import Budget, Example, Family, Prices, Workload, search, tune
 from fluxfire.bench.quality import Likeness, Quality
 from fluxfire.bench.tuning import caches
 from fluxfire.cli import main
 from fluxfire.errors import BenchError, PlanError
 from fluxfire.generation import conductor_of
-from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion
+from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, ReferenceCache
 from fluxfire.testing import edit, tiny_kontext
 
 DIAL = tuple(FirstBlockCache(t) for t in (0.1, 0.2, 0.3, 0.4, 0.5))
@@ -248,6 +248,25 @@ def test_what_cannot_be_tuned_is_refused_before_anything_runs(pipe):
     fluxfire.optimize(pipe, [QKVFusion()])
     with pytest.raises(PlanError, match="plain pipeline"):
         tune(pipe, EXAMPLES, Budget(min_psnr=30), on_edit=never)
+
+
+def test_prices_decide_in_the_place_of_clocks():
+    """Here a hit costs what a step does: so a list that hits is no faster than plain."""
+    lists = [Family((FirstBlockCache(schedule=[1]),)), Family((ReferenceCache(schedule=[0]),))]
+    pipe, load = tiny_kontext(), Workload.usual(tiny_kontext(), steps=3)
+    dear = Prices(computed=1, reused=1, hit=1, around=1)
+    found = tune(pipe, EXAMPLES, Budget(min_psnr=1), candidates=lists, workload=load, prices=dear)
+    assert found.passes == ()
+    assert [trial.speed for trial in found.trials] == [1, 1]
+    cheap = Prices(computed=1, reused=0.25, hit=0.5, around=1)
+    found = tune(pipe, EXAMPLES, Budget(min_psnr=1), candidates=lists, workload=load, prices=cheap)
+    assert found.passes == lists[1].passes
+    assert found.speed == 4 / (1 + 1 + 2 * 0.25)
+    assert {trial.speed for trial in found.trials} == {4 / 3.5, 4 / 2.5}
+    assert found.to_dict()["prices"] == asdict(cheap)
+    assert "at the prices given" in str(found)
+    with pytest.raises(BenchError, match="prices: hit=0; it must be above 0, in seconds"):
+        Prices(computed=1, reused=1, hit=0, around=1)
 
 
 def test_a_budget_of_the_mean():

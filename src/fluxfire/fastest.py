@@ -117,7 +117,7 @@ def _check_flash_3(sizes: Sizes) -> None:
     """Raise a RuntimeError that says what it lacks."""
     if sizes.device.type != "cuda":
         raise RuntimeError("FlashAttention-3 needs a GPU")
-    if importlib.util.find_spec("fa3_fwd_interface") is None:
+    if importlib.util.find_spec("fa3_fwd") is None:
         raise RuntimeError("FlashAttention-3 is not installed: pip install fa3-fwd")
 
 

@@ -285,7 +285,7 @@ def test_the_native_kernel_compiles():
 
 def test_the_measured_choice_is_set_and_told(pipe, monkeypatch):
     made = fastest.Fastest("_native_math", {"native": 2.0, "_native_math": 1.5}, {"flash": "no"})
-    monkeypatch.setattr(module, "fastest", lambda sizes: made)
+    monkeypatch.setattr(module, "fastest", lambda *_: made)
     monkeypatch.setattr(module, "_device", lambda pipe: torch.device("cuda"))
     fluxfire.optimize(pipe, [Attention()])
     (done,) = fluxfire.report(pipe).passes

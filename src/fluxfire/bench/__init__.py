@@ -7,6 +7,7 @@ from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import Contender, controls, ladder
 from fluxfire.bench.examples import Example, held_out, read
 from fluxfire.bench.measuring import Row, measure
+from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import Likeness, Quality, compare
 from fluxfire.bench.results import keeping, load, save, stamp
 from fluxfire.bench.search import Family, Trial
@@ -21,6 +22,7 @@ __all__ = [
     "Example",
     "Family",
     "Likeness",
+    "Prices",
     "Quality",
     "Row",
     "Sample",

@@ -14,6 +14,7 @@ from PIL import Image
 from fluxfire import api
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
+from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import EQUAL, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
@@ -110,6 +111,7 @@ class Search:
         workload: how to edit.
         seed: of the first example's noise.
         on_edit: is told what is being edited.
+        prices: what steps are taken to cost, in the place of what they take here.
         trials: in the order made.
     """
 
@@ -119,6 +121,7 @@ class Search:
     workload: Workload
     seed: int
     on_edit: Callable[[str], None]
+    prices: Prices | None = None
     trials: list[Trial] = field(default_factory=list)
     _pictures: list[Image.Image] = field(default_factory=list)
     _right: list[bool | None] = field(default_factory=list)
@@ -136,6 +139,8 @@ class Search:
             for number, example in enumerate(self.examples):
                 self.on_edit("plain")
                 picture, seconds = timed(partial(self._edit, number))
+                if self.prices is not None:
+                    seconds = self.prices.of(["computed"] * self.workload.steps)
                 self._pictures.append(picture)
                 self._seconds.append(seconds)
                 self._right.append(example.right(picture))
@@ -297,6 +302,8 @@ class Search:
         """Edit an example; again if it had to compile for its size."""
         picture, seconds = timed(partial(self._edit, number))
         runs = api.report(self.pipe).runs
+        if self.prices is not None:
+            return picture, self.prices.of(runs[-1].step_kinds)
         if runs and runs[-1].compiles:
             picture, seconds = timed(partial(self._edit, number))
         return picture, seconds

@@ -10,6 +10,7 @@ from typing import Any
 from fluxfire import api, recipes
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
+from fluxfire.bench.prices import Prices
 from fluxfire.bench.results import stamp
 from fluxfire.bench.search import Candidate, Family, Search, Trial, names
 from fluxfire.bench.tables import decibels
@@ -38,6 +39,7 @@ class Tuned:
         passes: the fastest list within the budget; empty if only the plain pipeline is.
         budget: as stated.
         workload: how the examples were edited: thresholds hold for its steps and size.
+        prices: what steps were taken to cost; None if speed was measured.
         seed: of the first example's noise.
         plain: the plain pipeline on the examples that confirm.
         confirmed: these passes on them.
@@ -48,6 +50,7 @@ class Tuned:
     passes: tuple[Pass, ...]
     budget: Budget
     workload: Workload
+    prices: Prices | None
     seed: int
     plain: Trial
     confirmed: Trial
@@ -74,6 +77,7 @@ class Tuned:
         return {
             "budget": asdict(self.budget),
             "workload": asdict(self.workload),
+            "prices": asdict(self.prices) if self.prices else None,
             "seed": self.seed,
             "attempts": self.attempts,
             "plain": _told(self.plain),
@@ -110,7 +114,8 @@ class Tuned:
             return f"Nothing faster than the plain pipeline keeps to the budget ({self.budget})."
         said = (
             f"Within the budget ({self.budget}) on {self.confirmed.examples} examples that nothing "
-            f"was chosen by: {self.speed:.2f} times as fast as plain, worst PSNR "
+            f"was chosen by: {self.speed:.2f} times as fast as plain"
+            f"{' at the prices given' if self.prices else ''}, worst PSNR "
             f"{decibels(quality.worst_psnr)} dB"
         )
         plainly = self.plain.quality.success if self.plain.quality else None
@@ -199,6 +204,7 @@ def tune(
     *,
     candidates: Sequence[Family] | None = None,
     workload: Workload | None = None,
+    prices: Prices | None = None,
     seed: int = 0,
     on_edit: Callable[[str], None] = lambda _: None,
 ) -> Tuned:
@@ -219,6 +225,9 @@ def tune(
         candidates: lists to search, in place of exact passes and caches. One that fails is
             told among the trials, and left out.
         workload: how to edit; the pipeline's usual size and 28 steps by default.
+        prices: what steps are taken to cost, in the place of what they take here; by default
+            only caches are searched then, uncompiled, and what is found is for the compiled list
+            that the prices are of.
         seed: of the first example's noise; each has its own.
         on_edit: is told what is being edited, before each edit.
 
@@ -237,9 +246,11 @@ def tune(
     for family in candidates or ():
         api.plan(pipe, family.passes).raise_if_bad()
     load = workload or Workload.usual(pipe)
-    with Search(pipe, examples, budget, load, seed, on_edit) as search:
+    with Search(pipe, examples, budget, load, seed, on_edit, prices) as search:
         found: list[Candidate] = []
-        if candidates is None:
+        if candidates is None and prices is not None:
+            candidates = caches()
+        elif candidates is None:
             found += _turned(search, bases())
             base = max([search.plain("search"), *found], key=lambda c: c.trial.worth)
             candidates = caches(base.family.passes)
@@ -254,7 +265,7 @@ def tune(
             found = [c for c in found if c.family is not chosen.family]
         plain = search.plain("confirm")
     return Tuned(
-        confirmed.trial.passes, budget, load, seed, plain.trial, confirmed.trial, attempts,
+        confirmed.trial.passes, budget, load, prices, seed, plain.trial, confirmed.trial, attempts,
         tuple(search.trials),
     )  # fmt: skip
 

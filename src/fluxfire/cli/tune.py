@@ -19,7 +19,7 @@ from fluxfire.cli.options import (
     say,
 )
 from fluxfire.cli.pictures import check_size
-from fluxfire.cli.values import size
+from fluxfire.cli.values import prices, size
 
 _BUDGET = ("min_psnr", "mean_psnr", "min_ssim", "max_flip", "max_lost")
 _EXAMPLES = 376  # 24 to search with, 96 to choose by, 256 to confirm on
@@ -46,6 +46,11 @@ def add(commands: Commands) -> None:
     budget.add_argument(
         "--max-lost", type=float, metavar="SHARE",
         help="how many of the right edits may be lost: 0.01 is one point (Spark's scenes only)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prices", type=prices, metavar="KIND=SECONDS,…",
+        help="what steps take where it is to be used, in the place of what they take here: "
+        "computed, reused and hit, and around for the rest of an edit",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("tuned.json"),
@@ -88,8 +93,11 @@ def tune(arguments: argparse.Namespace) -> int:
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     load = bench.Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
+    priced = bench.Prices(**arguments.prices) if arguments.prices else None
     with edits_bar() as tell:
-        found = bench.tune(pipe, examples, budget, workload=load, seed=arguments.seed, on_edit=tell)
+        found = bench.tune(
+            pipe, examples, budget, workload=load, prices=priced, seed=arguments.seed, on_edit=tell
+        )
     say(found)
     found.save(out)
     note(f'saved: optimize(pipe, "{out}") applies it, and --preset {out} on the command line')

@@ -97,3 +97,26 @@ def size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
     return int(match[1]), int(match[2])
+
+
+def prices(text: str) -> dict[str, float]:
+    """Read what steps cost: `computed=0.27,reused=0.14,hit=0.01,around=0.2`.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        Seconds by kind of step, and of the rest of an edit.
+
+    Raises:
+        argparse.ArgumentTypeError: if it is not four such numbers.
+    """
+    wanted = ("computed", "reused", "hit", "around")
+    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    try:
+        if set(pairs) == set(wanted):
+            return {name: float(pairs[name]) for name in wanted}
+    except ValueError:
+        pass
+    said = ",".join(f"{name}=SECONDS" for name in wanted)
+    raise argparse.ArgumentTypeError(f"{text!r} is not {said}")

@@ -51,7 +51,7 @@ def _modulated_norm_float8_cuda(
     for x, first in segments(image, text):
         norm_rows_float8[x.shape[1], x.shape[0]](
             x, shift, scale, data, scales, x.stride(0), x.stride(1), shift.stride(0), tokens,
-            first, width, eps, BLOCK=block_of(width), num_warps=4,
+            first, width, EPS=eps, BLOCK=block_of(width), num_warps=4,
         )  # fmt: skip
     return data, scales
 

@@ -95,7 +95,7 @@ def _joint_heads_cuda(
         rotate_heads[query.shape[1], heads // together, query.shape[0]](
             query, key, value, *weights, cos, sin, q, k, v, *(scales or [cos] * 3),
             query.stride(0), query.stride(1), q.stride(0), k.stride(0), q.stride(1), first, heads,
-            eps, WIDTH=width, HEADS=together, COPY_VALUE=copied, FLOAT8=scales is not None,
+            EPS=eps, WIDTH=width, HEADS=together, COPY_VALUE=copied, FLOAT8=scales is not None,
             num_warps=4,
         )  # fmt: skip
         first += query.shape[1]

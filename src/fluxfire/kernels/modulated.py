@@ -42,7 +42,7 @@ def _modulated_norm_cuda(
     for x, first in segments(image, text):
         norm_rows[x.shape[1], x.shape[0]](
             x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), out.stride(0),
-            out.stride(1), first, width, eps, BLOCK=block_of(width), num_warps=4,
+            out.stride(1), first, width, EPS=eps, BLOCK=block_of(width), num_warps=4,
         )  # fmt: skip
     return out
 

@@ -2,7 +2,8 @@
 
 Each handles one segment of a sequence, text or image, and writes to the rows of the joint
 sequence that begin at `first`: so neither has to be copied to stand beside the other.
-Pointers are to (batch, tokens, width) with contiguous rows; strides are in elements.
+Pointers are to (batch, tokens, width) with contiguous rows; strides are in elements. Floats are
+constants: a graph that inductor compiles hands them on in float64, and all is computed in that.
 """
 
 # Triton reads annotations and default arguments of these functions itself.
@@ -16,13 +17,13 @@ import triton.language as tl
 
 
 @triton.jit
-def modulated(x, shift, scale, at, width, eps):
+def modulated(x, shift, scale, at, width, EPS: tl.constexpr):
     """Layer norm of the row at `x`, then `· (1 + scale) + shift`, in float32."""
     inside = at < width
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, 0) / width
     away = tl.where(inside, value - mean, 0.0)
-    normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + eps)
+    normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + EPS)
     factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
     return normed * (1 + factor) + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
 
@@ -30,15 +31,15 @@ def modulated(x, shift, scale, at, width, eps):
 @triton.jit
 def norm_rows(
     x, shift, scale, out,
-    x_batch, x_row, mod_batch, out_batch, out_row, first, width, eps,
-    BLOCK: tl.constexpr,
+    x_batch, x_row, mod_batch, out_batch, out_row, first, width,
+    EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Layer norm without affine weights, then `· (1 + scale) + shift`: one row a program."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     mods = batch * mod_batch
-    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, eps)
+    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, EPS)
     to = out + batch * out_batch + (first + row) * out_row + at
     tl.store(to, made.to(out.dtype.element_ty), mask=inside)
 
@@ -62,10 +63,10 @@ def add_gated(
 
 
 @triton.jit
-def turned(x, weight, cos, sin, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+def turned(x, weight, cos, sin, EPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """RMS norm over the last axis of (HEADS, WIDTH), then each pair of neighbours turned."""
     x = x.to(tl.float32)
-    x = x * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None] * weight[None, :]
+    x = x * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPS)[:, None] * weight[None, :]
     even, odd = tl.split(tl.reshape(x, [HEADS, WIDTH // 2, 2]))
     turned_pairs = tl.join(even * cos - odd * sin, odd * cos + even * sin)
     return tl.reshape(turned_pairs, [HEADS, WIDTH])
@@ -74,8 +75,9 @@ def turned(x, weight, cos, sin, eps, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def rotate_heads(
     query, key, value, q_weight, k_weight, cos, sin, q_out, k_out, v_out,
-    q_scale, k_scale, v_scale, in_batch, in_row, q_batch, kv_batch, out_row, first, heads, eps,
-    WIDTH: tl.constexpr, HEADS: tl.constexpr, COPY_VALUE: tl.constexpr, FLOAT8: tl.constexpr,
+    q_scale, k_scale, v_scale, in_batch, in_row, q_batch, kv_batch, out_row, first, heads,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, COPY_VALUE: tl.constexpr,
+    FLOAT8: tl.constexpr,
 ):  # fmt: skip
     """RMS norm and rotary embedding of some heads of one token's query and key, one a program.
 
@@ -93,12 +95,12 @@ def rotate_heads(
     angle = (first + row) * WIDTH + 2 * tl.arange(0, WIDTH // 2)
     c, s = tl.load(cos + angle)[None, :], tl.load(sin + angle)[None, :]
     w = tl.load(q_weight + at).to(tl.float32)
-    q = turned(tl.load(query + source), w, c, s, eps, HEADS, WIDTH)
+    q = turned(tl.load(query + source), w, c, s, EPS, HEADS, WIDTH)
     if FLOAT8:
         q = q / tl.load(q_scale)
     tl.store(q_out + batch * q_batch + target, q.to(q_out.dtype.element_ty))
     w = tl.load(k_weight + at).to(tl.float32)
-    k = turned(tl.load(key + source), w, c, s, eps, HEADS, WIDTH)
+    k = turned(tl.load(key + source), w, c, s, EPS, HEADS, WIDTH)
     if FLOAT8:
         k = k / tl.load(k_scale)
     tl.store(k_out + batch * kv_batch + target, k.to(k_out.dtype.element_ty))
@@ -137,15 +139,15 @@ def store_float8(value, out, scale_out, at, inside):
 @triton.jit
 def norm_rows_float8(
     x, shift, scale, out, scale_out,
-    x_batch, x_row, mod_batch, rows, first, width, eps,
-    BLOCK: tl.constexpr,
+    x_batch, x_row, mod_batch, rows, first, width,
+    EPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`norm_rows`, to float8; `rows` is the length of the joint sequence."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     mods = batch * mod_batch
-    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, eps)
+    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, EPS)
     to = batch * rows + first + row
     store_float8(made, out + to * width, scale_out + to, at, inside)
 

@@ -172,7 +172,7 @@ class Attention:
                 f"{environment.gpu} has compute capability {had}, and FlashAttention-3 needs 9.0",
                 "use Attention()",
             )
-        if importlib.util.find_spec("fa3_fwd_interface") is None:
+        if importlib.util.find_spec("fa3_fwd") is None:
             yield Finding("error", "FlashAttention-3 is not installed", "pip install fa3-fwd")
         if transformer.dtype not in _DTYPES:
             dtypes = " or ".join(str(dtype) for dtype in _DTYPES)
