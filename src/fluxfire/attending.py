@@ -26,8 +26,8 @@ class Kept(NamedTuple):
         scale: (batch, heads), float32: of the values, where they are in float8.
         fresh: whether the stream has the reference's tokens, to be kept; else it ends before
             them, and attends to these.
-        due: for each sample, whether to keep the new ones; None if all. The others attend to
-            the old ones, as they would alone.
+        due: (batch or 1, reference tokens or 1), whether to keep the new ones; None if all.
+            Where not, the old ones are attended to.
     """
 
     key: Tensor
@@ -210,7 +210,7 @@ def _keep(key: Tensor, value: Tensor, kept: Kept) -> Pair:
     for x, old in ((key, kept.key), (value, kept.value)):
         before, new = x[:, :-tokens], x[:, -tokens:]
         if kept.due is not None:
-            new = torch.where(kept.due[:, None, None, None], new, old)
+            new = torch.where(kept.due[..., None, None], new, old)
         old.copy_(new)
         joint.append(x if kept.due is None else torch.cat([before, new], dim=1))
     return joint[0], joint[1]
@@ -231,7 +231,7 @@ def _scales(
     scale = (torch.stack(largest).amax(0) / LARGEST).clamp(min=1e-12)
     if kept is not None:
         if kept.due is not None:
-            scale = torch.where(kept.due[:, None], scale, kept.scale)
+            scale = torch.where(kept.due, scale, kept.scale)
         kept.scale.copy_(scale)
     return *of_heads, scale
 

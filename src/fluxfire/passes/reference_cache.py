@@ -287,7 +287,7 @@ class _Engine(CacheEngine[ReferenceCache]):
         self, memory: _Memory, run: Run, streams: Streams, blocks: range, due: list[bool] | None
     ) -> Streams:
         """Run all tokens, and keep the reference of the samples that are due; None if all."""
-        mask = None if due is None else torch.tensor(due, device=streams.image.device)
+        mask = None if due is None else torch.tensor(due, device=streams.image.device)[:, None]
         batch = len(streams.image)
 
         def arguments(index: int) -> dict[str, Any]:

@@ -1,0 +1,210 @@
+"""What goes stale when the reference is not computed: schedules and ways, on Spark's edits.
+
+python benchmarks/reference_on_spark.py -n 96 --out benchmarks/results/reference_on_spark.json
+
+Some ways are tried here that the pass does not have. They are emulated: everything is computed, and
+then put aside, which shows what a way does to pictures, and not what it would save.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import mean
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+import fluxfire
+from fluxfire import Change, Transaction, spark
+from fluxfire.attending import KeepingAttnProcessor, Kept
+from fluxfire.bench import compare, save, stamp
+from fluxfire.blocks import Run, Streams
+from fluxfire.kontext import Call
+from fluxfire.passes import FirstBlockCache, ReferenceCache
+from fluxfire.passes.reference_cache import _Engine
+from fluxfire.protocol import Pass
+from fluxfire.text import table
+
+STEPS = 28
+
+
+@dataclass(frozen=True)
+class Way(ReferenceCache):
+    """A way of the reference cache that is tried here only.
+
+    Attributes:
+        early: between refreshes, compute the reference in this many first blocks, every
+            `often` steps.
+        often: see `early`.
+        share: between refreshes, compute this share of the reference's tokens, drawn anew at
+            each step.
+        outputs: between refreshes, compute all of the reference but its attention, which is
+            that of the last refresh.
+    """
+
+    early: int = 0
+    often: int = 2
+    share: float = 0.0
+    outputs: bool = False
+
+    name: ClassVar[str] = "reference-way"
+
+    @override
+    def apply(self, tx: Transaction) -> Change:
+        """As the pass, with an engine that has these ways."""
+        change = super().apply(tx)
+        (engine,) = tx.listening(_Engine)
+        engine.__class__ = _Tried
+        if self.outputs:
+            for block in (*tx.pipe.transformer.transformer_blocks,
+                          *tx.pipe.transformer.single_transformer_blocks):  # fmt: skip
+                tx.set_class(block.attn.processor, _KeepingOutputs)
+        return change
+
+
+class _Tried(_Engine):
+    """Does between refreshes what the pass does not."""
+
+    @override
+    def _reuse(self, memory: Any, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
+        way: Any = self.settings
+        if way.early and call.step % way.often == 0:
+            middle = min(blocks.stop, way.early)
+            before = {index: list(taken) for index, taken in memory.taken.items()}
+            streams = self._refresh(memory, run, streams, range(blocks.start, middle), None)
+            memory.taken = before  # the late blocks are as stale as they were
+            return super()._reuse(memory, run, streams, range(middle, blocks.stop), call)
+        if way.share or way.outputs:
+            return self._emulate(memory, run, streams, blocks, call)
+        return super()._reuse(memory, run, streams, blocks, call)
+
+    def _emulate(
+        self, memory: Any, run: Run, streams: Streams, blocks: range, call: Call
+    ) -> Streams:
+        tokens = call.tokens.reference
+        generator = torch.Generator().manual_seed(call.step)
+        drawn = torch.rand(1, tokens, generator=generator) < self.settings.share  # type: ignore[attr-defined]
+        mask = drawn.to(streams.image.device)
+        if self.settings.outputs:  # type: ignore[attr-defined]
+            mask = torch.ones_like(mask)
+
+        def arguments(index: int) -> dict[str, Any]:
+            return {"reference": memory.kept[index]._replace(due=mask)}
+
+        return run(replace(streams, arguments=arguments), blocks)
+
+
+class _KeepingOutputs(KeepingAttnProcessor):
+    """Gives the reference what its attention was at the last refresh, and keys and values anew."""
+
+    @override
+    def _attend(
+        self, attn: Any, image: Tensor, text: Tensor | None, rotary: Any, kept: Kept | None
+    ) -> Any:
+        made = super()._attend(attn, image, text, rotary, kept)
+        if kept is None or not kept.fresh:
+            return made
+        out = made[0] if isinstance(made, tuple) else made
+        tokens = kept.key.shape[1]
+        if kept.due is None:
+            self.outputs = out[:, -tokens:].clone()
+        else:
+            out[:, -tokens:] = self.outputs
+        return made
+
+
+def ways() -> dict[str, tuple[Pass, ...]]:
+    """Name every list that is tried."""
+    spaced = {f"spacing {s}": (ReferenceCache(s),) for s in (0.05, 0.1, 0.15, 0.2, 0.33, 0.5, 1)}
+    even = {
+        f"every {n} steps": (ReferenceCache(schedule=range(0, STEPS, n)),) for n in (2, 3, 4, 6, 8)
+    }
+    ends = {
+        "first 4, then every 8": (ReferenceCache(schedule=[0, 1, 2, 3, 11, 19, 27]),),
+        "every 8, then last 4": (ReferenceCache(schedule=[0, 8, 16, 24, 25, 26, 27]),),
+    }
+    drift = {f"drift {d}": (ReferenceCache(1, drift=d),) for d in (0.05, 0.1, 0.15, 0.2, 0.3)}
+    tried = {
+        "spacing 0.33, first block at every 2nd": (Way(0.33, early=1),),
+        "spacing 0.33, first half at every 2nd": (Way(0.33, early=4),),
+        "spacing 0.33, all but the last 2 at every 2nd": (Way(0.33, early=6),),
+        "spacing 0.33, a tenth of the tokens": (Way(0.33, share=0.1),),
+        "spacing 0.33, a quarter of the tokens": (Way(0.33, share=0.25),),
+        "spacing 0.33, all but its attention": (Way(0.33, outputs=True),),
+    }
+    cache = FirstBlockCache(0.22, predict="quadratic")
+    both = {
+        "first-block 0.22": (cache,),
+        "first-block 0.22, spacing 0.2": (cache, ReferenceCache(0.2)),
+        "first-block 0.22, spacing 0.5": (cache, ReferenceCache(0.5)),
+    }
+    return {"plain": (), **spaced, **even, **ends, **drift, **tried, **both}
+
+
+def main() -> None:
+    """Score every way beside the plain pipeline."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("-n", type=int, default=96, help="held-out edits")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--only", nargs="*", choices=list(ways()))
+    arguments = parser.parse_args()
+
+    pipe = spark.load(dtype=torch.float32)
+    edits = spark.examples(split="test", n=arguments.n)
+    run: Callable[[], Any] = lambda: spark.score(  # noqa: E731
+        pipe, edits, steps=STEPS, batch=arguments.batch
+    )
+    rows: list[dict[str, Any]] = []
+    plain = None
+    for name, passes in ways().items():
+        if plain and arguments.only and name not in arguments.only:
+            continue
+        with fluxfire.optimized(pipe, passes):
+            made = run()
+            runs = fluxfire.report(pipe).runs
+        plain = plain or made
+        near = compare([m.image for m in made], [p.image for p in plain]).to_dict()
+        due = [d for r in runs for refresh in r.refreshes for d in refresh.due]
+        rows.append(
+            {
+                "way": name,
+                "passes": [repr(p) for p in passes],
+                "refreshes": STEPS * mean(due) if due else float(STEPS),
+                "success": mean(m.passed for m in made),
+                "psnr": {**near["psnr"], "fifth": _fifth([e["psnr"] for e in near["each"]])},
+                "ssim": near["ssim"],
+                "psnr_to_target": mean(m.psnr for m in made),
+            }
+        )
+        told = {"examples": arguments.n, "steps": STEPS, "dtype": "float32"}
+        result = {"benchmark": "reference_on_spark", **stamp(), **told, "rows": rows}
+        save(result, arguments.out)
+        print(_line(rows[-1]), flush=True)
+    print(table(("way", "refreshes", "right", "PSNR", "worst", "to target"), map(_line, rows)))
+
+
+def _fifth(psnrs: list[float]) -> float:
+    """Return the PSNR that 95 of 100 pictures reach."""
+    return sorted(psnrs)[len(psnrs) // 20]
+
+
+def _line(row: dict[str, Any]) -> tuple[str, ...]:
+    psnr = row["psnr"]
+    return (
+        row["way"],
+        f"{row['refreshes']:.1f}",
+        f"{row['success']:.1%}",
+        f"{psnr['mean']:.1f}",
+        f"{psnr['worst']:.1f}",
+        f"{row['psnr_to_target']:.2f}",
+    )
+
+
+if __name__ == "__main__":
+    main()
