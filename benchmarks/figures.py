@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import claims
@@ -314,9 +315,25 @@ def operators() -> str:
     return f"{markdown(head, table)}\n\n8704 tokens, width 3072, bfloat16. {where(result)}."
 
 
-def passes_on_spark() -> str:
+def around() -> str:
+    """What surrounds the loop, from the second prompt on."""
+    result = load(RESULTS / "around.json")
+    names = ("text encoding", "reference encoding", "decoding", "the rest")
+    table = []
+    for row in result["rows"]:
+        if row["error"]:
+            continue
+        phases = {name: told["seconds"][1:] for name, told in row["phases"].items()}
+        outside = map(sum, zip(*(phases[name] for name in names if name in phases), strict=True))
+        spent = [f"{median(phases[n]) * 1e3:.0f}" if n in phases else "" for n in names]
+        table.append((row["contender"], f"{median(outside) * 1e3:.0f}", *spent))
+    head = ("", "outside the loop, ms", *names)
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def passes_on_spark(name: str = "passes_on_spark.json") -> str:
     """What the passes do to Spark's edits."""
-    result = load(RESULTS / "passes_on_spark.json")
+    result = load(RESULTS / name)
     table = [
         (
             row["stack"],
@@ -338,6 +355,57 @@ def passes_on_spark() -> str:
         f"{markdown(head, table)}\n\n{result['examples']} held-out edits, {result['steps']} steps, "
         f"{result['dtype']}. {where(result)}."
     )
+
+
+def reference() -> str:
+    """Steps that compute, reuse and hit, and whole edits, with Spark's schedules."""
+    result = load(RESULTS / "reference.json")
+    rows = [row for row in result["rows"] if not row["error"]]
+    table = []
+    for row in rows:
+        whole = find(rows, "eager", row["workload"]["name"])["step"]["median"]
+        cells = [
+            f"{row[kind]['median'] * 1e3:.0f} ({whole / row[kind]['median']:.2f}×)"
+            if row[kind]
+            else ""
+            for kind in ("step", "reuse_step", "hit_step")
+        ]
+        left = f"{row['reuses']:.0f} + {row['hits']:.0f}" if row["scheduled"] else ""
+        edit = f"{row['edit']['median']:.2f} ({ratio(rows, row, 'edit')})"
+        name = row["workload"]["name"]
+        table.append((row["contender"], name, *cells, left, edit, f"{row['peak_gib']:.1f}"))
+    head = (
+        "", "workload", "computed step, ms (× eager's)", "reuse step", "hit",
+        "reuses + hits", "edit, s", "GiB peak",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{where(result)}."
+
+
+def reference_on_spark() -> str:
+    """What ways to reuse the reference do to Spark's edits."""
+    result = load(RESULTS / "reference_on_spark.json")
+    table = [
+        (
+            row["way"],
+            f"{row['refreshes']:.1f}",
+            f"{row['success']:.1%}",
+            *(
+                ("same",) * 2
+                if row["way"] == "plain"
+                else (
+                    f"{row['psnr']['mean']:.1f} ({row['psnr']['worst']:.1f})",
+                    f"{row['psnr']['fifth']:.1f}",
+                )
+            ),
+            f"{row['psnr_to_target']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    head = (
+        "", f"refreshes, of {result['steps']} steps", "edits done",
+        "PSNR to plain, dB: mean (worst)", "reached by 95 of 100", "PSNR to the exact target",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{result['examples']} held-out edits. {where(result)}."
 
 
 def profile(name: str = "profile.json") -> str:
@@ -440,12 +508,12 @@ def tuned() -> str:
         result = load(RESULTS / f"tuned_{name}.json")
         found, budget = result["tuned"], result["tuned"]["budget"]
         checked, plainly = found["confirmed"], found["plain"]
-        cache = next(p for p in checked["passes"] if "Cache" in p)
+        caches = [p for p in checked["passes"] if "Cache" in p]
         table.append(
             (
                 name,
-                f"worst PSNR {budget['min_psnr']:g} dB, {budget['max_lost']:.0%} fewer right",
-                f"`{_own(cache)}`",
+                _budget(budget),
+                f"`{_own(caches)}`",
                 f"{checked['psnr']['mean']:.1f} ({checked['psnr']['worst']:.1f})",
                 f"{checked['ssim']['mean']:.4f} ({checked['ssim']['worst']:.4f})",
                 f"{checked['flip']['mean']:.3f} ({checked['flip']['worst']:.3f})",
@@ -461,12 +529,19 @@ def tuned() -> str:
     return f"{markdown(head, table)}\n\nSpark, 28 steps. {where(result)}."
 
 
-def _own(pass_: str) -> str:
+def _budget(asked: dict[str, float | None]) -> str:
+    """Say a preset's budget."""
+    said = {"min_psnr": "worst PSNR {:g} dB", "mean_psnr": "mean PSNR {:g} dB"}
+    parts = [text.format(asked[name]) for name, text in said.items() if asked.get(name)]
+    return ", ".join([*parts, f"{asked['max_lost']:.0%} fewer right"])
+
+
+def _own(reprs: Sequence[str]) -> str:
     """Leave the settings out that are the defaults."""
     from fluxfire import passes
 
-    made = eval(pass_, vars(passes))  # noqa: S307 - our own repr, from our own file
-    return names([made])
+    made = [eval(one, vars(passes)) for one in reprs]  # noqa: S307 - our own, from our own file
+    return names(made)
 
 
 def vocabulary() -> str:
@@ -506,6 +581,10 @@ REGIONS: dict[str, Callable[[], str]] = {
     "steps": steps,
     "operators": operators,
     "passes on spark": passes_on_spark,
+    "passes on spark, emulated": lambda: passes_on_spark("passes_on_spark_cpu.json"),
+    "around": around,
+    "reference": reference,
+    "reference on spark": reference_on_spark,
     "profile": profile,
     "profile fused": lambda: profile("profile_fused.json"),
     "profile float8": lambda: profile("profile_float8.json"),
