@@ -202,9 +202,15 @@ for heads in (3, 8):
     ):
         same(
             kernels.joint_heads(streams, rotary, 1e-6, scales=by, kept=more),
-            of_heads._joint_heads_cuda(streams, rotary, 1e-6, by, more),
+            of_heads._joint_heads_cuda(streams, rotary, 1e-6, by, more, None),
             within,
         )
+    by_head = (torch.rand(2, heads), torch.rand(2, heads))
+    arguments = (joint, (cos, sin), 1e-6)
+    same(
+        kernels.joint_heads(*arguments, kept=kept8, kept_scales=by_head),
+        of_heads._joint_heads_cuda(*arguments, None, kept8, by_head),
+    )
     for beside in (image, None):
         x = torch.randn(2, 9, 4 * width)
         same(
@@ -243,7 +249,8 @@ heads = [half] * 5 + [single] * 2
 for name, pointers, more in (
     ("norm_rows", [half] * 4, {}),
     ("add_gated", [half] * 4, {}),
-    ("put_rows", [half] * 4, {}),
+    ("put_rows", [half] * 2 + [single] * 2 + [half] * 2, {"SCALED": False}),
+    ("put_rows", [eight] * 2 + [single] * 2 + [half] * 2, {"SCALED": True}),
     ("norm_rows_float8", [half] * 3 + [eight, single], {}),
     ("rows_float8", [half] * 2 + [eight, single], {}),
     ("rotate_heads", heads + [half] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": False}),

@@ -13,8 +13,8 @@ from typing_extensions import override
 
 from fluxfire.kernels import in_heads, joint_heads
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
-from fluxfire.kernels.float8 import LARGEST, Rows
-from fluxfire.kernels.heads import Pair, Stream, Triple
+from fluxfire.kernels.float8 import FLOAT8, LARGEST, Rows
+from fluxfire.kernels.heads import Pair, Stream, Triple, dequantised
 
 
 class Kept(NamedTuple):
@@ -23,7 +23,9 @@ class Kept(NamedTuple):
     Attributes:
         key: (batch, reference tokens, heads, head width), normed and rotated.
         value: likewise.
-        scale: (batch, heads), float32: of the values, where they are in float8.
+        key_scale: (batch, heads), float32: of the keys, where these are in float8 and attention
+            is not.
+        value_scale: (batch, heads), float32: of the values, where they are in float8.
         fresh: whether the stream has the reference's tokens, to be kept; else it ends before
             them, and attends to these.
         due: (batch or 1, reference tokens or 1), whether to keep the new ones; None if all.
@@ -32,9 +34,14 @@ class Kept(NamedTuple):
 
     key: Tensor
     value: Tensor
-    scale: Tensor
+    key_scale: Tensor
+    value_scale: Tensor
     fresh: bool
     due: Tensor | None = None
+
+    def scales(self, dtype: torch.dtype) -> Pair | None:
+        """Return what to multiply keys and values by to have them in a dtype, if anything."""
+        return None if self.key.dtype == dtype else (self.key_scale, self.value_scale)
 
 
 class KeepingAttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
@@ -86,7 +93,8 @@ class KeepingAttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
         if kept.fresh:
             key, value = _keep(key, value, kept)
         else:
-            key, value = torch.cat([key, kept.key], dim=1), torch.cat([value, kept.value], dim=1)
+            old_key, old_value = _as_kept(kept, key.dtype)
+            key, value = torch.cat([key, old_key], dim=1), torch.cat([value, old_value], dim=1)
         attended = _dispatched(self, query, key, value)
         if text is None:
             return attended
@@ -193,12 +201,15 @@ def _attend(attention: Any, streams: list[Stream], rotary: Pair, kept: Kept | No
     scales = None
     if isinstance(processor, Float8AttnProcessor):
         scales = _scales(processor, streams, attention.head_dim, kept)
-    query, key, value = joint_heads(streams, rotary, eps, scales=scales, kept=old)
+    dtype = streams[0].projected[0].dtype
+    kept_scales = kept.scales(FLOAT8 if scales else dtype) if old and kept else None
+    query, key, value = joint_heads(
+        streams, rotary, eps, scales=scales, kept=old, kept_scales=kept_scales
+    )
     if kept is not None and kept.fresh:
         key, value = _keep(key, value, kept)
     if scales is None:
         return _dispatched(processor, query, key, value)
-    dtype = streams[0].projected[0].dtype
     out: Tensor = float8_attention(query, key, value, *scales, dtype).flatten(2, 3)
     return out
 
@@ -207,13 +218,46 @@ def _keep(key: Tensor, value: Tensor, kept: Kept) -> Pair:
     """Keep the reference's keys and values; of samples not due, bring back the old ones."""
     tokens = kept.key.shape[1]
     joint = []
-    for x, old in ((key, kept.key), (value, kept.value)):
-        before, new = x[:, :-tokens], x[:, -tokens:]
+    for x, old, scale in (
+        (key, kept.key, kept.key_scale),
+        (value, kept.value, kept.value_scale),
+    ):
+        new, rounds = x[:, -tokens:], old.dtype != x.dtype
+        stored, new_scale = _quantised(new) if rounds else (new, scale)
         if kept.due is not None:
-            new = torch.where(kept.due[..., None, None], new, old)
-        old.copy_(new)
-        joint.append(x if kept.due is None else torch.cat([before, new], dim=1))
+            due = kept.due[..., None, None]
+            was = dequantised(old, scale, x.dtype) if rounds else old
+            joint.append(torch.cat([x[:, :-tokens], _chosen(due, new, was)], dim=1))
+            stored = _chosen(due, stored, old)
+            new_scale = torch.where(kept.due, new_scale, scale) if rounds else scale
+        else:
+            joint.append(x)
+        old.copy_(stored)
+        if rounds:
+            scale.copy_(new_scale)
     return joint[0], joint[1]
+
+
+def _as_kept(kept: Kept, dtype: torch.dtype) -> Pair:
+    """Return what was kept in a dtype."""
+    scales = kept.scales(dtype)
+    if scales is None:
+        return kept.key, kept.value
+    return dequantised(kept.key, scales[0], dtype), dequantised(kept.value, scales[1], dtype)
+
+
+def _quantised(x: Tensor) -> Pair:
+    """Quantise (batch, tokens, heads, head width) by sample and head: with (batch, heads)."""
+    scale = (x.abs().amax(dim=(1, 3)).float() / LARGEST).clamp(min=1e-12)
+    return (x.float() / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+
+
+def _chosen(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Choose among numbers: those in float8, as torch cannot, as bytes."""
+    if one.dtype is FLOAT8:
+        chosen = torch.where(mask, one.view(torch.uint8), other.view(torch.uint8))
+        return chosen.view(FLOAT8)
+    return torch.where(mask, one, other)
 
 
 def _scales(
@@ -226,13 +270,13 @@ def _scales(
     device = streams[0].projected[0].device  # under offloading the first two were made elsewhere
     of_heads = processor.query_scale.to(device), processor.key_scale.to(device)
     if kept is not None and not kept.fresh:
-        return *of_heads, kept.scale
+        return *of_heads, kept.value_scale
     largest = [in_heads(s.projected[2], width).abs().amax(dim=(1, 3)).float() for s in streams]
     scale = (torch.stack(largest).amax(0) / LARGEST).clamp(min=1e-12)
     if kept is not None:
         if kept.due is not None:
-            scale = torch.where(kept.due, scale, kept.scale)
-        kept.scale.copy_(scale)
+            scale = torch.where(kept.due, scale, kept.value_scale)
+        kept.value_scale.copy_(scale)
     return *of_heads, scale
 
 

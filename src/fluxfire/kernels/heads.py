@@ -36,6 +36,7 @@ def joint_heads(
     *,
     scales: Triple | None = None,
     kept: Pair | None = None,
+    kept_scales: Pair | None = None,
 ) -> Triple:
     """Norm and rotate each stream's queries and keys, and put the streams side by side.
 
@@ -48,13 +49,15 @@ def joint_heads(
             (batch, heads); float32.
         kept: keys and values of further tokens as they are, to stand behind the streams':
             (batch, more tokens, heads, head width).
+        kept_scales: what to multiply these by, (batch, heads), float32, where they are in float8
+            and the streams are not.
 
     Returns:
         Query, (batch, tokens, heads, head width), and key and value, of `kept`'s tokens, too. In
         float8 with scales.
     """
     if rotary[0].is_cuda:
-        return _joint_heads_cuda(streams, rotary, eps, scales, kept)
+        return _joint_heads_cuda(streams, rotary, eps, scales, kept, kept_scales)
     width, first = rotary[0].shape[-1], 0
     joined: list[Triple] = []
     for (query, key, value), weights in streams:
@@ -66,13 +69,19 @@ def joint_heads(
     if scales is not None:
         q, k, v = (_scaled(x, s) for x, s in zip((q, k, v), scales, strict=True))
     if kept is not None:
+        if kept_scales is not None:
+            key, value = (
+                dequantised(x, s, k.dtype) for x, s in zip(kept, kept_scales, strict=True)
+            )
+            kept = key, value
         k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), kept, strict=True))
     return q, k, v
 
 
 def _joint_heads_cuda(
-    streams: Sequence[Stream], rotary: Pair, eps: float, scales: Triple | None, kept: Pair | None
-) -> Triple:
+    streams: Sequence[Stream], rotary: Pair, eps: float, scales: Triple | None,
+    kept: Pair | None, kept_scales: Pair | None,
+) -> Triple:  # fmt: skip
     from fluxfire.kernels.triton_kernels import put_rows, rotate_heads
 
     cos, sin = (x.contiguous() for x in rotary)
@@ -102,8 +111,9 @@ def _joint_heads_cuda(
     if kept is not None:
         key, value = (x.contiguous() for x in kept)
         put_rows[more, key.shape[0]](
-            key, value, k, v, key.stride(0), k.stride(0), tokens, heads * width,
-            BLOCK=block_of(heads * width), num_warps=4,
+            key, value, *(kept_scales or (cos, cos)), k, v, key.stride(0), k.stride(0), tokens,
+            heads, heads * width, BLOCK=block_of(heads * width), WIDTH=width,
+            SCALED=kept_scales is not None, num_warps=4,
         )  # fmt: skip
     return q, k, v
 
@@ -111,6 +121,11 @@ def _joint_heads_cuda(
 def in_heads(x: Tensor, width: int) -> Tensor:
     """View (batch, tokens, heads · width) as (batch, tokens, heads, width)."""
     return x.view(*x.shape[:-1], -1, width)
+
+
+def dequantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply (batch, tokens, heads, head width), float8, by (batch, heads)."""
+    return (x.float() * scale[:, None, :, None]).to(dtype)
 
 
 def _rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Tensor:

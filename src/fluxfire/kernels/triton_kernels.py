@@ -114,16 +114,26 @@ def rotate_heads(
 
 @triton.jit
 def put_rows(
-    key, value, key_out, value_out, in_batch, out_batch, first, width, BLOCK: tl.constexpr,
+    key, value, key_scale, value_scale, key_out, value_out, in_batch, out_batch, first, heads,
+    width, BLOCK: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows of keys and values to those from `first` on: one row of each a program."""
+    """Copy rows of keys and values to those from `first` on: one row of each a program.
+
+    Rows in float8 are multiplied by their scales, (batch, heads), if asked.
+    """
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     source = batch * in_batch + row * width + at
     target = batch * out_batch + (first + row) * width + at
-    tl.store(key_out + target, tl.load(key + source, mask=inside), mask=inside)
-    tl.store(value_out + target, tl.load(value + source, mask=inside), mask=inside)
+    k, v = tl.load(key + source, mask=inside), tl.load(value + source, mask=inside)
+    if SCALED:
+        head = batch * heads + at // WIDTH
+        k = k.to(tl.float32) * tl.load(key_scale + head, mask=inside)
+        v = v.to(tl.float32) * tl.load(value_scale + head, mask=inside)
+        k, v = k.to(key_out.dtype.element_ty), v.to(value_out.dtype.element_ty)
+    tl.store(key_out + target, k, mask=inside)
+    tl.store(value_out + target, v, mask=inside)
 
 
 @triton.jit

@@ -46,7 +46,8 @@ class ReferenceCache:
     straight through. Nothing is kept beyond a generation.
 
     It keeps two tensors of (reference tokens, width) for each block, sample and branch: 2.67 GiB
-    for FLUX's 57 blocks and 4096 tokens in bfloat16, half of that behind `Attention("fa3-fp8")`.
+    for FLUX's 57 blocks and 4096 tokens in bfloat16, half of that with `in_float8=True` or behind
+    `Attention("fa3-fp8")`.
 
     Attributes:
         spacing: refresh where the noise level, which falls from 1 to 0, has fallen by this much
@@ -58,6 +59,8 @@ class ReferenceCache:
             difference over mean absolute value). The first block is computed in full for it.
         schedule: exactly the steps (from 0) that are refreshes, in the place of `spacing`. Kept
             as a sorted tuple.
+        in_float8: keep keys and values in float8 (e4m3), scaled by sample and head: half the
+            memory.
     """
 
     spacing: float = 0.2
@@ -66,6 +69,7 @@ class ReferenceCache:
     tail_steps: int = 0
     drift: float | None = None
     schedule: Iterable[int] | None = None
+    in_float8: bool = False
 
     name: ClassVar[str] = "reference-cache"
     stage: ClassVar[Stage] = "caching"
@@ -328,7 +332,9 @@ class _Engine(CacheEngine[ReferenceCache]):
         """
         shapes = [(len(image), tokens, a.heads, a.head_dim) for a in self._attentions]
         dtypes = [
-            FLOAT8 if isinstance(a.processor, Float8AttnProcessor) else image.dtype
+            FLOAT8
+            if self.settings.in_float8 or isinstance(a.processor, Float8AttnProcessor)
+            else image.dtype
             for a in self._attentions
         ]
         self._bytes = sum(
@@ -337,8 +343,10 @@ class _Engine(CacheEngine[ReferenceCache]):
         _check_memory(image.device, self._bytes, tokens)
         for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
             key, value = (image.new_empty(shape, dtype=dtype) for _ in range(2))
-            scale = image.new_empty(shape[0], shape[2], dtype=torch.float32)
-            memory.kept[index] = Kept(key, value, scale, fresh=True)
+            of_key, of_value = (
+                image.new_ones(shape[0], shape[2], dtype=torch.float32) for _ in range(2)
+            )
+            memory.kept[index] = Kept(key, value, of_key, of_value, fresh=True)
 
 
 def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
@@ -351,7 +359,7 @@ def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
         raise FluxfireError(
             f"ReferenceCache would keep {human_bytes(needed).lstrip('+')} for {tokens} tokens of "
             f"the reference, and the GPU has {human_bytes(left).lstrip('+')} left; use a smaller "
-            f"reference or batch, Attention('fa3-fp8') for half of it, or leave ReferenceCache out"
+            f"reference or batch, in_float8=True for half of it, or leave ReferenceCache out"
         )
 
 
