@@ -145,6 +145,8 @@ class _Memory:
         first: (batch, reference tokens, width): what the first block added at the last refresh.
         step: which step was decided last.
         due: of each sample, whether that step is a refresh.
+        wanted: of each sample, the last step that was one. Blocks that another cache left out
+            then kept nothing, and make up for it.
     """
 
     kept: dict[int, Kept] = field(default_factory=dict)
@@ -152,6 +154,7 @@ class _Memory:
     first: Tensor | None = None
     step: int = -1
     due: list[bool] = field(default_factory=list)
+    wanted: list[int] = field(default_factory=list)
 
 
 class _Engine(CacheEngine[ReferenceCache]):
@@ -217,6 +220,12 @@ class _Engine(CacheEngine[ReferenceCache]):
                 blocks = blocks[1:]
             else:
                 drifts = []
+            if not memory.wanted:
+                memory.wanted = [call.step] * len(memory.due)
+            memory.wanted = [
+                call.step if due else before
+                for due, before in zip(memory.due, memory.wanted, strict=True)
+            ]
             self._note(memory, call, drifts)
         if any(memory.due):
             # With a drift one kind of graph does for all batches, whoever is due.
@@ -243,11 +252,13 @@ class _Engine(CacheEngine[ReferenceCache]):
         if not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
             return [True] * batch
         oldest = [min(taken) for taken in zip(*memory.taken.values(), strict=True)]
+        missed = [taken < wanted for taken, wanted in zip(oldest, memory.wanted, strict=True)]
         if settings.schedule is not None:
-            latest = max(step for step in settings.schedule if step <= call.step)
-            return [taken < latest for taken in oldest]
-        now, fallen = self._level(call.step, call.steps), settings.spacing - _ROUNDING
-        return [self._level(taken, call.steps) - now >= fallen for taken in oldest]
+            planned = [call.step in settings.schedule] * batch
+        else:
+            now, fallen = self._level(call.step, call.steps), settings.spacing - _ROUNDING
+            planned = [self._level(taken, call.steps) - now >= fallen for taken in oldest]
+        return [one or other for one, other in zip(planned, missed, strict=True)]
 
     def _level(self, step: int, steps: int) -> float:
         """Return a step's noise level; the first time in a generation waits for all of them.
