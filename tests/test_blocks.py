@@ -12,7 +12,7 @@ from torch import nn
 import fluxfire
 from doubles import HalfTheTokens, SkipBlock
 from fluxfire import Change
-from fluxfire.passes import Compile, FirstBlockCache
+from fluxfire.passes import Compile, FirstBlockCache, ReferenceCache
 from fluxfire.testing import edit, tiny_kontext
 
 BLOCKS = 5
@@ -83,7 +83,9 @@ class Same(SkipBlock):
         return Change(0, "things")
 
 
-@pytest.mark.parametrize("wrapper", [Same(), FirstBlockCache(0)], ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "wrapper", [Same(), FirstBlockCache(0), ReferenceCache(0)], ids=lambda p: p.name
+)
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("double", [0, 1, 2])
 @pytest.mark.parametrize("single", [0, 2, 3])

@@ -24,6 +24,7 @@ from fluxfire.passes import (
     MemoryLayout,
     ModulationTable,
     QKVFusion,
+    ReferenceCache,
 )
 from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
 
@@ -42,6 +43,8 @@ OURS = [
     FirstBlockCache(),
     FirstBlockCache(0),
     FirstBlockCache(schedule=[1], predict="linear"),
+    ReferenceCache(),
+    ReferenceCache(0),
 ]
 DOUBLES = [Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
 

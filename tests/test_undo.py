@@ -24,6 +24,7 @@ from fluxfire.passes import (
     MemoryLayout,
     ModulationTable,
     QKVFusion,
+    ReferenceCache,
 )
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from fluxfire.testing.conformance import FaultyTransaction, InjectedFailureError
@@ -41,6 +42,7 @@ PASSES = [
     FusedBlocks(),
     ModulationTable(),
     EncodingCache(),
+    ReferenceCache(),
     ScaleTemb(),
     SkipBlock(),
     HalfTheTokens(),

@@ -1,0 +1,473 @@
+"""ReferenceCache: which steps refresh, what the others compute, and getting out again."""
+
+from __future__ import annotations
+
+import gc
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from diffusers.models.embeddings import apply_rotary_emb
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fluxfire
+from fluxfire import kontext
+from fluxfire.attending import Kept
+from fluxfire.errors import FluxfireError, PlanError
+from fluxfire.generation import TransformerCall
+from fluxfire.passes import (
+    Attention,
+    Compile,
+    FirstBlockCache,
+    FusedBlocks,
+    ModulationTable,
+    QKVFusion,
+    ReferenceCache,
+)
+from fluxfire.testing import edit, tiny_kontext
+from passes.test_compile import with_ip_adapter
+from passes.test_first_block_cache import batch, count_blocks
+from passes.test_first_block_cache import hits as hits_of
+from passes.test_qkv_fusion import with_lora
+
+CLOSE = 1e-5
+TOKENS = 64  # of the noise, and as many of the reference
+CFG = {"negative_prompt": "dull colours", "true_cfg_scale": 2.0}
+TWO = {"num_images_per_prompt": 2}
+EVERY = ReferenceCache(schedule=range(99))
+NEVER = 9.0  # more than the noise level can fall
+
+
+def cached(*args, **settings):
+    return fluxfire.optimize(tiny_kontext(), [ReferenceCache(*args, **settings)])
+
+
+def refreshes(pipe, branch="cond"):
+    return [r for r in fluxfire.report(pipe).runs[-1].refreshes if r.branch == branch]
+
+
+def refreshed(pipe, branch="cond", sample=0):
+    return [r.step for r in refreshes(pipe, branch) if r.due[sample]]
+
+
+class ByHand:
+    """diffusers' attention, which keeps the reference's keys and values at some steps."""
+
+    def __init__(self, state):
+        self.state, self.kept = state, {}
+
+    def __call__(
+        self, attn, hidden_states, encoder_hidden_states=None, mask=None, image_rotary_emb=None
+    ):
+        text, image = encoder_hidden_states, hidden_states
+        query, key, value = (
+            layer(image).unflatten(-1, (attn.heads, -1))
+            for layer in (attn.to_q, attn.to_k, attn.to_v)
+        )
+        query, key = attn.norm_q(query), attn.norm_k(key)
+        if text is not None:
+            more = [
+                layer(text).unflatten(-1, (attn.heads, -1))
+                for layer in (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+            ]
+            query = torch.cat([attn.norm_added_q(more[0]), query], 1)
+            key = torch.cat([attn.norm_added_k(more[1]), key], 1)
+            value = torch.cat([more[2], value], 1)
+        query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        if self.state["due"]:
+            self.kept[self.state["branch"]] = key[:, -TOKENS:], value[:, -TOKENS:]
+        else:
+            old = self.kept[self.state["branch"]]
+            key, value = torch.cat([key, old[0]], 1), torch.cat([value, old[1]], 1)
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
+        out = out.transpose(1, 2).flatten(2)
+        if text is None:
+            return out
+        words = text.shape[1]
+        return attn.to_out[0](out[:, words:]), attn.to_add_out(out[:, :words])
+
+
+def by_hand(pipe, due, branches=1):
+    """Have a plain pipeline compute the reference at the steps that are due alone."""
+    state = {"calls": 0}
+    blocks = kontext.blocks(pipe.transformer)
+
+    def begin(*_):
+        step, state["branch"] = divmod(state["calls"], branches)
+        state["due"] = step in due
+        state["calls"] += 1
+
+    def cut(_, args, kwargs):
+        if state["due"]:
+            return None
+        end = kwargs["encoder_hidden_states"].shape[1] + TOKENS
+        return args, {
+            **kwargs,
+            "hidden_states": kwargs["hidden_states"][:, :TOKENS],
+            "image_rotary_emb": tuple(x[:end] for x in kwargs["image_rotary_emb"]),
+        }
+
+    pipe.transformer.register_forward_pre_hook(begin)
+    for block in blocks:
+        block.attn.processor = ByHand(state)
+        block.register_forward_pre_hook(cut, with_kwargs=True)
+    return pipe
+
+
+@pytest.mark.parametrize("pass_", [ReferenceCache(0), EVERY], ids=["spacing 0", "every step"])
+@pytest.mark.parametrize("call", [{}, TWO, CFG], ids=["one", "batch", "true CFG"])
+def test_where_every_step_is_a_refresh_every_bit_is_kept(kind, pass_, call):
+    plain = edit(tiny_kontext(kind), **call)
+    assert np.array_equal(edit(fluxfire.optimize(tiny_kontext(kind), [pass_]), **call), plain)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        [],
+        [QKVFusion()],
+        [FusedBlocks()],
+        [Attention("_native_math")],
+        [QKVFusion(), FusedBlocks(), ModulationTable()],
+    ],
+    ids=lambda of: "+".join(p.name for p in of) or "alone",
+)
+@pytest.mark.parametrize("call", [{}, TWO, CFG], ids=["one", "batch", "true CFG"])
+def test_what_steps_between_refreshes_compute(others, call):
+    due = [0, 2]
+    expected = edit(by_hand(tiny_kontext(), due, 2 if call == CFG else 1), steps=5, **call)
+    pipe = fluxfire.optimize(tiny_kontext(), [*others, ReferenceCache(schedule=due)])
+    made = edit(pipe, steps=5, **call)
+    assert refreshed(pipe) == due
+    assert np.abs(made - expected).max() < CLOSE
+    assert np.abs(made - edit(tiny_kontext(), steps=5, **call)).max() > 1e-4
+
+
+def test_inpainting_with_a_reference():
+    expected = edit(by_hand(tiny_kontext("inpaint"), [0]), steps=4)
+    pipe = fluxfire.optimize(tiny_kontext("inpaint"), [ReferenceCache(NEVER)])
+    assert np.abs(edit(pipe, steps=4) - expected).max() < CLOSE
+    assert refreshed(pipe) == [0]
+
+
+@pytest.mark.parametrize("call", [{}, TWO], ids=["one", "batch"])
+def test_a_reference_is_kept_in_float8_too(call):
+    """Where all steps refresh, float8's own picture; between refreshes, one near the oracle's."""
+    float8 = edit(fluxfire.optimize(tiny_kontext(), [Attention("fa3-fp8")]), steps=4, **call)
+    pipe = fluxfire.optimize(tiny_kontext(), [Attention("fa3-fp8"), EVERY])
+    assert np.array_equal(edit(pipe, steps=4, **call), float8)
+    whole = fluxfire.report(pipe).passes[-1].facts["kept_bytes"]
+    with fluxfire.using(pipe, ReferenceCache(NEVER)):
+        made = edit(pipe, steps=4, **call)
+    assert refreshed(pipe) == [0]
+    expected = edit(by_hand(tiny_kontext(), [0]), steps=4, **call)
+    rounding = np.abs(float8 - edit(tiny_kontext(), steps=4, **call)).mean()
+    assert np.abs(made - expected).mean() < 2 * rounding
+    plain = cached()
+    edit(plain, **call)
+    assert fluxfire.report(plain).passes[-1].facts["kept_bytes"] == 4 * whole
+
+
+@pytest.fixture(scope="module")
+def shared():
+    pipe = cached()
+    return lambda: pipe  # hypothesis prints arguments
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    steps=st.integers(1, 9),
+    spacing=st.floats(0.01, 1.1),
+    ends=st.tuples(st.integers(0, 4), st.integers(0, 4)),
+    schedule=st.none() | st.sets(st.integers(1, 9)),
+)
+def test_steps_refresh_by_noise_level_or_schedule(shared, steps, spacing, ends, schedule):
+    pipe, (warmup, tail) = shared(), ends
+    wanted = None if schedule is None else {0, *schedule}
+    by = ReferenceCache(spacing, warmup_steps=warmup, tail_steps=tail, schedule=wanted)
+    with fluxfire.using(pipe, by):
+        edit(pipe, steps=steps, output_type="latent")
+    levels = (pipe.scheduler.timesteps / 1000).tolist()
+    expected = [0]
+    for step in range(1, steps):
+        planned = levels[expected[-1]] - levels[step] > spacing - 1e-5
+        if wanted is not None:
+            planned = step in wanted
+        if planned or step < warmup or step >= steps - tail:
+            expected.append(step)
+    assert refreshed(pipe) == expected
+
+
+def test_drift_is_what_changed_of_what_the_first_block_adds_to_the_reference():
+    """Recomputed from a plain pipeline's hooks: up to the second refresh nothing differs there."""
+    pipe = cached(NEVER, drift=1e9)
+    seen = []
+    pipe.transformer.transformer_blocks[0].register_forward_hook(
+        lambda _, __, kwargs, out: seen.append((out[1] - kwargs["hidden_states"])[:, TOKENS:]),
+        with_kwargs=True,
+    )
+    counts = count_blocks(pipe)
+    edit(pipe, steps=6)
+    assert refreshed(pipe) == [0]
+    assert counts == [6] * 5
+    assert {len(added[0]) for added in seen} == {TOKENS}, "the first block runs in full"
+    drifts = [r.drifts for r in refreshes(pipe)]
+    assert drifts[0] == ()
+    expected = [float((x - seen[0]).abs().mean() / seen[0].abs().mean()) for x in seen[1:]]
+    assert [of for (of,) in drifts[1:]] == pytest.approx(expected, rel=1e-5)
+    limit = expected[2] - 1e-4
+    with fluxfire.using(pipe, ReferenceCache(NEVER, drift=limit)):
+        edit(pipe, steps=6)
+    first = next(step for step, drift in enumerate(expected, start=1) if drift > limit)
+    assert refreshed(pipe)[:2] == [0, first]
+
+
+@pytest.mark.parametrize("others", [[], [FusedBlocks()], [Attention("fa3-fp8")]], ids=str)
+def test_every_sample_of_a_batch_is_what_it_is_alone(others):
+    """Drifts lie so that samples refresh at different steps."""
+    passes = [*others, ReferenceCache(NEVER, drift=0.31)]
+    call, tolerance = partial(edit, steps=10), 5e-2 if Attention("fa3-fp8") in others else CLOSE
+    together = fluxfire.optimize(tiny_kontext(), passes)
+    prompts, generators = batch(4)
+    made = call(together, prompt=prompts, generator=generators)
+    patterns = set()
+    for sample, (prompt, generator) in enumerate(zip(prompts, batch(4)[1], strict=True)):
+        alone = fluxfire.optimize(tiny_kontext(), passes)
+        solo = call(alone, prompt=prompt, generator=generator)
+        assert refreshed(together, sample=sample) == refreshed(alone)
+        assert np.abs(made[sample] - solo[0]).max() < tolerance
+        patterns.add(tuple(refreshed(alone)))
+    assert len(patterns) > 1, "all samples refreshed alike: nothing was tested"
+    mixed = [r for r in refreshes(together) if any(r.due) and not all(r.due)]
+    assert mixed, "no step was mixed"
+
+
+def test_without_a_reference_nothing_is_kept(pipe):
+    plain = edit(pipe, image=None)
+    fluxfire.optimize(pipe, [ReferenceCache()])
+    assert np.array_equal(edit(pipe, image=None), plain)
+    assert refreshes(pipe) == []
+    assert fluxfire.report(pipe).passes[0].facts == {"refreshed": 0, "reused": 0, "kept_bytes": 0}
+
+
+def keeping():
+    gc.collect()
+    return [x for x in gc.get_objects() if type(x) is Kept]
+
+
+def test_nothing_is_kept_after_a_generation_even_one_that_raised(pipe):
+    fluxfire.optimize(pipe, [ReferenceCache(NEVER)])
+    during = []
+    expected = edit(pipe, callback_on_step_end=lambda *_: during.append(len(keeping())) or {})
+    assert during == [5, 5, 5]
+    assert keeping() == []
+
+    def fail(*_):
+        raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        edit(pipe, callback_on_step_end=fail)
+    assert keeping() == []
+    assert np.array_equal(edit(pipe), expected)
+    assert edit(pipe, (48, 32), **TWO).shape == (2, 32, 48, 3)
+    assert np.array_equal(edit(pipe), expected)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_beside_a_first_block_cache_that_never_hits_pictures_are_its_own(reverse):
+    passes = [FirstBlockCache(0), ReferenceCache(schedule=[0, 3])]
+    pipe = fluxfire.optimize(tiny_kontext(), passes[::-1] if reverse else passes)
+    assert np.array_equal(edit(pipe, steps=6), edit(cached(schedule=[0, 3]), steps=6))
+    assert hits_of(pipe) == []
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("by", "expected"),
+    [({"schedule": [0, 3]}, [0, 3, 4]), ({"warmup_steps": 4}, [0, 1, 2, 3, 4])],
+)
+def test_a_refresh_that_a_hit_left_out_is_made_up_for(reverse, by, expected):
+    passes = [FirstBlockCache(schedule=[2, 3]), ReferenceCache(NEVER, **by)]
+    pipe = fluxfire.optimize(tiny_kontext(), passes[::-1] if reverse else passes)
+    counts = count_blocks(pipe)
+    edit(pipe, steps=7)
+    assert hits_of(pipe) == [2, 3]
+    assert counts == [7, 5, 5, 5, 5]
+    assert refreshed(pipe) == expected
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_so_is_one_that_drift_asked_for(reverse):
+    """The step that has drifted furthest hits; measured from there the next has not drifted."""
+    probe = cached(NEVER, drift=1e9)
+    edit(probe, steps=7)
+    drifts = [0.0, *(r.drifts[0] for r in refreshes(probe)[1:])]
+    step = max(range(6), key=drifts.__getitem__)
+    limit = (drifts[step] + max(drifts[:step])) / 2
+    passes = [FirstBlockCache(schedule=[step]), ReferenceCache(NEVER, drift=limit)]
+    pipe = fluxfire.optimize(tiny_kontext(), passes[::-1] if reverse else passes)
+    edit(pipe, steps=7)
+    assert hits_of(pipe) == [step]
+    assert refreshes(pipe)[step + 1].drifts[0] < limit
+    assert refreshed(pipe)[:3] == [0, step, step + 1]
+
+
+@pytest.mark.parametrize("others", [[], [FusedBlocks()]], ids=["plain", "fused"])
+def test_attention_arguments_pass_straight_through(others, reference):
+    mask = torch.ones(1, 1, 1, 24 + 2 * TOKENS).bool()
+    mask[..., ::2] = False
+    call = {"joint_attention_kwargs": {"attention_mask": mask}}
+    plain = edit(tiny_kontext(), **call)
+    assert np.abs(plain - reference).max() > 1e-4
+    pipe = fluxfire.optimize(tiny_kontext(), [*others, ReferenceCache(NEVER)])
+    assert np.array_equal(edit(pipe, **call), plain)
+    assert refreshes(pipe) == []
+
+
+@pytest.mark.parametrize("others", [[], [FusedBlocks()]], ids=["plain", "fused"])
+def test_gradients_pass_straight_through(others, reference, monkeypatch):
+    pipe = fluxfire.optimize(tiny_kontext(), [*others, ReferenceCache(NEVER)])
+    plain, made = TransformerCall.__call__, []
+
+    def with_gradients(self, *args, **kwargs):
+        with torch.enable_grad():
+            made.append(plain(self, *args, **kwargs))
+        return made[-1]
+
+    monkeypatch.setattr(TransformerCall, "__call__", with_gradients)
+    assert np.array_equal(edit(pipe), reference)
+    assert all(out[0].requires_grad for out in made)
+    assert refreshes(pipe) == []
+
+
+@pytest.mark.parametrize("scale", [None, 0.5])
+def test_a_lora_has_its_effect(scale):
+    call = {} if scale is None else {"joint_attention_kwargs": {"scale": scale}}
+    expected = edit(by_hand(with_lora(tiny_kontext()), [0]), **call)
+    pipe = fluxfire.optimize(tiny_kontext(), [ReferenceCache(NEVER)])
+    without = edit(pipe)
+    made = edit(with_lora(pipe), **call)
+    assert refreshed(pipe) == [0]
+    assert np.abs(made - expected).max() < CLOSE
+    assert np.abs(made - without).max() > 1e-3
+
+
+def test_controlnet_residuals_reach_the_noise_alone_between_refreshes(monkeypatch):
+    """No pipeline of diffusers for Kontext has them, so they are slipped in."""
+    width = tiny_kontext().transformer.inner_dim
+    generator = torch.Generator().manual_seed(0)
+    samples = {
+        "controlnet_block_samples": [torch.randn(1, 2 * TOKENS, width, generator=generator)],
+        "controlnet_single_block_samples": [torch.randn(1, 2 * TOKENS, width, generator=generator)],
+    }
+    plain = TransformerCall.__call__
+    pipe, every = cached(NEVER), fluxfire.optimize(tiny_kontext(), [EVERY])
+    without = edit(pipe)
+    monkeypatch.setattr(
+        TransformerCall, "__call__", lambda self, *a, **k: plain(self, *a, **k, **samples)
+    )
+    stock = tiny_kontext()
+    forward = stock.transformer.forward
+    stock.transformer.forward = lambda *a, **k: forward(*a, **k, **samples)
+    assert np.array_equal(edit(every), edit(stock))
+    # By hand only the noise's rows are added, since diffusers would add them all.
+    hand = by_hand(tiny_kontext(), [0])
+    for index, block in enumerate(kontext.blocks(hand.transformer)):
+        kind = "block_samples" if index < 2 else "single_block_samples"
+        block.register_forward_hook(
+            lambda _, __, out, add=samples[f"controlnet_{kind}"][0]: (
+                out[0],
+                out[1] + add[:, : out[1].shape[1]],
+            )
+        )
+    made = edit(pipe)
+    assert np.abs(made - edit(hand)).max() < CLOSE
+    assert np.abs(made - without).max() > 1e-3
+
+
+def test_foreign_processors_are_refused(pipe):
+    class Own(FluxAttnProcessor):
+        pass
+
+    pipe.transformer.single_transformer_blocks[1].attn.processor = Own()
+    with pytest.raises(PlanError, match="attention runs through Own, which cannot keep the ref"):
+        fluxfire.optimize(pipe, [ReferenceCache()])
+    with pytest.raises(PlanError, match="runs through FluxIPAdapterAttnProcessor, which cannot"):
+        fluxfire.optimize(with_ip_adapter(tiny_kontext()), [ReferenceCache()])
+
+
+def test_a_processor_that_comes_later_is_refused_by_name(pipe):
+    fluxfire.optimize(pipe, [ReferenceCache()])
+    with_ip_adapter(pipe)
+    with pytest.raises(FluxfireError, match="replaced after ReferenceCache was .* FluxIPAdap"):
+        edit(pipe)
+    fluxfire.restore(pipe)
+
+
+def test_restore_brings_processors_back_and_their_kernels_were_used(pipe):
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    own = [a.processor for a in (b.attn for b in kontext.blocks(pipe.transformer))]
+    own[0]._attention_backend = AttentionBackendName._NATIVE_MATH
+    fluxfire.optimize(pipe, [ReferenceCache(NEVER)])
+    first, second, *_ = (b.attn.processor for b in kontext.blocks(pipe.transformer))
+    assert first._attention_backend is AttentionBackendName._NATIVE_MATH
+    assert second._attention_backend is None
+    edit(pipe)
+    fluxfire.restore(pipe)
+    back = [b.attn.processor for b in kontext.blocks(pipe.transformer)]
+    assert all(map(lambda one, other: one is other, back, own))
+
+
+def test_using_changes_the_spacing_for_a_while(pipe):
+    plain = edit(pipe, steps=6)
+    fluxfire.optimize(pipe, [ReferenceCache(0)])
+    with fluxfire.using(pipe, ReferenceCache(NEVER)):
+        changed = edit(pipe, steps=6)
+        assert refreshed(pipe) == [0]
+    assert np.array_equal(edit(pipe, steps=6), plain)
+    assert np.array_equal(changed, edit(cached(NEVER), steps=6))
+    facts = fluxfire.report(pipe).passes[0].facts
+    assert (facts["refreshed"], facts["reused"]) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"spacing": -0.1}, "spacing=-0.1; it must be 0 or more"),
+        ({"spacing": float("nan")}, "spacing=nan; it must be 0 or more"),
+        ({"warmup_steps": -1}, "warmup_steps=-1; it must be 0 or more"),
+        ({"tail_steps": -2}, "tail_steps=-2; it must be 0 or more"),
+        ({"drift": -1}, "drift=-1; it must be 0 or more, or None"),
+        ({"drift": float("nan")}, "drift=nan; it must be 0 or more, or None"),
+        ({"schedule": []}, "schedule=(); it must have step 0"),
+        ({"schedule": [2, 1]}, "schedule=(1, 2); it must have step 0"),
+        ({"schedule": [0, -1]}, "schedule=(-1, 0); it must have step 0"),
+    ],
+)
+def test_settings_that_make_no_sense(settings, words):
+    with pytest.raises(ValueError, match="must") as caught:
+        ReferenceCache(**settings)
+    assert words in str(caught.value)
+    with pytest.raises(TypeError, match="spacing='0'; it must be a number"):
+        ReferenceCache("0")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("others", [[], [FusedBlocks()]], ids=["plain", "fused"])
+def test_refreshes_and_the_steps_between_are_a_graph_each(others):
+    by = ReferenceCache(schedule=[0, 3])
+    sizes = ((32, 32), (48, 32), (32, 64))
+    plain = fluxfire.optimize(tiny_kontext(), [*others, by])
+    expected = [edit(plain, size, steps=6) for size in sizes]
+    pipe = fluxfire.optimize(tiny_kontext(), [*others, by, Compile(fullgraph=True)])
+    for size, picture in zip(sizes, expected, strict=True):
+        assert np.abs(edit(pipe, size, steps=6) - picture).max() < 1e-4
+    runs = fluxfire.report(pipe).runs
+    assert [run.graph_breaks for run in runs] == [0, 0, 0]
+    assert runs[0].compiles <= 6  # double, single, and single after a single: each of both
+    assert runs[2].compiles == 0  # the second size made the graphs dynamic
