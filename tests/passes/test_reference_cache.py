@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 from functools import partial
 
 import numpy as np
@@ -471,3 +472,19 @@ def test_refreshes_and_the_steps_between_are_a_graph_each(others):
     assert [run.graph_breaks for run in runs] == [0, 0, 0]
     assert runs[0].compiles <= 6  # double, single, and single after a single: each of both
     assert runs[2].compiles == 0  # the second size made the graphs dynamic
+
+
+@pytest.mark.slow
+def test_batches_that_refresh_in_part_stay_compiled():
+    """Their graphs are more than the 8 that dynamo would allow."""
+    if "recompile_limit" not in inspect.signature(torch.compile).parameters:
+        pytest.skip("this torch has no limit of a compilation's own")
+    by = ReferenceCache(NEVER, drift=0.31)
+    pipe = fluxfire.optimize(tiny_kontext(), [by, Compile(fullgraph=True)])
+    edit(pipe, steps=6)
+    for compiles in (True, False):
+        prompts, generators = batch(4)
+        edit(pipe, prompt=prompts, generator=generators, steps=10)
+        run = fluxfire.report(pipe).runs[-1]
+        assert (run.compiles > 0, run.graph_breaks) == (compiles, 0)
+        assert any(any(r.due) and not all(r.due) for r in refreshes(pipe))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import shutil
 import sysconfig
 import types
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 Option = bool | int | float | str | None
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Region = Literal["blocks", "transformer"]
+
+# dynamo's own limit is 8. With ReferenceCache a single block has graphs for refreshes, mixed ones,
+# what is between, and none, each for one sample and more, fixed sizes and any, after both kinds.
+_GRAPHS = 64
 
 
 @dataclass(frozen=True)
@@ -214,6 +219,8 @@ def _compile_alike(
     import torch
 
     call = _private(_call)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in older torch
+        settings = {**settings, "recompile_limit": _GRAPHS}
     for module in modules:
         compiled = torch.compile(types.MethodType(call, module), **settings)
         tx.set_call(module, _cloned(compiled) if clone else compiled)
