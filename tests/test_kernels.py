@@ -197,8 +197,8 @@ for heads in (3, 8):
         (joint, (cos, sin), None, kept, 1e-5),
         ([image_stream], (cos[5:], sin[5:]), None, None, 1e-5),
         ([image_stream], (cos[5:], sin[5:]), None, kept, 1e-5),
-        (joint, (cos, sin), scales, kept8, 1 / 10),
-        ([image_stream], (cos[5:], sin[5:]), scales, None, 1 / 10),
+        (joint, (cos, sin), scales, kept8, 1 / 8),
+        ([image_stream], (cos[5:], sin[5:]), scales, None, 1 / 8),
     ):
         same(
             kernels.joint_heads(streams, rotary, 1e-6, scales=by, kept=more),

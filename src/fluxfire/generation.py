@@ -50,7 +50,8 @@ class Refresh:
     Attributes:
         step: denoising step, counted from 0.
         branch: `"cond"` or `"uncond"`.
-        due: for each sample of the batch, whether its reference was computed and kept.
+        due: for each sample of the batch, whether its reference was to be computed and kept; in
+            blocks that another cache left out in this step it was not.
         drifts: by how much it had changed, for each sample; empty where nothing was measured.
     """
 

@@ -196,9 +196,8 @@ def test_steps_refresh_by_noise_level_or_schedule(shared, steps, spacing, ends, 
     expected = [0]
     for step in range(1, steps):
         planned = levels[expected[-1]] - levels[step] > spacing - 1e-5
-        if wanted is not None:
-            planned = step in wanted
-        if planned or step < warmup or step >= steps - tail:
+        planned |= step < warmup or step >= steps - tail
+        if step in wanted if wanted is not None else planned:
             expected.append(step)
     assert refreshed(pipe) == expected
 
@@ -441,10 +440,10 @@ def test_using_changes_the_spacing_for_a_while(pipe):
     [
         ({"spacing": -0.1}, "spacing=-0.1; it must be 0 or more"),
         ({"spacing": float("nan")}, "spacing=nan; it must be 0 or more"),
-        ({"warmup_steps": -1}, "warmup_steps=-1; it must be 0 or more"),
-        ({"tail_steps": -2}, "tail_steps=-2; it must be 0 or more"),
-        ({"drift": -1}, "drift=-1; it must be 0 or more, or None"),
-        ({"drift": float("nan")}, "drift=nan; it must be 0 or more, or None"),
+        ({"warmup_steps": -1}, "warmup_steps=-1; it must be a whole number, 0 or more"),
+        ({"tail_steps": -2}, "tail_steps=-2; it must be a whole number, 0 or more"),
+        ({"drift": -1}, "drift=-1; it must be a number, 0 or more, or None"),
+        ({"drift": float("nan")}, "drift=nan; it must be a number, 0 or more, or None"),
         ({"schedule": []}, "schedule=(); it must have step 0"),
         ({"schedule": [2, 1]}, "schedule=(1, 2); it must have step 0"),
         ({"schedule": [0, -1]}, "schedule=(-1, 0); it must have step 0"),

@@ -8,11 +8,15 @@ import shutil
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from typing_extensions import override
+
 from fluxfire import kontext
+from fluxfire.generation import Generation, Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 
 if TYPE_CHECKING:
@@ -120,6 +124,8 @@ class Compile:
             "dynamic": self.dynamic,
             "options": self._inductor_options() or None,
         }
+        if not _takes_limit():
+            tx.listen(_Limit())
         targets = self._targets(tx.pipe)
         for group in targets:
             _compile_alike(tx, group, settings, clone=self._cuda_graphs())
@@ -212,6 +218,24 @@ def _check_compiler(target: Target) -> Iterator[Finding]:
         )
 
 
+class _Limit(Listener):
+    """Allows as many graphs while a generation runs, where torch.compile cannot be told."""
+
+    @override
+    def during(self, generation: Generation) -> AbstractContextManager[object]:
+        """Raise dynamo's own limit, which is the process's, for as long."""
+        from torch._dynamo import config
+
+        patched: AbstractContextManager[object] = config.patch(recompile_limit=_GRAPHS)
+        return patched
+
+
+def _takes_limit() -> bool:
+    import torch
+
+    return "recompile_limit" in inspect.signature(torch.compile).parameters
+
+
 def _compile_alike(
     tx: Transaction, modules: list[nn.Module], settings: dict[str, Any], *, clone: bool
 ) -> None:
@@ -219,7 +243,7 @@ def _compile_alike(
     import torch
 
     call = _private(_call)
-    if "recompile_limit" in inspect.signature(torch.compile).parameters:  # not in older torch
+    if _takes_limit():
         settings = {**settings, "recompile_limit": _GRAPHS}
     for module in modules:
         compiled = torch.compile(types.MethodType(call, module), **settings)

@@ -42,8 +42,9 @@ class ReferenceCache:
 
     Conditional and unconditional calls of true CFG keep their own, and so does every sample of a
     batch. Where some samples of a batch are due and others not, all are computed, and those not
-    due still attend to what they kept, as they would alone. A call without a reference passes
-    straight through. Nothing is kept beyond a generation.
+    due still attend to what they kept, as they would alone. A refresh that falls on a hit of
+    `FirstBlockCache` is made up for at the next step that some sample of the batch computes. A
+    call without a reference passes straight through. Nothing is kept beyond a generation.
 
     It keeps two tensors of (reference tokens, width) for each block, sample and branch: 2.67 GiB
     for FLUX's 57 blocks and 4096 tokens in bfloat16, half of that with `in_float8=True` or behind
@@ -57,8 +58,8 @@ class ReferenceCache:
         drift: refresh a sample before its time, too, if what the first block adds to the
             reference has changed by more than this since the last refresh (mean absolute
             difference over mean absolute value). The first block is computed in full for it.
-        schedule: exactly the steps (from 0) that are refreshes, in the place of `spacing`. Kept
-            as a sorted tuple.
+        schedule: exactly the steps (from 0) that are refreshes, whatever the other settings say:
+            for timing, where weights are random. Kept as a sorted tuple.
         in_float8: keep keys and values in float8 (e4m3), scaled by sample and head: half the
             memory.
     """
@@ -85,10 +86,11 @@ class ReferenceCache:
         if not self.spacing >= 0:
             raise ValueError(f"spacing={self.spacing!r}; it must be 0 or more")
         for name in ("warmup_steps", "tail_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}; it must be 0 or more")
-        if self.drift is not None and not self.drift >= 0:
-            raise ValueError(f"drift={self.drift!r}; it must be 0 or more, or None")
+            steps = getattr(self, name)
+            if not isinstance(steps, int) or steps < 0:
+                raise ValueError(f"{name}={steps!r}; it must be a whole number, 0 or more")
+        if self.drift is not None and not (isinstance(self.drift, float | int) and self.drift >= 0):
+            raise ValueError(f"drift={self.drift!r}; it must be a number, 0 or more, or None")
         if self.schedule is not None:
             steps = tuple(sorted(set(self.schedule)))
             if not steps or steps[0] != 0:
@@ -213,7 +215,7 @@ class _Engine(CacheEngine[ReferenceCache]):
             self._make_room(memory, streams.image, call.tokens.reference)
         if memory.step != call.step:
             memory.step, memory.due = call.step, self._by_time(memory, call, len(streams.image))
-            if self.settings.drift is not None and blocks.start == 0:
+            if self._measures and blocks.start == 0:
                 before = streams.image
                 streams = self._refresh(memory, run, streams, blocks[:1], None)
                 drifts = self._by_drift(memory, (streams.image - before)[:, call.tokens.noise :])
@@ -229,10 +231,14 @@ class _Engine(CacheEngine[ReferenceCache]):
             self._note(memory, call, drifts)
         if any(memory.due):
             # With a drift one kind of graph does for all batches, whoever is due.
-            one_kind = self.settings.drift is None or len(memory.due) == 1
+            one_kind = not self._measures or len(memory.due) == 1
             mixed = None if one_kind and all(memory.due) else memory.due
             return self._refresh(memory, run, streams, blocks, mixed)
         return self._reuse(memory, run, streams, blocks, call)
+
+    @property
+    def _measures(self) -> bool:
+        return self.settings.drift is not None and self.settings.schedule is None
 
     def _applies(self, streams: Streams, call: Call) -> bool:
         """Whether there is a reference to keep, and nothing else has a say in attention."""
@@ -249,12 +255,12 @@ class _Engine(CacheEngine[ReferenceCache]):
         settings = self.settings
         if len(memory.taken) < len(self._attentions):
             return [True] * batch
-        if not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
-            return [True] * batch
         oldest = [min(taken) for taken in zip(*memory.taken.values(), strict=True)]
         missed = [taken < wanted for taken, wanted in zip(oldest, memory.wanted, strict=True)]
         if settings.schedule is not None:
             planned = [call.step in settings.schedule] * batch
+        elif not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
+            planned = [True] * batch
         else:
             now, fallen = self._level(call.step, call.steps), settings.spacing - _ROUNDING
             planned = [self._level(taken, call.steps) - now >= fallen for taken in oldest]
