@@ -526,7 +526,12 @@ def tuned() -> str:
         "preset", "budget", "its cache", "PSNR, dB: mean (worst)", "SSIM", "FLIP",
         "right (plain)", "edits held out", "lists tried on these",
     )  # fmt: skip
-    return f"{markdown(head, table)}\n\nSpark, 28 steps. {where(result)}."
+    prices = {kind: f"{seconds * 1e3:.0f} ms" for kind, seconds in found["prices"].items()}
+    return (
+        f"{markdown(head, table)}\n\nSpark, 28 steps. Speed over `faithful`, at what FLUX's steps "
+        f"take on an H100: {prices['computed']} computed, {prices['reused']} reusing the reference, "
+        f"{prices['hit']} for a hit, and {prices['around']} around them. {where(result)}."
+    )
 
 
 def _budget(asked: dict[str, float | None]) -> str:

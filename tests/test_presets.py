@@ -32,14 +32,16 @@ def test_only_faithful_loses_nothing():
 @pytest.mark.parametrize("name", ["balanced", "fast"])
 def test_tuned_presets_have_the_cache_that_was_found(name):
     file = RESULTS / f"tuned_{name}.json"
-    found = [p for p in recipes.read(file) if isinstance(p, FirstBlockCache)]
-    assert [p for p in presets.named(name) if isinstance(p, FirstBlockCache)] == found
+    found = [p for p in recipes.read(file) if p.stage == "caching"]
+    assert [p for p in presets.named(name) if p.stage == "caching"] == found
     tuned = load(file)["tuned"]
     assert tuned["confirmed"]["verdict"] == "within"
     assert tuned["confirmed"]["n"] >= 256
-    assert tuned["confirmed"]["psnr"]["worst"] >= tuned["budget"]["min_psnr"]
+    near, budget = tuned["confirmed"]["psnr"], tuned["budget"]
+    assert near["worst"] >= (budget["min_psnr"] or 0)
+    assert near["mean"] >= (budget["mean_psnr"] or 0)
     lost = tuned["plain"]["success"] - tuned["confirmed"]["success"]
-    assert lost <= tuned["budget"]["max_lost"]
+    assert lost <= budget["max_lost"] + 1e-9
 
 
 def test_faster_presets_hit_more():

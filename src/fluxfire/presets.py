@@ -20,15 +20,16 @@ faithful: tuple[Pass, ...] = (InductorPatch(), FusedBlocks(), Compile())
 """Nothing lossy: rounding only. What `optimize(pipe)` does."""
 
 
-def _cached(cache: FirstBlockCache) -> tuple[Pass, ...]:
-    """Return `faithful` with a cache."""
-    return (*faithful[:-1], cache, faithful[-1])
+def _cached(*caches: Pass) -> tuple[Pass, ...]:
+    """Return `faithful` with caches."""
+    return (*faithful[:-1], *caches, faithful[-1])
 
 
-balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.1))
-"""Lossy. Set by `fluxfire tune` on Spark: of 256 edits held out, the worst kept 48 dB to the plain
-picture, and no more than one in a hundred was lost (`benchmarks/results/tuned_balanced.json`).
-Quality on FLUX.1 Kontext itself was not measured: tune on your own pictures."""
+balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.27, predict="quadratic"))
+"""Lossy. Set by `tune` on Spark, at the prices of FLUX's steps on an H100: of 256 edits held out, the
+worst kept 28 dB to the plain picture, and no more than one in a hundred was lost
+(`benchmarks/results/tuned_balanced.json`). Quality on FLUX.1 Kontext itself was not measured: tune
+on your own pictures."""
 
 fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.22, predict="quadratic"))
 """Lossy, more so than `balanced`: the worst of Spark's 256 edits kept 32 dB, and no more than two
