@@ -528,9 +528,9 @@ def tuned() -> str:
     )  # fmt: skip
     prices = {kind: f"{seconds * 1e3:.0f} ms" for kind, seconds in found["prices"].items()}
     return (
-        f"{markdown(head, table)}\n\nSpark, 28 steps. Speed over `faithful`, at what FLUX's steps "
-        f"take on an H100: {prices['computed']} computed, {prices['reused']} reusing the reference, "
-        f"{prices['hit']} for a hit, and {prices['around']} around them. {where(result)}."
+        f"{markdown(head, table)}\n\nSpark, 28 steps. Speed over `faithful`, at what FLUX's "
+        f"steps take on an H100: {prices['computed']} computed, {prices['reused']} reusing the "
+        f"reference, {prices['hit']} for a hit, and {prices['around']} around. {where(result)}."
     )
 
 

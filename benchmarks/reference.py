@@ -19,6 +19,7 @@ from fluxfire.bench.schedules import scheduled
 from fluxfire.passes import (
     Attention,
     Compile,
+    FirstBlockCache,
     Float8,
     FusedBlocks,
     ReferenceCache,
@@ -30,6 +31,7 @@ EXACT: tuple[Pass, ...] = (FusedBlocks(), Attention("fa3"))
 EIGHT_BITS: tuple[Pass, ...] = (Float8(), FusedBlocks(), Attention("fa3"))
 EIGHT_BITS_ALL: tuple[Pass, ...] = (Float8(), FusedBlocks(), Attention("fa3-fp8"))
 ALTERNATE = ReferenceCache(schedule=range(0, 28, 4))
+BOTH = FirstBlockCache(0.27, predict="quadratic")
 
 
 def stack(*passes: Pass) -> tuple[Pass, ...]:
@@ -47,8 +49,8 @@ STACKS = {
     "reuse, Float8, float8 attention": stack(*EIGHT_BITS_ALL, ALTERNATE),
     "balanced": presets.balanced,
     "fast": presets.fast,
-    "fast, FlashAttention-3": (*presets.fast[:-1], Attention("fa3"), Compile()),
-    "fast, Float8": (Float8(), *presets.fast),
+    "caches 0.27 and 0.33": stack(FusedBlocks(), BOTH, ReferenceCache(0.33)),
+    "caches 0.27 and 0.33, Float8": stack(*EIGHT_BITS, BOTH, ReferenceCache(0.33)),
 }
 
 

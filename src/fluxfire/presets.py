@@ -31,7 +31,7 @@ worst kept 28 dB to the plain picture, and no more than one in a hundred was los
 (`benchmarks/results/tuned_balanced.json`). Quality on FLUX.1 Kontext itself was not measured: tune
 on your own pictures."""
 
-fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.22, predict="quadratic"))
+fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.5, predict="quadratic"))
 """Lossy, more so than `balanced`: the worst of Spark's 256 edits kept 32 dB, and no more than two
 in a hundred were lost (`benchmarks/results/tuned_fast.json`)."""
 
