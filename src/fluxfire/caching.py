@@ -30,7 +30,7 @@ class CacheEngine(Listener, Generic[P]):
     """Holds one set of settings, and what it remembers, for the length of a generation.
 
     Attributes:
-        settings: those that the generation began with.
+        settings: those that the generation began with; in a rehearsal, others.
     """
 
     def __init__(self, live: Live[P], pipe: Any) -> None:
@@ -40,6 +40,10 @@ class CacheEngine(Listener, Generic[P]):
 
     def forget(self) -> None:
         """Drop everything that was remembered."""
+
+    def rehearsed(self, settings: P) -> P:
+        """Return settings by which two steps compile all that later steps will use."""
+        return settings
 
     def note(self, decision: Decision) -> None:
         """Take down what was decided for one call of the transformer."""
@@ -60,6 +64,8 @@ class CacheEngine(Listener, Generic[P]):
                 f"{why}, since optimize(); two caches cannot work together: {remedy}"
             )
         self.settings, self._generation = self._live.settings, generation
+        if generation.rehearsal:
+            self.settings = self.rehearsed(self.settings)
         self.forget()
         try:
             yield

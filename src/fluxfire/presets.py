@@ -26,14 +26,14 @@ def _cached(*caches: Pass) -> tuple[Pass, ...]:
 
 
 balanced: tuple[Pass, ...] = _cached(FirstBlockCache(0.27, predict="quadratic"))
-"""Lossy. Set by `tune` on Spark, at the prices of FLUX's steps on an H100: of 256 edits held out, the
-worst kept 28 dB to the plain picture, and no more than one in a hundred was lost
+"""Lossy. Set by `tune` on Spark, at the prices of FLUX's steps on an H100: of 256 edits held out,
+the worst kept 29 dB to the plain picture, and no more than one in a hundred was lost
 (`benchmarks/results/tuned_balanced.json`). Quality on FLUX.1 Kontext itself was not measured: tune
 on your own pictures."""
 
 fast: tuple[Pass, ...] = _cached(FirstBlockCache(0.5, predict="quadratic"))
-"""Lossy, more so than `balanced`: the worst of Spark's 256 edits kept 32 dB, and no more than two
-in a hundred were lost (`benchmarks/results/tuned_fast.json`)."""
+"""Lossy, more so than `balanced`: Spark's 256 edits kept 40 dB on average, some of them far less,
+and no more than one in a hundred was lost (`benchmarks/results/tuned_fast.json`)."""
 
 article: tuple[Pass, ...] = (
     InductorPatch(),

@@ -487,3 +487,15 @@ def test_batches_that_refresh_in_part_stay_compiled():
         run = fluxfire.report(pipe).runs[-1]
         assert (run.compiles > 0, run.graph_breaks) == (compiles, 0)
         assert any(any(r.due) and not all(r.due) for r in refreshes(pipe))
+
+
+def test_a_rehearsal_takes_every_way_once():
+    """In two steps, whose noise levels lie far apart: a refresh, then a reuse, and no hit."""
+    pipe = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(1e9), ReferenceCache(0.01)])
+    fluxfire.warmup(pipe, [(32, 32)])
+    assert fluxfire.report(pipe).runs[-1].step_kinds == ["computed", "reused"]
+    edit(pipe, steps=2)
+    assert fluxfire.report(pipe).runs[-1].step_kinds == ["computed", "hit"]
+    with fluxfire.using(pipe, FirstBlockCache(0)):
+        edit(pipe, steps=2)
+    assert fluxfire.report(pipe).runs[-1].step_kinds == ["computed", "computed"]

@@ -216,6 +216,11 @@ class _Engine(CacheEngine[FirstBlockCache]):
         self._hits: list[bool] = []
 
     @override
+    def rehearsed(self, settings: FirstBlockCache) -> FirstBlockCache:
+        """Hit nothing: a hit would leave out what is to be compiled."""
+        return replace(settings, schedule=())
+
+    @override
     def forget(self) -> None:
         """Drop everything that was remembered."""
         self._memories.clear()

@@ -186,11 +186,12 @@ class _Engine(CacheEngine[ReferenceCache]):
                     f"cannot keep the reference; restore(pipe), and optimize(pipe) without it"
                 )
         with super().during(generation):
-            if generation.rehearsal and self.settings.exactness == "lossy":
-                self.settings = replace(
-                    self.settings, schedule=(0,), warmup_steps=0, tail_steps=0, drift=None
-                )
             yield
+
+    @override
+    def rehearsed(self, settings: ReferenceCache) -> ReferenceCache:
+        """Refresh, then reuse."""
+        return replace(settings, schedule=(0,)) if settings.exactness == "lossy" else settings
 
     @override
     def forget(self) -> None:
