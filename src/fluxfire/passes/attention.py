@@ -45,7 +45,8 @@ class Attention:
     Without a GPU it takes the native one.
 
     `"fa3"` is FlashAttention-3, for Hopper GPUs, with the package `fa3-fwd`. With a mask, without
-    rotation, and while gradients are on, attention is diffusers' own.
+    rotation, and while gradients are on, attention is diffusers' own. On an H100 a compiled step
+    of an edit to 1024 × 1024 took 268 ms instead of 277.
 
     `"fa3-fp8"` is the same in float8 (e4m3): lossy. Query and key have been through an RMS norm,
     which bounds them, and a rotation, which keeps the bound; so their scale is known without
