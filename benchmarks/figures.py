@@ -409,6 +409,33 @@ def reference_on_spark() -> str:
     return f"{markdown(head, table)}\n\n{result['examples']} held-out edits. {where(result)}."
 
 
+def frontier() -> str:
+    """Quality against speed: ours, and others'."""
+    result = load(RESULTS / "frontier.json")
+    table = [
+        (
+            row["contender"],
+            f"{row['speed']:.2f}×",
+            " + ".join(f"{row['steps'].get(k, 0):.1f}" for k in ("computed", "reused", "hit")),
+            *(
+                ("same",) * 2
+                if row["family"] == "plain"
+                else (
+                    f"{row['psnr']['mean']:.1f} ({row['psnr']['worst']:.1f})",
+                    f"{row['ssim']['mean']:.4f} ({row['ssim']['worst']:.4f})",
+                )
+            ),
+            f"{row['success']:.1%}",
+        )
+        for row in result["rows"]
+    ]
+    head = (
+        "", "× compiled", "steps computed + reusing + hit", "PSNR to plain, dB: mean (worst)",
+        "SSIM", "edits done",
+    )  # fmt: skip
+    return f"{markdown(head, table)}\n\n{result['examples']} held-out edits. {where(result)}."
+
+
 def profile(name: str = "profile.json") -> str:
     """Where a compiled step goes, by kind of kernel."""
     result = load(RESULTS / name)
@@ -592,6 +619,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "reference": reference,
     "reference steps": lambda: reference("reference_steps.json"),
     "reference on spark": reference_on_spark,
+    "frontier": frontier,
     "profile": profile,
     "profile fused": lambda: profile("profile_fused.json"),
     "profile float8": lambda: profile("profile_float8.json"),

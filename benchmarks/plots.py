@@ -61,6 +61,25 @@ def thresholds() -> Any:
     return figure
 
 
+def frontier() -> Any:
+    """Quality against speed on Spark's edits: ours in lines, others in points."""
+    rows = json.loads((RESULTS / "frontier.json").read_text())["rows"]
+    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2), sharex=True, layout="constrained")
+    families = dict.fromkeys(row["family"] for row in rows if row["family"] != "plain")
+    for axes, which in zip(panels, ("mean", "worst"), strict=True):
+        for number, family in enumerate(families):
+            some = sorted((r for r in rows if r["family"] == family), key=lambda r: r["speed"])
+            x, y = ([r["speed"] for r in some], [r["psnr"][which] for r in some])
+            ours = family in ("FirstBlockCache", "ReferenceCache", "both")
+            marker = "*" if family in ("balanced", "fast") else "o" if ours else "^"
+            style = {"color": f"C{number}", "marker": marker, "ms": 9 if marker == "*" else 5}
+            axes.plot(x, y, "-" if ours else ":", label=family, **style)
+        axes.set(xlabel="times as fast as compiled alone", ylabel=f"PSNR to plain, dB: {which}")
+        axes.grid(visible=True, alpha=0.3)
+    panels[1].legend(fontsize="x-small")
+    return figure
+
+
 _COLOURS = {"hold": "tab:blue", "linear": "tab:orange", "quadratic": "tab:green"}
 
 
@@ -68,7 +87,8 @@ def main() -> None:
     """Draw every plot; the same results give the same bytes."""
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "fluxfire"
-    for name, plot in {"spark_loss": loss, "thresholds": thresholds}.items():
+    plots = {"spark_loss": loss, "thresholds": thresholds, "frontier": frontier}
+    for name, plot in plots.items():
         plot().savefig(ASSETS / f"{name}.svg", metadata={"Date": None})
 
 
