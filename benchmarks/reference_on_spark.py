@@ -130,9 +130,9 @@ def ways() -> dict[str, tuple[Pass, ...]]:
     }
     drift = {f"drift {d}": (ReferenceCache(1, drift=d),) for d in (0.05, 0.1, 0.15, 0.2, 0.3)}
     tried = {
-        "spacing 0.33, first block at every 2nd": (Way(0.33, early=1),),
-        "spacing 0.33, first half at every 2nd": (Way(0.33, early=4),),
-        "spacing 0.33, all but the last 2 at every 2nd": (Way(0.33, early=6),),
+        "spacing 0.33, first of 11 blocks at every 2nd": (Way(0.33, early=1),),
+        "spacing 0.33, first 4 of 11 blocks at every 2nd": (Way(0.33, early=4),),
+        "spacing 0.33, first 6 of 11 blocks at every 2nd": (Way(0.33, early=6),),
         "spacing 0.33, a tenth of the tokens": (Way(0.33, share=0.1),),
         "spacing 0.33, a quarter of the tokens": (Way(0.33, share=0.25),),
         "spacing 0.33, all but its attention": (Way(0.33, outputs=True),),
