@@ -3,7 +3,7 @@
 Each function launches a Triton kernel on CUDA; elsewhere it is the same arithmetic in torch, which
 also is what the kernels are tested against. A compiled graph takes the kernels in as they are, and
 launches them without Python in between: as operators of `torch.library`, called 400 times a step,
-they took 50 ms of the host's time, more than a GPU needs for a small picture's step. All reckon in
+they kept the host busy for longer than a GPU needs for a small picture's step. All reckon in
 float32 and round once, where eager torch rounds after each of its steps. They have no gradients.
 """
 

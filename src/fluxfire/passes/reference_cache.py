@@ -52,8 +52,8 @@ class ReferenceCache:
 
     On an H100 (torch 2.11, edit 1024) a step that reuses took 150 ms behind `FusedBlocks` where one
     computed took 277 and eager 381; behind `Float8`, 109 and 194. On Spark
-    (`docs/explanation/reference.md`) it is in no preset: `FirstBlockCache` leaves out most steps
-    there, and what is left are the refreshes.
+    (`docs/pages/explanation/reference.md`) `FirstBlockCache` leaves out most steps by itself, and
+    what is left are the refreshes: so it is in no preset.
 
     Attributes:
         spacing: refresh where the noise level, which falls from 1 to 0, has fallen by this much
