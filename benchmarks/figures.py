@@ -388,7 +388,7 @@ def reference_on_spark() -> str:
     table = [
         (
             row["way"],
-            f"{row['refreshes']:.1f}",
+            f"{row['refreshes']:.1f}" if "spacing=" in "".join(row["passes"]) else "",
             f"{row['success']:.1%}",
             *(
                 ("same",) * 2
