@@ -244,15 +244,16 @@ from triton.compiler import ASTSource
 from fluxfire.kernels import triton_kernels as kernels
 
 half, eight, single = "*bf16", "*fp8e4nv", "*fp32"
-constants = {"EPS": 1e-6, "BLOCK": 4096, "GELU": True, "WIDTH": 128, "HEADS": 8}
+row = {"WIDTH": 3072}
+constants = {"EPS": 1e-6, "BLOCK": 4096, "GELU": True, "WIDTH": 128, "HEADS": 8, "BESIDE": 3072}
 heads = [half] * 5 + [single] * 2
 for name, pointers, more in (
-    ("norm_rows", [half] * 4, {}),
-    ("add_gated", [half] * 4, {}),
+    ("norm_rows", [half] * 4, row),
+    ("add_gated", [half] * 4, row),
     ("put_rows", [half] * 2 + [single] * 2 + [half] * 2, {"SCALED": False}),
     ("put_rows", [eight] * 2 + [single] * 2 + [half] * 2, {"SCALED": True}),
-    ("norm_rows_float8", [half] * 3 + [eight, single], {}),
-    ("rows_float8", [half] * 2 + [eight, single], {}),
+    ("norm_rows_float8", [half] * 3 + [eight, single], row),
+    ("rows_float8", [half] * 2 + [eight, single], row | {"BLOCK": 8192}),
     ("rotate_heads", heads + [half] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": False}),
     ("rotate_heads", heads + [eight] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": True}),
 ):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from peft import LoraConfig
 
 import fluxfire
 from fluxfire import kontext, spark
@@ -105,6 +106,28 @@ def test_a_layer_with_a_lora_keeps_its_weights(reference):
     assert not any("proj_mlp" in name for name in quantised(pipe))
     assert np.abs(edit(pipe) - expected).max() < 0.1
     assert np.abs(edit(pipe) - reference).max() > 1e-3
+
+
+@pytest.mark.parametrize("target", ["to_q", "add_v_proj", "to_add_out"])
+def test_a_lora_on_one_projection_leaves_its_neighbours_alone_in_float8(target):
+    """Diffusers knows only of all projections fused, text's and image's, or none."""
+
+    def made():
+        pipe = tiny_kontext()
+        config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        torch.manual_seed(0)
+        pipe.transformer.add_adapter(config)
+        return pipe
+
+    expected = edit(made())
+    for passes in ([Float8()], [Float8(), FusedBlocks()]):
+        pipe = fluxfire.optimize(made(), passes)
+        assert not any(name.endswith(f".{target}") for name in quantised(pipe))
+        beside = {"to_q": "to_k", "add_v_proj": "add_q_proj", "to_add_out": "to_qkv"}[target]
+        assert any(name.endswith(f"transformer_blocks.0.attn.{beside}") for name in quantised(pipe))
+        assert 0 < np.abs(edit(pipe) - expected).max() < 0.1
+        fluxfire.restore(pipe)
+        assert np.array_equal(edit(pipe), expected)
 
 
 def test_a_lora_that_comes_later_is_refused_by_name(pipe):

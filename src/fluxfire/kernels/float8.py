@@ -51,7 +51,7 @@ def _modulated_norm_float8_cuda(
     for x, first in segments(image, text):
         norm_rows_float8[x.shape[1], x.shape[0]](
             x, shift, scale, data, scales, x.stride(0), x.stride(1), shift.stride(0), tokens,
-            first, width, EPS=eps, BLOCK=block_of(width), num_warps=4,
+            first, EPS=eps, WIDTH=width, BLOCK=block_of(width), num_warps=4,
         )  # fmt: skip
     return data, scales
 
@@ -131,8 +131,8 @@ def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tenso
     before = 0 if beside is None else left.shape[2]
     data, scale = _empty(x, x.shape[1], before + x.shape[2])
     rows_float8[x.shape[1], x.shape[0]](
-        left, x, data, scale, left.stride(0), left.stride(1), before, x.stride(0), x.stride(1),
-        x.shape[2], BLOCK=block_of(before + x.shape[2]), GELU=gelu,
+        left, x, data, scale, left.stride(0), left.stride(1), x.stride(0), x.stride(1),
+        BESIDE=before, WIDTH=x.shape[2], BLOCK=block_of(before + x.shape[2]), GELU=gelu,
         num_warps=8 if before + x.shape[2] > 4096 else 4,  # noqa: PLR2004
     )  # fmt: skip
     return data, scale

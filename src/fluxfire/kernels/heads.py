@@ -112,7 +112,7 @@ def _joint_heads_cuda(
         key, value = (x.contiguous() for x in kept)
         put_rows[more, key.shape[0]](
             key, value, *(kept_scales or (cos, cos)), k, v, key.stride(0), k.stride(0), tokens,
-            heads, heads * width, BLOCK=block_of(heads * width), WIDTH=width,
+            HEADS=heads, WIDTH=width, BLOCK=block_of(heads * width),
             SCALED=kept_scales is not None, num_warps=4,
         )  # fmt: skip
     return q, k, v

@@ -42,7 +42,7 @@ def _modulated_norm_cuda(
     for x, first in segments(image, text):
         norm_rows[x.shape[1], x.shape[0]](
             x, shift, scale, out, x.stride(0), x.stride(1), shift.stride(0), out.stride(0),
-            out.stride(1), first, width, EPS=eps, BLOCK=block_of(width), num_warps=4,
+            out.stride(1), first, EPS=eps, WIDTH=width, BLOCK=block_of(width), num_warps=4,
         )  # fmt: skip
     return out
 
@@ -74,7 +74,7 @@ def _gated_add_cuda(image: Tensor, text: Tensor | None, gate: Tensor, add: Tenso
     for x, first in segments(image, text):
         add_gated[x.shape[1], x.shape[0]](
             x, gate, add, out, x.stride(0), x.stride(1), gate.stride(0), add.stride(0),
-            add.stride(1), out.stride(0), out.stride(1), first, width, BLOCK=block_of(width),
+            add.stride(1), out.stride(0), out.stride(1), first, WIDTH=width, BLOCK=block_of(width),
             num_warps=4,
         )  # fmt: skip
     return out

@@ -3,7 +3,8 @@
 Each handles one segment of a sequence, text or image, and writes to the rows of the joint
 sequence that begin at `first`: so neither has to be copied to stand beside the other.
 Pointers are to (batch, tokens, width) with contiguous rows; strides are in elements. Floats are
-constants: a graph that inductor compiles hands them on in float64, and all is computed in that.
+constants: a graph that inductor compiles hands them on in float64, and all is computed in that. So
+are widths: a masked load is a vector's only where its width is known to be a multiple of 16.
 """
 
 # Triton reads annotations and default arguments of these functions itself.
@@ -17,13 +18,13 @@ import triton.language as tl
 
 
 @triton.jit
-def modulated(x, shift, scale, at, width, EPS: tl.constexpr):
+def modulated(x, shift, scale, at, EPS: tl.constexpr, WIDTH: tl.constexpr):
     """Layer norm of the row at `x`, then `· (1 + scale) + shift`, in float32."""
-    inside = at < width
+    inside = at < WIDTH
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    mean = tl.sum(value, 0) / width
+    mean = tl.sum(value, 0) / WIDTH
     away = tl.where(inside, value - mean, 0.0)
-    normed = away * tl.rsqrt(tl.sum(away * away, 0) / width + EPS)
+    normed = away * tl.rsqrt(tl.sum(away * away, 0) / WIDTH + EPS)
     factor = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32)
     return normed * (1 + factor) + tl.load(shift + at, mask=inside, other=0.0).to(tl.float32)
 
@@ -31,15 +32,15 @@ def modulated(x, shift, scale, at, width, EPS: tl.constexpr):
 @triton.jit
 def norm_rows(
     x, shift, scale, out,
-    x_batch, x_row, mod_batch, out_batch, out_row, first, width,
-    EPS: tl.constexpr, BLOCK: tl.constexpr,
+    x_batch, x_row, mod_batch, out_batch, out_row, first,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Layer norm without affine weights, then `· (1 + scale) + shift`: one row a program."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < width
+    inside = at < WIDTH
     mods = batch * mod_batch
-    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, EPS)
+    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, EPS, WIDTH)
     to = out + batch * out_batch + (first + row) * out_row + at
     tl.store(to, made.to(out.dtype.element_ty), mask=inside)
 
@@ -47,13 +48,13 @@ def norm_rows(
 @triton.jit
 def add_gated(
     x, gate, add, out,
-    x_batch, x_row, gate_batch, add_batch, add_row, out_batch, out_row, first, width,
-    BLOCK: tl.constexpr,
+    x_batch, x_row, gate_batch, add_batch, add_row, out_batch, out_row, first,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`x + gate · add`; of `add`, as of `out`, the rows from `first` on: one row a program."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < width
+    inside = at < WIDTH
     value = tl.load(x + batch * x_batch + row * x_row + at, mask=inside, other=0.0).to(tl.float32)
     factor = tl.load(gate + batch * gate_batch + at, mask=inside, other=0.0).to(tl.float32)
     more = tl.load(add + batch * add_batch + (first + row) * add_row + at, mask=inside, other=0.0)
@@ -114,8 +115,8 @@ def rotate_heads(
 
 @triton.jit
 def put_rows(
-    key, value, key_scale, value_scale, key_out, value_out, in_batch, out_batch, first, heads,
-    width, BLOCK: tl.constexpr, WIDTH: tl.constexpr, SCALED: tl.constexpr,
+    key, value, key_scale, value_scale, key_out, value_out, in_batch, out_batch, first,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
     """Copy rows of keys and values to those from `first` on: one row of each a program.
 
@@ -123,12 +124,12 @@ def put_rows(
     """
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < width
-    source = batch * in_batch + row * width + at
-    target = batch * out_batch + (first + row) * width + at
+    inside = at < HEADS * WIDTH
+    source = batch * in_batch + row * HEADS * WIDTH + at
+    target = batch * out_batch + (first + row) * HEADS * WIDTH + at
     k, v = tl.load(key + source, mask=inside), tl.load(value + source, mask=inside)
     if SCALED:
-        head = batch * heads + at // WIDTH
+        head = batch * HEADS + at // WIDTH
         k = k.to(tl.float32) * tl.load(key_scale + head, mask=inside)
         v = v.to(tl.float32) * tl.load(value_scale + head, mask=inside)
         k, v = k.to(key_out.dtype.element_ty), v.to(value_out.dtype.element_ty)
@@ -149,39 +150,39 @@ def store_float8(value, out, scale_out, at, inside):
 @triton.jit
 def norm_rows_float8(
     x, shift, scale, out, scale_out,
-    x_batch, x_row, mod_batch, rows, first, width,
-    EPS: tl.constexpr, BLOCK: tl.constexpr,
+    x_batch, x_row, mod_batch, rows, first,
+    EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """`norm_rows`, to float8; `rows` is the length of the joint sequence."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < width
+    inside = at < WIDTH
     mods = batch * mod_batch
-    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, width, EPS)
+    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, EPS, WIDTH)
     to = batch * rows + first + row
-    store_float8(made, out + to * width, scale_out + to, at, inside)
+    store_float8(made, out + to * WIDTH, scale_out + to, at, inside)
 
 
 @triton.jit
 def rows_float8(
     beside, x, out, scale_out,
-    beside_batch, beside_row, beside_width, x_batch, x_row, width,
-    BLOCK: tl.constexpr, GELU: tl.constexpr,
+    beside_batch, beside_row, x_batch, x_row,
+    BESIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
     """A row of `beside`, then one of `x` or of its GELU, scaled together to float8."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
-    inside = at < beside_width + width
+    inside = at < BESIDE + WIDTH
     left = tl.load(
-        beside + batch * beside_batch + row * beside_row + at, mask=at < beside_width, other=0.0
+        beside + batch * beside_batch + row * beside_row + at, mask=at < BESIDE, other=0.0
     ).to(tl.float32)
     right = tl.load(
-        x + batch * x_batch + row * x_row + at - beside_width,
-        mask=inside & (at >= beside_width), other=0.0,
+        x + batch * x_batch + row * x_row + at - BESIDE,
+        mask=inside & (at >= BESIDE), other=0.0,
     ).to(tl.float32)  # fmt: skip
     if GELU:  # its tanh formula, by the sigmoid of twice the argument
         inner = 0.7978845608028654 * (right + 0.044715 * right * right * right)
         right = right * tl.sigmoid(2.0 * inner)
     to = batch * tl.num_programs(0) + row
-    begin = to * (beside_width + width)
+    begin = to * (BESIDE + WIDTH)
     store_float8(left + right, out + begin, scale_out + to, at, inside)

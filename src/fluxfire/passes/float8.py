@@ -108,22 +108,22 @@ class Float8:
         stacked: list[tuple[str, Any]] = []
         gained = freed = 0
         for attention in (block.attn for block in kontext.blocks(transformer)):
-            for names, stack in ((_SELF, "to_qkv"), (_ADDED, "to_added_qkv")):
-                parts = [getattr(attention, name, None) for name in names]
-                if plain.issuperset(parts):
-                    product = Float8Product(parts)
-                    stacked += zip(names, parts, strict=True)
-                    tx.setattr(attention, stack, product)
-                    tx.setattr(attention, "fused_projections", True)
-                    gained += product.nbytes
-                    freed += sum(map(host.take, parts))
-        for _, name, linear in layers:
-            if name not in (*_SELF, *_ADDED):
-                product = Float8Product([linear])
-                tx.set_class(linear, Float8Linear)
-                tx.setattr(linear, "product", product)
+            if (groups := _stackable(attention, plain)) is None:
+                continue
+            for stack, names, parts in groups:
+                product = Float8Product(parts)
+                stacked += zip(names, parts, strict=True)
+                tx.setattr(attention, stack, product)
                 gained += product.nbytes
-                freed += host.take(linear)
+                freed += sum(map(host.take, parts))
+            tx.setattr(attention, "fused_projections", True)
+        alone = plain - {linear for _, linear in stacked}
+        for linear in (linear for *_, linear in layers if linear in alone):
+            product = Float8Product([linear])
+            tx.set_class(linear, Float8Linear)
+            tx.setattr(linear, "product", product)
+            gained += product.nbytes
+            freed += host.take(linear)
         tx.listen(_Watch(tx, layers, stacked, host, drop=self.originals == "drop"))
         tx.listen(host)
         return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
@@ -234,6 +234,21 @@ class _Watch(Listener):
         if self._drop and self._host.linears:
             self._tx.keep("Float8(originals='drop') let go of the original weights")
             self._host.drop()
+
+
+def _stackable(
+    attention: Any, plain: set[Any]
+) -> list[tuple[str, tuple[str, ...], list[Any]]] | None:
+    """Return the projections to stack: (name of the product, names, layers), text's beside image's.
+
+    None unless all of them are plain: diffusers knows only of all fused, or none.
+    """
+    groups: list[tuple[str, tuple[str, ...], list[Any]]] = []
+    for stack, names in (("to_qkv", _SELF), ("to_added_qkv", _ADDED)):
+        parts = [getattr(attention, name, None) for name in names]
+        if any(parts):
+            groups.append((stack, names, parts))
+    return groups if all(plain.issuperset(parts) for *_, parts in groups) else None
 
 
 def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:
