@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 
 import fluxfire
 from fluxfire.bench import plots, tables
-from fluxfire.cli import main
+from fluxfire.cli import main, values
 
 SCHEMA = json.loads((Path(fluxfire.__file__).parent / "bench" / "schema.json").read_text())
 QUICK = [
@@ -153,3 +154,23 @@ def test_plots_are_the_same_for_the_same_result(tmp_path, lines):
     assert drawn == plots.draw(result)
     assert len(drawn) == len(list(folder.glob("*.svg"))) == 3
     assert all(svg.lstrip().startswith("<?xml") for svg in drawn.values())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "computed=1,reused=1,hit=1",
+        "computed=1,reused=1,hit=1,around=inf",
+        "computed=1,reused=1,hit=1,around=1,around=2",
+        "computed=1,reused=1,hit=1,around=1,more",
+        "computed=one,reused=1,hit=1,around=1",
+    ],
+)
+def test_prices_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not computed=SECONDS,reused=SECONDS"):
+        values.prices(text)
+
+
+def test_prices():
+    asked = "around=4,computed=1.5,reused=2,hit=3"
+    assert values.prices(asked) == {"computed": 1.5, "reused": 2, "hit": 3, "around": 4}

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import fluxfire
 from fluxfire import kontext
-from fluxfire.attending import Kept
+from fluxfire.attending import KeepingAttnProcessor, Kept
 from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.generation import TransformerCall
 from fluxfire.passes import (
@@ -487,6 +487,27 @@ def test_batches_that_refresh_in_part_stay_compiled():
         run = fluxfire.report(pipe).runs[-1]
         assert (run.compiles > 0, run.graph_breaks) == (compiles, 0)
         assert any(any(r.due) and not all(r.due) for r in refreshes(pipe))
+
+
+def test_a_rehearsal_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
+    """Whose due samples are told by a tensor, even where all are."""
+    pipe = fluxfire.optimize(tiny_kontext(), [ReferenceCache(0.2, drift=0.31, tail_steps=2)])
+    ways = set()
+    attend = KeepingAttnProcessor._attend
+
+    def seen(self, attn, image, text, *more):
+        kept = more[-1]
+        ways.add((text is None, kept.fresh, kept.due is None))
+        return attend(self, attn, image, text, *more)
+
+    monkeypatch.setattr(KeepingAttnProcessor, "_attend", seen)
+    prompts, generators = batch(3)
+    fluxfire.warmup(pipe, [(32, 32)], prompt=prompts, generator=generators)
+    rehearsed = set(ways)
+    ways.clear()
+    edit(pipe, prompt=prompts, generator=batch(3)[1], steps=9)
+    assert len(ways) == 5  # the first block, measured, has no mask
+    assert ways <= rehearsed
 
 
 def test_a_rehearsal_takes_every_way_once():

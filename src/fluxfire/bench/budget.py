@@ -1,4 +1,4 @@
-"""How much a picture may change: stated by the user, judged by the worst example."""
+"""How much pictures may change: stated by the user, of the worst example or on average."""
 
 from __future__ import annotations
 

@@ -16,7 +16,8 @@ class Prices:
 
     A small model's steps on a small machine do not cost what a large model's do on a GPU: there a
     hit is all but free, and here it is not. What caches decide, though, and what that does to
-    pictures, is the same at any speed.
+    pictures, is the same at any speed. Only caches are priced: what other passes make of a step's
+    time is not seen by its kind.
 
     Attributes:
         computed: a step in full.

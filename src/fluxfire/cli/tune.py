@@ -38,11 +38,11 @@ def add(commands: Commands) -> None:
     add_examples(parser, _EXAMPLES)
     add_sampling(parser)
     parser.add_argument("--size", type=size, help="WIDTHxHEIGHT (default: each picture's shape)")
-    budget = parser.add_argument_group("the budget, judged by the worst picture (one at least)")
-    budget.add_argument("--min-psnr", type=float, metavar="DB", help="its PSNR to the plain one")
+    budget = parser.add_argument_group("the budget (one limit at least)")
+    budget.add_argument("--min-psnr", type=float, metavar="DB", help="PSNR of the worst picture")
     budget.add_argument("--mean-psnr", type=float, metavar="DB", help="PSNR on average")
-    budget.add_argument("--min-ssim", type=float, metavar="SSIM", help="its SSIM to the plain one")
-    budget.add_argument("--max-flip", type=float, metavar="FLIP", help="its FLIP to the plain one")
+    budget.add_argument("--min-ssim", type=float, metavar="SSIM", help="SSIM of the worst picture")
+    budget.add_argument("--max-flip", type=float, metavar="FLIP", help="FLIP of the worst picture")
     budget.add_argument(
         "--max-lost", type=float, metavar="SHARE",
         help="how many of the right edits may be lost: 0.01 is one point (Spark's scenes only)",
@@ -50,7 +50,8 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--prices", type=prices, metavar="KIND=SECONDS,…",
         help="what steps take where it is to be used, in the place of what they take here: "
-        "computed, reused and hit, and around for the rest of an edit",
+        "computed, reused and hit, and around for the rest of an edit (for caches alone: other "
+        "passes are taken to cost nothing and gain nothing)",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("tuned.json"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from math import isfinite
 
 _LARGEST_SEED = 2**63 - 1
 
@@ -112,10 +113,12 @@ def prices(text: str) -> dict[str, float]:
         argparse.ArgumentTypeError: if it is not four such numbers.
     """
     wanted = ("computed", "reused", "hit", "around")
-    pairs = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    pairs = [part.partition("=") for part in text.split(",")]
     try:
-        if set(pairs) == set(wanted):
-            return {name: float(pairs[name]) for name in wanted}
+        if sorted(name for name, *_ in pairs) == sorted(wanted):
+            found = {name: float(number) for name, _, number in pairs}
+            if all(map(isfinite, found.values())):
+                return found
     except ValueError:
         pass
     said = ",".join(f"{name}=SECONDS" for name in wanted)

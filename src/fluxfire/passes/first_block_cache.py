@@ -52,7 +52,8 @@ class FirstBlockCache:
         schedule: exactly the steps (from 0) that hit, whatever the distance: for timing,
             where weights are random. Kept as a sorted tuple.
         distance: `"all"` compares all image tokens, as others do; `"noise"` those of the
-            picture being made, without the reference's.
+            picture being made, without the reference's; so does the first, from the first step on
+            whose reference another cache leaves out.
         predict: `"hold"` adds what was added last; `"linear"` extends the line through the
             last two computed steps to this step's noise level; `"quadratic"` the parabola
             through the last three.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
-from math import prod
+from math import inf, prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -57,7 +57,8 @@ class ReferenceCache:
 
     Attributes:
         spacing: refresh where the noise level, which falls from 1 to 0, has fallen by this much
-            since the last refresh; at 0 every step is one, and every bit is kept.
+            since the last refresh; at 0 every step is one, whatever else is set, and every bit is
+            kept; above 1 only `drift`, first and last steps ask for more than the very first.
         warmup_steps: first steps that all are refreshes. The very first always is.
         tail_steps: last steps that all are.
         drift: refresh a sample before its time, too, if what the first block adds to the
@@ -195,8 +196,12 @@ class _Engine(CacheEngine[ReferenceCache]):
 
     @override
     def rehearsed(self, settings: ReferenceCache) -> ReferenceCache:
-        """Refresh, then reuse."""
-        return replace(settings, schedule=(0,)) if settings.exactness == "lossy" else settings
+        """Refresh, then reuse; with a drift that never comes where one has graphs of its own."""
+        if settings.exactness == "bitwise":
+            return settings
+        if settings.drift is None or settings.schedule is not None:
+            return replace(settings, schedule=(0,))
+        return replace(settings, spacing=inf, drift=inf, warmup_steps=0, tail_steps=0)
 
     @override
     def forget(self) -> None:
@@ -205,7 +210,10 @@ class _Engine(CacheEngine[ReferenceCache]):
         self._levels = []
 
     def facts(self) -> dict[str, object]:
-        """Tell the report how often the reference was computed, and what one branch keeps."""
+        """Tell the report how often the reference was due, and what one branch keeps.
+
+        One that falls on hits of another cache counts at each step until it is made up for.
+        """
         return {
             "refreshed": self._refreshed,
             "reused": self._reused,
