@@ -66,6 +66,29 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     return found, wrong
 
 
+def chosen(preset: str | None, names: str | None) -> list[Pass]:
+    """Find the passes that two options ask for, of which one is to be None.
+
+    Args:
+        preset: the name of a preset, or a file that tune wrote; `faithful` if both are None.
+        names: names of passes in order, separated by commas; or `none`.
+
+    Raises:
+        PlanError: there is no such preset, file or pass.
+    """
+    if names is None:
+        name = preset or "faithful"
+        return list(
+            recipes.read(Path(name)) if name.endswith(recipes.SUFFIX) else presets.named(name)
+        )
+    if names == "none":
+        return []
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise PlanError(f"--passes {names!r} names no pass; write none for none")
+    return [plugins.make(name) for name in wanted]
+
+
 def _preset(name: str) -> Iterable[Pass]:
     try:
         return presets.named(name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -76,12 +76,24 @@ class RunStatistics:
     @property
     def step_kinds(self) -> list[StepKind]:
         """Of each step, whether it was computed, or what its caches left out of all samples."""
+        return self._kinds(all)
+
+    def kinds_of(self, sample: int) -> list[StepKind]:
+        """Of each step, what its caches left out of one sample of the batch."""
+        return self._kinds(lambda left: left[sample])
+
+    def _kinds(self, left_out: Callable[[Sequence[bool]], bool]) -> list[StepKind]:
+        """Say of each step what was left out of every call, by what was of its samples."""
         kinds: list[StepKind] = ["computed"] * (len(self._marks) - 1)
-        told = [("reused", [(r.step, not any(r.due)) for r in self.refreshes])]
-        told.append(("hit", [(d.step, all(d.hits)) for d in self.decisions]))
+        reused = [(r.step, left_out([not due for due in r.due])) for r in self.refreshes]
+        hit = [(d.step, left_out(d.hits)) for d in self.decisions]
+        told: tuple[tuple[StepKind, list[tuple[int, bool]]], ...] = (
+            ("reused", reused),
+            ("hit", hit),
+        )
         for kind, calls in told:
             for step in {step for step, _ in calls} - {step for step, left in calls if not left}:
-                kinds[step] = kind  # type: ignore[call-overload]
+                kinds[step] = kind
         return kinds
 
     @property

@@ -502,7 +502,7 @@ def test_a_rehearsal_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
 
     monkeypatch.setattr(KeepingAttnProcessor, "_attend", seen)
     prompts, generators = batch(3)
-    fluxfire.warmup(pipe, [(32, 32)], prompt=prompts, generator=generators)
+    fluxfire.warmup(pipe, [(32, 32)], prompt=prompts, generator=generators, _auto_resize=False)
     rehearsed = set(ways)
     ways.clear()
     edit(pipe, prompt=prompts, generator=batch(3)[1], steps=9)

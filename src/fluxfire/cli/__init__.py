@@ -12,13 +12,22 @@ import sys
 from collections.abc import Callable, Sequence
 
 from fluxfire import __version__
-from fluxfire.cli import bench, bisect, demo, look, megacache, run, tune
+from fluxfire.cli import bench, bisect, demo, look, megacache, run, serve, tune
 from fluxfire.cli.options import UsageError
 from fluxfire.errors import FluxfireError
 
 __all__ = ["UsageError", "main"]
 
-_MODULES = (look, run, bench, tune, bisect, megacache, demo)  # in the order of `fluxfire --help`
+_MODULES = (
+    look,
+    run,
+    bench,
+    tune,
+    bisect,
+    megacache,
+    demo,
+    serve,
+)  # in the order of `fluxfire --help`
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -191,21 +191,11 @@ def wanted(arguments: argparse.Namespace) -> list[Pass]:
         The passes, in order.
 
     Raises:
-        UsageError: if `--passes` holds no name.
         PlanError: if there is no such preset, file or pass.
     """
-    from fluxfire import plugins, presets, recipes
+    from fluxfire.planning import chosen
 
-    if arguments.preset is not None and arguments.preset.endswith(recipes.SUFFIX):
-        return list(recipes.read(Path(arguments.preset)))
-    if arguments.preset is not None or arguments.passes is None:
-        return list(presets.named(arguments.preset or "faithful"))
-    if arguments.passes == "none":
-        return []
-    names = [name.strip() for name in arguments.passes.split(",") if name.strip()]
-    if not names:
-        raise UsageError(f"--passes {arguments.passes!r} names no pass; write none for none")
-    return [plugins.make(name) for name in names]
+    return chosen(arguments.preset, arguments.passes)
 
 
 def load_model(model: str) -> Any:

@@ -112,6 +112,10 @@ class FirstBlockCache:
         never = self.threshold == 0 and self.schedule is None
         return "bitwise" if never or self.schedule == () else "lossy"
 
+    def off(self) -> FirstBlockCache:
+        """Return the same with settings by which nothing hits, and nothing is measured."""
+        return replace(self, schedule=())
+
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse a pipeline that another cache works on already."""
         yield from obstacles(target)

@@ -110,6 +110,10 @@ class ReferenceCache:
         """Bitwise if every step is a refresh, else lossy."""
         return "bitwise" if self.spacing == 0 and self.schedule is None else "lossy"
 
+    def off(self) -> ReferenceCache:
+        """Return the same with settings by which every step is a refresh, and nothing is kept."""
+        return replace(self, spacing=0, schedule=None)
+
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse other caches, and attention processors that cannot keep the reference."""
         yield from obstacles(target)

@@ -1,1 +1,24 @@
-"""An HTTP service that edits pictures."""
+"""An editing service over HTTP: `fluxfire serve`, or `create_app(Settings())` in an ASGI server.
+
+The server's own process holds no model. `engine` keeps a queue and one worker process, in which
+the pipeline lives; `app` speaks HTTP; the rest are their tools. Needs `fluxfire[serve]`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fluxfire.serve.app import create_app
+    from fluxfire.serve.settings import Settings
+
+__all__ = ["Settings", "create_app"]
+
+_HOME = {"Settings": "settings", "create_app": "app"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -1,0 +1,110 @@
+"""The command `serve`: an editing service over HTTP."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
+from fluxfire.cli.values import positive, size, whole
+from fluxfire.errors import FluxfireError
+
+
+def add(commands: Commands) -> None:
+    """Add `serve`.
+
+    Args:
+        commands: the commands there are already.
+    """
+    parser = add_command(commands, "serve", serve, "edit pictures for others, over HTTP")
+    add_model(parser)
+    add_passes(parser)
+    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
+    parser.add_argument("--port", type=whole, default=8000, help="default: %(default)s")
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE", help="whom to serve; wanted beyond this machine"
+    )
+    parser.add_argument("--new-key", metavar="NAME", help="make a key, print it, and end")
+    parser.add_argument(
+        "--image-host", action="append", default=[], metavar="HOST",
+        help="a host that image_url may name, such as *.example.org; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--origin", action="append", default=[], metavar="URL",
+        help="another site whose pages may ask; may be given again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--storage", metavar="WHERE",
+        help="a folder, or s3://bucket/prefix?endpoint=…: answers then hold links "
+        "(a folder's are signed with FLUXFIRE_SECRET of the environment)",
+    )  # fmt: skip
+    parser.add_argument("--max-queue", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--max-batch", type=positive, default=4, help="pictures at once (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--warm-up", type=size, action="append", metavar="WIDTHxHEIGHT",
+        help="a size to run before requests are taken; may be given again",
+    )  # fmt: skip
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """Serve until told to stop.
+
+    Args:
+        arguments: the command's.
+
+    Returns:
+        The exit status.
+
+    Raises:
+        UsageError: if the extra is not installed.
+        FluxfireError: if a setting cannot be used.
+    """
+    if arguments.new_key is not None:
+        from fluxfire.serve.keys import new_key
+
+        key, line = new_key(arguments.new_key)
+        say(line)
+        note(f"the key, which is told only now: {key}")
+        note("append the line above to the file that --keys names")
+        return 0
+    try:
+        import uvicorn
+
+        from fluxfire.serve import Settings, create_app
+    except ImportError as error:
+        raise UsageError(f'{error.name} is missing: pip install "fluxfire[serve]"') from error
+    settings = Settings(
+        model=arguments.model,
+        preset=arguments.preset,
+        passes=arguments.passes,
+        host=arguments.host,
+        port=arguments.port,
+        keys_file=arguments.keys,
+        image_hosts=tuple(arguments.image_host),
+        origins=tuple(arguments.origin),
+        storage=arguments.storage,
+        secret=os.environ.get("FLUXFIRE_SECRET"),
+        max_queue=arguments.max_queue,
+        max_batch=arguments.max_batch,
+        warm_up=tuple(arguments.warm_up) if arguments.warm_up else None,
+    )
+    troubles: list[str] = []
+
+    def end(why: str) -> None:
+        troubles.append(why)
+        server.should_exit = True
+
+    app = create_app(settings, on_trouble=end)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app, host=settings.host, port=settings.port,
+            timeout_graceful_shutdown=int(settings.drain_seconds),
+        )
+    )  # fmt: skip
+    server.run()
+    if troubles:
+        raise FluxfireError(troubles[0])
+    return 0

@@ -1,0 +1,288 @@
+"""The service over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.responses import FileResponse, StreamingResponse
+from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+import fluxfire
+from fluxfire.serve.engine import Engine
+from fluxfire.serve.fetching import read_allow_list
+from fluxfire.serve.jobs import Jobs
+from fluxfire.serve.keys import Keys
+from fluxfire.serve.limits import LimitedBodies
+from fluxfire.serve.metrics import Counted, Metrics
+from fluxfire.serve.problems import PROBLEMS, add_handlers
+from fluxfire.serve.reading import read, unless_gone
+from fluxfire.serve.refusing import Refused
+from fluxfire.serve.schema import (
+    About,
+    EditAnswer,
+    EditRequest,
+    Health,
+    JobAnswer,
+    form_schema,
+)
+from fluxfire.serve.service import Service
+from fluxfire.serve.settings import Settings
+from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
+_PAGE = Path(__file__).parent / "page"
+_PAGE_FILES = {"style.css": "text/css", "app.js": "text/javascript"}
+_POLICY = (
+    "default-src 'self'; img-src 'self' data: blob: https:; style-src 'self'; script-src 'self'; "
+    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
+)
+_LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+_SWEEPS = 600.0  # seconds between looks for pictures that are too old
+
+_bearer = HTTPBearer(auto_error=False, description="A key of the service's, if it wants one.")
+_header = APIKeyHeader(name="X-API-Key", auto_error=False)
+_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/EditRequest"}},
+            "multipart/form-data": {"schema": form_schema()},
+        },
+    }
+}
+
+
+def create_app(
+    settings: Settings,
+    on_trouble: Callable[[str], None] = lambda why: None,  # noqa: ARG005
+) -> FastAPI:
+    """Make the application; its worker starts with it, and ends with it.
+
+    Args:
+        settings: the service's.
+        on_trouble: is told why there is no pipeline, and will be none.
+
+    Raises:
+        FluxfireError: a setting cannot be used: keys or an allow-list that cannot be read, or a
+            storage that is none.
+    """
+    keys = Keys.read(settings.keys_file) if settings.keys_file else None
+    read_allow_list(settings.image_hosts)
+    storage = None
+    if settings.storage is not None:
+        storage = open_storage(
+            settings.storage,
+            secret=(settings.secret or secrets.token_hex(32)).encode(),
+            retention_seconds=settings.retention_seconds,
+            link_seconds=settings.link_seconds,
+        )
+        storage.check()
+    metrics = Metrics()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        engine = Engine(
+            settings, on_batch=metrics.batch, on_restart=metrics.restarted, on_trouble=on_trouble
+        )
+        engine.start()
+        service = Service(settings, engine, storage)
+        app.state.engine, app.state.service, app.state.jobs = engine, service, Jobs(service)
+        sweeper = asyncio.create_task(_sweep(storage)) if storage else None
+        try:
+            yield
+            await engine.drain(settings.drain_seconds)
+            await app.state.jobs.settle()
+        finally:
+            if sweeper is not None:
+                sweeper.cancel()
+            await app.state.jobs.close()
+            engine.close()
+
+    app = FastAPI(
+        title="fluxfire",
+        version=fluxfire.__version__,
+        summary="Edits pictures by instruction.",
+        lifespan=lifespan,
+    )
+    app.state.settings, app.state.keys = settings, keys
+    app.state.metrics, app.state.storage = metrics, storage
+    _add_routes(app)
+    add_handlers(app)
+    app.add_middleware(LimitedBodies, most=_largest_body(settings))
+    if settings.origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=list(settings.origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+        )  # fmt: skip
+    app.add_middleware(Counted, metrics=metrics)
+    if settings.on_loopback and keys is None:
+        # Or a page elsewhere could give its own name this machine's address, and ask.
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, settings.host])
+    return app
+
+
+async def owner(
+    request: Request,
+    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
+    header: Annotated[str | None, Depends(_header)],
+) -> str | None:
+    """Whose key came along; None where no key is wanted.
+
+    Raises:
+        Refused: one is wanted, and none or a wrong one came.
+    """
+    keys: Keys | None = request.app.state.keys
+    if keys is None:
+        return None
+    name = keys.owner(bearer.credentials if bearer else header or "")
+    if name is None:
+        raise Refused(
+            "this service wants a key: send it as Authorization: Bearer KEY, or X-API-Key",
+            status=401, code="key-wanted",
+        )  # fmt: skip
+    return name
+
+
+Owner = Annotated[str | None, Depends(owner)]
+
+
+def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
+    settings: Settings = app.state.settings
+
+    def engine() -> Engine:
+        running: Engine = app.state.engine
+        return running
+
+    @app.post(
+        "/inference", response_model=EditAnswer, responses=PROBLEMS, openapi_extra=_BODY,
+        summary="Edit a picture, and wait for the result",
+    )  # fmt: skip
+    async def inference(request: Request, _owner: Owner) -> EditAnswer:
+        wanted, file = await read(request)
+        answer: EditAnswer = await unless_gone(request, app.state.service.edit(wanted, file))
+        app.state.metrics.edited(answer)
+        return answer
+
+    @app.post(
+        "/jobs", response_model=JobAnswer, responses=PROBLEMS, status_code=202,
+        openapi_extra=_BODY, summary="Begin an edit",
+    )  # fmt: skip
+    async def begin_job(request: Request, owner: Owner) -> JobAnswer:
+        wanted, file = await read(request)
+        job = app.state.jobs.begin(wanted, file, owner)
+        shown: JobAnswer = job.shown(engine())
+        return shown
+
+    @app.get("/jobs/{job_id}", response_model=JobAnswer, responses=PROBLEMS, summary="See a job")
+    async def see_job(job_id: str, owner: Owner) -> JobAnswer:
+        shown: JobAnswer = app.state.jobs.find(job_id, owner).shown(engine())
+        return shown
+
+    @app.delete(
+        "/jobs/{job_id}", response_model=JobAnswer, responses=PROBLEMS, summary="Cancel a job"
+    )
+    async def cancel_job(job_id: str, owner: Owner) -> JobAnswer:
+        job = app.state.jobs.find(job_id, owner)
+        await app.state.jobs.cancel(job)
+        shown: JobAnswer = job.shown(engine())
+        return shown
+
+    @app.get(
+        "/jobs/{job_id}/events", responses=PROBLEMS, response_class=StreamingResponse,
+        summary="Follow a job by server-sent events",
+    )  # fmt: skip
+    async def follow_job(job_id: str, owner: Owner) -> StreamingResponse:
+        job = app.state.jobs.find(job_id, owner)
+
+        async def events() -> AsyncIterator[str]:
+            async for shown in app.state.jobs.watch(job):
+                yield f"event: {shown.status}\ndata: {shown.model_dump_json()}\n\n"
+
+        quiet = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events(), media_type="text/event-stream", headers=quiet)
+
+    @app.get("/files/{name}", responses=PROBLEMS, summary="A picture, by its signed link")
+    async def stored(name: str, expires: int, signature: str) -> Response:
+        storage = app.state.storage
+        if not isinstance(storage, LocalStorage):
+            raise Refused("this service keeps no pictures here", status=404, code="file-gone")
+        data, kind = await asyncio.to_thread(storage.read, name, expires, signature)
+        return Response(data, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
+
+    @app.get("/about", response_model=About, responses=PROBLEMS, summary="The service")
+    async def about(_owner: Owner) -> About:
+        facts = engine().facts
+        return About(
+            model=settings.model,
+            version=fluxfire.__version__,
+            state=engine().state,
+            device=facts.device if facts else None,
+            passes=list(facts.passes) if facts else [],
+            qualities=list(facts.levels) if facts else [],
+            quality=facts.level if facts else None,
+            key_required=app.state.keys is not None,
+            max_pixels=settings.max_pixels,
+            max_bytes=settings.max_bytes,
+            default_steps=EditRequest.model_fields["steps"].default,
+        )
+
+    @app.get("/health", response_model=Health, summary="Whether the service lives")
+    async def health(response: Response) -> Health:
+        state, facts = engine().state, engine().facts
+        response.status_code = 503 if state == "failed" else 200
+        return Health(
+            status="ok" if state == "ready" else state,
+            gpu_available=facts is not None and facts.device.startswith("cuda"),
+            message=engine().trouble,
+        )
+
+    @app.get("/ready", response_model=Health, summary="Whether requests are taken without waiting")
+    async def ready(response: Response) -> Health:
+        told = await health(response)
+        response.status_code = 200 if told.status == "ok" else 503
+        return told
+
+    @app.get("/metrics", response_class=Response, summary="Counters, for Prometheus")
+    async def metrics(_owner: Owner) -> Response:
+        text = app.state.metrics.text(engine())
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+        return FileResponse(_PAGE / "index.html", media_type="text/html", headers=headers)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> FileResponse:
+        if name not in _PAGE_FILES:
+            raise HTTPException(404)
+        return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name])
+
+
+async def _sweep(storage: Any) -> None:
+    """Delete pictures that are too old, again and again."""
+    while True:
+        try:
+            deleted = await asyncio.to_thread(storage.sweep)
+            if deleted:
+                _log.info("%d stored pictures deleted", deleted)
+        except StorageError as error:
+            _log.warning("%s", error)
+        await asyncio.sleep(_SWEEPS)
+
+
+def _largest_body(settings: Settings) -> int:
+    """How many bytes a request may have: a picture in base64, and words."""
+    return 4 * -(-settings.max_bytes // 3) + 2**20

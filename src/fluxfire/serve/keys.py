@@ -1,0 +1,79 @@
+"""Keys: random, kept as hashes, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import re
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+
+from fluxfire.errors import FluxfireError
+
+_LINE = re.compile(r"([\w.@-]+)\s+sha256:([0-9a-f]{64})")
+_PREFIX = "ff_"
+
+
+def new_key(name: str) -> tuple[str, str]:
+    """Make a key.
+
+    A key has 256 random bits, so a plain hash of it cannot be guessed backwards.
+
+    Args:
+        name: whose key it is: letters, digits and `._@-`.
+
+    Returns:
+        The key, and the line for the file of keys.
+
+    Raises:
+        FluxfireError: the name has other characters.
+    """
+    key = _PREFIX + secrets.token_urlsafe(32)
+    line = f"{name} sha256:{_hash(key)}"
+    if _LINE.fullmatch(line) is None:
+        raise FluxfireError(f"{name!r} cannot name a key; use letters, digits and ._@-")
+    return key, line
+
+
+class Keys:
+    """The keys that a service takes."""
+
+    def __init__(self, hashes: Mapping[str, str]) -> None:
+        self._hashes = dict(hashes)
+
+    @classmethod
+    def read(cls, path: Path) -> Keys:
+        """Read a file of keys: one to a line; empty lines and those that begin with # are skipped.
+
+        Raises:
+            FluxfireError: the file cannot be read, or a line is none, or there is no key.
+        """
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise FluxfireError(f"the keys in {path} cannot be read: {error}") from error
+        hashes: dict[str, str] = {}
+        for number, line in enumerate(map(str.strip, lines), 1):
+            if not line or line.startswith("#"):
+                continue
+            match = _LINE.fullmatch(line)
+            if match is None or match[1] in hashes:
+                why = "names a key a second time" if match else "is no name and sha256:HASH"
+                raise FluxfireError(f"line {number} of {path} {why}")
+            hashes[match[1]] = match[2]
+        if not hashes:
+            raise FluxfireError(f"{path} holds no key; fluxfire serve --new-key NAME makes one")
+        return cls(hashes)
+
+    def owner(self, key: str) -> str | None:
+        """Return whose key this is, or None; takes as long for a wrong key as for a right one."""
+        given, found = _hash(key), None
+        for name, known in self._hashes.items():
+            if hmac.compare_digest(given, known):
+                found = name
+        return found
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,68 @@
+"""Which quality a request can have: settings of caches that are applied already."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any
+
+from fluxfire import presets
+from fluxfire.protocol import Pass
+from fluxfire.serve.wire import AS_APPLIED, LEVELS, Level
+
+
+def usual(device: str) -> tuple[Pass, ...]:
+    """Return what is applied where nothing is asked for: `balanced`; on a CPU its cache alone.
+
+    Args:
+        device: `"cuda"` or `"cpu"`, where compiling takes longer than it saves.
+    """
+    return presets.balanced if device == "cuda" else tuple(filter(_is_tunable, presets.balanced))
+
+
+def offered(applied: Sequence[Pass]) -> dict[Level, tuple[Pass, ...]]:
+    """Return the levels that applied passes can give, as settings for `fluxfire.using`.
+
+    A level is what the preset of its name does. So each cache of that preset must be there; a
+    cache that the preset has not is switched off; and what is lossy otherwise, such as weights in
+    eight bits, rules all levels out.
+
+    Args:
+        applied: the passes, in order.
+    """
+    caches = [p for p in applied if _is_tunable(p)]
+    if any(p.exactness == "lossy" for p in applied if p not in caches):
+        return {}
+    found: dict[Level, tuple[Pass, ...]] = {}
+    for level in LEVELS:
+        wanted = {p.name: p for p in presets.named(level) if _is_tunable(p)}
+        settings = tuple(_set(p, wanted.pop(p.name, None)) for p in caches)
+        if not wanted and all(map(_reachable, caches, settings)):
+            found[level] = settings
+    return found
+
+
+def current(applied: Sequence[Pass]) -> str:
+    """Return the level that applied passes are set to, or `AS_APPLIED`."""
+    caches = tuple(p for p in applied if _is_tunable(p))
+    for level, settings in offered(applied).items():
+        if settings == caches:
+            return level
+    return AS_APPLIED
+
+
+def _is_tunable(pass_: Any) -> bool:
+    return bool(getattr(pass_, "tunable", ())) and hasattr(pass_, "off")
+
+
+def _set(applied: Any, wanted: Pass | None) -> Pass:
+    off: Pass = applied.off()
+    return off if wanted is None else wanted
+
+
+def _reachable(applied: Any, wanted: Any) -> bool:
+    """Whether all that differs can change at run time."""
+    names = (f.name for f in fields(applied) if f.name not in applied.tunable)
+    return type(applied) is type(wanted) and all(
+        getattr(applied, name) == getattr(wanted, name) for name in names
+    )

@@ -1,0 +1,80 @@
+"""A worker process seen from the server: started, sent to, heard, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import queue
+import threading
+from collections.abc import Callable
+
+from fluxfire.serve import worker
+from fluxfire.serve.settings import Settings
+from fluxfire.serve.wire import FromWorker, Stop, ToWorker
+
+_PATIENCE = 5.0  # seconds to end by itself
+
+
+class WorkerProcess:
+    """One spawned process, which never shares the server's memory."""
+
+    def __init__(self, settings: Settings) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._ours, self._theirs = context.Pipe()
+        self._process = context.Process(
+            target=worker.main, args=(self._theirs, settings), name="fluxfire worker", daemon=True
+        )
+        self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
+
+    @property
+    def pid(self) -> int | None:
+        """Its process id."""
+        return self._process.pid
+
+    def start(self, heard: Callable[[FromWorker | None], None]) -> None:
+        """Start it.
+
+        Args:
+            heard: is called with each message, and with None when it is gone; from a thread.
+        """
+        self._process.start()
+        self._theirs.close()  # or its end would not be noticed
+        threading.Thread(target=self._listen, args=(heard,), name="ears", daemon=True).start()
+        threading.Thread(target=self._speak, name="mouth", daemon=True).start()
+
+    def send(self, message: ToWorker) -> None:
+        """Send a message; pictures take their time, so a thread does."""
+        self._outbox.put(message)
+
+    def stop(self) -> None:
+        """End it: kindly, then not."""
+        self.send(Stop())
+        self.send_no_more()
+        threading.Thread(target=self._end, name="end of worker").start()
+
+    def send_no_more(self) -> None:
+        """Let the sending thread end."""
+        self._outbox.put(None)
+
+    def _end(self) -> None:
+        self._process.join(_PATIENCE)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _listen(self, heard: Callable[[FromWorker | None], None]) -> None:
+        try:
+            while True:
+                heard(self._ours.recv())
+        except (EOFError, OSError):
+            self._process.join()
+            self.send_no_more()
+            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
+                heard(None)
+
+    def _speak(self) -> None:
+        while (message := self._outbox.get()) is not None:
+            try:
+                self._ours.send(message)
+            except (BrokenPipeError, OSError):
+                return  # it died, which the other thread tells

@@ -1,0 +1,176 @@
+"""From a request to an answer: the picture is read, edited, written, and stored."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from fluxfire.serve import decoding, fetching
+from fluxfire.serve.engine import Engine, Ticket
+from fluxfire.serve.refusing import Refused
+from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
+from fluxfire.serve.settings import Settings
+from fluxfire.serve.storage import Storage, fresh_name
+from fluxfire.serve.wire import Ask, Raw, Result
+
+T = TypeVar("T")
+
+
+@dataclass
+class Service:
+    """What edits, with what and for how long.
+
+    Attributes:
+        settings: the service's.
+        engine: the queue and its worker.
+        storage: where pictures go; None puts them into the answers.
+    """
+
+    settings: Settings
+    engine: Engine
+    storage: Storage | None
+
+    async def edit(
+        self,
+        request: EditRequest,
+        file: bytes | None,
+        on_ticket: Callable[[Ticket], None] = lambda ticket: None,  # noqa: ARG005
+    ) -> EditAnswer:
+        """Edit. Cancelling this gives the request up.
+
+        Args:
+            request: as it came.
+            file: the picture, where it came as a file.
+            on_ticket: is told the ticket once the request is in the queue.
+
+        Raises:
+            Refused: the request cannot be carried out, or was not within its time.
+            StorageError: the pictures could not be stored.
+        """
+        began = time.perf_counter()
+        ticket: Ticket | None = None
+        try:
+            async with asyncio.timeout(self.settings.request_seconds):
+                picture = await self._picture(request, file)
+                decoded = time.perf_counter()
+                ticket = self.engine.submit(_ask(request, picture))
+                on_ticket(ticket)
+                result = await asyncio.shield(ticket.done)
+                return await self._answer(request, ticket, result, began, decoded)
+        except TimeoutError:
+            late = Refused(
+                f"the request took more than {self.settings.request_seconds:g} s; try again later, "
+                f"or ask for fewer steps",
+                status=504, code="deadline",
+            )  # fmt: skip
+            if ticket is not None:
+                self.engine.cancel(ticket, late)
+            raise late from None
+        except asyncio.CancelledError:
+            if ticket is not None:
+                gone = Refused("the request was cancelled", status=499, code="cancelled")
+                self.engine.cancel(ticket, gone)
+            raise
+
+    async def _picture(self, request: EditRequest, file: bytes | None) -> Raw | None:
+        """Read the picture, wherever it is; None if there is none."""
+        most = self.settings.max_bytes
+        url = request.image_url
+        if file is not None and (request.image or url) is not None:
+            raise Refused("give one picture, not two", status=422, code="invalid-request")
+        if file is not None and len(file) > most:
+            raise Refused(
+                f"the picture has {len(file)} bytes; at most {most} are taken",
+                status=413, code="image-too-large",
+            )  # fmt: skip
+        text = url if url is not None and url[:5].lower() == "data:" else request.image
+        if text is not None:
+            file = await asyncio.to_thread(decoding.unwrapped, text, max_bytes=most)
+        elif url is not None:
+            file = await fetching.fetch(
+                url, allowed=self.settings.image_hosts, max_bytes=most,
+                seconds=self.settings.fetch_seconds,
+            )  # fmt: skip
+        if file is None:
+            return None
+        return await asyncio.to_thread(_decoded, file, self.settings.max_pixels)
+
+    async def _answer(
+        self, request: EditRequest, ticket: Ticket, result: Result, began: float, decoded: float
+    ) -> EditAnswer:
+        made = time.perf_counter()
+        encoded = await asyncio.gather(
+            *(asyncio.to_thread(_encoded, raw, request) for raw in result.pictures)
+        )
+        written = time.perf_counter()
+        images = [
+            await self._image(data, raw, seed, request)
+            for data, raw, seed in zip(encoded, result.pictures, ticket.ask.seeds, strict=True)
+        ]
+        ended = time.perf_counter()
+        facts = self.engine.facts
+        assert facts is not None  # noqa: S101 - something was made
+        return EditAnswer(
+            images=images,
+            seed=ticket.ask.seeds[0],
+            quality=request.quality or facts.level,
+            steps=list(result.steps),
+            hit_rate=result.hit_rate,
+            inference_time=ticket.inference,
+            processing_time=decoded - began + ended - made,
+            total_time=ended - began,
+            timings=Timings(
+                decoding=decoded - began,
+                waiting=max(0.0, made - decoded - ticket.inference),
+                inference=ticket.inference,
+                encoding=written - made,
+                storing=ended - written,
+            ),
+        )
+
+    async def _image(self, data: bytes, raw: Raw, seed: int, request: EditRequest) -> ImageMade:
+        """Put a picture into the answer, or into the store and a link into the answer."""
+        name = fresh_name(request.output_format)
+        link = None
+        if self.storage is not None:
+            kind = decoding.media_type(request.output_format)
+            await asyncio.to_thread(self.storage.put, name, data, kind)
+            link = await asyncio.to_thread(self.storage.url, name)
+        return ImageMade(
+            data_url=None if link else decoding.data_url(data, request.output_format),
+            url=link,
+            filename=name,
+            filepath=name if link else None,
+            seed=seed,
+            width=raw.width,
+            height=raw.height,
+        )
+
+
+def _ask(request: EditRequest, picture: Raw | None) -> Ask:
+    first = request.seed if request.seed is not None else secrets.randbelow(LARGEST_SEED + 1)
+    return Ask(
+        prompt=request.prompt,
+        prompt_2=request.prompt2,
+        negative_prompt=request.negative_prompt,
+        negative_prompt_2=request.negative_prompt2,
+        picture=picture,
+        seeds=tuple((first + i) % (LARGEST_SEED + 1) for i in range(request.num_images)),
+        size=(request.width, request.height) if picture is None else request.size,
+        steps=request.steps,
+        guidance_scale=request.guidance_scale,
+        true_cfg_scale=request.true_cfg_scale,
+        level=request.quality,
+    )
+
+
+def _decoded(file: bytes, max_pixels: int) -> Raw:
+    return Raw.of(decoding.decode(file, max_pixels=max_pixels))
+
+
+def _encoded(raw: Raw, request: EditRequest) -> bytes:
+    return decoding.encode(raw.picture(), request.output_format, request.output_quality)
