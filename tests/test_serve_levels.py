@@ -1,0 +1,164 @@
+"""The quality that a request can have, and that it is what the preset of its name gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+import fluxfire
+from fluxfire import presets, spark
+from fluxfire.bench import held_out
+from fluxfire.passes import Compile, EncodingCache, FirstBlockCache, Float8, ReferenceCache
+from fluxfire.serve.editing import Editor
+from fluxfire.serve.levels import current, offered, usual
+from fluxfire.serve.wire import AS_APPLIED, LEVELS, Ask, Raw
+
+LOOSE = FirstBlockCache(0.9, predict="hold")
+
+
+def test_presets_offer_what_they_can():
+    assert list(offered(presets.faithful)) == ["faithful"]
+    for name in ("balanced", "fast"):
+        assert tuple(offered(presets.named(name))) == LEVELS
+        assert current(presets.named(name)) == name
+    assert current(presets.faithful) == "faithful"
+    assert usual("cuda") == presets.balanced
+    assert current(usual("cpu")) == "balanced"
+
+
+def test_what_is_lossy_otherwise_rules_all_out():
+    assert offered([Float8(), *presets.balanced]) == {}
+    assert current([Float8(), Compile()]) == AS_APPLIED
+    assert current([LOOSE]) == AS_APPLIED
+
+
+def test_a_cache_that_a_level_does_not_have_is_off():
+    levels = offered([EncodingCache(), LOOSE, ReferenceCache(0.3)])
+    assert list(levels) == list(LEVELS)
+    first, second = levels["fast"]
+    assert first == presets.fast[-2]
+    assert second.exactness == "bitwise"
+    assert {p.exactness for p in levels["faithful"]} == {"bitwise"}
+    assert list(offered([ReferenceCache(0.3)])) == ["faithful"]
+
+
+@pytest.fixture(scope="module")
+def editor():
+    pipe = spark.load()
+    passes = (FirstBlockCache(0.27, predict="quadratic"), ReferenceCache(0.2))
+    fluxfire.optimize(pipe, passes)
+    return Editor(pipe, passes, "spark")
+
+
+EXAMPLES = held_out(6)
+
+
+def ask(number, **more):
+    example = EXAMPLES[number]
+    settings = {"picture": Raw.of(example.picture), "seeds": (number,), "steps": 12}
+    return Ask(prompt=example.instruction, **(settings | more))
+
+
+def pixels(result, picture=0):
+    return np.asarray(result.pictures[picture].picture(), dtype=np.int16)
+
+
+def edit(editor, *asks, at_once=8):
+    steps = []
+    made = editor.edit(dict(enumerate(asks)), at_once, lambda *told: steps.append(told))
+    assert steps == [(i + 1, steps[-1][1]) for i in range(len(steps))]
+    assert steps[-1][0] == steps[-1][1]
+    return list(made.values())
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_level_is_its_preset(editor, level):
+    """Bit for bit, with the pipeline called as a user would."""
+    example = EXAMPLES[0]
+    pipe = spark.load()
+    fluxfire.optimize(pipe, [p for p in presets.named(level) if isinstance(p, FirstBlockCache)])
+    picture = pipe(
+        image=example.picture, prompt=example.instruction, num_inference_steps=12,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    (result,) = edit(editor, ask(0, level=level))
+    assert np.array_equal(pixels(result), np.asarray(picture))
+    kinds = fluxfire.report(pipe).runs[-1].step_kinds
+    assert list(result.steps) == kinds
+    assert result.hit_rate == pytest.approx(kinds.count("hit") / 12)
+    assert ("hit" in kinds) == (level != "faithful")
+
+
+def test_a_batch_gives_what_each_gives_alone(editor):
+    """Also where its samples hit at different steps; and so do several pictures of one request."""
+    for level in ("faithful", "fast"):
+        asks = [ask(n, level=level) for n in range(3)]
+        together = edit(editor, *asks)
+        for wanted, result in zip(asks, together, strict=True):
+            (alone,) = edit(editor, wanted)
+            assert np.abs(pixels(result) - pixels(alone)).max() <= 2
+            assert result.steps == alone.steps
+    (both,) = edit(editor, ask(1, seeds=(7, 8), level="faithful"))
+    for i, seed in enumerate((7, 8)):
+        (alone,) = edit(editor, ask(1, seeds=(seed,), level="faithful"))
+        assert np.abs(pixels(both, i) - pixels(alone)).max() <= 2
+
+
+def test_more_than_fit_are_made_in_turn(editor):
+    (several,) = edit(editor, ask(2, seeds=(1, 2, 3), steps=2), at_once=2)
+    (alone,) = edit(editor, ask(2, seeds=(3,), steps=2))
+    assert len(several.pictures) == 3
+    assert np.abs(pixels(several, 2) - pixels(alone)).max() <= 2
+
+
+def test_true_cfg_and_other_words(editor):
+    plain, guided, other = edit(
+        editor, ask(3, level="faithful", steps=3)
+    ) + edit(
+        editor, ask(3, level="faithful", steps=3, negative_prompt="a boat", true_cfg_scale=4.0)
+    ) + edit(
+        editor, ask(3, level="faithful", steps=3, prompt_2="make the circle blue")
+    )  # fmt: skip
+    assert not np.array_equal(pixels(plain), pixels(guided))
+    assert not np.array_equal(pixels(plain), pixels(other))
+    assert len(guided.steps) == 3
+
+
+def test_kinds():
+    """What may be made at once, and what may not."""
+    assert ask(0).kind == ask(0, seeds=(5, 6), prompt_2="more").kind
+    different = [
+        ask(0),
+        ask(0, steps=3),
+        ask(0, level="fast"),
+        ask(0, size=(256, 256)),
+        ask(0, guidance_scale=1.0),
+        ask(0, picture=None),
+        ask(0, negative_prompt="no", true_cfg_scale=2.0),
+        ask(0, negative_prompt="no", true_cfg_scale=3.0),
+    ]
+    assert len({a.kind for a in different}) == len(different)
+    assert ask(0, true_cfg_scale=2.0).kind == ask(0).kind  # nothing to steer away from
+
+
+def test_sizes(editor):
+    (landscape,) = edit(editor, ask(0, size=(1024, 512), steps=1))
+    made = landscape.pictures[0]
+    assert (made.width, made.height) == spark.load().reference_size(1024, 512)
+    (from_text,) = edit(editor, ask(0, picture=None, size=(512, 512), steps=1))
+    assert (from_text.pictures[0].width, from_text.pictures[0].height) == (128, 128)
+
+
+def test_what_is_raised_in_a_step_ends_the_run_and_leaves_nothing(editor):
+    class GoneError(Exception):
+        pass
+
+    def gone(step, steps):
+        raise GoneError
+
+    with pytest.raises(GoneError):
+        editor.edit({1: ask(0)}, 1, gone)
+    (after,) = edit(editor, ask(0, level="faithful", steps=2))
+    (again,) = edit(editor, ask(0, level="faithful", steps=2))
+    assert np.array_equal(pixels(after), pixels(again))

@@ -1,0 +1,97 @@
+"""Settings and keys of a service: what is refused, and what is kept."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fluxfire.errors import FluxfireError
+from fluxfire.serve.keys import Keys, new_key
+from fluxfire.serve.settings import Settings
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.8.9.1", "::1", "localhost"])
+def test_this_machine_needs_no_keys(host):
+    assert Settings(host=host).on_loopback
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
+def test_others_do(host, tmp_path):
+    with pytest.raises(FluxfireError, match="so the service needs keys: make one by fluxfire"):
+        Settings(host=host)
+    Settings(host=host, keys_file=tmp_path / "keys")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_queue": 0}, "max_queue=0; it must be 1 or more"),
+        ({"request_seconds": 0}, "request_seconds=0; it must be above 0"),
+        ({"preset": "fast", "passes": "compile"}, "preset and passes exclude each other"),
+        ({"origins": ("*",)}, "would let any page ask; name the sites"),
+    ],
+)
+def test_what_makes_no_sense(settings, message):
+    with pytest.raises(FluxfireError, match=message):
+        Settings(**settings)
+    with pytest.raises(FrozenInstanceError):
+        Settings().port = 3
+
+
+def test_keys(tmp_path):
+    made = {name: new_key(name) for name in ("ann", "bob@example.org")}
+    file = tmp_path / "keys"
+    file.write_text("# who may\n\n" + "\n".join(line for _, line in made.values()) + "\n")
+    keys = Keys.read(file)
+    for name, (key, _) in made.items():
+        assert keys.owner(key) == name
+        assert key not in file.read_text()
+    assert keys.owner("") is None
+
+
+@given(st.text())
+def test_no_other_key_will_do(guess):
+    key, line = new_key("ann")
+    name, digest = line.split(" sha256:")
+    keys = Keys({name: digest})
+    assert (keys.owner(guess) is None) == (guess != key)
+    assert keys.owner(digest) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no key; fluxfire serve --new-key NAME makes one"),
+        ("ann", r"line 1 of .* is no name and sha256:HASH"),
+        ("ann sha256:12", r"line 1 of .* is no name and sha256:HASH"),
+        ("{0}\n{0}", r"line 2 of .* names a key a second time"),
+    ],
+)
+def test_files_that_hold_no_keys(text, message, tmp_path):
+    file = tmp_path / "keys"
+    file.write_text(text.format(new_key("ann")[1]))
+    with pytest.raises(FluxfireError, match=message):
+        Keys.read(file)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FluxfireError, match=r"the keys in .* cannot be read"):
+        Keys.read(tmp_path / "none")
+    with pytest.raises(FluxfireError, match="'two words' cannot name a key"):
+        new_key("two words")
+
+
+def test_the_server_is_without_torch():
+    """The application, and all that it is made of, in a fresh interpreter."""
+    pytest.importorskip("fastapi")
+    code = (
+        "import sys; from fluxfire.serve import Settings, create_app; create_app(Settings()); "
+        "print(sorted({'torch', 'diffusers', 'transformers', 'numpy', 'boto3'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stderr
