@@ -19,6 +19,7 @@ from typing import Any
 import claims
 from fluxfire.bench import load
 from fluxfire.bench.search import names
+from fluxfire.serve import queueing
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -577,6 +578,48 @@ def _own(reprs: Sequence[str]) -> str:
     return names(made)
 
 
+def deployment(*, goal: float = 5, window: float = 60) -> str:
+    """What loads need and what their images take, from measured edits and a measured start."""
+    result, starts = load(RESULTS / "reference.json"), load(RESULTS / "cold.json")
+    start = next(row for row in starts["rows"] if row["start"] == "with artifacts")
+    first, *_ = start["sizes"]
+    spent = (start["phases"][name] for name in ("imports", "weights", "optimize"))
+    cold_start = sum(spent) + first["seconds"]
+    table = []
+    for preset in ("balanced", "fast"):
+        row = find(result["rows"], preset, "edit 1024, 28 steps")
+        service = queueing.Service(tuple(row["edit"]["seconds"]))
+        for found in queueing.sizes(service, goal):
+            zero = ("", "")
+            if found.gpus == 1:
+                alone = queueing.scaled_to_zero(
+                    found.rate, service, window=window, cold_start=cold_start
+                )
+                zero = (f"{alone.paid_seconds:.2f}", f"{alone.cold:.1%}")
+            table.append(
+                (
+                    preset,
+                    f"{found.rate:g}",
+                    f"{found.gpus}",
+                    f"{found.utilisation:.0%}",
+                    f"{found.mean_wait:.2f}",
+                    f"{found.p95_latency:.2f}",
+                    f"{found.paid_seconds:.2f}",
+                    *zero,
+                )
+            )
+    head = (
+        "preset", "requests a minute", "GPUs", "busy", "mean wait, s", "p95 latency, s",
+        "GPU seconds an image, always on", "scaled to zero", "of requests, meet a cold start",
+    )  # fmt: skip
+    return (
+        f"{markdown(head, table)}\n\nA p95 latency of {goal:g} s is asked for. A container goes "
+        f"after {window:g} s without a request, and takes {cold_start:.0f} s to start with its "
+        f"artifacts, to the first edit ({starts['environment']['gpu']}, weights on a local disk); "
+        f"the two columns of waiting are for GPUs that are on. Service times: {where(result)}."
+    )
+
+
 def vocabulary() -> str:
     """What Spark's instructions are made of."""
     from fluxfire.spark.edits import KINDS, PLACES, WAYS
@@ -631,6 +674,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "main job": main_job,
     "spark": spark,
     "vocabulary": vocabulary,
+    "deployment": deployment,
     "presets": tuned,
     "caches": caches,
     "caches in brief": caches_brief,
