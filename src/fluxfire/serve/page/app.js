@@ -1,0 +1,307 @@
+// The page of the service: choose, ask, watch, compare.
+
+const $ = (id) => document.getElementById(id);
+const NUMBERS = ["steps", "seed", "num_images", "guidance_scale", "width", "height", "true_cfg_scale"];
+const ENDED = ["done", "failed", "cancelled"];
+
+let about = null;
+let picture = null; // {blob, url}: what is to be edited
+let before = null; // the picture that the result is compared with
+let job = null;
+
+async function start() {
+  $("key").value = sessionStorage.getItem("key") ?? "";
+  wire();
+  await ask();
+}
+
+function wire() {
+  const drop = $("drop");
+  drop.addEventListener("click", () => $("file").click());
+  drop.addEventListener("keydown", (event) => {
+    if (event.key === "Enter" || event.key === " ") {
+      event.preventDefault();
+      $("file").click();
+    }
+  });
+  for (const kind of ["dragover", "dragleave", "drop"]) {
+    drop.addEventListener(kind, (event) => {
+      event.preventDefault();
+      drop.classList.toggle("over", kind === "dragover");
+    });
+  }
+  drop.addEventListener("drop", (event) => choose(event.dataTransfer.files[0]));
+  $("file").addEventListener("change", () => choose($("file").files[0]));
+  document.addEventListener("paste", (event) => choose(event.clipboardData.files[0]));
+  $("form").addEventListener("submit", (event) => {
+    event.preventDefault();
+    edit();
+  });
+  $("key").addEventListener("change", () => {
+    sessionStorage.setItem("key", $("key").value);
+    ask();
+  });
+  $("cancel").addEventListener("click", cancel);
+  $("slider").addEventListener("input", slide);
+  $("copy").addEventListener("click", () => navigator.clipboard?.writeText($("made-seed").value));
+}
+
+function headers() {
+  const key = $("key").value;
+  return key ? { Authorization: `Bearer ${key}` } : {};
+}
+
+// Answers with JSON, or an error whose message is a sentence.
+async function call(path, options = {}) {
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers: headers() });
+  } catch {
+    throw new Error("The service cannot be reached.");
+  }
+  if (response.ok) return response;
+  const told = await response.json().catch(() => null);
+  let message = told?.error?.message ?? `The service answered ${response.status}.`;
+  const wait = response.headers.get("Retry-After");
+  if (wait) message += `. Try again in ${wait} seconds.`;
+  const error = new Error(message);
+  error.status = response.status;
+  throw error;
+}
+
+async function ask() {
+  try {
+    about = await (await call("about")).json();
+    $("key-field").hidden = !about.key_required;
+    tell("");
+  } catch (error) {
+    $("key-field").hidden = error.status !== 401;
+    $("about").textContent = error.status === 401 ? "This service wants a key." : error.message;
+    return;
+  }
+  const where = about.device ? ` on ${about.device}` : "";
+  $("about").textContent = `${about.model}${where}, ${about.state}, version ${about.version}`;
+  $("steps").value ||= about.default_steps;
+  offer(about.qualities, about.quality);
+  if (about.state === "starting") setTimeout(ask, 1000);
+}
+
+function offer(qualities, preset) {
+  const chosen = new FormData($("form")).get("quality") ?? preset;
+  const labels = qualities.map((quality) => {
+    const label = document.createElement("label");
+    const input = document.createElement("input");
+    const name = document.createElement("span");
+    Object.assign(input, { type: "radio", name: "quality", value: quality });
+    input.checked = quality === chosen;
+    name.textContent = quality;
+    label.append(input, name);
+    return label;
+  });
+  $("qualities").querySelectorAll("label").forEach((label) => label.remove());
+  $("qualities").append(...labels);
+  $("qualities").hidden = labels.length < 2;
+}
+
+async function choose(file) {
+  if (!file) return;
+  if (about && file.size > about.max_bytes) {
+    return tell(`This picture has ${file.size} bytes; the service takes ${about.max_bytes}.`);
+  }
+  const url = URL.createObjectURL(file);
+  const image = new Image();
+  image.src = url;
+  try {
+    await image.decode();
+  } catch {
+    URL.revokeObjectURL(url);
+    return tell("This is no picture that can be shown. Use PNG, JPEG or WebP.");
+  }
+  const pixels = image.naturalWidth * image.naturalHeight;
+  if (about && pixels > about.max_pixels) {
+    URL.revokeObjectURL(url);
+    return tell(`This picture has ${pixels} pixels; the service takes ${about.max_pixels}.`);
+  }
+  if (picture && picture !== before) URL.revokeObjectURL(picture.url);
+  picture = { blob: file, url };
+  $("chosen").src = url;
+  $("chosen").hidden = false;
+  $("drop-hint").hidden = true;
+  tell("");
+}
+
+function fields() {
+  const body = new FormData();
+  body.set("prompt", $("prompt").value.trim());
+  for (const name of [...NUMBERS, "negative_prompt", "output_format"]) {
+    if ($(name).value !== "") body.set(name, $(name).value);
+  }
+  const quality = new FormData($("form")).get("quality");
+  if (quality) body.set("quality", quality);
+  if (picture) body.set("image", picture.blob, "picture");
+  return body;
+}
+
+async function edit() {
+  if (!$("prompt").value.trim()) return tell("Say what shall change.", $("prompt"));
+  for (const name of NUMBERS) {
+    if (!$(name).checkValidity()) return tell(`${name}: ${$(name).validationMessage}`, $(name));
+  }
+  tell("");
+  busy(true);
+  const compared = picture;
+  try {
+    job = await (await call("jobs", { method: "POST", body: fields() })).json();
+    await follow(job.id);
+    if (job.status === "done") show(job.result, compared);
+    else tell(job.status === "cancelled" ? "Cancelled." : job.error.message);
+  } catch (error) {
+    tell(error.message);
+  } finally {
+    busy(false);
+    job = null;
+  }
+}
+
+async function cancel() {
+  $("cancel").disabled = true;
+  try {
+    if (job) await call(`jobs/${job.id}`, { method: "DELETE" });
+  } catch (error) {
+    tell(error.message);
+  }
+}
+
+// Follows the events; where the connection breaks, asks every second.
+async function follow(id) {
+  try {
+    const response = await call(`jobs/${id}/events`);
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) break;
+      const events = (text + value).split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.split("\n").find((line) => line.startsWith("data: "));
+        if (data) progress(JSON.parse(data.slice(6)));
+      }
+    }
+  } catch (error) {
+    if (error.status) throw error;
+  }
+  for (let tries = 0; !ENDED.includes(job.status); ) {
+    await new Promise((resolve) => setTimeout(resolve, 1000));
+    try {
+      progress(await (await call(`jobs/${id}`)).json());
+      tries = 0;
+    } catch (error) {
+      if (error.status || ++tries > 30) throw error;
+    }
+  }
+}
+
+function progress(now) {
+  job = now;
+  $("bar").max = now.steps;
+  $("bar").value = now.step;
+  if (now.status === "queued") {
+    const ahead = now.position ?? 0;
+    $("progress-text").textContent = ahead ? `${ahead} before this one` : "Next in the queue";
+  } else if (now.status === "running") {
+    $("progress-text").textContent = `Step ${now.step} of ${now.steps}`;
+  }
+}
+
+function busy(is) {
+  $("edit").disabled = is;
+  $("cancel").hidden = !is;
+  $("cancel").disabled = false;
+  $("progress").hidden = !is;
+  if (is) {
+    $("bar").value = 0;
+    $("progress-text").textContent = "Sending";
+  }
+}
+
+function show(result, compared) {
+  before = compared;
+  $("empty-hint").hidden = true;
+  $("frame").classList.remove("empty");
+  $("frame").classList.toggle("single", !before);
+  for (const id of ["before", "before-tag", "after-tag", "slider"]) $(id).hidden = !before;
+  if (before) $("before").src = before.url;
+  $("slider").value = 50;
+  slide();
+  const thumbs = result.images.map((made, number) => {
+    const button = document.createElement("button");
+    const image = document.createElement("img");
+    image.src = made.data_url ?? made.url;
+    image.alt = `Result ${number + 1}`;
+    button.type = "button";
+    button.append(image);
+    button.addEventListener("click", () => pick(result, number));
+    return button;
+  });
+  $("thumbs").replaceChildren(...thumbs);
+  $("thumbs").hidden = thumbs.length < 2;
+  pick(result, 0);
+  account(result);
+  $("outcome").hidden = false;
+}
+
+function pick(result, number) {
+  const made = result.images[number];
+  const source = made.data_url ?? made.url;
+  $("after").src = source;
+  $("after").hidden = false;
+  $("download").href = source;
+  $("download").download = made.filename;
+  $("made-seed").value = made.seed;
+  [...$("thumbs").children].forEach((thumb, n) => thumb.setAttribute("aria-pressed", n === number));
+  $("further").onclick = async () => {
+    try {
+      const blob = await (await fetch(source)).blob();
+      await choose(new File([blob], made.filename, { type: blob.type }));
+      $("prompt").focus();
+    } catch {
+      tell("The result could not be fetched from the store; download it, and choose it here.");
+    }
+  };
+}
+
+function account(result) {
+  const count = (kind) => result.steps.filter((step) => step === kind).length;
+  const [hits, reused, all] = [count("hit"), count("reused"), result.steps.length];
+  $("strip").replaceChildren(
+    ...result.steps.map((kind) => {
+      const cell = document.createElement("i");
+      cell.className = kind;
+      return cell;
+    }),
+  );
+  const told = [];
+  if (hits) told.push(`${hits} of ${all} steps ran only the first block`);
+  if (reused) told.push(`${reused} of ${all} reused the reference`);
+  const saved = told.length ? `${told.join("; ")}.` : `All ${all} steps were computed in full.`;
+  $("saved").textContent = `${saved} Quality: ${result.quality}.`;
+  $("strip").setAttribute("aria-label", saved);
+  const { waiting, inference } = result.timings;
+  const seconds = (value) => `${value.toFixed(2)} s`;
+  $("timings").textContent =
+    `${seconds(result.total_time)} in all: ${seconds(inference)} in the pipeline, ` +
+    `${seconds(waiting)} waiting. ${result.images[0].width} × ${result.images[0].height} pixels.`;
+}
+
+function slide() {
+  $("frame").style.setProperty("--at", `${$("slider").value}%`);
+}
+
+function tell(message, field) {
+  $("problem").textContent = message;
+  $("problem").hidden = !message;
+  field?.focus();
+}
+
+start();

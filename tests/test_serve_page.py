@@ -1,0 +1,260 @@
+"""The page at `/`, in headless Chromium, with the service behind it."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import threading
+import time
+
+import pytest
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+sync_api = pytest.importorskip("playwright.sync_api")
+
+from fluxfire.bench import held_out  # noqa: E402
+from fluxfire.serve import Settings, create_app  # noqa: E402
+from fluxfire.serve.keys import new_key  # noqa: E402
+from fluxfire.serve.refusing import Refused  # noqa: E402
+
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (apt install chromium)")
+SLOW_STEPS = "50"
+
+
+class Running:
+    """A service in a thread of this process."""
+
+    def __init__(self, **settings):
+        self.app = create_app(Settings(**settings))
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        config = uvicorn.Config(self.app, port=port, log_level="warning")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self):
+        self._thread.start()
+        for _ in range(600):
+            if self._server.started and self.app.state.engine.state == "ready":
+                return self
+            time.sleep(0.1)
+        raise AssertionError("the service did not start")
+
+    def __exit__(self, *_):
+        self._server.should_exit = True
+        self._thread.join(30)
+
+
+@pytest.fixture(scope="module")
+def service():
+    with Running(max_bytes=200_000) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        started = playwright.chromium.launch(
+            executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"]
+        )
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser, service):
+    yield from opened(browser, service.url)
+
+
+def opened(browser, url, **options):
+    context = browser.new_context(**options)
+    tab = context.new_page()
+    tab.set_default_timeout(20_000)
+    said = []
+    tab.on(
+        "console", lambda message: said.append(message.text) if message.type == "error" else None
+    )
+    tab.on("pageerror", lambda error: said.append(str(error)))
+    tab.goto(url)
+    sync_api.expect(tab.locator("#about")).to_contain_text("ready")
+    yield tab
+    # A refused or broken request is told by Chromium, too, whatever the page makes of it.
+    assert [line for line in said if not line.startswith("Failed to load resource")] == []
+    context.close()
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("page") / "scene.png"
+    held_out(1)[0].picture.save(path)
+    return path
+
+
+def fill(page, photo, prompt="make the background purple", steps="4"):
+    page.set_input_files("#file", photo)
+    sync_api.expect(page.locator("#chosen")).to_be_visible()
+    page.fill("#prompt", prompt)
+    page.fill("#steps", steps)
+
+
+def test_an_edit_from_picture_to_comparison(page, photo):
+    expect = sync_api.expect
+    fill(page, photo, steps="8")
+    page.get_by_text("fast", exact=True).click()
+    page.fill("#seed", "7")
+    page.click("#edit")
+    expect(page.locator("#outcome")).to_be_visible()
+    assert page.locator("#after").evaluate("image => image.naturalWidth") == 128
+    assert page.locator("#before").is_visible()
+    assert page.locator("#made-seed").inner_text() == "7"
+    cells = page.locator("#strip i").evaluate_all("cells => cells.map(c => c.className)")
+    assert len(cells) == 8
+    assert cells[0] == "computed"
+    assert "hit" in cells
+    said = page.locator("#saved").inner_text()
+    assert f"{cells.count('hit')} of 8 steps ran only the first block" in said
+    assert "Quality: fast" in said
+    assert page.locator("#download").get_attribute("href").startswith("data:image/png;base64,")
+    assert page.locator("#progress").is_hidden()
+
+
+def test_the_slider_moves_what_is_seen(page, photo):
+    fill(page, photo, steps="1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#slider")).to_be_visible()
+
+    def clipped():
+        return page.locator("#before").evaluate("image => getComputedStyle(image).clipPath")
+
+    half = clipped()
+    page.focus("#slider")
+    for _ in range(10):
+        page.keyboard.press("ArrowRight")
+    assert page.locator("#slider").input_value() == "60"
+    assert clipped() != half
+    frame = page.locator("#frame").bounding_box()
+    page.mouse.click(frame["x"] + frame["width"] * 0.1, frame["y"] + frame["height"] / 2)
+    assert int(page.locator("#slider").input_value()) < 20
+
+
+def test_several_pictures_and_editing_further(page, photo):
+    fill(page, photo, steps="1")
+    page.click("summary")
+    page.fill("#num_images", "2")
+    page.fill("#seed", "3")
+    page.click("#edit")
+    thumbs = page.locator("#thumbs button")
+    sync_api.expect(thumbs).to_have_count(2)
+    thumbs.nth(1).click()
+    assert page.locator("#made-seed").inner_text() == "4"
+    second = page.locator("#after").get_attribute("src")
+    chosen = page.locator("#chosen").get_attribute("src")
+    page.click("#further")
+    page.wait_for_function("old => document.querySelector('#chosen').src !== old", arg=chosen)
+    page.fill("#num_images", "1")
+    page.click("#edit")
+    sync_api.expect(thumbs).to_have_count(0)
+    assert page.locator("#after").get_attribute("src") != second
+
+
+def test_from_words_alone(page):
+    page.fill("#prompt", "a red circle")
+    page.fill("#steps", "1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    assert page.locator("#before").is_hidden()
+    assert page.locator("#slider").is_hidden()
+
+
+def test_cancel(page, photo):
+    fill(page, photo, steps=SLOW_STEPS)
+    page.get_by_text("faithful", exact=True).click()
+    page.click("summary")
+    page.fill("#num_images", "4")
+    page.click("#edit")
+    page.click("#cancel")
+    sync_api.expect(page.locator("#problem")).to_have_text("Cancelled.")
+    assert page.locator("#edit").is_enabled()
+
+
+def test_a_full_queue_is_told_with_when_to_try_again(page, photo, service, monkeypatch):
+    def full(*_):
+        raise Refused("8 requests wait already; try again later", status=429, code="queue-full")
+
+    monkeypatch.setattr(service.app.state.jobs, "begin", full)
+    fill(page, photo)
+    page.click("#edit")
+    said = page.locator("#problem")
+    sync_api.expect(said).to_contain_text("8 requests wait already")
+    sync_api.expect(said).to_contain_text("Try again in")
+
+
+def test_a_connection_that_breaks_is_made_up_for(page, photo):
+    page.route("**/events", lambda route: route.abort())
+    fill(page, photo, steps="1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+
+
+def test_what_is_wrong_is_told_before_anything_is_sent(page, tmp_path):
+    page.click("#edit")
+    sync_api.expect(page.locator("#problem")).to_have_text("Say what shall change.")
+    big = tmp_path / "big.png"
+    big.write_bytes(bytes(300_000))
+    page.set_input_files("#file", big)
+    sync_api.expect(page.locator("#problem")).to_contain_text("the service takes 200000")
+    wrong = tmp_path / "wrong.png"
+    wrong.write_bytes(b"nothing")
+    page.set_input_files("#file", wrong)
+    sync_api.expect(page.locator("#problem")).to_contain_text("no picture that can be shown")
+    page.fill("#prompt", "x")
+    page.fill("#steps", "99")
+    page.click("#edit")
+    sync_api.expect(page.locator("#problem")).to_contain_text("steps:")
+
+
+def test_words_of_others_are_no_markup(page, monkeypatch, service):
+    def refuse(*_):
+        raise Refused("<img src=x onerror=alert(1)>", status=422, code="x")
+
+    monkeypatch.setattr(service.app.state.jobs, "begin", refuse)
+    page.fill("#prompt", "x")
+    page.click("#edit")
+    sync_api.expect(page.locator("#problem")).to_have_text("<img src=x onerror=alert(1)>")
+    assert page.locator("#problem img").count() == 0
+
+
+def test_on_a_phone_nothing_hangs_over(browser, service, photo):
+    for tab in opened(browser, service.url, viewport={"width": 375, "height": 740}, has_touch=True):
+        fill(tab, photo, steps="1")
+        tab.click("summary")
+        tab.click("#edit")
+        sync_api.expect(tab.locator("#outcome")).to_be_visible()
+        wide = tab.evaluate("document.documentElement.scrollWidth")
+        assert wide <= 375
+
+
+def test_a_key_is_asked_for_and_kept_for_the_session(browser, tmp_path):
+    key, line = new_key("ann")
+    file = tmp_path / "keys"
+    file.write_text(line)
+    with Running(keys_file=file, passes="none") as running:
+        context = browser.new_context()
+        tab = context.new_page()
+        tab.goto(running.url)
+        sync_api.expect(tab.locator("#about")).to_have_text("This service wants a key.")
+        tab.fill("#key", key)
+        tab.press("#key", "Tab")
+        sync_api.expect(tab.locator("#about")).to_contain_text("ready")
+        tab.reload()
+        sync_api.expect(tab.locator("#about")).to_contain_text("ready")
+        assert tab.evaluate("localStorage.length") == 0
+        assert tab.locator("input[name=quality]").count() == 1
+        assert tab.locator("#qualities").is_hidden()
+        context.close()
