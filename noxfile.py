@@ -52,7 +52,7 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
 @nox.session
 def tests(session: nox.Session) -> None:
     """Run the whole suite, the documentation's code blocks included."""
-    install(session, "test", "oracles", extras="[cli,bench]")
+    install(session, "test", "oracles", extras="[cli,bench,serve,s3,modal]")
     run_tests(session)
 
 
@@ -75,7 +75,7 @@ def lint(session: nox.Session) -> None:
 @nox.session
 def typing(session: nox.Session) -> None:
     """Check types, strictly."""
-    install(session, "typing")
+    install(session, "typing", extras="[serve]")
     session.install("nox")
     session.run("mypy")
 

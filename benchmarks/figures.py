@@ -578,6 +578,34 @@ def _own(reprs: Sequence[str]) -> str:
     return names(made)
 
 
+def serving() -> str:
+    """What the service adds, how a thousand mixed requests end, and its throughput on a GPU."""
+    result, gpu = load(RESULTS / "serving.json"), load(RESULTS / "serving_h100.json")
+    added, mixed, busy = result["overhead"], result["mixed"], gpu["throughput"]
+
+    def milliseconds(name: str) -> str:
+        return f"{added[name]['median'] * 1e3:.0f} ms"
+
+    answers = ", ".join(f"{n} {what}" for what, n in sorted(mixed["answers"].items()))
+    many = (
+        f"{mixed['requests']} mixed requests of {mixed['clients']} clients, the worker killed once"
+    )
+    before, after = mixed["memory"][0], mixed["memory"][-1]
+    grown = [f"{n} {before[n] / 2**20:.0f} → {after[n] / 2**20:.0f} MiB" for n in before]
+    full = f"full size on an H100: edits {busy['side']}, {busy['steps']} steps, kept busy"
+    made = f"{busy['served'] * 60:.1f} a minute ({busy['share']:.1%})"
+    table = [
+        (f"one edit of {added['steps']} steps, by the pipeline alone", milliseconds("bare")),
+        ("the same by the service, from the request to the answer read", milliseconds("served")),
+        ("of that outside the pipeline", milliseconds("beside_it")),
+        (many, f"{answers}; {len(mixed['wrong'])} lost or mixed up"),
+        ("memory after a tenth of them, and at the end", ", ".join(grown)),
+        (full, f"{made}, by the pipeline alone {busy['bare'] * 60:.1f}"),
+    ]
+    where_made = f"{where(result)}, {result['cores']} cores; {where(gpu)}"
+    return f"{markdown(('', 'median'), table)}\n\nSpark, on loopback. {where_made}."
+
+
 def deployment(*, goal: float = 5, window: float = 60) -> str:
     """What loads need and what their images take, from measured edits and a measured start."""
     result, starts = load(RESULTS / "reference.json"), load(RESULTS / "cold.json")
@@ -675,6 +703,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "spark": spark,
     "vocabulary": vocabulary,
     "deployment": deployment,
+    "serving": serving,
     "presets": tuned,
     "caches": caches,
     "caches in brief": caches_brief,

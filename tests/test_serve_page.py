@@ -159,7 +159,8 @@ def test_several_pictures_and_editing_further(page, photo):
     page.wait_for_function("old => document.querySelector('#chosen').src !== old", arg=chosen)
     page.fill("#num_images", "1")
     page.click("#edit")
-    sync_api.expect(thumbs).to_have_count(0)
+    sync_api.expect(thumbs).to_have_count(1)
+    sync_api.expect(page.locator("#thumbs")).to_be_hidden()
     assert page.locator("#after").get_attribute("src") != second
 
 
