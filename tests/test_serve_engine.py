@@ -1,0 +1,382 @@
+"""The queue before the pipeline, with a worker that does what the test says."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fluxfire.serve import engine as engine_module
+from fluxfire.serve.engine import Engine
+from fluxfire.serve.refusing import Refused
+from fluxfire.serve.settings import Settings
+from fluxfire.serve.wire import (
+    Ask,
+    Batch,
+    Broken,
+    Cancel,
+    Done,
+    Facts,
+    Failed,
+    Raw,
+    Ready,
+    Result,
+    Stepped,
+)
+
+FACTS = Facts("spark", "cpu", (), ("faithful",), "faithful")
+GONE = Refused("gone", status=499, code="gone")
+
+
+class Worker:
+    """Stands for a worker process; `workers` are all that were started."""
+
+    workers: list[Worker] = []  # noqa: RUF012 - one list for all, emptied by the test
+    pid = 1
+
+    def __init__(self, settings):
+        self.sent, self.heard, self.stopped = [], None, False
+        self.workers.append(self)
+
+    def start(self, heard):
+        self.heard = heard
+
+    def send(self, message):
+        self.sent.append(message)
+
+    def stop(self):
+        self.stopped = True
+
+    @property
+    def batches(self):
+        return [m for m in self.sent if isinstance(m, Batch)]
+
+
+class Bench:
+    """An engine with such a worker."""
+
+    def __init__(self, **options):
+        self.told = []
+        self.engine = Engine(
+            Settings(**options), on_restart=lambda: self.told.append("restart"),
+            on_batch=lambda *batch: self.told.append(batch), on_trouble=self.told.append,
+        )  # fmt: skip
+        self.engine.start()
+
+    @property
+    def worker(self):
+        return Worker.workers[-1]
+
+    async def say(self, message, worker=None):
+        (worker or self.worker).heard(message)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+
+    async def ready(self):
+        await self.say(Ready(FACTS))
+        return self
+
+    async def made(self, **more):
+        batch = self.worker.batches[-1]
+        results = {t: result(t, ask) for t, ask in batch.asks.items()}
+        await self.say(Done(results, 0.5))
+
+    async def died(self):
+        before = self.worker
+        await self.say(None)
+        for _ in range(100):
+            if self.worker is not before or self.engine.trouble:
+                return
+            await asyncio.sleep(0.001)
+
+
+def result(ticket, ask):
+    """A result that says whose it is."""
+    return Result(tuple(Raw(ticket, seed, b"") for seed in ask.seeds), (), 0.0)
+
+
+def ask(kind=0, pictures=1, **more):
+    return Ask(prompt="x", steps=1 + kind, seeds=tuple(range(pictures)), **more)
+
+
+def on_a_loop(test):
+    @functools.wraps(test)
+    def run(*args, **kwargs):
+        asyncio.run(test(*args, **kwargs))
+
+    return run
+
+
+@pytest.fixture(autouse=True)
+def doubles(monkeypatch):
+    Worker.workers.clear()
+    monkeypatch.setattr(engine_module, "WorkerProcess", Worker)
+
+
+@on_a_loop
+async def test_a_request_is_made_once_the_worker_is_ready():
+    bench = Bench()
+    ticket = bench.engine.submit(ask())
+    assert (bench.engine.state, bench.engine.position(ticket)) == ("starting", 0)
+    assert bench.worker.sent == []
+    await bench.ready()
+    assert bench.engine.state == "ready"
+    await bench.say(Stepped(1, 4))
+    assert (ticket.step, ticket.steps, bench.engine.position(ticket)) == (1, 4, None)
+    await bench.made()
+    assert (await ticket.done).pictures[0].width == ticket.number
+    assert ticket.inference == 0.5
+    assert bench.told == [(1, 0.5)]
+
+
+@on_a_loop
+async def test_what_waits_is_put_together_by_kind():
+    bench = await Bench(max_batch=4).ready()
+    first = bench.engine.submit(ask())
+    waiting = [bench.engine.submit(a) for a in (ask(1), ask(2), ask(1, 2), ask(1, 2), ask(1))]
+    await bench.made()
+    numbers = [t.number for t in waiting]
+    assert set(bench.worker.batches[1].asks) == {numbers[0], numbers[2], numbers[4]}
+    assert first.done.done()
+    await bench.made()
+    assert set(bench.worker.batches[2].asks) == {numbers[1]}
+    await bench.made()
+    await bench.made()
+    assert all(t.done.result().pictures[0].width == t.number for t in waiting)
+
+
+@on_a_loop
+async def test_the_queue_is_bounded():
+    bench = await Bench(max_queue=2).ready()
+    for _ in range(3):
+        bench.engine.submit(ask())
+    with pytest.raises(Refused, match="2 requests wait already") as refusal:
+        bench.engine.submit(ask())
+    assert (refusal.value.status, refusal.value.code) == (429, "queue-full")
+    assert bench.engine.retry_after() >= 1
+
+
+@on_a_loop
+async def test_cancelled_while_waiting_and_while_running():
+    bench = await Bench().ready()
+    running, waiting = (bench.engine.submit(ask(k)) for k in (0, 1))
+    bench.engine.cancel(waiting, GONE)
+    assert bench.engine.waiting == 0
+    bench.engine.cancel(running, GONE)
+    assert bench.worker.sent[-1] == Cancel(running.number)
+    bench.engine.cancel(running, GONE)  # twice is once
+    assert len(bench.worker.sent) == 2
+    await bench.say(Done({}, 0.1))
+    for ticket in (running, waiting):
+        with pytest.raises(Refused, match="gone"):
+            await ticket.done
+    assert bench.engine.running == 0
+
+
+@on_a_loop
+async def test_a_worker_that_dies_is_replaced_and_its_request_tried_once_more():
+    bench = await Bench().ready()
+    bench.engine.submit(ask(3))
+    one, two = bench.engine.submit(ask()), bench.engine.submit(ask())
+    await bench.made()
+    assert len(bench.worker.batches[-1].asks) == 2
+    await bench.died()
+    assert bench.told[-1] == "restart"
+    await bench.ready()
+    assert list(bench.worker.batches[-1].asks) == [one.number]  # by itself now
+    await bench.died()
+    await bench.ready()
+    with pytest.raises(Refused, match="failed twice: the process that made it died") as refusal:
+        await one.done
+    assert refusal.value.status == 500
+    assert list(bench.worker.batches[-1].asks) == [two.number]
+    await bench.made()
+    assert (await two.done).pictures[0].width == two.number
+
+
+@on_a_loop
+async def test_an_earlier_workers_last_words_are_not_heard():
+    bench = await Bench().ready()
+    old = bench.worker
+    ticket = bench.engine.submit(ask())
+    await bench.died()
+    await bench.ready()
+    await bench.say(Done({ticket.number: result(99, ask())}, 1.0), worker=old)
+    await bench.say(None, worker=old)
+    assert not ticket.done.done()
+    await bench.made()
+    assert (await ticket.done).pictures[0].width == ticket.number
+
+
+@on_a_loop
+async def test_out_of_memory_fails_one_request():
+    bench = await Bench(max_batch=4).ready()
+    bench.engine.submit(ask(9))
+    small, large = bench.engine.submit(ask()), bench.engine.submit(ask(pictures=2))
+    await bench.made()
+    await bench.say(Failed("out-of-memory", "CUDA out of memory"))
+    assert (list(bench.worker.batches[-1].asks), bench.worker.batches[-1].at_once) == (
+        [small.number], 1,
+    )  # fmt: skip
+    await bench.made()
+    await bench.say(Failed("out-of-memory", "CUDA out of memory"))
+    with pytest.raises(Refused, match="the edit failed: CUDA out of memory") as refusal:
+        await large.done
+    assert refusal.value.status == 507
+    assert (await small.done).pictures
+    later = bench.engine.submit(ask())
+    await bench.made()
+    assert (await later.done).pictures
+
+
+@on_a_loop
+async def test_what_the_pipeline_refuses_is_told_at_once():
+    bench = await Bench().ready()
+    ticket = bench.engine.submit(ask())
+    await bench.say(Failed("edit-refused", "a side of 7 is too small"))
+    with pytest.raises(Refused, match="a side of 7 is too small") as refusal:
+        await ticket.done
+    assert refusal.value.status == 422
+    assert len(bench.worker.batches) == 1
+
+
+@on_a_loop
+async def test_a_worker_that_cannot_start():
+    bench = Bench()
+    ticket = bench.engine.submit(ask())
+    await bench.say(Broken("there is no folder x"))
+    for refused in (ticket.done.result, lambda: bench.engine.submit(ask())):
+        with pytest.raises(Refused, match="no pipeline: there is no folder x"):
+            refused()
+    assert (bench.engine.state, bench.told) == ("failed", ["there is no folder x"])
+
+
+@on_a_loop
+async def test_workers_that_die_before_they_are_ready(monkeypatch):
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0.001)
+    bench = Bench()
+    for _ in range(3):
+        await bench.died()
+    assert bench.engine.trouble == "its worker died 3 times before it was ready"
+    assert len(Worker.workers) == 3
+
+
+@on_a_loop
+async def test_levels_that_are_not_offered():
+    bench = Bench()
+    early = bench.engine.submit(ask(level="fast"))
+    await bench.ready()
+    for refused in (early.done.result, lambda: bench.engine.submit(ask(level="fast"))):
+        with pytest.raises(Refused, match="quality='fast' cannot be given.*there is faithful"):
+            refused()
+    bench.engine.submit(ask(level="faithful"))
+
+
+@on_a_loop
+async def test_draining_answers_what_was_taken_and_takes_no_more():
+    bench = await Bench().ready()
+    one, two = bench.engine.submit(ask()), bench.engine.submit(ask(1))
+    draining = asyncio.create_task(bench.engine.drain(5))
+    await asyncio.sleep(0)
+    with pytest.raises(Refused, match="the service stops"):
+        bench.engine.submit(ask())
+    await bench.made()
+    assert not draining.done()
+    await bench.made()
+    await draining
+    assert one.done.result()
+    assert two.done.result()
+    assert bench.worker.stopped
+
+
+@on_a_loop
+async def test_draining_ends_after_its_time():
+    bench = await Bench().ready()
+    ticket = bench.engine.submit(ask())
+    await bench.engine.drain(0.01)
+    with pytest.raises(Refused, match="the service stops"):
+        await ticket.done
+    assert bench.worker.stopped
+    await bench.say(None)  # its end is no death
+    assert len(Worker.workers) == 1
+
+
+ANSWERS = ["made", "made", Stepped(1, 2), Failed("out-of-memory", "x"), Failed("edit-failed", "x")]
+ACTIONS = st.one_of(
+    st.tuples(st.just("submit"), st.integers(0, 2), st.integers(1, 4)),
+    st.tuples(st.just("cancel"), st.integers(0, 30)),
+    st.tuples(st.just("die")),
+    st.tuples(st.just("answer"), st.sampled_from(ANSWERS)),
+)
+
+
+class Story:
+    """What happens to an engine, and what must hold all the while."""
+
+    def __init__(self, bench):
+        self.bench, self.engine = bench, bench.engine
+        self.tickets, self.ends = [], []
+
+    async def submit(self, *details):
+        if self.engine.waiting >= 5:
+            with pytest.raises(Refused):
+                self.engine.submit(ask(*details))
+            return
+        ticket = self.engine.submit(ask(*details))
+        ticket.done.add_done_callback(lambda _: self.ends.append(ticket.number))
+        self.tickets.append(ticket)
+
+    async def cancel(self, which):
+        if self.tickets:
+            self.engine.cancel(self.tickets[which % len(self.tickets)], GONE)
+
+    async def die(self):
+        await self.bench.died()
+        await self.bench.ready()
+
+    async def answer(self, how):
+        if self.engine.running and how == "made":
+            await self.bench.made()
+        elif self.engine.running:
+            await self.bench.say(how)
+
+    def check(self):
+        if not self.engine.running:
+            assert self.engine.waiting == 0
+            return
+        asks = self.bench.worker.batches[-1].asks
+        assert len({a.kind for a in asks.values()}) == 1
+        if len(asks) > 1:
+            assert sum(len(a.seeds) for a in asks.values()) <= 4
+            assert all(t.tries == 1 for t in self.tickets if t.number in asks)
+
+    def check_end(self):
+        assert (self.engine.waiting, self.engine.running) == (0, 0)
+        assert sorted(self.ends) == [t.number for t in self.tickets]
+        for ticket in self.tickets:
+            assert ticket.tries <= 2
+            if ticket.done.exception() is None:
+                made = [picture.width for picture in ticket.done.result().pictures]
+                assert made == [ticket.number] * len(ticket.ask.seeds)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(ACTIONS, max_size=40))
+@on_a_loop
+async def test_every_request_ends_once_and_with_its_own_result(actions):
+    Worker.workers.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "WorkerProcess", Worker)
+        story = Story(await Bench(max_queue=5, max_batch=4).ready())
+        for kind, *details in actions:
+            await getattr(story, kind)(*details)
+            await asyncio.sleep(0)
+            story.check()
+        for _ in range(2 * len(story.tickets)):
+            await story.answer("made")
+            story.check()
+        await asyncio.sleep(0)
+        story.check_end()
