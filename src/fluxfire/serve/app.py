@@ -56,7 +56,7 @@ _BODY = {
     "requestBody": {
         "required": True,
         "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/EditRequest"}},
+            "application/json": {"schema": EditRequest.model_json_schema()},
             "multipart/form-data": {"schema": form_schema()},
         },
     }

@@ -254,7 +254,7 @@ class Engine:
         if not first.alone:
             for ticket in list(self._waiting):
                 fits = len(ticket.ask.seeds) <= room and ticket.ask.kind == first.ask.kind
-                if fits and not ticket.alone:
+                if fits:
                     self._waiting.remove(ticket)
                     batch.append(ticket)
                     room -= len(ticket.ask.seeds)

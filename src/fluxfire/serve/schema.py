@@ -163,7 +163,7 @@ class Health(BaseModel):
 
 def form_schema() -> dict[str, Any]:
     """The schema of the same fields in a form, where the picture is a file."""
-    schema = EditRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema = EditRequest.model_json_schema()
     schema.pop("examples", None)
     file = {"type": "string", "contentMediaType": "image/*", "description": "The picture."}
     schema["properties"] = {**schema["properties"], "image": file}

@@ -1,0 +1,387 @@
+"""The service over real HTTP, with Spark behind it."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
+uvicorn = pytest.importorskip("uvicorn")
+
+from fluxfire.bench import held_out  # noqa: E402
+from fluxfire.serve import Settings, create_app  # noqa: E402
+from fluxfire.serve.keys import new_key  # noqa: E402
+
+EXAMPLE = held_out(1)[0]
+PORTRAIT = Image.effect_noise((96, 160), 60).convert("RGB")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(**settings):
+    """A service in a thread, ready; yields a client of it."""
+    port = free_port()
+    app = create_app(Settings(port=port, **settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+        for _ in range(600):
+            if server.started and app.state.engine.state == "ready":
+                break
+            time.sleep(0.1)
+        client.app = app
+        try:
+            yield client
+        finally:
+            server.should_exit = True
+            thread.join(60)
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    with running(max_bytes=100_000, max_queue=3, storage=None) as made:
+        made.folder = folder
+        yield made
+
+
+def file_of(picture, kind="PNG"):
+    file = io.BytesIO()
+    picture.save(file, kind)
+    return file.getvalue()
+
+
+def body(picture=EXAMPLE.picture, **fields):
+    image = {"image": base64.b64encode(file_of(picture)).decode()} if picture else {}
+    return {"prompt": EXAMPLE.instruction, "steps": 2, "seed": 7, **image, **fields}
+
+
+def pictures(answer):
+    urls = [image["data_url"] for image in answer["images"]]
+    files = [base64.b64decode(url.partition(",")[2]) for url in urls]
+    return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB"), np.int16) for file in files]
+
+
+def edit(client, **fields):
+    response = client.post("/inference", json=body(**fields))
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def problem(response, status, code, said):
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == code
+    assert said in error["message"]
+
+
+def test_the_articles_own_call(client):
+    text = (
+        '{"prompt": "A majestic dragon breathing rainbow fire", "num_images": 1, '
+        '"width": 1024, "height": 1024, "steps": 28}'
+    )
+    headers = {"Content-Type": "application/json"}
+    answer = client.post("/inference", content=text, headers=headers).json()
+    (image,) = answer["images"]
+    assert (image["width"], image["height"]) == (128, 128)
+    assert image["data_url"].startswith("data:image/png;base64,")
+    assert (image["filepath"], image["url"]) == (None, None)
+    assert len(answer["steps"]) == 28
+    assert answer["total_time"] >= answer["inference_time"] > 0
+
+
+def test_a_seed_makes_the_same_picture_whatever_way_the_picture_comes(client):
+    answer = edit(client, quality="faithful")
+    (first,) = pictures(answer)
+    assert answer["seed"] == 7
+    form = {k: str(v) for k, v in body(picture=None).items()} | {"quality": "faithful"}
+    file = {"image": ("x.png", file_of(EXAMPLE.picture), "image/png")}
+    url = "data:image/png;base64," + body()["image"]
+    for response in (
+        client.post("/inference", data=form, files=file),
+        client.post("/inference", json=body(picture=None, quality="faithful", image=url)),
+        client.post("/inference", json=body(picture=None, quality="faithful", image_url=url)),
+    ):
+        assert response.status_code == 200, response.text
+        assert np.array_equal(pictures(response.json())[0], first)
+    assert not np.array_equal(pictures(edit(client, quality="faithful", seed=8))[0], first)
+    assert edit(client, seed=None)["seed"] != edit(client, seed=None)["seed"]
+
+
+def test_several_pictures_are_those_of_the_seeds_that_follow(client):
+    both = edit(client, num_images=2, quality="faithful")
+    assert [image["seed"] for image in both["images"]] == [7, 8]
+    for made, seed in zip(pictures(both), (7, 8), strict=True):
+        (alone,) = pictures(edit(client, seed=seed, quality="faithful"))
+        assert np.abs(made - alone).max() <= 2
+
+
+def test_quality_by_request(client):
+    assert client.get("/about").json()["qualities"] == ["faithful", "balanced", "fast"]
+    faithful = edit(client, quality="faithful", steps=12)
+    assert (faithful["quality"], set(faithful["steps"])) == ("faithful", {"computed"})
+    fast = edit(client, quality="fast", steps=12)
+    assert fast["quality"] == "fast"
+    assert fast["hit_rate"] == pytest.approx(fast["steps"].count("hit") / 12)
+    assert fast["hit_rate"] > 0
+    assert edit(client)["quality"] == "balanced"
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPG", "WEBP"])
+def test_formats(client, kind):
+    answer = edit(client, output_format=kind, output_quality=50)
+    name = answer["images"][0]["filename"]
+    assert name.endswith(f".{kind.lower()}")
+    file = base64.b64decode(answer["images"][0]["data_url"].partition(",")[2])
+    assert Image.open(io.BytesIO(file)).format == {"JPG": "JPEG"}.get(kind, kind)
+
+
+def test_a_picture_keeps_its_shape_unless_another_is_wished_for(client):
+    (image,) = edit(client, picture=PORTRAIT)["images"]
+    assert (image["width"], image["height"]) == (96, 160)
+    (image,) = edit(client, picture=PORTRAIT, width=1024, height=512)["images"]
+    assert image["width"] > image["height"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": "x" * 2001}, "prompt"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**32}, "seed"),
+        ({"true_cfg_scale": 20.5}, "true_cfg_scale"),
+        ({"guidance_scale": -0.1}, "guidance_scale"),
+        ({"height": 240}, "height"),
+        ({"width": 1040}, "width"),
+        ({"width": 500}, "width"),
+        ({"steps": 0}, "steps"),
+        ({"steps": 51}, "steps"),
+        ({"num_images": 5}, "num_images"),
+        ({"output_format": "GIF"}, "output_format"),
+        ({"output_quality": 0}, "output_quality"),
+        ({"quality": "best"}, "quality"),
+        ({"unknown": 1}, "unknown"),
+        ({"image_url": "https://example.org/a.png"}, "image and image_url exclude each other"),
+    ],
+)
+def test_bounds(client, fields, named):
+    problem(client.post("/inference", json=body(**fields)), 422, "invalid-request", named)
+
+
+WRONG_URL, INVALID = "image-url-not-allowed", "invalid-request"
+PLAIN = {"content-type": "text/plain"}
+
+
+@pytest.mark.parametrize(
+    ("sent", "status", "code"),
+    [
+        ({"content": b"{"}, 400, "not-json"),
+        ({"content": b"[1]"}, 422, INVALID),
+        ({"content": b"x", "headers": PLAIN}, 415, "body-format-unsupported"),
+        ({"json": {"prompt": "x", "image": "!!"}}, 400, "image-malformed"),
+        ({"json": {"prompt": "x", "image": "aGVsbG8="}}, 415, "image-format-unsupported"),
+        ({"json": {"prompt": "x", "image_url": "http://127.0.0.1/x"}}, 403, WRONG_URL),
+        ({"json": {"prompt": "x", "image_url": "file:///etc/passwd"}}, 403, WRONG_URL),
+        ({"data": {"prompt": "x", "steps": "no"}, "files": {"image": b"a"}}, 422, INVALID),
+        ({"data": {"prompt": "x"}, "files": {"prompt": b"a"}}, 422, INVALID),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_form(client, sent, status, code):
+    response = client.post("/inference", **sent)
+    assert response.status_code == status, response.text
+    assert response.json()["error"]["code"] == code
+
+
+def test_bodies_are_limited_while_they_come(client):
+    most = 4 * -(-100_000 // 3) + 2**20
+    kind = {"content-type": "application/json"}
+    response = client.post("/inference", content=b" " * (most + 1), headers=kind)
+    problem(response, 413, "body-too-large", "the body has more than")
+
+    def unannounced():
+        for _ in range(most // 65536 + 2):
+            yield b" " * 65536
+
+    response = client.post("/inference", content=unannounced(), headers=kind)
+    problem(response, 413, "body-too-large", "the body has more than")
+    large = Image.effect_noise((300, 300), 90).convert("RGB")
+    file = {"image": ("x.png", file_of(large), "image/png")}
+    response = client.post("/inference", data={"prompt": "x"}, files=file)
+    problem(response, 413, "image-too-large", "at most 100000")
+
+
+def test_a_job_from_its_beginning_to_its_end(client):
+    job = client.post("/jobs", json=body(steps=4)).raise_for_status().json()
+    assert job["status"] in {"queued", "running"}
+    events = []
+    with client.stream("GET", f"/jobs/{job['id']}/events") as stream:
+        assert stream.headers["content-type"].startswith("text/event-stream")
+        events += [json.loads(x[6:]) for x in stream.iter_lines() if x.startswith("data: ")]
+    assert events[-1]["status"] == "done"
+    steps = [event["step"] for event in events]
+    assert steps == sorted(steps)
+    assert events[-1]["result"] == client.get(f"/jobs/{job['id']}").json()["result"]
+    assert np.array_equal(pictures(events[-1]["result"])[0], pictures(edit(client, steps=4))[0])
+    problem(client.get("/jobs/none"), 404, "job-unknown", "there is no such job")
+
+
+def test_a_job_can_be_cancelled_and_a_failed_one_says_why(client):
+    job = client.post("/jobs", json=body(steps=50, num_images=4, quality="faithful")).json()
+    assert client.delete(f"/jobs/{job['id']}").json()["status"] == "cancelled"
+    assert client.get(f"/jobs/{job['id']}").json()["error"]["code"] == "cancelled"
+    job = client.post("/jobs", json={"prompt": "x", "image": "aGVsbG8="}).json()
+    with client.stream("GET", f"/jobs/{job['id']}/events") as stream:
+        last = [line for line in stream.iter_lines() if line.startswith("event: ")][-1]
+    assert last == "event: failed"
+    assert client.get(f"/jobs/{job['id']}").json()["error"]["code"] == "image-format-unsupported"
+    assert idle(client)
+
+
+def idle(client):
+    for _ in range(200):
+        engine = client.app.state.engine
+        if not (engine.running or engine.waiting):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_a_client_that_hangs_up_frees_the_worker(client):
+    slow = body(steps=50, num_images=4, quality="faithful")
+    began = time.perf_counter()
+    with pytest.raises(httpx.ReadTimeout):
+        client.post("/inference", json=slow, timeout=httpx.Timeout(5, read=0.3))
+    assert idle(client)
+    hung_up = time.perf_counter() - began
+    began = time.perf_counter()
+    edit(client, **slow)
+    assert hung_up < 0.8 * (time.perf_counter() - began)
+
+
+def test_a_full_queue_says_when_to_come_back(client):
+    slow = body(steps=50, num_images=4, quality="faithful")
+    jobs = [client.post("/jobs", json=slow | {"guidance_scale": n}) for n in range(5)]
+    names = [job.json()["id"] for job in jobs]
+    time.sleep(0.3)
+    response = client.post("/inference", json=body())
+    problem(response, 429, "queue-full", "requests wait already")
+    assert int(response.headers["retry-after"]) >= 1
+    for name in names:
+        client.delete(f"/jobs/{name}")
+    assert idle(client)
+
+
+def test_a_killed_worker_is_replaced_and_the_request_answered(client):
+    engine = client.app.state.engine
+    before = engine.worker_pid
+    wanted = body(steps=30, quality="faithful", num_images=2)
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(client.post("/inference", json=wanted, timeout=120))
+    )
+    asking.start()
+    for _ in range(200):
+        if engine.running:
+            break
+        time.sleep(0.01)
+    os.kill(before, signal.SIGKILL)
+    asking.join()
+    assert answers[0].status_code == 200
+    assert engine.worker_pid != before
+    counted = client.get("/metrics").text
+    assert "fluxfire_worker_restarts_total 1.0" in counted
+    assert 'fluxfire_requests_total{route="/inference",status="200"}' in counted
+    assert 'fluxfire_steps_total{kind="computed"}' in counted
+
+
+def test_other_sites_and_other_names_are_not_served(client):
+    response = client.get("/about", headers={"Origin": "https://example.org"})
+    assert "access-control-allow-origin" not in response.headers
+    assert client.get("/about", headers={"Host": "example.org"}).status_code == 400
+    assert client.get("/health").json() == {
+        "status": "ok", "gpu_available": False, "message": None,
+    }  # fmt: skip
+    assert client.get("/ready").status_code == 200
+    assert client.get("/page/../app.py").status_code == 404
+    problem(client.get("/nothing"), 404, "not-found", "Not Found")
+
+
+def test_keys_storage_and_a_deadline(tmp_path):
+    (ann, of_ann), (bob, of_bob) = new_key("ann"), new_key("bob")
+    keys = tmp_path / "keys"
+    keys.write_text(f"{of_ann}\n{of_bob}\n")
+    with running(
+        keys_file=keys, passes="none", storage=str(tmp_path / "made"), request_seconds=3.0
+    ) as client:
+        assert client.get("/health").status_code == 200
+        assert client.get("/").status_code == 200
+        for headers in ({}, {"X-API-Key": "ff_wrong"}, {"Authorization": f"Basic {ann}"}):
+            response = client.post("/inference", json=body(), headers=headers)
+            problem(response, 401, "key-wanted", "this service wants a key")
+            assert response.headers["www-authenticate"] == "Bearer"
+        client.headers["Authorization"] = f"Bearer {ann}"
+        (image,) = edit(client)["images"]
+        assert image["data_url"] is None
+        assert client.get(image["url"]).content[:4] == b"\x89PNG"
+        link = image["url"]
+        wrong = link[:-1] + ("0" if link[-1] != "0" else "1")
+        problem(client.get(wrong), 403, "link-invalid", "")
+        response = client.post("/inference", json=body(quality="fast"))
+        problem(response, 422, "quality-not-offered", "there is faithful")
+        response = client.post("/inference", json=body(steps=50, num_images=4))
+        problem(response, 504, "deadline", "the request took more than 3 s")
+        job = client.post("/jobs", json=body()).json()
+        other = client.get(f"/jobs/{job['id']}", headers={"Authorization": f"Bearer {bob}"})
+        problem(other, 404, "job-unknown", "there is no such job")
+
+
+def test_told_to_stop_it_answers_what_it_has_begun(tmp_path):
+    """As a command: SIGTERM while a request runs; and what cannot start says so, and ends."""
+    port = free_port()
+    command = [sys.executable, "-m", "fluxfire", "serve", "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    url = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(300):
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            time.sleep(0.1)
+        answers = []
+        slow = body(steps=50, num_images=2, quality="faithful")
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/inference", json=slow, timeout=60))
+        )
+        asking.start()
+        time.sleep(0.5)
+        process.terminate()
+        asking.join()
+        assert answers[0].status_code == 200
+        assert process.wait(60) in {0, -signal.SIGTERM}  # uvicorn then ends as it was told to
+    finally:
+        process.kill()
+    wrong = [*command, "--model", str(tmp_path / "nothing")]
+    done = subprocess.run(wrong, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 1
+    assert "error: there is no folder" in done.stderr
