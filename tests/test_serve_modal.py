@@ -192,8 +192,8 @@ def test_containers_come_and_go(plain):
     made = plain.editor
     assert (made["min_containers"], made["max_containers"]) == (0, 4)
     assert made["scaledown_window"] == 60
-    assert made["max_concurrent_inputs"] == 32 + 4
-    assert made["target_concurrent_inputs"] == 4
+    assert made["max_concurrent_inputs"] == 32 + 1
+    assert made["target_concurrent_inputs"] == 1
     assert made["startup_timeout"] == modal_app.STARTUP_SECONDS
     assert made["enable_memory_snapshot"] is True
     assert made["experimental_options"] == {}

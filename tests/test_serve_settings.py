@@ -95,3 +95,11 @@ def test_the_server_is_without_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_large_models_make_one_picture_at_a_time_unless_told():
+    assert Settings().at_once == 4
+    assert Settings(model="black-forest-labs/FLUX.1-Kontext-dev").at_once == 1
+    assert Settings(model="random-full", max_batch=2).at_once == 2
+    with pytest.raises(FluxfireError, match="max_batch=0; it must be 1 or more"):
+        Settings(max_batch=0)

@@ -67,16 +67,17 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
 
 
 def chosen(preset: str | None, names: str | None) -> list[Pass]:
-    """Find the passes that two options ask for, of which one is to be None.
+    """Find the passes that two options ask for.
 
     Args:
-        preset: the name of a preset, or a file that tune wrote; `faithful` if both are None.
+        preset: the name of a preset, or a file that tune wrote. It goes before names, which may
+            be a default; `faithful` if both are None.
         names: names of passes in order, separated by commas; or `none`.
 
     Raises:
         PlanError: there is no such preset, file or pass.
     """
-    if names is None:
+    if preset is not None or names is None:
         name = preset or "faithful"
         return list(
             recipes.read(Path(name)) if name.endswith(recipes.SUFFIX) else presets.named(name)

@@ -41,7 +41,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument("--max-queue", type=positive, default=32, help="default: %(default)s")
     parser.add_argument(
-        "--max-batch", type=positive, default=4, help="pictures at once (default: %(default)s)"
+        "--max-batch", type=positive, help="pictures at once (default: 4 of a small model, else 1)"
     )
     parser.add_argument(
         "--warm-up", type=size, action="append", metavar="WIDTHxHEIGHT",

@@ -47,7 +47,7 @@ _POLICY = (
     "default-src 'self'; img-src 'self' data: blob: https:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-_LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
+_LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]
 _SWEEPS = 600.0  # seconds between looks for pictures that are too old
 
 _bearer = HTTPBearer(auto_error=False, description="A key of the service's, if it wants one.")
@@ -169,11 +169,12 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         "/inference", response_model=EditAnswer, responses=PROBLEMS, openapi_extra=_BODY,
         summary="Edit a picture, and wait for the result",
     )  # fmt: skip
-    async def inference(request: Request, _owner: Owner) -> EditAnswer:
+    async def inference(request: Request, _owner: Owner) -> Response:
         wanted, file = await read(request)
         answer: EditAnswer = await unless_gone(request, app.state.service.edit(wanted, file))
         app.state.metrics.edited(answer)
-        return answer
+        text = await asyncio.to_thread(answer.model_dump_json)  # with megabytes of pictures
+        return Response(text, media_type="application/json")
 
     @app.post(
         "/jobs", response_model=JobAnswer, responses=PROBLEMS, status_code=202,
@@ -208,7 +209,8 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
 
         async def events() -> AsyncIterator[str]:
             async for shown in app.state.jobs.watch(job):
-                yield f"event: {shown.status}\ndata: {shown.model_dump_json()}\n\n"
+                text = await asyncio.to_thread(shown.model_dump_json)
+                yield f"event: {shown.status}\ndata: {text}\n\n"
 
         quiet = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(), media_type="text/event-stream", headers=quiet)

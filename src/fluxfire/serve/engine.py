@@ -192,7 +192,7 @@ class Engine:
     def retry_after(self) -> int:
         """In how many seconds there may be room again: at least 1."""
         each = fmean(self._seconds) if self._seconds else _USUAL_SECONDS
-        return max(1, round(each * (1 + len(self._waiting) / self._settings.max_batch)))
+        return max(1, round(each * (1 + len(self._waiting) / self._settings.at_once)))
 
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and wait until all are answered, or so long; then end.
@@ -250,7 +250,7 @@ class Engine:
         if not self._ready or self._running or not self._waiting or self._worker is None:
             return
         first = self._waiting.popleft()
-        batch, room = [first], self._settings.max_batch - len(first.ask.seeds)
+        batch, room = [first], self._settings.at_once - len(first.ask.seeds)
         if not first.alone:
             for ticket in list(self._waiting):
                 fits = len(ticket.ask.seeds) <= room and ticket.ask.kind == first.ask.kind
@@ -265,7 +265,7 @@ class Engine:
             self._running[ticket.number] = ticket
             ticket.tell()
         # One that ran out of memory gets a try with one picture at a time.
-        at_once = 1 if first.tries > 1 else self._settings.max_batch
+        at_once = 1 if first.tries > 1 else self._settings.at_once
         self._worker.send(Batch({t.number: t.ask for t in batch}, at_once))
 
     def _heard(self, worker: WorkerProcess, message: FromWorker | None) -> None:

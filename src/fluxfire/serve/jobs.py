@@ -119,13 +119,14 @@ class Jobs:
         before = None
         while True:
             ended = job.ended.is_set()
+            changing = job.ticket.changed if job.ticket else None
             now = job.shown(self._service.engine)
             if now != before:
                 yield now
             if ended:
                 return
             before = now
-            changed = job.ticket.changed.wait() if job.ticket else asyncio.sleep(0.05)
+            changed = changing.wait() if changing else asyncio.sleep(0.05)
             waits = [asyncio.ensure_future(changed), asyncio.ensure_future(job.ended.wait())]
             # A place in the queue changes without a word to those behind.
             await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)

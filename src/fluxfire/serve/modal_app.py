@@ -79,7 +79,7 @@ class Deployment:
     preset: str = "balanced"
     storage: str | None = None
     max_queue: int = 32
-    max_batch: int = 4
+    max_batch: int = 1
     max_containers: int = 4
     scaledown_seconds: int = 60
     gpu_snapshot: bool = False

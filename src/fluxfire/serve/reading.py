@@ -38,7 +38,7 @@ async def read(request: Request) -> tuple[EditRequest, bytes | None]:
             fields, file = await _form(form)
     elif kind == "application/json" or not kind:
         try:
-            fields = json.loads(await request.body())
+            fields = await asyncio.to_thread(json.loads, await request.body())
         except (ValueError, RecursionError):
             raise Refused("the body is not JSON", status=400, code="not-json") from None
     else:

@@ -9,6 +9,7 @@ from pathlib import Path
 from fluxfire.errors import FluxfireError
 
 _HOUR, _DAY = 3600.0, 86400.0
+_SMALL = ("spark", "random-tiny")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Settings:
         retention_seconds: how long stored pictures are kept.
         link_seconds: how long a link to a stored picture is good.
         max_queue: how many requests may wait.
-        max_batch: how many pictures are made at once.
+        max_batch: how many pictures are made at once. None means 4 for a small model, and 1 for a
+            large one, of which a single picture keeps a GPU busy.
         max_bytes: of a picture sent or fetched.
         max_pixels: of a picture sent or fetched.
         max_jobs: how many jobs are known at once, finished ones included.
@@ -60,7 +62,7 @@ class Settings:
     retention_seconds: float = _DAY
     link_seconds: float = _HOUR
     max_queue: int = 32
-    max_batch: int = 4
+    max_batch: int | None = None
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
     max_jobs: int = 64
@@ -72,7 +74,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_batch", "max_bytes", "max_pixels", "max_jobs"):
-            if not getattr(self, name) >= 1:
+            if (given := getattr(self, name)) is not None and given < 1:
                 raise FluxfireError(f"{name}={getattr(self, name)!r}; it must be 1 or more")
         for name in ("request_seconds", "fetch_seconds", "drain_seconds"):
             if not getattr(self, name) > 0:
@@ -87,6 +89,11 @@ class Settings:
                 f"one by fluxfire serve --new-key NAME, and give the file as --keys; or listen "
                 f"on 127.0.0.1"
             )
+
+    @property
+    def at_once(self) -> int:
+        """How many pictures are made at once."""
+        return self.max_batch or (4 if self.model in _SMALL else 1)
 
     @property
     def on_loopback(self) -> bool:

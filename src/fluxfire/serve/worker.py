@@ -54,21 +54,33 @@ def main(connection: Connection, settings: Settings) -> None:
 
 
 def _open(settings: Settings) -> Editor:
-    """Load and optimize the pipeline, and run it once at each size."""
+    """Load and optimize the pipeline, and run it once at each size.
+
+    Raises:
+        FluxfireError: it cannot be loaded or optimized, or the GPU has too little memory.
+    """
+    import torch
+
     from fluxfire import api, loading
     from fluxfire.planning import chosen
     from fluxfire.serve import levels
     from fluxfire.serve.editing import Editor
 
-    pipe = loading.load(settings.model)
-    pipe.set_progress_bar_config(disable=True)
-    if settings.preset is None and settings.passes is None:
-        passes = levels.usual(pipe.device.type)
-    else:
-        passes = tuple(chosen(settings.preset, settings.passes))
-    api.optimize(pipe, passes)
-    editor = Editor(pipe, passes, settings.model)
-    editor.warm_up(settings.warm_up, {1, min(2, settings.max_batch), settings.max_batch})
+    try:
+        pipe = loading.load(settings.model)
+        pipe.set_progress_bar_config(disable=True)
+        if settings.preset is None and settings.passes is None:
+            passes = levels.usual(pipe.device.type)
+        else:
+            passes = tuple(chosen(settings.preset, settings.passes))
+        api.optimize(pipe, passes)
+        editor = Editor(pipe, passes, settings.model)
+        editor.warm_up(settings.warm_up, {1, min(2, settings.at_once), settings.at_once})
+    except torch.OutOfMemoryError as error:
+        raise FluxfireError(
+            f"{str(error).splitlines()[0]} Serve a smaller model, make fewer pictures at once, or "
+            f"warm up smaller sizes"
+        ) from error
     return editor
 
 
