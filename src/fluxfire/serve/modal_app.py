@@ -35,7 +35,7 @@ GPU = "H100!"  # the mark keeps Modal from giving an H200, for which nothing was
 CORES = 4.0
 MEMORY_MIB = 65536  # the weights pass through it on their way to the GPU
 PYTHON = "3.12"
-EXTRAS = ("serve", "cli")
+EXTRAS = ("serve", "s3", "cli")
 CEILINGS = {"torch": "<2.14", "diffusers": "<1", "transformers": "<6"}
 """What the image stays below, where fluxfire itself only says what it needs at least."""
 FOLDER = Path("/data")
