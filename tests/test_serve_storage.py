@@ -386,6 +386,7 @@ class Flaky:
     """Stands before the S3 server: fails as told, or passes on, and notes what came."""
 
     def __init__(self, behind, faults):
+        httpx = pytest.importorskip("httpx")
         self.seen = []
         self.faults = list(faults)
         flaky, released = self, threading.Event()
@@ -395,8 +396,6 @@ class Flaky:
             protocol_version = "HTTP/1.1"
 
             def handle_any(self):
-                import httpx
-
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 flaky.seen.append((self.command, dict(self.headers)))
                 fault = flaky.faults.pop(0) if flaky.faults else None
