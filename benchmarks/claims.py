@@ -245,7 +245,7 @@ def _served() -> str:
     busy = load(RESULTS / "serving_h100.json")["throughput"]
     return (
         f"a request costs {added * 1e3:.0f} ms beside the pipeline; kept busy, "
-        f"{busy['served'] * 60:.1f} edits of {busy['steps']} steps a minute, {busy['share']:.1%} "
+        f"{busy['served'] * 60:.2f} edits of {busy['steps']} steps a minute, {busy['share']:.1%} "
         "of what the pipeline makes alone"
     )
 

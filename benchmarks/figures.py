@@ -593,14 +593,15 @@ def serving() -> str:
     before, after = mixed["memory"][0], mixed["memory"][-1]
     grown = [f"{n} {before[n] / 2**20:.0f} → {after[n] / 2**20:.0f} MiB" for n in before]
     full = f"full size on an H100: edits {busy['side']}, {busy['steps']} steps, kept busy"
-    made = f"{busy['served'] * 60:.1f} a minute ({busy['share']:.1%})"
+    made = f"{busy['served'] * 60:.2f} a minute ({busy['share']:.1%})"
+    alone = "{:.2f} before that and {:.2f} after".format(*(rate * 60 for rate in busy["bare"]))
     table = [
         (f"one edit of {added['steps']} steps, by the pipeline alone", milliseconds("bare")),
         ("the same by the service, from the request to the answer read", milliseconds("served")),
         ("of that outside the pipeline", milliseconds("beside_it")),
         (many, f"{answers}; {len(mixed['wrong'])} lost or mixed up"),
         ("memory after a tenth of them, and at the end", ", ".join(grown)),
-        (full, f"{made}, by the pipeline alone {busy['bare'] * 60:.1f}"),
+        (full, f"{made}, by the pipeline alone {alone}"),
     ]
     where_made = f"{where(result)}, {result['cores']} cores; {where(gpu)}"
     return f"{markdown(('', 'median'), table)}\n\nSpark, on loopback. {where_made}."
