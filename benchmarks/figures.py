@@ -19,7 +19,7 @@ from typing import Any
 import claims
 from fluxfire.bench import load
 from fluxfire.bench.search import names
-from fluxfire.serve import queueing
+from fluxfire.serve import capacity
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -617,11 +617,11 @@ def deployment(*, goal: float = 5, window: float = 60) -> str:
     table = []
     for preset in ("balanced", "fast"):
         row = find(result["rows"], preset, "edit 1024, 28 steps")
-        service = queueing.Service(tuple(row["edit"]["seconds"]))
-        for found in queueing.sizes(service, goal):
+        service = capacity.ServiceTimes(tuple(row["edit"]["seconds"]))
+        for found in capacity.sizes(service, goal):
             zero = ("", "")
             if found.gpus == 1:
-                alone = queueing.scaled_to_zero(
+                alone = capacity.scaled_to_zero(
                     found.rate, service, window=window, cold_start=cold_start
                 )
                 zero = (f"{alone.paid_seconds:.2f}", f"{alone.cold:.1%}")

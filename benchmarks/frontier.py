@@ -21,10 +21,10 @@ import fluxfire
 from fluxfire import presets
 from fluxfire.bench import Contender, Prices, Workload, compare, held_out, load, save, stamp
 from fluxfire.bench.rivals import CacheDit, MagCache
-from fluxfire.loading import load as load_pipeline
+from fluxfire.models.loading import load as load_pipeline
 from fluxfire.passes import FirstBlockCache, ParaAttention, ReferenceCache
 from fluxfire.protocol import Pass
-from fluxfire.statistics import StepKind
+from fluxfire.reporting.statistics import StepKind
 from fluxfire.text import table
 
 REFERENCE = Path(__file__).parent / "results" / "reference.json"

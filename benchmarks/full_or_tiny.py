@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfire.bench import Workload
-from fluxfire.loading import load
+from fluxfire.models.loading import load
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

@@ -21,7 +21,6 @@ from typing_extensions import override
 
 import fluxfire
 from fluxfire import Change, Transaction, spark
-from fluxfire.attending import KeepingAttnProcessor, Kept
 from fluxfire.bench import compare, save, stamp
 from fluxfire.blocks import Run, Streams
 from fluxfire.kontext import Call
@@ -29,6 +28,7 @@ from fluxfire.passes import FirstBlockCache, ReferenceCache
 from fluxfire.passes.reference_cache import _Engine
 from fluxfire.protocol import Pass
 from fluxfire.text import table
+from fluxfire.toolkit.joint_attention import KeepingAttnProcessor, Kept
 
 STEPS = 28
 

@@ -39,7 +39,7 @@ from PIL import Image
 
 import fluxfire
 from fluxfire.bench import held_out, save, stamp
-from fluxfire.loading import load
+from fluxfire.models.loading import load
 from fluxfire.serve.levels import offered, usual
 
 PARTS = ("overhead", "mixed", "throughput")

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from fluxfire import archive
-from fluxfire.archive import DisbelievedError, Payload
+from fluxfire.artifacts import archive
+from fluxfire.artifacts.archive import DisbelievedError, Payload
 
 ANY_FOLDER = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -16,7 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fluxfire import archive, presets
+from fluxfire import presets
+from fluxfire.artifacts import archive
 from fluxfire.cli import main
 from fluxfire.errors import PictureError
 from fluxfire.passes.mega_cache import machine

@@ -13,7 +13,6 @@ from torch._inductor import config as inductor_config
 
 import fluxfire
 from fluxfire import kernels, presets
-from fluxfire.adaln import modulations
 from fluxfire.kernels import float8
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.heads import Stream
@@ -29,6 +28,7 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.testing import check_pass, edit, tiny_kontext
+from fluxfire.toolkit.modulation import modulations
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluxfire.errors import LoadError
-from fluxfire.loading import hub_token, load
+from fluxfire.models.loading import hub_token, load
 from fluxfire.testing import edit
 
 
@@ -47,7 +47,7 @@ def hub():
 
 def run_against(hub_url, model, **environment):
     code = (
-        "import sys, fluxfire.loading as l\n"
+        "import sys, fluxfire.models.loading as l\n"
         "try: l.load(sys.argv[1])\n"
         "except l.LoadError as e: print(e)"
     )

@@ -20,8 +20,8 @@ from fluxfire.bench import Budget, Example, Family, Prices, Workload, search, tu
 from fluxfire.bench.quality import Likeness, Quality
 from fluxfire.bench.tuning import caches
 from fluxfire.cli import main
+from fluxfire.conductor import conductor_of
 from fluxfire.errors import BenchError, PlanError
-from fluxfire.generation import conductor_of
 from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, ReferenceCache
 from fluxfire.testing import edit, tiny_kontext
 

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 import torch
 
 from fluxfire import kontext
+from fluxfire.conductor import Conductor, conductor_of, rehearsal
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
-from fluxfire.generation import Conductor, conductor_of, rehearsal
+from fluxfire.live_settings import retuned
 from fluxfire.planner import Plan, configured, malformed
-from fluxfire.planning import Passes, make_plan
 from fluxfire.protocol import Change, Pass
-from fluxfire.reporting import PassReport, Report
-from fluxfire.retuning import retuned
-from fluxfire.statistics import Statistics
+from fluxfire.reporting.report import PassReport, Report
+from fluxfire.reporting.statistics import Statistics
+from fluxfire.resolve import Passes, make_plan
 from fluxfire.transaction import Transaction
 from fluxfire.warming import Progress, Size, blank_calls, check_call, check_sizes
 
@@ -48,6 +48,9 @@ def plan(pipe: Any, passes: Passes = None) -> Plan:
 
     Returns:
         The plan. It prints as a table; `plan.ok` says whether `optimize` would go ahead.
+
+    Raises:
+        PlanError: there is no such preset, a file cannot be read, or `passes` is no list.
     """
     conductor = conductor_of(pipe)
     applied = _record(conductor).passes if conductor else ()
@@ -114,7 +117,19 @@ def restore(pipe: P) -> P:
 
 @contextmanager
 def optimized(pipe: P, passes: Passes = None) -> Iterator[P]:
-    """Optimize for the length of a `with` block; takes back only what it applied itself."""
+    """Optimize for the length of a `with` block, and restore afterwards.
+
+    Args:
+        pipe: a plain pipeline, as for `optimize`.
+        passes: as for `optimize`.
+
+    Raises:
+        PlanError: the pipeline carries passes already, or the list cannot be applied; nothing was
+            changed.
+        PassError: a pass failed; everything was rolled back.
+        BusyError: the pipeline is generating.
+        RestoreError: at the end, some edits could not be undone; all others were.
+    """
     conductor = conductor_of(pipe)
     before = len(_record(conductor).passes) if conductor else 0
     if before:
@@ -163,7 +178,17 @@ def using(pipe: P, settings: Passes | Pass) -> Iterator[P]:
 
 
 def report(pipe: Any) -> Report:
-    """Say what was done to a pipeline and what its generations cost so far."""
+    """Say what was done to a pipeline and what its generations cost so far.
+
+    Args:
+        pipe: a Kontext pipeline; the report of a plain one is empty.
+
+    Returns:
+        The report. It prints as tables.
+
+    Raises:
+        PlanError: this is no Kontext pipeline.
+    """
     conductor = _conductor(pipe)
     if conductor is None:
         return Report()

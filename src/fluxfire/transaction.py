@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from torch import nn
 
     from fluxfire.blocks import BlockWrapper
-    from fluxfire.generation import Conductor, Listener, Live
+    from fluxfire.conductor import Conductor
+    from fluxfire.generation import Listener, Live
 
 L = TypeVar("L")
 P = TypeVar("P")

@@ -11,9 +11,10 @@ from PIL import Image
 from typing_extensions import override
 
 from fluxfire import kontext
-from fluxfire.compiling import hearing
+from fluxfire.conductor import Conductor
 from fluxfire.errors import PlanError
-from fluxfire.generation import Conductor, Generation, Listener
+from fluxfire.generation import Generation, Listener
+from fluxfire.reporting.compile_counts import hearing
 
 Size = tuple[int, int]
 

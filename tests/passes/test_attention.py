@@ -18,8 +18,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fluxfire
-from fluxfire import fastest, kontext
-from fluxfire.attending import bound
+from fluxfire import kontext
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
 from fluxfire.kernels.flash_attention import float8_attention
@@ -29,9 +28,11 @@ from fluxfire.passes import Attention, Compile, FusedBlocks, QKVFusion
 from fluxfire.passes import attention as module
 from fluxfire.protocol import Target
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+from fluxfire.toolkit import attention_backends
+from fluxfire.toolkit.joint_attention import bound
 from passes.test_compile import with_ip_adapter
 
-SIZES = fastest.Sizes(torch.device("cpu"), torch.float32, 3, 16)
+SIZES = attention_backends.Sizes(torch.device("cpu"), torch.float32, 3, 16)
 LAYERS = 5  # attentions of the tiny transformer
 
 
@@ -251,7 +252,7 @@ def test_backends_that_do_not_run_here(pipe, backend, words):
 
 def test_what_is_not_clearly_faster_is_not_chosen():
     def choose(compiles=lambda name: True, **took):
-        return fastest.chosen({"native": 1.0} | took, compiles)
+        return attention_backends.chosen({"native": 1.0} | took, compiles)
 
     assert choose() == "native"
     assert choose(flash=0.995) == "native"
@@ -261,7 +262,7 @@ def test_what_is_not_clearly_faster_is_not_chosen():
 
 
 def test_measuring_leaves_out_what_fails():
-    made = fastest.fastest.__wrapped__(SIZES, tokens=48)
+    made = attention_backends.fastest.__wrapped__(SIZES, tokens=48)
     assert made.milliseconds["native"] > 0
     assert "flash" in made.failed
     assert made.backend in made.milliseconds
@@ -275,16 +276,20 @@ def test_a_wrong_kernel_is_left_out(monkeypatch):
     arguments = {"query", "key", "value"}
     registry = attention_dispatch._AttentionBackendRegistry
     monkeypatch.setitem(registry._supported_arg_names, name, arguments)
-    assert fastest.why_not("_native_math", SIZES).startswith("it is off the native result by ")
+    assert attention_backends.why_not("_native_math", SIZES).startswith(
+        "it is off the native result by "
+    )
 
 
 @pytest.mark.slow
 def test_the_native_kernel_compiles():
-    assert fastest._compiles("native", SIZES)
+    assert attention_backends._compiles("native", SIZES)
 
 
 def test_the_measured_choice_is_set_and_told(pipe, monkeypatch):
-    made = fastest.Fastest("_native_math", {"native": 2.0, "_native_math": 1.5}, {"flash": "no"})
+    made = attention_backends.Fastest(
+        "_native_math", {"native": 2.0, "_native_math": 1.5}, {"flash": "no"}
+    )
     monkeypatch.setattr(module, "fastest", lambda *_: made)
     monkeypatch.setattr(module, "_device", lambda pipe: torch.device("cuda"))
     fluxfire.optimize(pipe, [Attention()])

@@ -15,14 +15,15 @@ from torch._inductor import config as inductor_config
 from torch.compiler._cache import CacheArtifactManager
 
 import fluxfire
-from fluxfire import archive, presets
-from fluxfire.archive import Payload
+from fluxfire import presets
+from fluxfire.artifacts import archive
+from fluxfire.artifacts.archive import Payload
+from fluxfire.artifacts.recording import recording
+from fluxfire.conductor import conductor_of
 from fluxfire.errors import MegaCacheWarning, PlanError
-from fluxfire.generation import conductor_of
 from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MegaCache
 from fluxfire.passes.mega_cache import fingerprint
 from fluxfire.planner import configured
-from fluxfire.recording import recording
 from fluxfire.testing import edit, tiny_kontext
 
 FRESH = """
@@ -331,7 +332,7 @@ def test_what_cannot_be_recorded_does_not_fail_the_edit(pipe, tmp_path, referenc
     def broken(_):
         raise RuntimeError("cannot pack")
 
-    monkeypatch.setattr("fluxfire.recording._packed", broken)
+    monkeypatch.setattr("fluxfire.artifacts.recording._packed", broken)
     fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
     with pytest.warns(MegaCacheWarning, match="cannot be kept: RuntimeError.*cannot pack"):
         assert np.array_equal(edit(pipe), reference)

@@ -17,9 +17,8 @@ from hypothesis import strategies as st
 
 import fluxfire
 from fluxfire import kontext
-from fluxfire.attending import KeepingAttnProcessor, Kept
+from fluxfire.conductor import TransformerCall
 from fluxfire.errors import FluxfireError, PlanError
-from fluxfire.generation import TransformerCall
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -30,6 +29,7 @@ from fluxfire.passes import (
     ReferenceCache,
 )
 from fluxfire.testing import edit, tiny_kontext
+from fluxfire.toolkit.joint_attention import KeepingAttnProcessor, Kept
 from passes.test_compile import with_ip_adapter
 from passes.test_first_block_cache import batch, count_blocks
 from passes.test_first_block_cache import hits as hits_of

@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxfire import demo, spark
-from fluxfire.bench import held_out
+from fluxfire import spark
+from fluxfire.bench import demo, held_out
 from fluxfire.cli import main
 from fluxfire.errors import LoadError
 from fluxfire.passes import QKVFusion

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxfire import word_pieces
+from fluxfire.models.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxfire.spark import language
 from fluxfire.spark.captions import draw_captioned
 from fluxfire.spark.drawing import render
@@ -16,8 +16,8 @@ from fluxfire.spark.scenes import Dice
 def tokenizers():
     words = language.words()
     return (
-        word_pieces.clip_tokenizer(words),
-        word_pieces.t5_tokenizer(words, lower=True),
+        clip_tokenizer(words),
+        t5_tokenizer(words, lower=True),
     )
 
 

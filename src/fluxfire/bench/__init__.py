@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxfire.bench.bisect import Culprit, bisect
+from fluxfire.bench.bisection import Culprit, bisect
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import Contender, controls, ladder
 from fluxfire.bench.examples import Example, held_out, read

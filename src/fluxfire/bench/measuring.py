@@ -19,9 +19,9 @@ from fluxfire.bench.power import Drawn, metered
 from fluxfire.bench.quality import EQUAL, Likeness, Quality, compare
 from fluxfire.bench.timing import Sample, on_device, timed
 from fluxfire.bench.workload import Workload
+from fluxfire.conductor import rehearsal
 from fluxfire.errors import BenchError, FluxfireError
-from fluxfire.generation import rehearsal
-from fluxfire.statistics import RunStatistics, StepKind
+from fluxfire.reporting.statistics import RunStatistics, StepKind
 
 _GIB = 2**30
 _CONTROLS = (EAGER, COMPILED)

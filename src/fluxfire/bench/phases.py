@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fluxfire.marks import Marks
+from fluxfire.reporting.device_events import Marks
 
 
 class Phases:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from fluxfire.errors import BenchError
-from fluxfire.statistics import StepKind
+from fluxfire.reporting.statistics import StepKind
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from fluxfire import api, spark
 from fluxfire.bench.contenders import Contender
 from fluxfire.passes import FirstBlockCache, ReferenceCache
 from fluxfire.protocol import Pass
-from fluxfire.statistics import RunStatistics
+from fluxfire.reporting.statistics import RunStatistics
 
 _EXAMPLES = 16
 

@@ -18,7 +18,7 @@ from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import EQUAL, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
-from fluxfire.generation import rehearsal
+from fluxfire.conductor import rehearsal
 from fluxfire.planner import configured
 from fluxfire.protocol import Pass
 

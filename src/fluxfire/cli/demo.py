@@ -28,7 +28,7 @@ def add(commands: Commands) -> None:
     parser = add_command(
         commands, "demo", compare, "edit pictures with Spark, plain and with passes, and compare"
     )
-    add_passes(parser)
+    add_passes(parser, default="first-block-cache alone")
     parser.set_defaults(passes="first-block-cache")  # its gain shows on any machine
     add_examples(parser, 8)
     parser.add_argument("-o", "--output", default="demo.png", help="default: %(default)s")
@@ -46,7 +46,8 @@ def compare(arguments: argparse.Namespace) -> int:
     """
     output = writable(arguments.output)
     passes = wanted(arguments)
-    from fluxfire import api, demo, spark
+    from fluxfire import api, spark
+    from fluxfire.bench import demo
 
     examples = examples_wanted(arguments)
     if arguments.image is not None:

@@ -33,7 +33,7 @@ def look(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: if the file cannot be read, or would not be used.
     """
-    from fluxfire import archive
+    from fluxfire.artifacts import archive
     from fluxfire.passes.mega_cache import machine
 
     path: Path = arguments.path

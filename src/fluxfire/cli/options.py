@@ -77,17 +77,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_passes(parser: argparse.ArgumentParser) -> None:
+def add_passes(parser: argparse.ArgumentParser, default: str = "faithful") -> None:
     """Add `--preset` and `--passes`, which exclude each other; `wanted` reads them.
 
     Args:
         parser: the command's parser.
+        default: what the help says is done without either.
     """
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--preset",
-        help="faithful, balanced, fast or article, or a file that tune wrote (default: faithful; "
-        "of demo: first-block-cache alone)",
+        help=f"faithful, balanced, fast or article, or a file that tune wrote (default: {default})",
     )
     which.add_argument("--passes", help="names in order, separated by commas, or none")
 
@@ -193,7 +193,7 @@ def wanted(arguments: argparse.Namespace) -> list[Pass]:
     Raises:
         PlanError: if there is no such preset, file or pass.
     """
-    from fluxfire.planning import chosen
+    from fluxfire.resolve import chosen
 
     return chosen(arguments.preset, arguments.passes)
 
@@ -207,7 +207,7 @@ def load_model(model: str) -> Any:
     Returns:
         The pipeline.
     """
-    from fluxfire import loading
+    from fluxfire.models import loading
 
     if model in loading.RANDOM:
         note(_RANDOM_NOTE.format(model))

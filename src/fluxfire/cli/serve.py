@@ -9,6 +9,7 @@ from pathlib import Path
 from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
 from fluxfire.cli.values import positive, size, whole
 from fluxfire.errors import FluxfireError
+from fluxfire.serve.settings import Settings
 
 
 def add(commands: Commands) -> None:
@@ -19,9 +20,9 @@ def add(commands: Commands) -> None:
     """
     parser = add_command(commands, "serve", serve, "edit pictures for others, over HTTP")
     add_model(parser)
-    add_passes(parser)
-    parser.add_argument("--host", default="127.0.0.1", help="default: %(default)s")
-    parser.add_argument("--port", type=whole, default=8000, help="default: %(default)s")
+    add_passes(parser, default="balanced, which is lossy; on a CPU its cache alone")
+    parser.add_argument("--host", default=Settings.host, help="default: %(default)s")
+    parser.add_argument("--port", type=whole, default=Settings.port, help="default: %(default)s")
     parser.add_argument(
         "--keys", type=Path, metavar="FILE", help="whom to serve; wanted beyond this machine"
     )
@@ -39,7 +40,9 @@ def add(commands: Commands) -> None:
         help="a folder, or s3://bucket/prefix?endpoint=…: answers then hold links "
         "(a folder's are signed with FLUXFIRE_SECRET of the environment)",
     )  # fmt: skip
-    parser.add_argument("--max-queue", type=positive, default=32, help="default: %(default)s")
+    parser.add_argument(
+        "--max-queue", type=positive, default=Settings.max_queue, help="default: %(default)s"
+    )
     parser.add_argument(
         "--max-batch", type=positive, help="pictures at once (default: 4 of a small model, else 1)"
     )
@@ -73,7 +76,7 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from fluxfire.serve import Settings, create_app
+        from fluxfire.serve import create_app
     except ImportError as error:
         raise UsageError(f'{error.name} is missing: pip install "fluxfire[serve]"') from error
     settings = Settings(

@@ -16,10 +16,10 @@ from diffusers.models.transformers.transformer_flux import (
 from typing_extensions import override
 
 from fluxfire import kontext
-from fluxfire.attending import FlashAttnProcessor, Float8AttnProcessor, bound
-from fluxfire.fastest import FLASH_3, OFFERED, Sizes, fastest, why_not
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
+from fluxfire.toolkit.joint_attention import FlashAttnProcessor, Float8AttnProcessor, bound
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
@@ -44,9 +44,10 @@ class Attention:
     by a percent, and the report says what each took. Equal settings are measured once a process.
     Without a GPU it takes the native one.
 
-    `"fa3"` is FlashAttention-3, for Hopper GPUs, with the package `fa3-fwd`. With a mask, without
-    rotation, and while gradients are on, attention is diffusers' own. On an H100 a compiled step
-    of an edit to 1024 × 1024 took 268 ms instead of 277.
+    `"fa3"` is FlashAttention-3 (https://arxiv.org/abs/2407.08608), for Hopper GPUs, with the
+    package `fa3-fwd`. With a mask, without rotation, and while gradients are on, attention is
+    diffusers' own. On an H100 a compiled step of an edit to 1024 × 1024 took 268 ms instead of
+    277.
 
     `"fa3-fp8"` is the same in float8 (e4m3): lossy. Query and key have been through an RMS norm,
     which bounds them, and a rotation, which keeps the bound; so their scale is known without
@@ -64,6 +65,9 @@ class Attention:
     Attributes:
         backend: `"auto"`; a backend of diffusers by its name there, such as `"native"`,
             `"_native_cudnn"` or `"flash"`; `"fa3"` or `"fa3-fp8"`.
+
+    Raises:
+        ValueError: `backend` is no such name.
     """
 
     backend: str = "auto"

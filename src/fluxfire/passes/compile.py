@@ -57,6 +57,10 @@ class Compile:
             the second size.
         fullgraph: raise where a graph would be cut in two.
         options: inductor options by name; they win over the mode's. Kept as sorted pairs.
+
+    Raises:
+        ValueError: `region` is neither.
+        TypeError: a setting is of another type than those above.
     """
 
     region: Region = "blocks"

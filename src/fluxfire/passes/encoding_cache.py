@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.shadow import Shadow
+from fluxfire.toolkit.method_override import Shadow
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
@@ -40,6 +40,9 @@ class EncodingCache:
         prompts: how many results of a text encoder to keep; each prompt has one of CLIP and one
             of T5 (4 MiB for FLUX at 512 tokens in bfloat16).
         pictures: how many pictures to keep, with their latents (7 MiB for one of a megapixel).
+
+    Raises:
+        ValueError: a number is below 0 or not whole, or both are 0.
     """
 
     prompts: int = 32

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from typing_extensions import override
 
-from fluxfire.caching import CacheEngine, obstacles
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.block_cache import CacheEngine, obstacles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,11 +38,11 @@ class FirstBlockCache:
     computed whole and selected from, so that shapes never change. Nothing is remembered
     beyond a generation.
 
-    The idea is ParaAttention's (first-block cache) after TeaCache; this is another
-    implementation, which gives the same hits and pixels as ParaAttention 0.3.38, diffusers'
-    FirstBlockCache and cache-dit's F1B0 (`tests/passes/test_cache_oracles.py`). In bfloat16 they
-    round the distance to 8 bits, where this one sums in float32: a distance that close to the
-    threshold may fall on the other side.
+    The idea is ParaAttention's (https://github.com/chengzeyi/ParaAttention) after TeaCache
+    (https://arxiv.org/abs/2411.19108); this is another implementation, which gives the same hits
+    and pixels as ParaAttention 0.3.38, diffusers' FirstBlockCache and cache-dit's F1B0
+    (`tests/passes/test_cache_oracles.py`). In bfloat16 they round the distance to 8 bits, where
+    this one sums in float32: a distance that close to the threshold may fall on the other side.
 
     Attributes:
         threshold: hit below this distance; at 0 nothing hits and every bit is kept.
@@ -57,6 +57,10 @@ class FirstBlockCache:
         predict: `"hold"` adds what was added last; `"linear"` extends the line through the
             last two computed steps to this step's noise level; `"quadratic"` the parabola
             through the last three.
+
+    Raises:
+        TypeError: `threshold` is not a number.
+        ValueError: a setting is below 0, or `distance` or `predict` is no such name.
     """
 
     threshold: float = 0.12

@@ -13,9 +13,9 @@ from typing_extensions import override
 from fluxfire import kontext
 from fluxfire.errors import FluxfireError
 from fluxfire.generation import Listener
-from fluxfire.host import HostWeights
 from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.host_weights import HostWeights
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
@@ -47,6 +47,9 @@ class Float8:
     Attributes:
         originals: `"host"` keeps the original weights in host memory, for `restore` to bring back
             bit for bit and for `save_pretrained`; `"drop"` lets go of them, and `restore` refuses.
+
+    Raises:
+        ValueError: `originals` is neither.
     """
 
     originals: Originals = "host"

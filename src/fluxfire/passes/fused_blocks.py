@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fluxfire import kontext
-from fluxfire.adaln import modulations
-from fluxfire.attending import (
+from fluxfire.generation import Listener
+from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
+from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.joint_attention import (
     KeepingAttnProcessor,
     Kept,
     attend,
@@ -27,10 +30,7 @@ from fluxfire.attending import (
     heads,
     projections,
 )
-from fluxfire.generation import Listener
-from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
-from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.modulation import modulations
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from typing_extensions import override
 
-from fluxfire import archive
-from fluxfire.archive import DisbelievedError, Payload
-from fluxfire.compiling import Compilations, compilations
+from fluxfire.artifacts import archive
+from fluxfire.artifacts.archive import DisbelievedError, Payload
+from fluxfire.artifacts.recording import Key, Recording, give_to_torch, recording
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.generation import Generation, Listener
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
-from fluxfire.recording import Key, Recording, give_to_torch, recording
+from fluxfire.reporting.compile_counts import Compilations, compilations
 
 if TYPE_CHECKING:
     from fluxfire.kontext import Call
@@ -56,6 +56,10 @@ class MegaCache:
 
     Attributes:
         path: the file; None means `fluxfire/kontext.megacache` in the user's cache folder.
+
+    Raises:
+        TypeError: `path` is not a path.
+        ValueError: `path` is empty, or no file can have that name.
     """
 
     path: str | Path | None = None

@@ -14,13 +14,13 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire import kontext
-from fluxfire.adaln import COLUMNS, modulations
 from fluxfire.blocks import Run, Streams
 from fluxfire.generation import Generation, Listener
-from fluxfire.host import HostWeights
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.shadow import Shadow
+from fluxfire.toolkit.host_weights import HostWeights
+from fluxfire.toolkit.method_override import Shadow
+from fluxfire.toolkit.modulation import COLUMNS, modulations
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from fluxfire.caching import CacheEngine, obstacles
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.block_cache import CacheEngine, obstacles
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +46,9 @@ class ParaAttention:
         downsample_factor: compare only every so-manieth channel.
         taylorseer: predict what is added by para-attn's TaylorSeer.
         derivatives: TaylorSeer's highest order.
+
+    Raises:
+        ValueError: a setting is too low, or not of its type.
     """
 
     threshold: float = 0.12

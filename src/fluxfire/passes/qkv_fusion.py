@@ -44,6 +44,9 @@ class QKVFusion:
     Attributes:
         transformer: fuse the transformer's attentions.
         vae: fuse the VAE's attentions (one in the encoder, one in the decoder).
+
+    Raises:
+        ValueError: both are False, so that nothing is fused.
     """
 
     transformer: bool = True

@@ -14,15 +14,15 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire import kontext
-from fluxfire.attending import Float8AttnProcessor, KeepingAttnProcessor, Kept
 from fluxfire.blocks import Run, Streams
-from fluxfire.caching import CacheEngine, obstacles
 from fluxfire.errors import FluxfireError
 from fluxfire.generation import Generation, Live, Refresh
 from fluxfire.kernels.float8 import FLOAT8
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.text import human_bytes
+from fluxfire.toolkit.block_cache import CacheEngine, obstacles
+from fluxfire.toolkit.joint_attention import Float8AttnProcessor, KeepingAttnProcessor, Kept
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
@@ -68,6 +68,10 @@ class ReferenceCache:
             for timing, where weights are random. Kept as a sorted tuple.
         in_float8: keep keys and values in float8 (e4m3), scaled by sample and head: half the
             memory.
+
+    Raises:
+        TypeError: `spacing` is not a number.
+        ValueError: a setting is below 0 or not whole, or `schedule` is without step 0.
     """
 
     spacing: float = 0.2

@@ -11,9 +11,9 @@ from PIL import Image
 
 from fluxfire import api, kontext
 from fluxfire.protocol import Pass
+from fluxfire.reporting.statistics import StepKind
 from fluxfire.serve.levels import current, offered
 from fluxfire.serve.wire import Ask, Facts, Level, Raw, Result
-from fluxfire.statistics import StepKind
 
 OnStep = Callable[[int, int], None]
 _SIDES = (1024, 1024)

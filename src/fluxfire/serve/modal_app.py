@@ -65,7 +65,7 @@ class Deployment:
     """What can be chosen, each by the environment variable `FLUXFIRE_` and its name in capitals.
 
     Attributes:
-        model: what `fluxfire.loading.load` takes.
+        model: what `fluxfire.models.loading.load` takes.
         preset: a preset's name.
         storage: where pictures are stored, as the server's own option; None sends them back.
         max_queue: requests that wait in one container.
@@ -201,7 +201,7 @@ def warm(
 
     Args:
         folder: where to save.
-        model: what `fluxfire.loading.load` takes.
+        model: what `fluxfire.models.loading.load` takes.
         preset: a preset's name, or a file that `fluxfire tune` wrote.
         sizes: output sizes to compile for.
         **call: further arguments of the pipeline's call, as for `fluxfire.warmup`.
@@ -210,7 +210,8 @@ def warm(
         The report.
     """
     import fluxfire
-    from fluxfire import loading, presets, recipes
+    from fluxfire import presets, recipes
+    from fluxfire.models import loading
     from fluxfire.passes import MegaCache
 
     found = recipes.read(Path(preset)) if preset.endswith(recipes.SUFFIX) else presets.named(preset)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 from PIL import Image
 
 if TYPE_CHECKING:  # the server's process does without torch
-    from fluxfire.statistics import StepKind
+    from fluxfire.reporting.statistics import StepKind
 
 Level = Literal["faithful", "balanced", "fast"]
 LEVELS: tuple[Level, ...] = ("faithful", "balanced", "fast")

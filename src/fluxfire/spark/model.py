@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fluxfire import word_pieces
+from fluxfire.models import tokenizers
 from fluxfire.spark import language
 
 WIDTH = 160
@@ -24,8 +24,8 @@ def parts(*, seed: int = 0) -> dict[str, Any]:
         seed: seeds the weights; the global random state is left alone.
     """
     words = language.words()
-    tokenizer = word_pieces.clip_tokenizer(words)
-    tokenizer_2 = word_pieces.t5_tokenizer(words, lower=True)
+    tokenizer = tokenizers.clip_tokenizer(words)
+    tokenizer_2 = tokenizers.t5_tokenizer(words, lower=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return {

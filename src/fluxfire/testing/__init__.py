@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fluxfire.random_kontext import tiny_kontext
+from fluxfire.models.random_kontext import tiny_kontext
 from fluxfire.testing.conformance import ConformanceError, check_pass, edit
-from fluxfire.testing.fingerprint import differences, fingerprint
+from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import forward_errors
 
 __all__ = [

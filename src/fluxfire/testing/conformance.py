@@ -12,14 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxfire import api, kontext
+from fluxfire.conductor import conductor_of
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
-from fluxfire.generation import conductor_of
+from fluxfire.models.random_kontext import tiny_kontext
 from fluxfire.planner import configured, malformed
-from fluxfire.planning import leaves
 from fluxfire.protocol import Change, Finding, Pass, Target
-from fluxfire.random_kontext import tiny_kontext
-from fluxfire.testing.fingerprint import differences, fingerprint
+from fluxfire.resolve import leaves
+from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.transaction import Transaction
 

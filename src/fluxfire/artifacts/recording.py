@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fluxfire.compiling import hearing
+from fluxfire.reporting.compile_counts import hearing
 
 Key = tuple[str, str]
 """How torch finds an artifact: its kind, and a hash of all that went into it."""

@@ -18,7 +18,8 @@ from diffusers import (
 )
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from fluxfire import kontext, word_pieces
+from fluxfire import kontext
+from fluxfire.models import tokenizers
 
 _KINDS = {"edit": FluxKontextPipeline, "inpaint": FluxKontextInpaintPipeline}
 
@@ -145,7 +146,7 @@ def _assemble(
 ) -> Any:
     if kind not in _KINDS:
         raise ValueError(f"kind={kind!r}; it must be one of {', '.join(_KINDS)}")
-    tokenizer, tokenizer_2 = word_pieces.clip_tokenizer(), word_pieces.t5_tokenizer()
+    tokenizer, tokenizer_2 = tokenizers.clip_tokenizer(), tokenizers.t5_tokenizer()
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),

@@ -55,7 +55,7 @@ class QueueingError(FluxfireError):
 
 
 @dataclass(frozen=True)
-class Service:
+class ServiceTimes:
     """Measured service times: what one request keeps a GPU busy.
 
     Attributes:
@@ -137,7 +137,7 @@ class ScaledToZero:
     mean_wait: float
 
 
-def queue(rate: float, service: Service, gpus: int = 1) -> Queue:
+def queue(rate: float, service: ServiceTimes, gpus: int = 1) -> Queue:
     """Say how a load is served by GPUs that are always on.
 
     Args:
@@ -173,7 +173,7 @@ def queue(rate: float, service: Service, gpus: int = 1) -> Queue:
     return Queue(rate, gpus, utilisation, waiting, waiting * delay, p95_wait, p95_latency)
 
 
-def smallest(rate: float, service: Service, p95_latency: float, *, most: int = 1000) -> Queue:
+def smallest(rate: float, service: ServiceTimes, p95_latency: float, *, most: int = 1000) -> Queue:
     """Find the fewest GPUs that keep 95 of 100 requests within a latency.
 
     Args:
@@ -200,7 +200,7 @@ def smallest(rate: float, service: Service, p95_latency: float, *, most: int = 1
 
 
 def scaled_to_zero(
-    rate: float, service: Service, *, window: float, cold_start: float
+    rate: float, service: ServiceTimes, *, window: float, cold_start: float
 ) -> ScaledToZero:
     """Say what a single container costs that is switched off when idle.
 
@@ -264,7 +264,7 @@ def erlang_c(load: float, gpus: int) -> float:
 
 
 def sizes(
-    service: Service, p95_latency: float, rates: Iterable[float] = RATES
+    service: ServiceTimes, p95_latency: float, rates: Iterable[float] = RATES
 ) -> tuple[Queue, ...]:
     """Size a deployment for several loads.
 
@@ -283,7 +283,7 @@ def sizes(
 
 
 def table(
-    service: Service,
+    service: ServiceTimes,
     *,
     p95_latency: float,
     window: float,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fluxfire.protocol import Change, Exactness, Finding, Pass, Stage
-from fluxfire.statistics import RunStatistics
+from fluxfire.reporting.statistics import RunStatistics
 from fluxfire.text import human_bytes, human_seconds, table
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from fluxfire import kontext, plugins, presets, recipes
+from fluxfire.conductor import conductor_of, shared_conductor
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
-from fluxfire.generation import conductor_of, shared_conductor
 from fluxfire.planner import Plan, Step, configured, malformed, problems, workable
 from fluxfire.protocol import Finding, Pass, Target
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxfire.serve.queueing import (
+from fluxfire.serve.capacity import (
     QueueingError,
-    Service,
+    ServiceTimes,
     erlang_c,
     price,
     queue,
@@ -23,9 +23,9 @@ from fluxfire.serve.queueing import (
 )
 
 SECONDS = st.floats(0.01, 100)
-SERVICES = st.lists(SECONDS, min_size=1, max_size=8).map(lambda s: Service(tuple(s)))
+SERVICES = st.lists(SECONDS, min_size=1, max_size=8).map(lambda s: ServiceTimes(tuple(s)))
 # Quantiles of an exponential distribution, so that the sample's moments are nearly its own.
-EXPONENTIAL = Service(tuple(-math.log1p(-(i + 0.5) / 4000) for i in range(4000)))
+EXPONENTIAL = ServiceTimes(tuple(-math.log1p(-(i + 0.5) / 4000) for i in range(4000)))
 
 
 def simulate(*, arrivals, draw, gpus, requests, seed):
@@ -117,7 +117,7 @@ def waits_no_longer(seconds, utilisation):
 
 @pytest.mark.parametrize("utilisation", [0.1, 0.3, 0.5, 0.8, 0.9])
 def test_constant_service_on_one_gpu_has_the_exact_mean_and_nearly_the_p95(utilisation):
-    got = queue(60 * utilisation, Service((1.0,)))
+    got = queue(60 * utilisation, ServiceTimes((1.0,)))
     assert got.mean_wait == pytest.approx(utilisation / (2 * (1 - utilisation)))
     assert got.waiting == pytest.approx(utilisation)
     exact = next(s / 1000 for s in range(20000) if waits_no_longer(s / 1000, utilisation) >= 0.95)
@@ -127,7 +127,7 @@ def test_constant_service_on_one_gpu_has_the_exact_mean_and_nearly_the_p95(utili
     assert got.p95_latency == pytest.approx(got.p95_wait + 1)
 
 
-MEASURED = Service((0.8, 0.9, 1.0, 1.1, 2.2))
+MEASURED = ServiceTimes((0.8, 0.9, 1.0, 1.1, 2.2))
 
 
 @pytest.mark.parametrize(("gpus", "utilisation"), [(1, 0.7), (2, 0.8), (4, 0.9)])
@@ -197,10 +197,10 @@ def test_more_gpus_never_make_it_slower(service, load, more):
 
 
 def test_too_much_for_the_gpus_is_not_stable():
-    got = queue(61, Service((1.0,)))
+    got = queue(61, ServiceTimes((1.0,)))
     assert not got.stable
     assert got.mean_wait == got.p95_latency == math.inf
-    assert queue(59, Service((1.0,))).stable
+    assert queue(59, ServiceTimes((1.0,))).stable
 
 
 @given(SERVICES, st.floats(0.1, 10), st.floats(1.05, 5))
@@ -217,28 +217,28 @@ def test_a_goal_below_the_service_itself_is_refused():
     with pytest.raises(
         QueueingError, match="100 GPUs do not keep 95 of 100 requests within 500 ms"
     ):
-        smallest(10, Service((1.0,)), 0.5, most=100)
+        smallest(10, ServiceTimes((1.0,)), 0.5, most=100)
 
 
 def test_samples_give_mean_and_variability():
-    assert Service((2.0,)).variability == 0
-    assert Service((1.0, 3.0)).mean == 2
-    assert Service((1.0, 3.0)).variability == pytest.approx(0.25)
+    assert ServiceTimes((2.0,)).variability == 0
+    assert ServiceTimes((1.0, 3.0)).mean == 2
+    assert ServiceTimes((1.0, 3.0)).variability == pytest.approx(0.25)
     assert EXPONENTIAL.variability == pytest.approx(1, rel=5e-3)
 
 
 def test_a_price_is_one_of_seconds():
     assert price(2.5, 3600) == pytest.approx(2.5)
-    assert price(queue(60, Service((0.5,))).paid_seconds, 7.2) == pytest.approx(0.002)
-    assert price(queue(60, Service((1.5,)), 2).paid_seconds, 7.2) == pytest.approx(0.004)
+    assert price(queue(60, ServiceTimes((0.5,))).paid_seconds, 7.2) == pytest.approx(0.002)
+    assert price(queue(60, ServiceTimes((1.5,)), 2).paid_seconds, 7.2) == pytest.approx(0.004)
 
 
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: Service(()), "no service times"),
-        (lambda: Service((1.0, 0.0)), "a service time is 0.0; it must be above 0, in seconds"),
-        (lambda: Service((math.nan,)), "a service time is nan"),
+        (lambda: ServiceTimes(()), "no service times"),
+        (lambda: ServiceTimes((1.0, 0.0)), "a service time is 0.0; it must be above 0, in seconds"),
+        (lambda: ServiceTimes((math.nan,)), "a service time is nan"),
         (lambda: queue(0, MEASURED), "the rate is 0; it must be above 0, in requests a minute"),
         (lambda: queue(1, MEASURED, 0), "gpus=0"),
         (lambda: smallest(1, MEASURED, -1), "the latency is -1"),
@@ -253,7 +253,7 @@ def test_what_makes_no_sense_is_refused(call, words):
 
 
 def test_the_table_has_a_line_for_each_rate():
-    service = Service((0.95,))
+    service = ServiceTimes((0.95,))
     text = table(service, p95_latency=5, window=60, cold_start=40, price_an_hour=3.6)
     lines = text.splitlines()
     found = sizes(service, 5)

@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from typing_extensions import override
 
-from fluxfire.compiling import Compilations, compilations
 from fluxfire.generation import Decision, Generation, Listener, Refresh
 from fluxfire.kontext import Call, Tokens
-from fluxfire.marks import Marks
+from fluxfire.reporting.compile_counts import Compilations, compilations
+from fluxfire.reporting.device_events import Marks
 
 StepKind = Literal["computed", "reused", "hit"]
 _KEPT = 100

@@ -8,8 +8,8 @@ from typing import Any
 
 from fluxfire.errors import PlanError
 from fluxfire.generation import Live
-from fluxfire.planning import Passes, resolve
 from fluxfire.protocol import Pass
+from fluxfire.resolve import Passes, resolve
 
 
 def retuned(

@@ -11,7 +11,7 @@ import torch
 
 from fluxfire import kontext, spark
 from fluxfire.errors import LoadError
-from fluxfire.random_kontext import full_kontext, tiny_kontext
+from fluxfire.models.random_kontext import full_kontext, tiny_kontext
 
 _UNREACHABLE = {  # of httpx, requests and huggingface_hub, whose bases differ by version
     "ConnectError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",

@@ -16,7 +16,7 @@ from diffusers.models import attention_dispatch
 from torch import Tensor
 
 from fluxfire.kernels.flash_attention import flash_attention
-from fluxfire.marks import Marks
+from fluxfire.reporting.device_events import Marks
 
 NATIVE = "native"
 FLASH_3 = "fa3"

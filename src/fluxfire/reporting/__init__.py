@@ -1,0 +1,1 @@
+"""What was done to a pipeline, and what each of its generations cost."""
