@@ -11,15 +11,14 @@ from typing import Any
 import torch
 from diffusers import (
     AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
     FluxKontextInpaintPipeline,
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers import T5Config, T5EncoderModel
 
 from fluxfire import kontext
-from fluxfire.models import tokenizers
+from fluxfire.models import components, tokenizers
 
 _KINDS = {"edit": FluxKontextPipeline, "inpaint": FluxKontextInpaintPipeline}
 
@@ -147,26 +146,12 @@ def _assemble(
     if kind not in _KINDS:
         raise ValueError(f"kind={kind!r}; it must be one of {', '.join(_KINDS)}")
     tokenizer, tokenizer_2 = tokenizers.clip_tokenizer(), tokenizers.t5_tokenizer()
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            hidden_size=clip["hidden_size"],
-            intermediate_size=clip["intermediate_size"],
-            num_hidden_layers=clip["layers"],
-            num_attention_heads=clip["heads"],
-            projection_dim=clip["hidden_size"],
-        )
-    )
+    text_encoder = components.clip_text_model(tokenizer, **clip)
     text_encoder_2 = T5EncoderModel(T5Config(vocab_size=len(tokenizer_2), **t5))
     for model in (transformer, vae, text_encoder, text_encoder_2):
         model.eval()
     return _KINDS[kind](
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
-        ),
+        scheduler=components.scheduler(),
         vae=vae,
         text_encoder=text_encoder,
         tokenizer=tokenizer,

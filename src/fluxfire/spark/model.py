@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from transformers import T5Config, T5EncoderModel
 
-from fluxfire.models import tokenizers
+from fluxfire.models import components, tokenizers
 from fluxfire.spark import language
 
 WIDTH = 160
@@ -35,9 +35,7 @@ def parts(*, seed: int = 0) -> dict[str, Any]:
             "text_encoder_2": _t5(len(tokenizer_2)),
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
-            "scheduler": FlowMatchEulerDiscreteScheduler(
-                use_dynamic_shifting=True, shift=3.0, base_shift=0.5, max_shift=1.15
-            ),
+            "scheduler": components.scheduler(),
         }
 
 
@@ -72,19 +70,9 @@ def _vae() -> AutoencoderKL:
     ).eval()
 
 
-def _clip(tokenizer: Any) -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            projection_dim=64,
-        )
+def _clip(tokenizer: Any) -> Any:
+    return components.clip_text_model(
+        tokenizer, hidden_size=64, intermediate_size=128, layers=2, heads=2
     ).eval()
 
 
