@@ -299,7 +299,8 @@ CLAIMS = (
           "H100, random weights, edit 1024", _BENCH),
     Claim("FastAPI: 3.97 s end to end, 15 images a minute", _served,
           "Spark on loopback; H100, edits 1024, nothing left out",
-          "python benchmarks/serving.py --model random-full --parts throughput --out serving.json"),
+          "python benchmarks/serving.py --model random-full --parts throughput --steps 28 "
+          "--out serving_h100.json"),
     Claim("Modal: 0 → N, < 5 s cold start, R2", _modal, "H100, fresh process, local disk",
           "python benchmarks/cold_start.py --full --folder /tmp/kontext --out cold.json"),
 )  # fmt: skip

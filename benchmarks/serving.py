@@ -48,6 +48,7 @@ TOLERANCE = 3
 _CLIENTS = 8
 _MALFORMED, _HUNG_UP = 0.02, 0.02
 _PATIENCE = 600.0
+_INSTRUCTION = "make it a snowy winter evening"
 
 
 def main() -> None:
@@ -107,7 +108,7 @@ def throughput(model: str, steps: int, side: int, runs: int = 8) -> dict[str, An
     """
     picture = Image.effect_noise((side, side), 60).convert("RGB")
     body = {"width": side, "height": side}
-    body |= _body("make it a snowy winter evening", picture, steps, "faithful", 0)
+    body |= _body(_INSTRUCTION, picture, steps, "faithful", 0)
     before = _bare_rate(model, picture, steps, runs)
     with _server(model, "--max-batch", "1", "--warm-up", f"{side}x{side}") as (url, _):
         served, inside = asyncio.run(_busy(url, body, runs))
@@ -128,14 +129,13 @@ def _bare_rate(model: str, picture: Image.Image, steps: int, runs: int) -> float
     width, height = picture.size
     call = {"width": width, "height": height, "max_area": width * height}
     with _bare(model) as edit:
-        for _ in range(2):
-            edit(picture, "make it a snowy winter evening", steps, **call)
-        took = _seconds(
-            lambda: [
-                edit(picture, "make it a snowy winter evening", steps, **call) for _ in range(runs)
-            ]
-        )
-    return runs / took
+
+        def make(n: int) -> None:
+            for _ in range(n):
+                edit(picture, _INSTRUCTION, steps, **call)
+
+        make(2)  # compiles
+        return runs / _seconds(lambda: make(runs))
 
 
 async def mixed(model: str, n: int) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class FirstBlockCache:
 
     Raises:
         TypeError: `threshold` is not a number.
-        ValueError: a setting is below 0, or `distance` or `predict` is no such name.
+        ValueError: a number is too low, or `distance` or `predict` is no such name.
     """
 
     threshold: float = 0.12
