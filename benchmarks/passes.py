@@ -1,7 +1,7 @@
 """Every pass in company: the preset `faithful`, with one pass more or one less.
 
-python benchmarks/passes.py --full --out benchmarks/results/passes.json    # needs a GPU
-python benchmarks/passes.py --tiny --out /tmp/passes.json                  # a minute on a CPU
+python benchmarks/passes.py --full --out benchmarks/results/passes_in_company.json  # needs a GPU
+python benchmarks/passes.py --tiny --out /tmp/passes_in_company.json  # a minute on a CPU
 """
 
 from __future__ import annotations
