@@ -7,12 +7,12 @@ python benchmarks/flags.py --tiny --out /tmp/flags.json                  # a min
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Final
+from typing import Final
 
 from PIL import Image
 
 import full_or_tiny
-from fluxfire.bench import Contender, Example, controls, keeping, measure, stamp
+from fluxfire.bench import Contender, Example, controls
 from fluxfire.passes import Compile, MemoryLayout
 from fluxfire.text import human_seconds, table
 
@@ -50,22 +50,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8)
     arguments = parser.parse_args()
 
-    pipe = full_or_tiny.pipeline(full=arguments.full)
     side = full_or_tiny.side(full=arguments.full)
     workload = full_or_tiny.edit(side, arguments.steps, full=arguments.full)
-    result: dict[str, Any] = {"benchmark": "flags", **stamp(), "rows": []}
-
-    wanted = [c for c in contenders() if not arguments.only or c.name in arguments.only]
-    example = Example("make it a snowy winter evening", Image.new("RGB", (side, side), "olive"))
-    measure(
-        pipe, wanted, [workload], [example], rounds=1, on_rows=keeping(result, arguments.out),
-        on_edit=lambda said: print(said, flush=True),
-    )  # fmt: skip
+    example = Example(full_or_tiny.INSTRUCTION, Image.new("RGB", (side, side), "olive"))
+    rows = full_or_tiny.contest("flags", contenders(), [workload], example, arguments)
     lines = [
         (r["contender"], r["error"] or human_seconds(r["step"]["median"]),
          "" if r["error"] else human_seconds(r["phases"]["decoding"]["median"]),
          "" if r["error"] else human_seconds(r["first_seconds"][0]))
-        for r in result["rows"]
+        for r in rows
     ]  # fmt: skip
     print(table(("compile with", "a step", "decoding", "first run"), lines))
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fluxfire.bench import Workload
+from PIL import Image
+
+from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
 from fluxfire.models.loading import load
+
+INSTRUCTION = "make it a snowy winter evening"
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:
@@ -45,3 +50,43 @@ def edit(side: int, steps: int, *, full: bool) -> Workload:
         auto_resize=full,
         text_tokens=512 if full else 32,
     )
+
+
+def noise(side: int) -> Example:
+    """Return a square picture of noise to edit.
+
+    Args:
+        side: of the picture, in pixels.
+    """
+    return Example(INSTRUCTION, Image.effect_noise((side, side), 60).convert("RGB"))
+
+
+def contest(
+    benchmark: str,
+    contenders: Iterable[Contender],
+    workloads: Sequence[Workload],
+    example: Example,
+    arguments: argparse.Namespace,
+    *,
+    rounds: int = 1,
+) -> list[dict[str, Any]]:
+    """Let those contenders that `--only` leaves edit an example; rows are saved after each.
+
+    Args:
+        benchmark: what the result is called.
+        contenders: what to compare.
+        workloads: what to run.
+        example: what to edit.
+        arguments: `full`, `only` and `out`.
+        rounds: whole edits of each contender.
+
+    Returns:
+        The rows, as saved.
+    """
+    result: dict[str, Any] = {"benchmark": benchmark, **stamp(), "rows": []}
+    wanted = [c for c in contenders if not arguments.only or c.name in arguments.only]
+    rows = measure(
+        pipeline(full=arguments.full), wanted, workloads, [example], rounds=rounds,
+        on_rows=keeping(result, arguments.out), on_edit=lambda said: print(said, flush=True),
+    )  # fmt: skip
+    return [row.to_dict() for row in rows]

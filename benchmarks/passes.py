@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
 
 import fluxfire
 import full_or_tiny
 from fluxfire import presets
-from fluxfire.bench import Contender, Example, controls, keeping, measure, stamp
+from fluxfire.bench import Contender, controls
 from fluxfire.passes import (
     Attention,
     EncodingCache,
@@ -73,19 +70,12 @@ def main() -> None:
 
     side = full_or_tiny.side(full=arguments.full)
     workload = full_or_tiny.edit(side, arguments.steps, full=arguments.full)
-    picture = Image.effect_noise((side, side), 60).convert("RGB")
-    result: dict[str, Any] = {"benchmark": "passes", **stamp(), "rows": []}
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(
-            full_or_tiny.pipeline(full=arguments.full),
-            [c for c in contenders(Path(folder)) if not arguments.only or c.name in arguments.only],
-            [workload],
-            [Example("make it a snowy winter evening", picture)],
-            rounds=1, on_rows=keeping(result, arguments.out),
-            on_edit=lambda said: print(said, flush=True),
-        )  # fmt: skip
+        rows = full_or_tiny.contest(
+            "passes", contenders(Path(folder)), [workload], full_or_tiny.noise(side), arguments
+        )
     lines = []
-    for row in (r.to_dict() for r in rows):
+    for row in rows:
         if row["error"]:
             lines.append((row["contender"], row["error"][:150], *[""] * 5))
             continue

@@ -6,12 +6,8 @@ python benchmarks/steps.py --tiny --out /tmp/steps.json                  # a min
 
 from __future__ import annotations
 
-from typing import Any
-
-from PIL import Image
-
 import full_or_tiny
-from fluxfire.bench import Contender, Example, controls, keeping, measure, stamp
+from fluxfire.bench import Contender, controls
 from fluxfire.bench.rivals import installed
 from fluxfire.passes import Attention, Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
 from fluxfire.text import human_seconds, table
@@ -42,24 +38,19 @@ def main() -> None:
     parser.add_argument("--side", type=int, nargs="*", help="of the output, in pixels")
     arguments = parser.parse_args()
 
-    pipe = full_or_tiny.pipeline(full=arguments.full)
     sides = arguments.side or [full_or_tiny.side(full=arguments.full)]
     workloads = [full_or_tiny.edit(side, arguments.steps, full=arguments.full) for side in sides]
-    picture = Image.effect_noise((sides[0], sides[0]), 60).convert("RGB")
-    wanted = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
-    result: dict[str, Any] = {"benchmark": "steps", **stamp(), "rows": []}
-    rows = measure(
-        pipe, wanted, workloads, [Example("make it a snowy winter evening", picture)],
-        rounds=arguments.rounds, on_rows=keeping(result, arguments.out),
-        on_edit=lambda said: print(said, flush=True),
+    rows = full_or_tiny.contest(
+        "steps", CONTENDERS, workloads, full_or_tiny.noise(sides[0]), arguments,
+        rounds=arguments.rounds,
     )  # fmt: skip
-    eager = {r.workload.name: r for r in rows if r.contender.name == "eager"}
+    eager = {r["workload"]["name"]: r for r in rows if r["contender"] == "eager"}
     lines = []
-    for row in (r.to_dict() for r in rows):
+    for row in rows:
         if row["error"]:
             lines.append((row["contender"], row["error"][:120], "", "", "", "", ""))
             continue
-        base = eager[row["workload"]["name"]].to_dict()["step"]["median"]
+        base = eager[row["workload"]["name"]]["step"]["median"]
         near = row["quality"].get("eager", {}).get("psnr", {})
         lines.append(
             (
