@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -213,6 +214,17 @@ def test_what_is_wrong_is_said_in_one_form(client, sent, status, code):
     assert response.json()["error"]["code"] == code
 
 
+def test_fields_that_are_none_are_named(client):
+    sent = {"data": {"prompt": "x", "foo": "1"}}
+    problem(
+        client.post("/inference", files={"image": b""}, **sent), 422, INVALID, "foo: there is no"
+    )
+    sent = {"data": {"prompt": "x"}, "files": {"picture": b"a"}}
+    problem(
+        client.post("/inference", **sent), 422, INVALID, "the picture goes into the field image"
+    )
+
+
 def test_bodies_are_limited_while_they_come(client):
     most = 4 * -(-100_000 // 3) + 2**20
     kind = {"content-type": "application/json"}
@@ -258,6 +270,16 @@ def test_a_job_can_be_cancelled_and_a_failed_one_says_why(client):
     assert idle(client)
 
 
+def test_the_client_of_the_documentation(client, tmp_path, monkeypatch):
+    page = Path(__file__).parent.parent / "docs/pages/how-to/serve.md"
+    code = page.read_text().split("```py\n")[1].split("```")[0]
+    assert "http://127.0.0.1:8000" in code
+    monkeypatch.chdir(tmp_path)
+    EXAMPLE.picture.save("photo.jpg")
+    exec(code.replace("http://127.0.0.1:8000", str(client.base_url)), {})
+    assert Image.open("night.png").size == (128, 128)
+
+
 def idle(client):
     for _ in range(200):
         engine = client.app.state.engine
@@ -282,7 +304,10 @@ def test_a_client_that_hangs_up_frees_the_worker(client):
 def test_a_full_queue_says_when_to_come_back(client):
     slow = body(steps=50, num_images=4, quality="faithful")
     jobs = [client.post("/jobs", json=slow | {"guidance_scale": n}) for n in range(5)]
-    names = [job.json()["id"] for job in jobs]
+    assert [job.status_code for job in jobs[:3]] == [202] * 3
+    problem(jobs[-1], 429, "queue-full", "requests wait already")
+    assert int(jobs[-1].headers["retry-after"]) >= 1
+    names = [job.json()["id"] for job in jobs if job.status_code == 202]
     time.sleep(0.3)
     response = client.post("/inference", json=body())
     problem(response, 429, "queue-full", "requests wait already")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import socket
 import threading
 import time
 
 import pytest
+from PIL import Image, ImageChops
 
 pytest.importorskip("fastapi")
+httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 sync_api = pytest.importorskip("playwright.sync_api")
 
@@ -138,8 +141,8 @@ def test_the_slider_moves_what_is_seen(page, photo):
         page.keyboard.press("ArrowRight")
     assert page.locator("#slider").input_value() == "60"
     assert clipped() != half
-    frame = page.locator("#frame").bounding_box()
-    page.mouse.click(frame["x"] + frame["width"] * 0.1, frame["y"] + frame["height"] / 2)
+    pair = page.locator("#pair").bounding_box()
+    page.mouse.click(pair["x"] + pair["width"] * 0.1, pair["y"] + pair["height"] / 2)
     assert int(page.locator("#slider").input_value()) < 20
 
 
@@ -162,6 +165,55 @@ def test_several_pictures_and_editing_further(page, photo):
     sync_api.expect(thumbs).to_have_count(1)
     sync_api.expect(page.locator("#thumbs")).to_be_hidden()
     assert page.locator("#after").get_attribute("src") != second
+
+
+def test_before_and_after_lie_over_each_other(page, tmp_path):
+    landscape = tmp_path / "landscape.png"
+    Image.effect_noise((200, 110), 60).save(landscape)  # of no shape that Spark makes exactly
+    fill(page, landscape, steps="1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    before, after = (page.locator(name).bounding_box() for name in ("#before", "#after"))
+    assert before == after
+    wide, high = page.locator("#after").evaluate("i => [i.naturalWidth, i.naturalHeight]")
+    assert after["width"] / after["height"] == pytest.approx(wide / high, rel=0.01)
+    for name in ("#before", "#after"):
+        fitted = page.locator(name).evaluate("image => getComputedStyle(image).objectFit")
+        assert fitted == "fill"
+
+
+def test_another_shape_is_not_stretched(page, photo):
+    fill(page, photo, steps="1")
+    page.click("summary")
+    page.fill("#width", "1024")
+    page.fill("#height", "512")
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    fitted = page.locator("#before").evaluate("image => getComputedStyle(image).objectFit")
+    assert fitted == "contain"
+
+
+def test_spark_offers_a_scene_of_the_kind_it_knows(page, service):
+    assert "photographs are beyond it" in page.locator("#spark-note").inner_text()
+    page.click("#scene")
+    sync_api.expect(page.locator("#chosen")).to_be_visible()
+    assert page.locator("#chosen").evaluate("image => image.naturalWidth") == 128
+    file = httpx.get(f"{service.url}/page/scene.png").content
+    drawn = held_out(8)[7].picture
+    assert (
+        ImageChops.difference(Image.open(io.BytesIO(file)).convert("RGB"), drawn).getbbox() is None
+    )
+
+
+def test_the_interface_is_described_without_the_internet(browser, service):
+    context = browser.new_context()
+    tab = context.new_page()
+    asked = []
+    tab.on("request", lambda request: asked.append(request.url))
+    tab.goto(f"{service.url}/docs")
+    sync_api.expect(tab.get_by_text("Edit a picture, and wait for the result")).to_be_visible()
+    assert [url for url in asked if not url.startswith((service.url, "data:"))] == []
+    context.close()
 
 
 def test_from_words_alone(page):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fluxfire.cli import main
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.keys import Keys, new_key
 from fluxfire.serve.settings import Settings
@@ -31,6 +33,7 @@ def test_others_do(host, tmp_path):
     ("settings", "message"),
     [
         ({"max_queue": 0}, "max_queue=0; it must be 1 or more"),
+        ({"port": 70000}, "port=70000; it must be from 0 to 65535"),
         ({"request_seconds": 0}, "request_seconds=0; it must be above 0"),
         ({"preset": "fast", "passes": "compile"}, "preset and passes exclude each other"),
         ({"origins": ("*",)}, "would let any page ask; name the sites"),
@@ -103,3 +106,14 @@ def test_large_models_make_one_picture_at_a_time_unless_told():
     assert Settings(model="random-full", max_batch=2).at_once == 2
     with pytest.raises(FluxfireError, match="max_batch=0; it must be 1 or more"):
         Settings(max_batch=0)
+
+
+def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
+    pytest.importorskip("uvicorn")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 1
+    said = capsys.readouterr().err
+    assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in said
+    assert "give another --port or --host" in said
+    assert "Traceback" not in said

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import socket
 from pathlib import Path
 
 from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
@@ -63,7 +64,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
     Raises:
         UsageError: if the extra is not installed.
-        FluxfireError: if a setting cannot be used.
+        FluxfireError: if a setting cannot be used, or the address is taken.
     """
     if arguments.new_key is not None:
         from fluxfire.serve.keys import new_key
@@ -102,12 +103,29 @@ def serve(arguments: argparse.Namespace) -> int:
 
     app = create_app(settings, on_trouble=end)
     server = uvicorn.Server(
-        uvicorn.Config(
-            app, host=settings.host, port=settings.port,
-            timeout_graceful_shutdown=int(settings.drain_seconds),
-        )
-    )  # fmt: skip
-    server.run()
+        uvicorn.Config(app, timeout_graceful_shutdown=int(settings.drain_seconds))
+    )
+    with _listening(settings) as listener:
+        address, port = listener.getsockname()[:2]
+        host = f"[{address}]" if ":" in address else address
+        note(f"serving {settings.model} on http://{host}:{port}")
+        server.run(sockets=[listener])
     if troubles:
         raise FluxfireError(troubles[0])
     return 0
+
+
+def _listening(settings: Settings) -> socket.socket:
+    """Take the address before a model is loaded for nothing.
+
+    Raises:
+        FluxfireError: it is taken, or none of this machine's.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        raise FluxfireError(
+            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
+            f"give another --port or --host"
+        ) from error

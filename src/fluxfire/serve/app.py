@@ -13,6 +13,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -42,7 +43,7 @@ from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"style.css": "text/css", "app.js": "text/javascript"}
+_PAGE_FILES = {"style.css": "text/css", "app.js": "text/javascript", "scene.png": "image/png"}
 _POLICY = (
     "default-src 'self'; img-src 'self' data: blob: https:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
@@ -109,7 +110,8 @@ def create_app(
             await app.state.jobs.close()
             engine.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(  # so that /docs works where only this service is reached
+        redoc_url=None,
         title="fluxfire",
         version=fluxfire.__version__,
         summary="Edits pictures by instruction.",

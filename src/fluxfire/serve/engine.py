@@ -28,6 +28,7 @@ from fluxfire.serve.wire import (
     Facts,
     Failed,
     FromWorker,
+    Level,
     Ready,
     Result,
     Stepped,
@@ -156,6 +157,27 @@ class Engine:
         self._worker = worker
         worker.start(heard)
 
+    def check(self, level: Level | None, *, coming: int = 0) -> None:
+        """See whether a request would be taken now, before work is put into it.
+
+        Args:
+            level: the quality wanted; None takes what there is.
+            coming: requests that are on their way into the queue already.
+
+        Raises:
+            Refused: as by `submit`.
+        """
+        if self.trouble is not None:
+            raise Refused(f"the service has no pipeline: {self.trouble}", status=503, code="failed")
+        if self._draining:
+            raise Refused("the service stops", status=503, code="stopping")
+        if len(self._waiting) + coming >= self._settings.max_queue:
+            raise Refused(
+                f"{len(self._waiting) + coming} requests wait already; try again later",
+                status=429, code="queue-full",
+            )  # fmt: skip
+        self._check_level(level)
+
     def submit(self, ask: Ask) -> Ticket:
         """Put a request into the queue.
 
@@ -163,7 +185,7 @@ class Engine:
             Refused: the queue is full (429), the service stops or cannot work (503), or the level
                 wanted is none that the passes give (422).
         """
-        self._check(ask)
+        self.check(ask.level)
         loop = asyncio.get_running_loop()
         ticket = Ticket(next(self._numbers), ask, loop.create_future(), loop.time())
         ticket.done.add_done_callback(_retrieved)
@@ -223,24 +245,12 @@ class Engine:
         if worker is not None:
             worker.stop()
 
-    def _check(self, ask: Ask) -> None:
-        if self.trouble is not None:
-            raise Refused(f"the service has no pipeline: {self.trouble}", status=503, code="failed")
-        if self._draining:
-            raise Refused("the service stops", status=503, code="stopping")
-        if len(self._waiting) >= self._settings.max_queue:
-            raise Refused(
-                f"{len(self._waiting)} requests wait already; try again later",
-                status=429, code="queue-full",
-            )  # fmt: skip
-        self._check_level(ask)
-
-    def _check_level(self, ask: Ask) -> None:
+    def _check_level(self, level: Level | None) -> None:
         facts = self.facts  # not known while the first worker loads: then what waits is looked at
-        if ask.level is not None and facts is not None and ask.level not in facts.levels:
+        if level is not None and facts is not None and level not in facts.levels:
             offered = ", ".join(facts.levels) or f"none but {facts.level!r}"
             raise Refused(
-                f"quality={ask.level!r} cannot be given by the passes that are applied; "
+                f"quality={level!r} cannot be given by the passes that are applied; "
                 f"there is {offered}",
                 status=422, code="quality-not-offered",
             )  # fmt: skip
@@ -360,7 +370,7 @@ class Engine:
         """Refuse what came before it was known which levels there are."""
         for ticket in list(self._waiting):
             try:
-                self._check_level(ticket.ask)
+                self._check_level(ticket.ask.level)
             except Refused as refusal:
                 self.cancel(ticket, refusal)
 

@@ -74,9 +74,11 @@ class Jobs:
         """Begin a job.
 
         Raises:
-            Refused: too many are running already.
+            Refused: too many are running already, or the engine would not take it.
         """
         self._forget()
+        coming = sum(job.ticket is None and job.finished is None for job in self._jobs.values())
+        self._service.engine.check(request.quality, coming=coming)
         if len(self._jobs) >= self._service.settings.max_jobs:
             raise Refused(
                 f"{len(self._jobs)} jobs are running already; try again later",

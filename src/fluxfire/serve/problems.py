@@ -86,7 +86,9 @@ def said(errors: Sequence[Any]) -> str:
     told = []
     for error in errors:
         places = [str(part) for part in error["loc"] if part not in {"body", "query", "path"}]
-        told.append(f"{'.'.join(places) or 'the body'}: {error['msg']}")
+        unknown = error["type"] == "extra_forbidden"
+        message = "there is no such field; /docs lists them" if unknown else error["msg"]
+        told.append(f"{'.'.join(places) or 'the body'}: {message}")
     return "; ".join(told)
 
 

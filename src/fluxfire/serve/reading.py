@@ -62,7 +62,10 @@ async def _form(form: FormData) -> tuple[dict[str, Any], bytes | None]:
             if value:
                 fields[name] = value
         elif name != "image":
-            raise Refused(f"{name} is no file", status=422, code="invalid-request")
+            raise Refused(
+                f"{name} came as a file; the picture goes into the field image",
+                status=422, code="invalid-request",
+            )  # fmt: skip
         elif data := await value.read():
             file = data
     return fields, file

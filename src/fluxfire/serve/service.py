@@ -54,6 +54,7 @@ class Service:
         began = time.perf_counter()
         ticket: Ticket | None = None
         try:
+            self.engine.check(request.quality)
             async with asyncio.timeout(self.settings.request_seconds):
                 picture = await self._picture(request, file)
                 decoded = time.perf_counter()

@@ -9,6 +9,7 @@ from pathlib import Path
 from fluxfire.errors import FluxfireError
 
 _HOUR, _DAY = 3600.0, 86400.0
+_LARGEST_PORT = 65535
 _SMALL = ("spark", "random-tiny")
 
 
@@ -79,6 +80,8 @@ class Settings:
         for name in ("request_seconds", "fetch_seconds", "drain_seconds"):
             if not getattr(self, name) > 0:
                 raise FluxfireError(f"{name}={getattr(self, name)!r}; it must be above 0")
+        if not 0 <= self.port <= _LARGEST_PORT:
+            raise FluxfireError(f"port={self.port!r}; it must be from 0 to {_LARGEST_PORT}")
         if self.preset is not None and self.passes is not None:
             raise FluxfireError("preset and passes exclude each other; give one of them")
         if "*" in self.origins:

@@ -5,7 +5,7 @@ const NUMBERS = ["steps", "seed", "num_images", "guidance_scale", "width", "heig
 const ENDED = ["done", "failed", "cancelled"];
 
 let about = null;
-let picture = null; // {blob, url}: what is to be edited
+let picture = null; // {blob, url, shape}: what is to be edited
 let before = null; // the picture that the result is compared with
 let job = null;
 
@@ -43,6 +43,7 @@ function wire() {
   });
   $("cancel").addEventListener("click", cancel);
   $("slider").addEventListener("input", slide);
+  $("scene").addEventListener("click", takeScene);
   $("copy").addEventListener("click", () => navigator.clipboard?.writeText($("made-seed").value));
 }
 
@@ -81,6 +82,7 @@ async function ask() {
   }
   const where = about.device ? ` on ${about.device}` : "";
   $("about").textContent = `${about.model}${where}, ${about.state}, version ${about.version}`;
+  $("spark-note").hidden = about.model !== "spark";
   $("steps").value ||= about.default_steps;
   offer(about.qualities, about.quality);
   if (about.state === "starting") setTimeout(ask, 1000);
@@ -123,11 +125,19 @@ async function choose(file) {
     return tell(`This picture has ${pixels} pixels; the service takes ${about.max_pixels}.`);
   }
   if (picture && picture !== before) URL.revokeObjectURL(picture.url);
-  picture = { blob: file, url };
+  picture = { blob: file, url, shape: image.naturalWidth / image.naturalHeight };
   $("chosen").src = url;
   $("chosen").hidden = false;
   $("drop-hint").hidden = true;
   tell("");
+}
+
+async function takeScene() {
+  try {
+    await choose(await (await call("page/scene.png")).blob());
+  } catch (error) {
+    tell(error.message);
+  }
 }
 
 function fields() {
@@ -228,8 +238,8 @@ function busy(is) {
 function show(result, compared) {
   before = compared;
   $("empty-hint").hidden = true;
-  $("frame").classList.remove("empty");
-  $("frame").classList.toggle("single", !before);
+  $("pair").hidden = false;
+  $("pair").classList.toggle("single", !before);
   for (const id of ["before", "before-tag", "after-tag", "slider"]) $(id).hidden = !before;
   if (before) $("before").src = before.url;
   $("slider").value = 50;
@@ -255,7 +265,7 @@ function pick(result, number) {
   const made = result.images[number];
   const source = made.data_url ?? made.url;
   $("after").src = source;
-  $("after").hidden = false;
+  fit(made.width / made.height);
   $("download").href = source;
   $("download").download = made.filename;
   $("made-seed").value = made.seed;
@@ -268,6 +278,14 @@ function pick(result, number) {
       tell("The result could not be fetched from the store; download it, and choose it here.");
     }
   };
+}
+
+// Kontext stretches a picture a little to a size that it knows, and so is the one before; where
+// another shape was wished for, the two cannot be laid over each other, and it keeps its own.
+function fit(shape) {
+  $("pair").style.setProperty("--shape", shape);
+  const other = before && Math.abs(Math.log(before.shape / shape)) > 0.2;
+  $("before").classList.toggle("other-shape", Boolean(other));
 }
 
 // The policy of the page lets nothing connect to a data: URL, so it is taken apart here.
@@ -300,7 +318,7 @@ function account(result) {
 }
 
 function slide() {
-  $("frame").style.setProperty("--at", `${$("slider").value}%`);
+  $("pair").style.setProperty("--at", `${$("slider").value}%`);
 }
 
 function tell(message, field) {
