@@ -21,9 +21,16 @@ from diffusers import (
 
 import fluxfire
 from doubles import Fake, Listen, ScaleTemb, SkipBlock
-from fluxfire import Change
+from fluxfire import Change, Finding
 from fluxfire.errors import BusyError, FluxfireError, PassError, PlanError
-from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MemoryLayout, QKVFusion
+from fluxfire.passes import (
+    Compile,
+    FirstBlockCache,
+    Float8,
+    InductorPatch,
+    MemoryLayout,
+    QKVFusion,
+)
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 
 EAGER = [InductorPatch(), QKVFusion(), MemoryLayout()]
@@ -285,8 +292,7 @@ def test_everything_wrong_is_said_at_once_with_a_list_that_works(pipe):
         "and graphs take the weights as they find them\n"
         "  - compile: inductor has no option no_such; torch._inductor.list_options() lists "
         "them\n"
-        "A list that would work: [QKVFusion(transformer=True, vae=True), Fake(name='fake', "
-        "stage='weights', slot=None, exactness='bitwise')]"
+        "A list that would work: [QKVFusion(), Fake()]"
     )
     assert differences(before, fingerprint(pipe)) == []
 
@@ -415,12 +421,28 @@ def test_warmup_refuses_references_that_are_no_sizes(pipe, references):
 
 def test_a_suggestion_is_tried_before_it_is_made(pipe):
     planned = fluxfire.plan(pipe, [Compile(region="transformer"), SkipBlock()])
-    assert planned.suggestion == (SkipBlock(),)
-    assert "A list that would work: [SkipBlock(index=1)]" in str(planned)
+    assert planned.suggestion == (SkipBlock(), Compile())
+    assert "A list that would work: [SkipBlock(), Compile()]" in str(planned)
     assert fluxfire.plan(pipe, planned.suggestion).ok
     hopeless = fluxfire.plan(pipe, [Compile(options={"no_such": 1})])
     assert hopeless.suggestion is None
     assert "would work" not in str(hopeless)
+
+
+def test_a_suggestion_follows_the_advice_beside_it(pipe):
+    compiled = fluxfire.plan(pipe, [FirstBlockCache(), Compile(region="transformer", dynamic=True)])
+    assert compiled.suggestion == (FirstBlockCache(), Compile(dynamic=True))
+    assert "leave the fusion out" in str(fluxfire.plan(pipe, [QKVFusion(), Float8()]))
+    assert fluxfire.plan(pipe, [QKVFusion(), Float8()]).suggestion == (Float8(),)
+
+
+def test_a_suggestion_ends_where_advice_goes_in_circles(pipe):
+    class Stubborn(ScaleTemb):
+        def check(self, target):
+            yield Finding("error", "no", "try another", instead=Stubborn())
+
+    planned = fluxfire.plan(pipe, [MemoryLayout(), Stubborn()])
+    assert planned.suggestion == (MemoryLayout(),)
 
 
 def test_unknown_names_do_not_hide_other_mistakes(pipe):

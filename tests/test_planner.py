@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from doubles import Fake
 from fluxfire.errors import PlanError
-from fluxfire.planner import malformed, order, problems, workable
+from fluxfire.planner import malformed, order, problems, spelled, workable
 from fluxfire.protocol import BOUNDARIES, STAGES
 
 fakes = st.builds(
@@ -59,16 +59,21 @@ def test_order_is_a_stable_sort_by_stage_or_an_error(passes):
 
 
 @thorough
-@given(lists, st.sets(st.integers(0, 6)))
-def test_the_workable_rest_is_valid_and_leaves_out_only_what_clashes(passes, refused):
-    out = [p for i, p in enumerate(passes) if i in refused]
-    kept = workable(passes, out)
+@given(lists)
+def test_the_workable_rest_is_valid_and_leaves_out_only_what_clashes(passes):
+    kept = workable(passes)
     assert problems(kept) == []
     identities = {id(p) for p in kept}
     for p in passes:
-        if id(p) in identities or any(p is o for o in out):
-            continue
-        assert any(k.name == p.name or (p.slot and k.slot == p.slot) for k in kept)
+        if id(p) not in identities:
+            assert any(k.name == p.name or (p.slot and k.slot == p.slot) for k in kept)
+
+
+@given(fakes)
+def test_a_pass_is_spelled_without_what_is_the_default(fake):
+    assert eval(spelled(fake)) == fake
+    assert ("slot" in spelled(fake)) == (fake.slot is not None)
+    assert spelled(Fake()) == "Fake()"
 
 
 @thorough

@@ -7,6 +7,7 @@ import pytest
 import fluxfire
 from doubles import SkipBlock
 from fluxfire import plugins
+from fluxfire.cli import main
 from fluxfire.errors import PlanError
 
 
@@ -54,3 +55,11 @@ def test_a_plugin_that_fails_otherwise_is_named_too(pipe, monkeypatch):
 def test_unknown_names_list_plugins_too(pipe, announced):
     with pytest.raises(PlanError, match="fused-blocks, gone, inductor-patch"):
         fluxfire.optimize(pipe, ["cache"])
+
+
+def test_doctor_looks_at_plugins_too(capsys, announced):
+    assert main(["doctor", "--model", "random-tiny"]) == 0
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}
+    assert "applies" in said["skip-block"]
+    assert "does not apply" in said["gone"]
+    assert "cannot be imported" in said["gone"]

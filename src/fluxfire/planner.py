@@ -21,6 +21,18 @@ def configured(pass_: Pass) -> Configured:
     return Configured(pass_.name, pass_.stage, settings, tunable)
 
 
+def spelled(pass_: Pass) -> str:
+    """Write a pass as a user would: its repr without the settings that are the defaults."""
+    if not is_dataclass(pass_):
+        return repr(pass_)
+    given = (
+        f"{f.name}={getattr(pass_, f.name)!r}"
+        for f in fields(pass_)
+        if f.init and f.repr and getattr(pass_, f.name) != f.default
+    )
+    return f"{type(pass_).__name__}({', '.join(given)})"
+
+
 def malformed(candidate: object) -> str | None:
     """Say why an object is not a pass, or None if it is one."""
     if inspect.isclass(candidate):
@@ -118,11 +130,8 @@ def order(passes: Iterable[Pass]) -> list[Pass]:
     return given
 
 
-def workable(
-    passes: Iterable[Pass], refused: Iterable[Pass] = (), applied: Sequence[Pass] = ()
-) -> list[Pass]:
+def workable(passes: Iterable[Pass], applied: Sequence[Pass] = ()) -> list[Pass]:
     """Return the longest sensible rest of a bad list: each pass and slot once, in order."""
-    out = {id(p) for p in refused}
     latest = max((STAGES.index(p.stage) for p in applied), default=0)
     kept: list[Pass] = []
     for pass_ in passes:
@@ -131,7 +140,7 @@ def workable(
             for p in (*applied, *kept)
         )
         late = STAGES.index(pass_.stage) < latest
-        if id(pass_) not in out and not taken and not late:
+        if not taken and not late:
             kept.append(pass_)
     return order(kept)
 
@@ -188,7 +197,7 @@ class Plan:
     def _suggested(self) -> list[str]:
         if not self.suggestion:
             return []
-        return [f"A list that would work: [{', '.join(map(repr, self.suggestion))}]"]
+        return [f"A list that would work: [{', '.join(map(spelled, self.suggestion))}]"]
 
     def __str__(self) -> str:
         rows = [(p.name, p.stage, p.exactness, "already applied") for p in self.applied]

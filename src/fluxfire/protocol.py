@@ -24,7 +24,7 @@ EXACTNESS: tuple[Exactness, ...] = ("bitwise", "close", "lossy")
 BOUNDARIES: Mapping[Stage, str] = {
     "environment": "what it sets up must be in place before any other pass relies on it",
     "weights": "blocks, caches and graphs take the weights as they find them",
-    "blocks": "a cache must skip the blocks as they will really run",
+    "blocks": "caches skip, and graphs hold, the blocks as they will really run",
     "caching": "saved artifacts are keyed by the graphs, and caches decide which graphs there are",
     "artifacts": "saved artifacts must be loaded before the first compilation",
     "compile": "a compiled graph freezes what it saw; a later change costs a second compilation",
@@ -41,11 +41,18 @@ class Finding:
         level: `"error"` stops the plan; `"warning"` and `"info"` are only reported.
         message: what is the case, with the values seen.
         remedy: what the user can do about it.
+        instead: where it is an error, a pass that could stand in this one's place.
+        trait: where it is an error, the trait that stands in the way: a list without the pass that
+            brings it would do.
+
+    The last two say for programs what the remedy says for people: a plan's suggestion follows them.
     """
 
     level: Level
     message: str
     remedy: str = ""
+    instead: Pass | None = None
+    trait: str = ""
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message

@@ -148,10 +148,30 @@ def _suggestion(
     pipe: Any, applied: Sequence[Pass], steps: Sequence[Step]
 ) -> tuple[Pass, ...] | None:
     """Find a list that would work on top of what is applied, by trying."""
-    rest = [s.pass_ for s in steps]
-    refused = [s.pass_ for s in steps if s.refused]
-    while rest := workable(rest, refused, applied):
-        refused = [s.pass_ for s in _checked(pipe, applied, rest) if s.refused]
-        if not refused:
+    rest = workable([step.pass_ for step in steps], applied)
+    replaced: set[str] = set()
+    while rest:
+        steps = _checked(pipe, applied, rest)
+        refused = next((n for n, step in enumerate(steps) if step.refused), None)
+        if refused is None:
             return tuple(rest)
+        rest = workable(_mended(rest, refused, steps[refused].findings, replaced), applied)
     return None
+
+
+def _mended(
+    passes: Sequence[Pass], refused: int, findings: Iterable[Finding], replaced: set[str]
+) -> list[Pass]:
+    """Do as findings advise: put another pass there, once a name, or leave one out."""
+    earlier, pass_, later = passes[:refused], passes[refused], passes[refused + 1 :]
+    for finding in findings:
+        other = finding.instead
+        if finding.level != "error":
+            continue
+        if other is not None and malformed(other) is None and pass_.name not in replaced:
+            replaced.add(pass_.name)
+            return [*earlier, other, *later]
+        without = [p for p in earlier if finding.trait not in leaves(p)]
+        if len(without) < len(earlier):
+            return [*without, pass_, *later]
+    return [*earlier, *later]

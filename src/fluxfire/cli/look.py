@@ -91,8 +91,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     say()
     pipe = load_model(arguments.model)
     verdicts = []
-    for name, cls in plugins.own().items():
-        planned = api.plan(pipe, [cls()])
+    for name in (*plugins.own(), *plugins.announced()):
+        planned = api.plan(pipe, [name])
         findings = [str(f) for step in planned.steps for f in step.findings]
         verdict = "applies" if planned.ok else "does not apply"
         verdicts.append((name, verdict, "; ".join([*planned.problems, *findings])))

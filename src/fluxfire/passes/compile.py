@@ -9,7 +9,7 @@ import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -102,6 +102,7 @@ class Compile:
                 "an earlier pass decides between the blocks, which one graph of the whole "
                 "transformer cannot hold",
                 'use Compile(region="blocks")',
+                instead=replace(self, region="blocks"),
             )
         hooked = target.traits & {"sequential-offload", "group-offload", "native-cache"}
         if self.region == "transformer":
@@ -113,11 +114,15 @@ class Compile:
                 "take them off, or use Compile(fullgraph=False)",
             )
         if self.vae and target.pipe.vae is None:
-            yield Finding("error", "the pipeline has no VAE", "use Compile(vae=False)")
+            yield Finding(
+                "error", "the pipeline has no VAE", "use Compile(vae=False)",
+                instead=replace(self, vae=False),
+            )  # fmt: skip
         if self.text_encoders and not _text_encoders(target.pipe):
             yield Finding(
-                "error", "the pipeline has no text encoder", "use Compile(text_encoders=False)"
-            )
+                "error", "the pipeline has no text encoder", "use Compile(text_encoders=False)",
+                instead=replace(self, text_encoders=False),
+            )  # fmt: skip
         yield from self._check_options()
         yield from _check_compiler(target)
 

@@ -88,7 +88,7 @@ class Float8:
             ("quantised", "the weights are quantised already", "use one quantisation"),
         ):
             if trait in target.traits:
-                yield Finding("error", why, remedy)
+                yield Finding("error", why, remedy, trait=trait)
         if moved := target.traits & (kontext.SWAPPED | {"model-offload"}):
             yield Finding(
                 "error",
