@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 modal = pytest.importorskip("modal")
 
 import fluxfire  # noqa: E402
-from fluxfire.serve import modal_app  # noqa: E402
-from fluxfire.serve.modal_app import Deployment, DeploymentError, Started  # noqa: E402
+from fluxfire.serve import deployment, modal_app, prewarm  # noqa: E402
+from fluxfire.serve.deployment import Deployment, DeploymentError  # noqa: E402
+from fluxfire.serve.prestart import Started  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pages" / "how-to" / "deploy-on-modal.md"
@@ -85,11 +86,11 @@ def _named(secret):
 
 @given(CHOICES)
 def test_what_was_chosen_reaches_the_containers(chosen):
-    assert modal_app.deployment(modal_app.environment(chosen)) == chosen
+    assert Deployment.read(chosen.variables()) == chosen
 
 
 def test_without_variables_the_defaults():
-    assert modal_app.deployment({}) == Deployment() == modal_app.deployment({"FLUXFIRE_MODEL": ""})
+    assert Deployment.read({}) == Deployment() == Deployment.read({"FLUXFIRE_MODEL": ""})
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,13 @@ def test_without_variables_the_defaults():
 )
 def test_numbers_that_are_none_are_refused(name, value, words):
     with pytest.raises(DeploymentError, match=words):
-        modal_app.deployment({name: value})
+        Deployment.read({name: value})
 
 
 def test_settings_have_keys_always_and_what_was_chosen():
     chosen = Deployment(model="spark", preset="fast", storage="s3://b", max_queue=7, max_batch=2)
     keys = Path("keys")
-    assert modal_app.settings_arguments(chosen, keys) == {
+    assert deployment.settings_arguments(chosen, keys) == {
         "model": "spark",
         "preset": "fast",
         "keys_file": keys,
@@ -117,12 +118,12 @@ def test_settings_have_keys_always_and_what_was_chosen():
         "max_queue": 7,
         "max_batch": 2,
     }
-    assert modal_app.settings_arguments(chosen, keys, Path("p.json"))["preset"] == "p.json"
+    assert deployment.settings_arguments(chosen, keys, Path("p.json"))["preset"] == "p.json"
 
 
 def test_settings_arguments_are_those_that_the_server_takes(tmp_path):
     settings = pytest.importorskip("fluxfire.serve.settings")
-    made = settings.Settings(**modal_app.settings_arguments(Deployment(), tmp_path / "keys"))
+    made = settings.Settings(**deployment.settings_arguments(Deployment(), tmp_path / "keys"))
     assert made.keys_file == tmp_path / "keys"
 
 
@@ -130,7 +131,7 @@ def test_keys_are_written_for_their_owner_alone(tmp_path):
     file = tmp_path / "keys"
     file.write_text("old")
     file.chmod(0o644)
-    assert modal_app.write_keys({"FLUXFIRE_KEYS": "hash one\nhash two\n"}, file) == file
+    assert deployment.write_keys({"FLUXFIRE_KEYS": "hash one\nhash two\n"}, file) == file
     assert file.read_text() == "hash one\nhash two\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -138,7 +139,7 @@ def test_keys_are_written_for_their_owner_alone(tmp_path):
 @pytest.mark.parametrize("environ", [{}, {"FLUXFIRE_KEYS": " \n"}])
 def test_without_keys_nothing_starts(environ, tmp_path):
     with pytest.raises(DeploymentError, match="not started without keys"):
-        modal_app.write_keys(environ, tmp_path / "keys")
+        deployment.write_keys(environ, tmp_path / "keys")
     assert not (tmp_path / "keys").exists()
 
 
@@ -150,7 +151,7 @@ def test_requirements_are_those_of_the_extras_with_ceilings():
         'para-attn>=0.3; extra == "para-attn"',
         'tomli>=2; python_version < "3"',
     ]
-    assert modal_app.requirements(needed) == (
+    assert deployment.requirements(needed) == (
         "sentencepiece>=0.2",
         "torch<2.14,>=2.11",
         "uvicorn[standard]>=0.30",
@@ -268,7 +269,7 @@ def test_the_page_counts_with_the_window_that_is_deployed():
 
 def test_the_page_names_every_variable():
     text = PAGE.read_text()
-    for name in modal_app.environment(Deployment(storage="s3://bucket")):
+    for name in Deployment(storage="s3://bucket").variables():
         assert f"`{name}`" in text
 
 
@@ -376,10 +377,10 @@ def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
     preset = tmp_path / "mine.json"
     recipes.write([QKVFusion(), FirstBlockCache(0.2), MegaCache("elsewhere")], preset)
     folder = tmp_path / "volume"
-    told = modal_app.warm(folder, "spark", str(preset), sizes=[(64, 64)], _auto_resize=False)
+    told = prewarm.warm(folder, "spark", str(preset), sizes=[(64, 64)], _auto_resize=False)
     assert "mega-cache" in told
     file = folder / "kontext.megacache"
-    passes = recipes.read(modal_app.recipe(folder, str(preset)))
+    passes = recipes.read(prewarm.recipe(folder, str(preset)))
     assert passes == (QKVFusion(), FirstBlockCache(0.2), MegaCache(str(file)))
     fluxfire.optimize(loading.load("spark"), str(folder / "passes-mine.json"))
 
@@ -398,7 +399,7 @@ def test_warming_saves_artifacts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loading, "load", small)
     recipes.write([Compile()], tmp_path / "mine.json")
-    modal_app.warm(
+    prewarm.warm(
         tmp_path, "small", str(tmp_path / "mine.json"), sizes=[(32, 32)], _auto_resize=False,
         max_sequence_length=24,
     )  # fmt: skip

@@ -1,0 +1,54 @@
+"""What is made once for all containers: compiled artifacts, and the passes that find them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+ARTIFACTS = "kontext.megacache"
+SIZES = ((1024, 1024), (1024, 768), (768, 1024))
+
+
+def recipe(folder: Path, preset: str) -> Path:
+    """Return the file that has the passes of a preset, with the artifacts' own.
+
+    Args:
+        folder: where `warm` saves.
+        preset: a preset's name, or a file that `fluxfire tune` wrote.
+    """
+    return folder / f"passes-{Path(preset).stem}.json"
+
+
+def warm(
+    folder: Path, model: str, preset: str, *, sizes: Iterable[tuple[int, int]] = SIZES, **call: Any
+) -> str:
+    """Load a model, optimize it, warm it up, and save what a container can take over.
+
+    In the folder are then the compiled artifacts (`kontext.megacache`) and, in `recipe`'s file,
+    the passes with which they are found.
+
+    Args:
+        folder: where to save.
+        model: what `fluxfire.models.loading.load` takes.
+        preset: a preset's name, or a file that `fluxfire tune` wrote.
+        sizes: output sizes to compile for.
+        **call: further arguments of the pipeline's call, as for `fluxfire.warmup`.
+
+    Returns:
+        The report.
+    """
+    import fluxfire
+    from fluxfire import presets, recipes
+    from fluxfire.models import loading
+    from fluxfire.passes import MegaCache
+
+    found = recipes.read(Path(preset)) if preset.endswith(recipes.SUFFIX) else presets.named(preset)
+    folder.mkdir(parents=True, exist_ok=True)
+    others = [p for p in found if p.name != MegaCache.name]
+    passes = fluxfire.order([*others, MegaCache(folder / ARTIFACTS)])
+    pipe = loading.load(model)
+    fluxfire.optimize(pipe, passes)
+    fluxfire.warmup(pipe, sizes=list(sizes), **call)
+    recipes.write(passes, recipe(folder, preset))
+    return str(fluxfire.report(pipe))
