@@ -2,6 +2,8 @@
 
 python benchmarks/reference.py --full --out benchmarks/results/reference.json    # needs a GPU
 python benchmarks/reference.py --tiny --out /tmp/reference.json                  # on a CPU
+python benchmarks/reference.py --full --rounds 3 --out benchmarks/results/presets.json \
+    --only eager faithful "faithful, FlashAttention-3" balanced fast             # README's
 """
 
 from __future__ import annotations
@@ -60,6 +62,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=list(STACKS), default=list(STACKS))
     parser.add_argument("--side", type=int, nargs="*", default=[1024, 512])
     parser.add_argument("--steps", type=int)
+    parser.add_argument("--rounds", type=int, default=1, help="whole edits of each stack")
     arguments = parser.parse_args()
 
     pipe = full_or_tiny.pipeline(full=arguments.full)
@@ -71,7 +74,7 @@ def main() -> None:
         picture = Image.effect_noise(load.size or (side, side), 60).convert("RGB")
         rows += measure(
             pipe, contenders, [load], [Example("make it a snowy winter evening", picture)],
-            rounds=1, on_edit=lambda said: print(said, flush=True),
+            rounds=arguments.rounds, on_edit=lambda said: print(said, flush=True),
             on_rows=_keeping(result, rows, arguments.out),
         )  # fmt: skip
     print(_summary([row.to_dict() for row in rows]))
