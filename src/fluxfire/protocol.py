@@ -84,6 +84,11 @@ class Configured:
     settings: Mapping[str, Any]
     tunable: frozenset[str] = frozenset()
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Those of the settings that stay as they are while the pass is applied."""
+        return {name: value for name, value in self.settings.items() if name not in self.tunable}
+
 
 @dataclass(frozen=True)
 class Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from statistics import mean, median
 from typing import Any, Literal, Self
@@ -324,12 +324,7 @@ class Search:
 
 def _apart_from(dial: Pass, passes: Sequence[Pass]) -> list[object]:
     """What of a list `using` could not turn into the same list with another setting."""
-    kept: list[object] = []
-    for pass_ in passes:
-        facts = configured(pass_)
-        fixed = {k: v for k, v in facts.settings.items() if k not in facts.tunable}
-        kept.append((type(pass_), fixed) if pass_.name == dial.name else pass_)
-    return kept
+    return [(type(p), configured(p).fixed) if p.name == dial.name else p for p in passes]
 
 
 def names(passes: Sequence[Pass]) -> str:
@@ -344,6 +339,6 @@ def _brief(pass_: Pass) -> str:
         usual: Any = type(pass_)()
     except TypeError:
         return repr(pass_)
-    own = {f.name: getattr(pass_, f.name) for f in fields(pass_)}
+    own = configured(pass_).settings
     changed = [f"{k}={v!r}" for k, v in own.items() if v != getattr(usual, k)]
     return f"{pass_.name}({', '.join(changed)})" if changed else pass_.name

@@ -135,7 +135,12 @@ def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
         "adapters": _adapters(transformer),
         "inductor": _inductor(),
     }
-    facts |= {f"pass {p.name}": _settings(p) for p in passes if p.name != MegaCache.name}
+    # Settings that change at run time change nothing that is compiled.
+    settings = {p.name: p.fixed for p in passes if p.name != MegaCache.name}
+    facts |= {
+        f"pass {name}": ", ".join(f"{setting}={value!r}" for setting, value in fixed.items())
+        for name, fixed in settings.items()
+    }
     return {_printable(name): _printable(value) for name, value in facts.items()}
 
 
@@ -175,12 +180,6 @@ def _inductor() -> str:
 
     written = repr(sorted(config.save_config_portable().items(), key=lambda item: item[0]))
     return hashlib.sha256(written.encode()).hexdigest()[:16]
-
-
-def _settings(pass_: Configured) -> str:
-    """Write a pass's settings, but for those that change at run time without compiling."""
-    fixed = {k: v for k, v in pass_.settings.items() if k not in pass_.tunable}
-    return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
 
 
 def _printable(text: str) -> str:
