@@ -20,6 +20,10 @@ SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"}
 """Traits of pipelines whose weights are swapped layer by layer while they run."""
 CALL_SLOT = "_compiled_call_impl"
 """Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
+QKV = ("to_q", "to_k", "to_v")
+"""What makes an attention's queries, keys and values; fused, diffusers calls it `to_qkv`."""
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+"""The same for the text's stream, where that is apart; fused, `to_added_qkv`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +119,12 @@ def optimizable(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
 def blocks(transformer: Any) -> list[nn.Module]:
     """Return the transformer's blocks in the order they run: double, then single."""
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+
+
+def attentions(transformer: Any) -> list[Any]:
+    """Return the blocks' attentions, in the same order."""
+    of_blocks: list[Any] = blocks(transformer)
+    return [block.attn for block in of_blocks]
 
 
 def is_tiny(pipe: Any) -> bool:

@@ -114,7 +114,7 @@ class Attention:
         backend, what = self.backend, f"attentions computed by {self.backend}"
         if backend == "auto":
             backend, what = self._measure(tx)
-        attentions = _attentions(tx.pipe.transformer)
+        attentions = kontext.attentions(tx.pipe.transformer)
         for attention in attentions:
             if backend in _OWN:
                 tx.setattr(attention, "processor", _OWN[backend]())
@@ -132,7 +132,7 @@ class Attention:
         if sizes.device.type != "cuda":
             return "native", "attentions computed by native, unmeasured without a GPU"
         plain = all(
-            type(a.processor) is FluxAttnProcessor for a in _attentions(tx.pipe.transformer)
+            type(a.processor) is FluxAttnProcessor for a in kontext.attentions(tx.pipe.transformer)
         )
         made = fastest(sizes, OFFERED if plain else tuple(n for n in OFFERED if n not in _OWN))
         tx.tell(made.facts)
@@ -143,7 +143,7 @@ class Attention:
         known = [FluxAttnProcessor]
         if self.backend not in _OWN:
             known.append(FluxIPAdapterAttnProcessor)
-        used = {type(a.processor) for a in _attentions(transformer)}
+        used = {type(a.processor) for a in kontext.attentions(transformer)}
         if strange := sorted(cls.__name__ for cls in used if cls not in known):
             names = " and ".join(cls.__name__ for cls in known)
             yield Finding(
@@ -207,11 +207,6 @@ class _Scales(Listener):
                     bound([getattr(attention, name).weight for name in names], attention.head_dim)
                     for names in (of_query, of_key)
                 )
-
-
-def _attentions(transformer: Any) -> list[Any]:
-    blocks: list[Any] = kontext.blocks(transformer)
-    return [block.attn for block in blocks]
 
 
 def _device(pipe: Any) -> torch.device:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
-_SELF, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 _CAPABLE = (8, 9)
 
 
@@ -110,7 +109,7 @@ class Float8:
         plain = {linear for *_, linear in layers}
         stacked: list[tuple[str, Any]] = []
         gained = freed = 0
-        for attention in (block.attn for block in kontext.blocks(transformer)):
+        for attention in kontext.attentions(transformer):
             if (groups := _stackable(attention, plain)) is None:
                 continue
             for stack, names, parts in groups:
@@ -247,7 +246,7 @@ def _stackable(
     None unless all of them are plain: diffusers knows only of all fused, or none.
     """
     groups: list[tuple[str, tuple[str, ...], list[Any]]] = []
-    for stack, names in (("to_qkv", _SELF), ("to_added_qkv", _ADDED)):
+    for stack, names in (("to_qkv", kontext.QKV), ("to_added_qkv", kontext.ADDED_QKV)):
         parts = [getattr(attention, name, None) for name in names]
         if any(parts):
             groups.append((stack, names, parts))
@@ -258,9 +257,8 @@ def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:
     """Iterate over the plain linear layers to quantise: (owner, its attribute's name, layer)."""
     block: Any
     for block in kontext.blocks(transformer):
-        places: list[tuple[Any, str]] = [
-            (block.attn, name) for name in (*_SELF, *_ADDED, "to_add_out")
-        ]
+        names = (*kontext.QKV, *kontext.ADDED_QKV, "to_add_out")
+        places: list[tuple[Any, str]] = [(block.attn, name) for name in names]
         if getattr(block.attn, "to_out", None) is not None:
             places.append((block.attn.to_out, "0"))
         if hasattr(block, "ff"):

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
@@ -23,10 +22,10 @@ from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_product
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.joint_attention import (
-    KeepingAttnProcessor,
     Kept,
     attend,
     attend_jointly,
+    attends_as_flux,
     heads,
     projections,
 )
@@ -195,7 +194,7 @@ def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
         and not getattr(block, _HOOKED)
         and not torch.is_grad_enabled()
         and x.dtype is not torch.float16
-        and (type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor))
+        and attends_as_flux(processor)
         and getattr(processor, "_parallel_config", None) is None
     )
 

@@ -9,7 +9,6 @@ from math import inf, prod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,7 +21,12 @@ from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.text import human_bytes
 from fluxfire.toolkit.block_cache import CacheEngine, obstacles
-from fluxfire.toolkit.joint_attention import Float8AttnProcessor, KeepingAttnProcessor, Kept
+from fluxfire.toolkit.joint_attention import (
+    Float8AttnProcessor,
+    KeepingAttnProcessor,
+    Kept,
+    attends_as_flux,
+)
 
 if TYPE_CHECKING:
     from fluxfire.transaction import Transaction
@@ -121,8 +125,8 @@ class ReferenceCache:
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse other caches, and attention processors that cannot keep the reference."""
         yield from obstacles(target)
-        processors = [a.processor for a in _attentions(target.pipe.transformer)]
-        if strange := {type(p).__name__ for p in processors if not _can_keep(p)}:
+        processors = [a.processor for a in kontext.attentions(target.pipe.transformer)]
+        if strange := {type(p).__name__ for p in processors if not attends_as_flux(p)}:
             yield Finding(
                 "error",
                 f"the transformer's attention runs through {', '.join(sorted(strange))}, which "
@@ -138,7 +142,7 @@ class ReferenceCache:
 
     def apply(self, tx: Transaction) -> Change:
         """Have attentions keep the reference, and wrap the run through the blocks."""
-        attentions = _attentions(tx.pipe.transformer)
+        attentions = kontext.attentions(tx.pipe.transformer)
         for attention in attentions:
             if not isinstance(attention.processor, KeepingAttnProcessor):
                 keeping: Any = KeepingAttnProcessor()
@@ -191,7 +195,7 @@ class _Engine(CacheEngine[ReferenceCache]):
         Raises:
             FluxfireError: attention processors were replaced.
         """
-        self._attentions = _attentions(self._pipe.transformer)  # hidden while the stack runs
+        self._attentions = kontext.attentions(self._pipe.transformer)  # hidden while the stack runs
         for attention in self._attentions:
             if not isinstance(attention.processor, KeepingAttnProcessor):
                 raise FluxfireError(
@@ -400,12 +404,3 @@ def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
             f"the reference, and the GPU has {human_bytes(left).lstrip('+')} left; use a smaller "
             f"reference or batch, in_float8=True for half of it, or leave ReferenceCache out"
         )
-
-
-def _attentions(transformer: Any) -> list[Any]:
-    blocks: list[Any] = kontext.blocks(transformer)
-    return [block.attn for block in blocks]
-
-
-def _can_keep(processor: Any) -> bool:
-    return type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor)

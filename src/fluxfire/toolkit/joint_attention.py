@@ -11,6 +11,7 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from typing_extensions import override
 
+from fluxfire import kontext
 from fluxfire.kernels import in_heads, joint_heads
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.float8 import FLOAT8, LARGEST, Rows
@@ -131,6 +132,11 @@ class Float8AttnProcessor(KernelAttnProcessor):
     key_scale: Tensor
 
 
+def attends_as_flux(processor: Any) -> bool:
+    """Whether an attention processor computes what diffusers' own for Flux does, or is that one."""
+    return type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor)
+
+
 def attend(attention: Any, of_all: list[Tensor], rotary: Pair, kept: Kept | None = None) -> Tensor:
     """Attend over one stream.
 
@@ -173,7 +179,7 @@ def projections(attention: Any, *, added: bool = False) -> list[Any]:
     """Return what makes queries, keys and values, of the text if `added`: one layer or three."""
     if attention.fused_projections:
         return [attention.to_added_qkv if added else attention.to_qkv]
-    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+    names = kontext.ADDED_QKV if added else kontext.QKV
     return [getattr(attention, name) for name in names]
 
 
