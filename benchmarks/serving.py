@@ -38,6 +38,7 @@ import torch
 from PIL import Image
 
 import fluxfire
+from fluxfire import kontext
 from fluxfire.bench import held_out, save, stamp
 from fluxfire.models.loading import load
 from fluxfire.serve.levels import offered, usual
@@ -126,8 +127,7 @@ def throughput(model: str, steps: int, side: int, runs: int = 8) -> dict[str, An
 
 def _bare_rate(model: str, picture: Image.Image, steps: int, runs: int) -> float:
     """Pictures a second of the pipeline by itself."""
-    width, height = picture.size
-    call = {"width": width, "height": height, "max_area": width * height}
+    call = kontext.exact_size(*picture.size)
     with _bare(model) as edit:
 
         def make(n: int) -> None:

@@ -148,6 +148,14 @@ def reference_size(pipe: Any, width: int, height: int) -> tuple[int, int]:
     return w // 16 * 16, h // 16 * 16
 
 
+def exact_size(width: int, height: int) -> dict[str, int]:
+    """Return the call's arguments for an output of exactly this size, in pixels.
+
+    Without `max_area` Kontext rescales the size asked for to about a megapixel.
+    """
+    return {"width": width, "height": height, "max_area": width * height}
+
+
 def traits(pipe: Any) -> frozenset[str]:
     """Find out what is already true of a pipeline's transformer and VAE.
 

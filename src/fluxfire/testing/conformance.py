@@ -60,9 +60,7 @@ def edit(pipe: Any, size: tuple[int, int] = _SIZE, *, steps: int = 3, **call: An
     arguments: dict[str, Any] = {
         "image": picture,
         "prompt": "make it night",
-        "width": width,
-        "height": height,
-        "max_area": width * height,
+        **kontext.exact_size(width, height),
         "num_inference_steps": steps,
         "max_sequence_length": 24,
         "generator": torch.Generator().manual_seed(1),
