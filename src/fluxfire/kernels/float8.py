@@ -31,6 +31,16 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
+def scale_for(largest: Tensor) -> Tensor:
+    """Return what to divide float32 numbers by whose largest magnitude is this one, for float8."""
+    return (largest / LARGEST).clamp(min=1e-12)
+
+
+def in_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """Divide by a scale and round to float8; what is beyond its largest number is cut off."""
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8)
+
+
 def modulated_norm_float8(
     image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -119,8 +129,8 @@ def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-12)
-    return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+    scale = scale_for(x.abs().amax(-1, keepdim=True))
+    return in_float8(x, scale), scale
 
 
 def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
