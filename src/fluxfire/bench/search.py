@@ -15,7 +15,7 @@ from fluxfire import api
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
-from fluxfire.bench.quality import EQUAL, Likeness, Quality, likeness
+from fluxfire.bench.quality import SAME, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.conductor import rehearsal
@@ -168,8 +168,7 @@ class Search:
     def plain(self, part: Part) -> Candidate:
         """Return the plain pipeline, which is always within the budget."""
         numbers = self.numbers(part)
-        same = (Likeness(EQUAL, 1.0, 0.0),) * len(numbers)
-        quality = Quality(same, tuple(self._right[n] for n in numbers))
+        quality = Quality((SAME,) * len(numbers), tuple(self._right[n] for n in numbers))
         seconds = median(self._seconds[n] for n in numbers)
         return Candidate(Family(), 0, Trial((), part, "within", "", quality, seconds, 1.0))
 
