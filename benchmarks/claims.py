@@ -106,10 +106,10 @@ def _hit() -> str:
     )
 
 
-def _caches(steps: int, threshold: float, predict: str = "hold") -> Row:
+def _caches(steps: int, threshold: float) -> Row:
     wanted = {
         "kind": "edit", "steps": steps, "threshold": threshold, "distance": "all",
-        "predict": predict,
+        "predict": "hold",
     }  # fmt: skip
     rows = load(RESULTS / "caches.json")["rows"]
     return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))

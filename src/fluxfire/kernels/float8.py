@@ -77,24 +77,16 @@ def gelu_float8(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
         (data, scale) as in `Rows`, as wide as both.
     """
     if x.is_cuda:
-        return _gelu_float8_cuda(beside, x)
+        return _rows_float8_cuda(beside, x, gelu=True)
     made = F.gelu(x.float(), approximate="tanh")
     return _quantised(made if beside is None else torch.cat([beside.float(), made], dim=-1))
-
-
-def _gelu_float8_cuda(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows_float8(beside, x, gelu=True)
 
 
 def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise (batch, tokens, width) row by row: (data, scale) as in `Rows`."""
     if x.is_cuda:
-        return _float8_rows_cuda(x)
+        return _rows_float8_cuda(None, x, gelu=False)
     return _quantised(x.float())
-
-
-def _float8_rows_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows_float8(None, x, gelu=False)
 
 
 def float8_linear(
@@ -133,7 +125,7 @@ def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
     return in_float8(x, scale), scale
 
 
-def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+def _rows_float8_cuda(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     from fluxfire.kernels.triton_kernels import rows_float8
 
     x = in_rows(x)
