@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fluxfire import api, kontext
+from fluxfire.applying import apply_passes, finish_warmup
 from fluxfire.conductor import conductor_of
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
@@ -182,7 +183,7 @@ def _check_change_and_restore(
             'it wraps the blocks: say leaves = frozenset({"wraps-blocks"})',
         )
     run(pipe)
-    api.finish_warmup(pipe)
+    finish_warmup(pipe)
     run(pipe)
     api.restore(pipe)
     _same(pass_, "restore gives the structure back", before, pipe)
@@ -204,7 +205,7 @@ def _check_rollback(
     for fail_at in range(edits):
         transaction = functools.partial(FaultyTransaction, fail_at=fail_at)
         try:
-            api._apply(pipe, [pass_], transaction)  # noqa: SLF001 - ours
+            apply_passes(pipe, [pass_], transaction)
         except PassError as error:
             if not isinstance(error.__cause__, InjectedFailureError):
                 _fail(pass_, "it can be applied twice", str(error))
@@ -280,7 +281,7 @@ def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:
         counted.append(FaultyTransaction(*args))
         return counted[0]
 
-    api._apply(pipe, passes, transaction)  # noqa: SLF001 - ours
+    apply_passes(pipe, passes, transaction)
     changes = [p.change for p in api.report(pipe).passes]
     api.restore(pipe)
     return counted[0].edits, changes
