@@ -148,7 +148,7 @@ class ReferenceCache:
                 keeping: Any = KeepingAttnProcessor()
                 keeping.__dict__.update(vars(attention.processor))
                 tx.setattr(attention, "processor", keeping)
-        engine = _Engine(tx.live(self), tx.pipe)
+        engine = ReferenceEngine(tx.live(self), tx.pipe)
         tx.wrap_blocks(engine)
         tx.listen(engine)
         tx.tell(engine.facts)
@@ -177,8 +177,8 @@ class _Memory:
     wanted: list[int] = field(default_factory=list)
 
 
-class _Engine(CacheEngine[ReferenceCache]):
-    """Decides, keeps and forgets."""
+class ReferenceEngine(CacheEngine[ReferenceCache]):
+    """Decides, keeps and forgets, for one pipeline."""
 
     def __init__(self, live: Live[ReferenceCache], pipe: Any) -> None:
         super().__init__(live, pipe)
