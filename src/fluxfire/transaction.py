@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from torch import nn
+
+from fluxfire.blocks import BlockWrapper
+from fluxfire.conductor import Conductor
+from fluxfire.generation import Listener, Live
 from fluxfire.kontext import CALL_SLOT
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fluxfire.blocks import BlockWrapper
-    from fluxfire.conductor import Conductor
-    from fluxfire.generation import Listener, Live
 
 L = TypeVar("L")
 P = TypeVar("P")
@@ -125,8 +123,6 @@ class Transaction:
 
         Of its fields those can be swapped that its class names in `tunable`.
         """
-        from fluxfire.generation import Live
-
         live = Live(pass_)
         self._append(self._conductor.live, live, "hold live settings")
         return live

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -20,9 +20,7 @@ from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
 from fluxfire.toolkit.joint_attention import FlashAttnProcessor, Float8AttnProcessor, bound
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 FLOAT8 = "fa3-fp8"
 _OWN = {FLASH_3: FlashAttnProcessor, FLOAT8: Float8AttnProcessor}

@@ -6,16 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.method_override import Shadow
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 _SAMPLED = 8
 

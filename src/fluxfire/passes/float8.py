@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,7 @@ from fluxfire.generation import Listener
 from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.host_weights import HostWeights
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")

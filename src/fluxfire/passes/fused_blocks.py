@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -30,9 +30,7 @@ from fluxfire.toolkit.joint_attention import (
     projections,
 )
 from fluxfire.toolkit.modulation import modulations
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
 from typing_extensions import override
 
 from fluxfire.artifacts import archive
@@ -23,12 +24,10 @@ from fluxfire.artifacts.recording import Key, Recording, give_to_torch, recordin
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.generation import Generation, Listener
+from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
 from fluxfire.reporting.compile_counts import Compilations, compilations
-
-if TYPE_CHECKING:
-    from fluxfire.kontext import Call
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 _GRAPH = "aot_autograd"  # the kind of artifact that a graph has one of
 
@@ -146,8 +145,6 @@ def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
 
 def machine() -> dict[str, str]:
     """Name what artifacts fit, of the machine and of the packages."""
-    import torch
-
     env = environment()
     facts = {name: env.packages[name] for name in ("torch", "triton", "diffusers")}
     facts |= {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -14,9 +14,7 @@ from typing_extensions import override
 from fluxfire import kontext
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 
 @dataclass(frozen=True, kw_only=True)

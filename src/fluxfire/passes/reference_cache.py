@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from math import inf, prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,7 @@ from fluxfire.toolkit.joint_attention import (
     Kept,
     attends_as_flux,
 )
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 _ROUNDING = 1e-6  # of noise levels that are multiples of the spacing
 

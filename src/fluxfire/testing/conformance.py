@@ -10,6 +10,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from PIL import Image as Pictures
 
 from fluxfire import api, kontext
 from fluxfire.applying import apply_passes, finish_warmup
@@ -52,9 +54,6 @@ def edit(pipe: Any, size: tuple[int, int] = _SIZE, *, steps: int = 3, **call: An
     Returns:
         (1, height, width, 3), float32 in [0, 1].
     """
-    import torch
-    from PIL import Image as Pictures
-
     width, height = size
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     picture = Pictures.fromarray(pixels)
