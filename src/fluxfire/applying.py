@@ -104,9 +104,9 @@ def undo(conductor: Conductor) -> None:
     """
     with conductor.idle("restore"), _editing():
         transactions = record_of(conductor).transactions
-        if kept := [why for tx in transactions for why in tx.kept]:
+        if gone := [why for tx in transactions for why in tx.irreversible]:
             raise PlanError(
-                f"{'; '.join(kept)}. Nothing was changed; to have it back, load the pipeline again"
+                f"{'; '.join(gone)}. Nothing was changed; to have it back, load the pipeline again"
             )
         failures = [e for tx in reversed(transactions) for e in tx.rollback()]
         transactions.clear()

@@ -99,8 +99,8 @@ class Target:
         environment: versions and device facts.
         passes: the whole list, those already applied included, in order.
         traits: what is true of the pipeline when this pass's turn comes: facts found on
-            the pipeline (`kontext.traits`) and those that earlier passes say they leave
-            (`leaves`). A pass refuses by trait, never by a sister's name.
+            the pipeline (`kontext.traits`) and those that earlier passes say they provide
+            (`provides`). A pass refuses by trait, never by a sister's name.
     """
 
     pipe: Any
@@ -114,7 +114,7 @@ class Pass(Protocol):
     """One reversible optimisation.
 
     Three members are optional and therefore not part of the protocol's type:
-    `leaves: frozenset[str]`, traits that hold once the pass is applied;
+    `provides: frozenset[str]`, traits that hold once the pass is applied;
     `tunable: frozenset[str]`, fields that `fluxfire.using` may change while it is applied (see
     `Transaction.live`); and `after_warmup(tx)`, called when `fluxfire.warmup` has run the
     pipeline.

@@ -109,9 +109,9 @@ def _named(name: str | Path) -> tuple[Pass, ...]:
         raise
 
 
-def leaves(pass_: Pass) -> frozenset[str]:
+def provided_traits(pass_: Pass) -> frozenset[str]:
     """Return the traits that hold once a pass is applied."""
-    return frozenset(getattr(pass_, "leaves", ()))
+    return frozenset(getattr(pass_, "provides", ()))
 
 
 def _disturbed(pipe: Any) -> str | None:
@@ -130,14 +130,14 @@ def _disturbed(pipe: Any) -> str | None:
 def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list[Step]:
     """Run every pass's check, each knowing the whole list and what earlier passes leave."""
     data = tuple(map(configured, (*applied, *wanted)))
-    traits = kontext.traits(pipe).union(*map(leaves, applied))
+    traits = kontext.traits(pipe).union(*map(provided_traits, applied))
     steps = []
     for index, pass_ in enumerate(wanted):
         others = (*applied, *wanted[:index])
         twin = any(p.name == pass_.name for p in others)  # complained of already
         target = Target(pipe, environment(), data, traits)
         steps.append(Step(pass_, () if twin else _findings(pass_, target)))
-        traits |= leaves(pass_)
+        traits |= provided_traits(pass_)
     return steps
 
 

@@ -133,7 +133,7 @@ class Attention:
             type(a.processor) is FluxAttnProcessor for a in kontext.attentions(tx.pipe.transformer)
         )
         made = fastest(sizes, OFFERED if plain else tuple(n for n in OFFERED if n not in _OWN))
-        tx.tell(made.facts)
+        tx.report_facts(made.facts)
         took = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.milliseconds.items())
         return made.backend, f"attentions computed by {made.backend} (of {took})"
 

@@ -82,7 +82,9 @@ class EncodingCache:
             shadow = Shadow(pipe, method, partial(call, getattr(pipe, method)))
             tx.setattr(pipe, method, shadow)
         kept = {"prompts": prompts, "pictures": pictures}
-        tx.tell(lambda: {f"{k}_{n}": v for k, of in kept.items() for n, v in of.facts().items()})
+        tx.report_facts(
+            lambda: {f"{k}_{n}": v for k, of in kept.items() for n, v in of.facts().items()}
+        )
         return Change(len(shadows), "encoders asked only for what is new")
 
 

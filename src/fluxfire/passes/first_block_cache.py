@@ -73,7 +73,7 @@ class FirstBlockCache:
     name: ClassVar[str] = "first-block-cache"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
             "threshold", "warmup_steps", "tail_steps", "max_consecutive_hits", "schedule",

@@ -56,7 +56,7 @@ class Float8:
     stage: ClassVar[Stage] = "weights"
     slot: ClassVar[str | None] = "quantisation"
     exactness: ClassVar[Exactness] = "lossy"
-    leaves: ClassVar[frozenset[str]] = frozenset({"quantised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantised"})
 
     def __post_init__(self) -> None:
         if self.originals not in _ORIGINALS:
@@ -232,7 +232,7 @@ class _Watch(Listener):
                     f"its product with others would not call; take it off, or restore(pipe)"
                 )
         if self._drop and self._host.linears:
-            self._tx.keep("Float8(originals='drop') let go of the original weights")
+            self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
 
 

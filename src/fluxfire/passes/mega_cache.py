@@ -114,7 +114,7 @@ class MegaCache:
         """Load at the first generation, when all that will compile is applied."""
         engine = _Engine(self.file, tx.pipe)
         tx.listen(engine)
-        tx.tell(engine.facts)
+        tx.report_facts(engine.facts)
         return Change(1, "file of artifacts to load and to save")
 
     def after_warmup(self, tx: Transaction) -> None:

@@ -53,7 +53,7 @@ class ModulationTable:
     stage: ClassVar[Stage] = "blocks"
     slot: ClassVar[str | None] = "modulations"
     exactness: ClassVar[Exactness] = "close"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse blocks whose norms are not Flux's, and weights that something else moves."""
@@ -102,7 +102,7 @@ class ModulationTable:
         tx.setattr(embed, "forward", asked_once)
         tx.listen(table)
         tx.wrap_blocks(table)
-        tx.tell(table.facts)
+        tx.report_facts(table.facts)
         return Change(len(linears), "modulations looked up in a table", -freed, freed)
 
 

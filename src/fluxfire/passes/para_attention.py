@@ -60,7 +60,7 @@ class ParaAttention:
     name: ClassVar[str] = "para-attention"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
             "threshold", "alter_threshold", "warmup_steps", "downsample_factor", "taylorseer",

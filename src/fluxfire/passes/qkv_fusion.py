@@ -51,7 +51,7 @@ class QKVFusion:
     stage: ClassVar[Stage] = "weights"
     slot: ClassVar[str | None] = None
     exactness: ClassVar[Exactness] = "close"
-    leaves: ClassVar[frozenset[str]] = frozenset({"fused-qkv"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fused-qkv"})
 
     def __post_init__(self) -> None:
         if not (self.transformer or self.vae):

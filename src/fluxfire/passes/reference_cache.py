@@ -87,7 +87,7 @@ class ReferenceCache:
     name: ClassVar[str] = "reference-cache"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "reference"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {"spacing", "warmup_steps", "tail_steps", "drift", "schedule"}
     )
@@ -149,7 +149,7 @@ class ReferenceCache:
         engine = ReferenceEngine(tx.live(self), tx.pipe)
         tx.wrap_blocks(engine)
         tx.listen(engine)
-        tx.tell(engine.facts)
+        tx.report_facts(engine.facts)
         return Change(len(attentions), "attentions keep the reference")
 
 

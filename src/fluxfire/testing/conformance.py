@@ -21,7 +21,7 @@ from fluxfire.errors import PassError
 from fluxfire.models.random_kontext import tiny_kontext
 from fluxfire.planner import configured, malformed
 from fluxfire.protocol import Change, Finding, Pass, Target
-from fluxfire.resolve import leaves
+from fluxfire.resolve import provided_traits
 from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.transaction import Transaction
@@ -175,11 +175,11 @@ def _check_change_and_restore(
         )
     conductor = conductor_of(pipe)
     wraps = conductor is not None and conductor.stack.wrappers
-    if wraps and "wraps-blocks" not in leaves(pass_):
+    if wraps and "wraps-blocks" not in provided_traits(pass_):
         _fail(
             pass_,
-            "what it leaves is declared",
-            'it wraps the blocks: say leaves = frozenset({"wraps-blocks"})',
+            "what it provides is declared",
+            'it wraps the blocks: say provides = frozenset({"wraps-blocks"})',
         )
     run(pipe)
     finish_warmup(pipe)
