@@ -21,7 +21,7 @@ from typing_extensions import override
 
 import fluxfire
 from fluxfire import Change, Transaction, kontext, spark
-from fluxfire.bench import compare, save, stamp
+from fluxfire.bench import compare, save_result, stamp
 from fluxfire.blocks import Run, Streams
 from fluxfire.kontext import Call
 from fluxfire.passes import FirstBlockCache, ReferenceCache
@@ -183,7 +183,7 @@ def main() -> None:
         )
         told = {"examples": arguments.n, "steps": STEPS, "dtype": "float32"}
         result = {"benchmark": "reference_on_spark", **stamp(), **told, "rows": rows}
-        save(result, arguments.out)
+        save_result(result, arguments.out)
         print(_line(rows[-1]), flush=True)
     print(table(("way", "refreshes", "right", "PSNR", "worst", "to target"), map(_line, rows)))
 

@@ -39,7 +39,7 @@ from PIL import Image
 
 import fluxfire
 from fluxfire import kontext
-from fluxfire.bench import held_out, save, stamp
+from fluxfire.bench import held_out, save_result, stamp
 from fluxfire.models.loading import load
 from fluxfire.serve.levels import offered, usual
 
@@ -72,7 +72,7 @@ def main() -> None:
             result[part] = asyncio.run(mixed(arguments.model, arguments.n))
         else:
             result[part] = throughput(arguments.model, arguments.steps, arguments.side)
-        save(result, arguments.out)
+        save_result(result, arguments.out)
         print(part, result[part], flush=True)
 
 
