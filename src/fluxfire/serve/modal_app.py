@@ -158,11 +158,12 @@ def write_keys(environ: Mapping[str, str], file: Path) -> Path:
     return file
 
 
-def requirements(needed: Iterable[str]) -> tuple[str, ...]:
+def requirements(needed: Iterable[str], extras: Iterable[str] = EXTRAS) -> tuple[str, ...]:
     """Select what a container installs of what fluxfire's own metadata says that it needs.
 
     Args:
-        needed: requirements, with markers; of extras, `EXTRAS` are wanted.
+        needed: requirements, with markers.
+        extras: those that are wanted.
 
     Returns:
         Requirements without markers, capped by `CEILINGS`, sorted.
@@ -172,7 +173,7 @@ def requirements(needed: Iterable[str]) -> tuple[str, ...]:
 
     found = set()
     for one in map(Requirement, needed):
-        if one.marker and not any(one.marker.evaluate({"extra": extra}) for extra in EXTRAS):
+        if one.marker and not any(one.marker.evaluate({"extra": extra}) for extra in extras):
             continue
         one.specifier &= SpecifierSet(CEILINGS.get(one.name, ""))
         one.marker = None
@@ -209,13 +210,13 @@ def warm(
         The report.
     """
     import fluxfire
-    from fluxfire import recipes
+    from fluxfire import presets, recipes
     from fluxfire.models import loading
     from fluxfire.passes import MegaCache
-    from fluxfire.resolve import preset_or_file
 
-    others = [p for p in preset_or_file(preset) if p.name != MegaCache.name]
+    found = recipes.read(Path(preset)) if preset.endswith(recipes.SUFFIX) else presets.named(preset)
     folder.mkdir(parents=True, exist_ok=True)
+    others = [p for p in found if p.name != MegaCache.name]
     passes = fluxfire.order([*others, MegaCache(folder / ARTIFACTS)])
     pipe = loading.load(model)
     fluxfire.optimize(pipe, passes)
