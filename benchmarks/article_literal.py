@@ -16,7 +16,7 @@ from PIL import Image
 
 import fluxfire
 from edits import uncached
-from fluxfire.bench import Example, Workload, save, stamp
+from fluxfire.bench import Example, Workload, save_result, stamp
 from fluxfire.models.loading import RANDOM, load
 from fluxfire.passes import Compile
 
@@ -56,7 +56,7 @@ def main() -> None:
         "seconds": seconds,
         "generations": done.get() if finished and process.exitcode == 0 else None,
     }
-    save(result, arguments.out)
+    save_result(result, arguments.out)
     print(f"finished: {finished}, after {seconds:.0f} s")
 
 

@@ -17,7 +17,7 @@ import torch
 
 import fluxfire
 from fluxfire import spark
-from fluxfire.bench import compare, save, stamp
+from fluxfire.bench import compare, save_result, stamp
 from fluxfire.passes import FirstBlockCache
 from fluxfire.spark.scoring import Score
 from fluxfire.text import table
@@ -69,7 +69,7 @@ def main() -> None:
             with fluxfire.using(pipe, cache):
                 made = _make(pipe, tasks, steps, batch)
             result["rows"].append(_row(cache, made, plain))
-            save(result, arguments.out)
+            save_result(result, arguments.out)
 
     for steps in arguments.steps:
         judge(edits, steps, variants())

@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from fluxfire.bench import load
+from fluxfire.bench import load_result
 
 RESULTS = Path(__file__).parent / "results"
 MISSING = "Not yet measured."
@@ -55,7 +55,7 @@ def _row(file: str, name: str, workload: str | None = None) -> Row:
         StopIteration: it was not measured.
         FileNotFoundError: nothing of its result was.
     """
-    rows = load(RESULTS / file)["rows"]
+    rows = load_result(RESULTS / file)["rows"]
     return next(
         r for r in rows
         if name == (r.get("contender") or r.get("stack")) and not r.get("error")
@@ -106,12 +106,12 @@ def _hit() -> str:
     )
 
 
-def _caches(steps: int, threshold: float, predict: str = "hold") -> Row:
+def _caches(steps: int, threshold: float) -> Row:
     wanted = {
         "kind": "edit", "steps": steps, "threshold": threshold, "distance": "all",
-        "predict": predict,
+        "predict": "hold",
     }  # fmt: skip
-    rows = load(RESULTS / "caches.json")["rows"]
+    rows = load_result(RESULTS / "caches.json")["rows"]
     return next(r for r in rows if all(r[k] == v for k, v in wanted.items()))
 
 
@@ -134,7 +134,7 @@ def _loss() -> str:
 
 
 def _plain(steps: int) -> Any:
-    rows = load(RESULTS / "caches.json")["rows"]
+    rows = load_result(RESULTS / "caches.json")["rows"]
     return (r for r in rows if r["kind"] == "edit" and r["steps"] == steps and not r["threshold"])
 
 
@@ -146,7 +146,7 @@ def _compile() -> str:
 
 def _flags() -> str:
     base = _row("flags.json", "compile only")["step"]["median"]
-    rows = load(RESULTS / "flags.json")["rows"]
+    rows = load_result(RESULTS / "flags.json")["rows"]
     told = [
         f"{r['contender']} {base / r['step']['median'] - 1:+.1%}"
         for r in rows
@@ -176,13 +176,13 @@ def _qkv() -> str:
 
 
 def _symfloat() -> str:
-    result = load(RESULTS / "symfloat.json")
+    result = load_result(RESULTS / "symfloat.json")
     version = result["environment"]["packages"]["torch"]
     return f"real, on torch {version}: without the pass {result['without']}; with it, it compiles"
 
 
 def _cold() -> str:
-    result = load(RESULTS / "cold.json")
+    result = load_result(RESULTS / "cold.json")
     told = []
     for row in result["rows"]:
         first = row["sizes"][0]
@@ -196,7 +196,7 @@ def _cold() -> str:
 
 
 def _literal() -> str:
-    result = load(RESULTS / "literal.json")
+    result = load_result(RESULTS / "literal.json")
     if result["finished"]:
         return f"{result['seconds']:.0f} s"
     return f"not finished after {result['limit_seconds']:.0f} s, and stopped"
@@ -213,7 +213,7 @@ def _memory() -> str:
 
 def _energy() -> str:
     eager = _row("bench.json", "eager")
-    rows = [r for r in load(RESULTS / "bench.json")["rows"] if r.get("joules")]
+    rows = [r for r in load_result(RESULTS / "bench.json")["rows"] if r.get("joules")]
     best = min(rows, key=lambda r: r["joules"])
     return "; ".join(
         f"{row['contender']}: busy {row['utilisation']:.0%}, {row['joules']:.0f} J an edit, at "
@@ -223,7 +223,7 @@ def _energy() -> str:
 
 
 def _ladder() -> str:
-    rows = [r for r in load(RESULTS / "bench.json")["rows"] if not r.get("error")]
+    rows = [r for r in load_result(RESULTS / "bench.json")["rows"] if not r.get("error")]
     base = next(r for r in rows if r["contender"] == "eager")["edit"]["median"]
     told = [
         f"{r['contender']} {base / r['edit']['median']:.2f}×"
@@ -241,8 +241,8 @@ def _warmups() -> str:
 
 
 def _served() -> str:
-    added = load(RESULTS / "serving.json")["overhead"]["beside_it"]["median"]
-    busy = load(RESULTS / "serving_h100.json")["throughput"]
+    added = load_result(RESULTS / "serving.json")["overhead"]["beside_it"]["median"]
+    busy = load_result(RESULTS / "serving_h100.json")["throughput"]
     return (
         f"a request costs {added * 1e3:.0f} ms beside the pipeline; kept busy, "
         f"{busy['served'] * 60:.2f} edits of {busy['steps']} steps a minute, {busy['share']:.1%} "
@@ -251,7 +251,7 @@ def _served() -> str:
 
 
 def _modal() -> str:
-    rows = load(RESULTS / "cold.json")["rows"]
+    rows = load_result(RESULTS / "cold.json")["rows"]
     row = next(row for row in rows if row["start"] == "with artifacts")
     spent = sum(row["phases"][name] for name in ("imports", "weights", "optimize"))
     first = row["sizes"][0]["seconds"]

@@ -37,7 +37,7 @@ def main() -> None:
     if arguments.start:
         print(json.dumps(_start(arguments.folder, arguments.start, SIZES[arguments.size])))
         return
-    from fluxfire.bench import save, stamp
+    from fluxfire.bench import save_result, stamp
 
     result: dict[str, Any] = {"benchmark": "cold_start", **stamp(), "rows": []}
     result["weights"] = _saved(arguments.folder, f"random-{arguments.size}")
@@ -56,7 +56,7 @@ def main() -> None:
             row = json.loads(done.stdout.splitlines()[-1])
             row |= {"start": name, "process_seconds": time.perf_counter() - began}
             result["rows"].append(row)
-            save(result, arguments.out)
+            save_result(result, arguments.out)
     print(_table(result["rows"]))
 
 

@@ -14,8 +14,7 @@ from PIL import Image
 
 import full_or_tiny
 from fluxfire import presets
-from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
-from fluxfire.bench import load as load_result
+from fluxfire.bench import Contender, Example, Workload, keeping, load_result, measure, stamp
 from fluxfire.bench.schedules import most_often
 from fluxfire.passes import Compile, FirstBlockCache, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table

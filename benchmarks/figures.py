@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 import claims
-from fluxfire.bench import load
+from fluxfire.bench import load_result as load
 from fluxfire.bench.search import names
 from fluxfire.serve import capacity
 

@@ -19,7 +19,16 @@ import torch
 
 import fluxfire
 from fluxfire import presets
-from fluxfire.bench import Contender, Prices, Workload, compare, held_out, load, save, stamp
+from fluxfire.bench import (
+    Contender,
+    Prices,
+    Workload,
+    compare,
+    held_out,
+    load_result,
+    save_result,
+    stamp,
+)
 from fluxfire.bench.rivals import CacheDit, MagCache
 from fluxfire.models.loading import load as load_pipeline
 from fluxfire.passes import FirstBlockCache, ParaAttention, ReferenceCache
@@ -65,7 +74,7 @@ def prices() -> Prices:
     """Return what the steps of an edit to 1024 × 1024 took, of the exact passes compiled."""
     rows = {
         r["contender"]: r
-        for r in load(REFERENCE)["rows"]
+        for r in load_result(REFERENCE)["rows"]
         if not r["error"] and r["workload"]["size"][0] == 1024  # noqa: PLR2004
     }
     exact, fast = rows["reuse"], rows["fast"]
@@ -117,7 +126,7 @@ def main() -> None:
             }
         )
         told = {"examples": arguments.n, "steps_each": STEPS, "prices": vars(priced)}
-        save({"benchmark": "frontier", **stamp(), **told, "rows": rows}, arguments.out)
+        save_result({"benchmark": "frontier", **stamp(), **told, "rows": rows}, arguments.out)
         print(rows[-1]["contender"], rows[-1]["speed"], rows[-1]["psnr"], flush=True)
     print(
         table(

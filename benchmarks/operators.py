@@ -17,7 +17,7 @@ import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 
 from fluxfire import kernels
-from fluxfire.bench import save, stamp
+from fluxfire.bench import save_result, stamp
 from fluxfire.kernels import float8
 from fluxfire.kernels.heads import Stream
 from fluxfire.text import table
@@ -189,7 +189,7 @@ def main() -> None:
             except Exception as error:  # noqa: BLE001 - the others go on
                 row["raised"] = f"{type(error).__name__}: {error}"[:200]
             rows.append(row)
-    save({"benchmark": "operators", **stamp(), "rows": rows}, arguments.out)
+    save_result({"benchmark": "operators", **stamp(), "rows": rows}, arguments.out)
     lines = [
         (
             r["name"],

@@ -15,7 +15,7 @@ import torch
 
 import fluxfire
 from fluxfire import spark
-from fluxfire.bench import compare, save, stamp
+from fluxfire.bench import compare, save_result, stamp
 from fluxfire.passes import Attention, Float8, FusedBlocks, ModulationTable
 from fluxfire.protocol import Pass
 from fluxfire.text import table
@@ -67,7 +67,9 @@ def main() -> None:
                 "flip": near["flip"],
             }
         )
-        save({"benchmark": "passes_on_spark", **stamp(), **told, "rows": rows}, arguments.out)
+        save_result(
+            {"benchmark": "passes_on_spark", **stamp(), **told, "rows": rows}, arguments.out
+        )
     lines = [
         (r["stack"], r["error"][:90], "", "")
         if r["error"]

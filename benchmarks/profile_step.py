@@ -18,7 +18,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fluxfire
 from fluxfire import Change, Finding, Target, Transaction, presets
-from fluxfire.bench import Example, Workload, save, stamp
+from fluxfire.bench import Example, Workload, save_result, stamp
 from fluxfire.generation import Listener
 from fluxfire.kontext import Call
 from fluxfire.models.loading import RANDOM, load
@@ -91,7 +91,7 @@ def main() -> None:
         pipe, [ProfileStep(profiler=profiler, step=STEPS - 1), *STACKS[arguments.stack]]
     ):
         work.run(pipe, Example("make it a snowy winter evening", picture))
-    save(
+    save_result(
         {
             "benchmark": "profile",
             **stamp(),

@@ -20,12 +20,12 @@ from torch import Tensor
 from typing_extensions import override
 
 import fluxfire
-from fluxfire import Change, Transaction, spark
-from fluxfire.bench import compare, save, stamp
+from fluxfire import Change, Transaction, kontext, spark
+from fluxfire.bench import compare, save_result, stamp
 from fluxfire.blocks import Run, Streams
 from fluxfire.kontext import Call
 from fluxfire.passes import FirstBlockCache, ReferenceCache
-from fluxfire.passes.reference_cache import _Engine
+from fluxfire.passes.reference_cache import ReferenceEngine
 from fluxfire.protocol import Pass
 from fluxfire.text import table
 from fluxfire.toolkit.joint_attention import KeepingAttnProcessor, Kept
@@ -58,16 +58,15 @@ class Way(ReferenceCache):
     def apply(self, tx: Transaction) -> Change:
         """As the pass, with an engine that has these ways."""
         change = super().apply(tx)
-        (engine,) = tx.listening(_Engine)
+        (engine,) = tx.listening(ReferenceEngine)
         engine.__class__ = _Tried
         if self.outputs:
-            for block in (*tx.pipe.transformer.transformer_blocks,
-                          *tx.pipe.transformer.single_transformer_blocks):  # fmt: skip
-                tx.set_class(block.attn.processor, _KeepingOutputs)
+            for attention in kontext.attentions(tx.pipe.transformer):
+                tx.set_class(attention.processor, _KeepingOutputs)
         return change
 
 
-class _Tried(_Engine):
+class _Tried(ReferenceEngine):
     """Does between refreshes what the pass does not."""
 
     @override
@@ -184,7 +183,7 @@ def main() -> None:
         )
         told = {"examples": arguments.n, "steps": STEPS, "dtype": "float32"}
         result = {"benchmark": "reference_on_spark", **stamp(), **told, "rows": rows}
-        save(result, arguments.out)
+        save_result(result, arguments.out)
         print(_line(rows[-1]), flush=True)
     print(table(("way", "refreshes", "right", "PSNR", "worst", "to target"), map(_line, rows)))
 

@@ -38,7 +38,8 @@ import torch
 from PIL import Image
 
 import fluxfire
-from fluxfire.bench import held_out, save, stamp
+from fluxfire import kontext
+from fluxfire.bench import held_out, save_result, stamp
 from fluxfire.models.loading import load
 from fluxfire.serve.levels import offered, usual
 
@@ -71,7 +72,7 @@ def main() -> None:
             result[part] = asyncio.run(mixed(arguments.model, arguments.n))
         else:
             result[part] = throughput(arguments.model, arguments.steps, arguments.side)
-        save(result, arguments.out)
+        save_result(result, arguments.out)
         print(part, result[part], flush=True)
 
 
@@ -126,8 +127,7 @@ def throughput(model: str, steps: int, side: int, runs: int = 8) -> dict[str, An
 
 def _bare_rate(model: str, picture: Image.Image, steps: int, runs: int) -> float:
     """Pictures a second of the pipeline by itself."""
-    width, height = picture.size
-    call = {"width": width, "height": height, "max_area": width * height}
+    call = kontext.exact_size(*picture.size)
     with _bare(model) as edit:
 
         def make(n: int) -> None:

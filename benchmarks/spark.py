@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from fluxfire import spark
-from fluxfire.bench import save, stamp
+from fluxfire.bench import save_result, stamp
 from fluxfire.spark import checking, weights
 from fluxfire.spark.scoring import Score, as_table, psnr, summarise
 
@@ -57,7 +57,7 @@ def main() -> None:
         if name == "test" and arguments.pictures:
             _grid(tasks, scores).save(arguments.pictures / "spark.png")
     result["vae"] = _round_trips(pipe, sets["test"])
-    save(result, arguments.out)
+    save_result(result, arguments.out)
     print(result["vae"], result["edit_seconds"])
 
 

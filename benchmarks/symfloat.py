@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch._inductor import config as inductor
 
-from fluxfire.bench import save, stamp
+from fluxfire.bench import save_result, stamp
 from fluxfire.passes import inductor_patch
 
 
@@ -24,7 +24,7 @@ def main() -> None:
     outcome = {"needed": inductor_patch.needed(), "without": _attempt()}
     with inductor_patch.guarded():
         outcome["with"] = _attempt()
-    save({"benchmark": "symfloat", **stamp(), **outcome}, arguments.out)
+    save_result({"benchmark": "symfloat", **stamp(), **outcome}, arguments.out)
     print(outcome)
 
 

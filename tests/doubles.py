@@ -70,7 +70,7 @@ class SkipBlock(Bare):
     name: ClassVar[str] = "skip-block"
     stage: ClassVar[str] = "blocks"
     exactness: ClassVar[str] = "lossy"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
 
     def apply(self, tx):
         def skip(run, streams, blocks, call):
@@ -90,7 +90,7 @@ class HalfTheTokens(Bare):
     stage: ClassVar[str] = "caching"
     slot: ClassVar[str | None] = "block-cache"
     exactness: ClassVar[str] = "lossy"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
 
     def apply(self, tx):
         import torch

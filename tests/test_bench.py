@@ -18,10 +18,10 @@ from fluxfire.bench import (
     Workload,
     controls,
     ladder,
-    load,
+    load_result,
     measure,
     repeat,
-    save,
+    save_result,
     stamp,
 )
 from fluxfire.bench.phases import phases
@@ -286,8 +286,8 @@ def test_phases_leave_no_trace(pipe):
 
 def test_results_say_where_they_come_from(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXFIRE_COMMIT", "abc")
-    save({**stamp(), "x": 1}, tmp_path / "r.json")
-    result = load(tmp_path / "r.json")
+    save_result({**stamp(), "x": 1}, tmp_path / "r.json")
+    result = load_result(tmp_path / "r.json")
     assert result["commit"] == "abc"
     assert result["environment"]["packages"]["torch"]
     assert [p.name for p in tmp_path.iterdir()] == ["r.json"]

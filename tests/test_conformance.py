@@ -199,7 +199,7 @@ class PatchesTheClass(Broken):
 
 
 class Wrapping(Broken):
-    leaves = frozenset({"wraps-blocks"})
+    provides = frozenset({"wraps-blocks"})
 
 
 class WrapsUndeclared(Broken):
@@ -292,7 +292,7 @@ def _flags_back():
         (ShiftsTheVAE(), "it is close"),
         (LiesAboutBytes(), "Change.bytes is what weights and buffers grew by"),
         (PatchesTheClass(), "a second pipeline is left alone"),
-        (WrapsUndeclared(), "what it leaves is declared"),
+        (WrapsUndeclared(), "what it provides is declared"),
         (WrapsWrongly(), "it raises nothing. It raised TypeError"),
         (NotBitwise(), "it is bitwise"),
         (NotClose(), "it is close"),

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import fluxfire
 from doubles import Fake
 from fluxfire.errors import PlanError
 from fluxfire.planner import malformed, order, problems, spelled, workable
@@ -121,6 +122,13 @@ class Half:
 )
 def test_what_is_no_pass_is_told_why(candidate, words):
     assert words in malformed(candidate)
+
+
+@pytest.mark.parametrize("name", fluxfire.__all__)
+def test_public_names_are_those_of_their_homes(name):
+    found = getattr(fluxfire, name)
+    assert getattr(found, "__name__", "").rpartition(".")[2] == name
+    assert name in dir(fluxfire)
 
 
 def test_planner_and_package_load_nothing_heavy():

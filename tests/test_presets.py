@@ -8,7 +8,7 @@ import pytest
 
 import fluxfire
 from fluxfire import presets, recipes
-from fluxfire.bench import load
+from fluxfire.bench import load_result
 from fluxfire.passes import FirstBlockCache
 from fluxfire.testing import tiny_kontext
 
@@ -34,7 +34,7 @@ def test_tuned_presets_have_the_cache_that_was_found(name):
     file = RESULTS / f"tuned_{name}.json"
     found = [p for p in recipes.read(file) if p.stage == "caching"]
     assert [p for p in presets.named(name) if p.stage == "caching"] == found
-    tuned = load(file)["tuned"]
+    tuned = load_result(file)["tuned"]
     assert tuned["confirmed"]["verdict"] == "within"
     assert tuned["confirmed"]["n"] >= 256
     near, budget = tuned["confirmed"]["psnr"], tuned["budget"]

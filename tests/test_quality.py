@@ -10,7 +10,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from fluxfire import spark
-from fluxfire.bench import Example, compare, held_out, quality, read
+from fluxfire.bench import Example, compare, held_out, quality, read_examples
 from fluxfire.errors import ExampleError
 
 
@@ -117,7 +117,7 @@ def test_examples_are_read_from_a_file(tmp_path, picture):
     lines = [{"image": "a.png", "prompt": "make it night"}, {"prompt": "a red circle"}]
     file = tmp_path / "edits.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    edit, words = read(file)
+    edit, words = read_examples(file)
     assert (edit.instruction, words.instruction) == ("make it night", "a red circle")
     assert np.array_equal(np.asarray(edit.picture), np.asarray(picture))
     assert words.picture is None
@@ -139,9 +139,9 @@ def test_files_that_cannot_be_used_are_refused_in_words(tmp_path, line, said):
     file = tmp_path / "edits.jsonl"
     file.write_text(line)
     with pytest.raises(ExampleError, match=said):
-        read(file)
+        read_examples(file)
 
 
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ExampleError, match="cannot read examples"):
-        read(tmp_path / "none.jsonl")
+        read_examples(tmp_path / "none.jsonl")

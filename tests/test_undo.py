@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fluxfire
 from doubles import HalfTheTokens, Listen, ScaleTemb, SkipBlock
-from fluxfire import api
+from fluxfire.applying import apply_passes
 from fluxfire.errors import PassError, PlanError, RestoreError
 from fluxfire.passes import (
     Attention,
@@ -85,7 +85,7 @@ def test_random_lists_with_failures_at_random_edits(shared, passes, in_order, fa
         passes = fluxfire.order(passes)
     transaction = functools.partial(FaultyTransaction, fail_at=fail_at)
     try:
-        api._apply(pipe, passes, transaction)
+        apply_passes(pipe, passes, transaction)
         if generate:
             edit(pipe, steps=1)
     except PlanError:
@@ -167,11 +167,11 @@ COMPILED = [
 def test_compiled_lists_with_a_failure_at_each_third_edit(shared, passes):
     pipe, picture, before = shared()
     made = []
-    api._apply(pipe, passes, lambda *a: made.append(FaultyTransaction(*a)) or made[0])
+    apply_passes(pipe, passes, lambda *a: made.append(FaultyTransaction(*a)) or made[0])
     edit(pipe, steps=1)
     fluxfire.restore(pipe)
     for fail_at in range(0, made[0].edits, 3):
         with pytest.raises(PassError):
-            api._apply(pipe, passes, functools.partial(FaultyTransaction, fail_at=fail_at))
+            apply_passes(pipe, passes, functools.partial(FaultyTransaction, fail_at=fail_at))
         assert differences(before, fingerprint(pipe)) == []
     assert np.array_equal(edit(pipe, steps=1), picture)

@@ -13,18 +13,27 @@ __version__ = "0.1.0.dev0"
 if TYPE_CHECKING:
     from fluxfire import bench, errors, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
-    from fluxfire.bench import Budget, tune
-    from fluxfire.planner import order
+    from fluxfire.bench import Budget, Tuned, tune
+    from fluxfire.generation import Generation, Listener
+    from fluxfire.kontext import Call
+    from fluxfire.planner import Plan, order
     from fluxfire.protocol import Change, Finding, Pass, Target
+    from fluxfire.reporting.report import Report
     from fluxfire.transaction import Transaction
 
 __all__ = [
     "Budget",
+    "Call",
     "Change",
     "Finding",
+    "Generation",
+    "Listener",
     "Pass",
+    "Plan",
+    "Report",
     "Target",
     "Transaction",
+    "Tuned",
     "bench",
     "errors",
     "optimize",
@@ -47,9 +56,12 @@ _HOME = {
         ("optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
     ),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
-    **dict.fromkeys(("Budget", "tune"), "bench"),
+    **dict.fromkeys(("Budget", "Tuned", "tune"), "bench"),
+    **dict.fromkeys(("Generation", "Listener"), "generation"),
+    **dict.fromkeys(("Plan", "order"), "planner"),
+    "Call": "kontext",
+    "Report": "reporting.report",
     "Transaction": "transaction",
-    "order": "planner",
 }
 _SUBMODULES = ("bench", "errors", "passes", "presets", "spark", "testing")
 

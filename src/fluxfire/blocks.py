@@ -30,6 +30,8 @@ import torch
 from fluxfire import kontext
 from fluxfire.kontext import Call
 
+__all__ = ["BlockStack", "BlockWrapper", "Run", "Streams"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Streams:

@@ -36,7 +36,7 @@ class Conductor:
         live: the run-time settings of the passes that have some.
         passes: what is applied, as data.
         rehearsing: whether generations are rehearsals.
-        record: what `fluxfire.api` keeps here.
+        record: what `fluxfire.applying` keeps here.
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,19 @@
 
 from __future__ import annotations
 
+__all__ = [
+    "BenchError",
+    "BusyError",
+    "ExampleError",
+    "FluxfireError",
+    "LoadError",
+    "MegaCacheWarning",
+    "PassError",
+    "PictureError",
+    "PlanError",
+    "RestoreError",
+]
+
 
 class FluxfireError(Exception):
     """Base of every error that fluxfire raises on purpose."""

@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 from fluxfire.kontext import Call, Tokens
 from fluxfire.protocol import Configured
 
+__all__ = ["Decision", "Generation", "Listener", "Live", "Refresh"]
+
 P = TypeVar("P")
 
 

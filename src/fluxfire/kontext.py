@@ -20,6 +20,10 @@ SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"}
 """Traits of pipelines whose weights are swapped layer by layer while they run."""
 CALL_SLOT = "_compiled_call_impl"
 """Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
+QKV = ("to_q", "to_k", "to_v")
+"""What makes an attention's queries, keys and values; fused, diffusers calls it `to_qkv`."""
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+"""The same for the text's stream, where that is apart; fused, `to_added_qkv`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +121,12 @@ def blocks(transformer: Any) -> list[nn.Module]:
     return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
 
+def attentions(transformer: Any) -> list[Any]:
+    """Return the blocks' attentions, in the same order."""
+    of_blocks: list[Any] = blocks(transformer)
+    return [block.attn for block in of_blocks]
+
+
 def is_tiny(pipe: Any) -> bool:
     """Whether a pipeline's latents are finer than FLUX's, as those of test pipelines are."""
     flux = 8  # pixels of a side for one latent
@@ -136,6 +146,14 @@ def reference_size(pipe: Any, width: int, height: int) -> tuple[int, int]:
 
     _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
     return w // 16 * 16, h // 16 * 16
+
+
+def exact_size(width: int, height: int) -> dict[str, int]:
+    """Return the call's arguments for an output of exactly this size, in pixels.
+
+    Without `max_area` Kontext rescales the size asked for to about a megapixel.
+    """
+    return {"width": width, "height": height, "max_area": width * height}
 
 
 def traits(pipe: Any) -> frozenset[str]:

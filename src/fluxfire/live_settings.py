@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from typing import Any
 
 from fluxfire.errors import PlanError
 from fluxfire.generation import Live
+from fluxfire.planner import configured
 from fluxfire.protocol import Pass
 from fluxfire.resolve import Passes, resolve
 
@@ -52,10 +53,6 @@ def _fixed(present: Pass, wanted: Pass) -> str:
     """Say which of the differences cannot be made at run time; nothing if all can."""
     if type(present) is not type(wanted) or not is_dataclass(wanted):
         return f"{wanted!r} is another kind of pass than the one applied"
-    tunable: frozenset[str] = getattr(wanted, "tunable", frozenset())
-    names = [
-        f.name
-        for f in fields(wanted)
-        if f.name not in tunable and getattr(present, f.name) != getattr(wanted, f.name)
-    ]
+    now = configured(present).settings
+    names = [name for name, value in configured(wanted).fixed.items() if now[name] != value]
     return f"{', '.join(names)} cannot change at run time" if names else ""

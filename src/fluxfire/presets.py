@@ -16,6 +16,8 @@ from fluxfire.passes import (
 )
 from fluxfire.protocol import Pass
 
+__all__ = ["article", "balanced", "faithful", "fast", "named"]
+
 faithful: tuple[Pass, ...] = (InductorPatch(), FusedBlocks(), Compile())
 """Nothing lossy: rounding only. What `optimize(pipe)` does."""
 

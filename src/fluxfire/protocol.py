@@ -91,6 +91,11 @@ class Configured:
     settings: Mapping[str, Any]
     tunable: frozenset[str] = frozenset()
 
+    @property
+    def fixed(self) -> dict[str, Any]:
+        """Those of the settings that stay as they are while the pass is applied."""
+        return {name: value for name, value in self.settings.items() if name not in self.tunable}
+
 
 @dataclass(frozen=True)
 class Target:
@@ -101,8 +106,8 @@ class Target:
         environment: versions and device facts.
         passes: the whole list, those already applied included, in order.
         traits: what is true of the pipeline when this pass's turn comes: facts found on
-            the pipeline (`kontext.traits`) and those that earlier passes say they leave
-            (`leaves`). A pass refuses by trait, never by a sister's name.
+            the pipeline (`kontext.traits`) and those that earlier passes say they provide
+            (`provides`). A pass refuses by trait, never by a sister's name.
     """
 
     pipe: Any
@@ -116,7 +121,7 @@ class Pass(Protocol):
     """One reversible optimisation.
 
     Three members are optional and therefore not part of the protocol's type:
-    `leaves: frozenset[str]`, traits that hold once the pass is applied;
+    `provides: frozenset[str]`, traits that hold once the pass is applied;
     `tunable: frozenset[str]`, fields that `fluxfire.using` may change while it is applied (see
     `Transaction.live`); and `after_warmup(tx)`, called when `fluxfire.warmup` has run the
     pipeline.

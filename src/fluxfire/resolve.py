@@ -44,10 +44,8 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     """
     if passes is None:
         passes = "faithful"
-    if isinstance(passes, Path) or (isinstance(passes, str) and passes.endswith(recipes.SUFFIX)):
-        passes = recipes.read(Path(passes))
-    if isinstance(passes, str):
-        passes = _preset(passes)
+    if isinstance(passes, str | Path):
+        passes = _named(passes)
     if not isinstance(passes, Iterable):
         single = f"; did you mean passes=[{passes!r}]?" if malformed(passes) is None else ""
         raise PlanError(f"passes must be a list or a preset's name, not {passes!r}{single}")
@@ -78,10 +76,7 @@ def chosen(preset: str | None, names: str | None) -> list[Pass]:
         PlanError: there is no such preset, file or pass.
     """
     if preset is not None or names is None:
-        name = preset or "faithful"
-        return list(
-            recipes.read(Path(name)) if name.endswith(recipes.SUFFIX) else presets.named(name)
-        )
+        return list(preset_or_file(preset or "faithful"))
     if names == "none":
         return []
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -90,18 +85,33 @@ def chosen(preset: str | None, names: str | None) -> list[Pass]:
     return [plugins.make(name) for name in wanted]
 
 
-def _preset(name: str) -> Iterable[Pass]:
+def preset_or_file(name: str | Path) -> tuple[Pass, ...]:
+    """Return the passes of a preset, or of a file that `fluxfire tune` wrote.
+
+    Args:
+        name: the preset's name; or the file, told by its suffix, `.json`, or by being a path.
+
+    Raises:
+        PlanError: there is no such preset, or the file cannot be read.
+    """
+    if isinstance(name, Path) or name.endswith(recipes.SUFFIX):
+        return recipes.read(Path(name))
+    return presets.named(name)
+
+
+def _named(name: str | Path) -> tuple[Pass, ...]:
+    """Return the same; of a name that is a pass's, say so."""
     try:
-        return presets.named(name)
+        return preset_or_file(name)
     except PlanError as error:
         if name in plugins.own() or name in plugins.announced():
             raise PlanError(f"{error}; did you mean passes=[{name!r}]?") from None
         raise
 
 
-def leaves(pass_: Pass) -> frozenset[str]:
+def provided_traits(pass_: Pass) -> frozenset[str]:
     """Return the traits that hold once a pass is applied."""
-    return frozenset(getattr(pass_, "leaves", ()))
+    return frozenset(getattr(pass_, "provides", ()))
 
 
 def _disturbed(pipe: Any) -> str | None:
@@ -120,14 +130,14 @@ def _disturbed(pipe: Any) -> str | None:
 def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list[Step]:
     """Run every pass's check, each knowing the whole list and what earlier passes leave."""
     data = tuple(map(configured, (*applied, *wanted)))
-    traits = kontext.traits(pipe).union(*map(leaves, applied))
+    traits = kontext.traits(pipe).union(*map(provided_traits, applied))
     steps = []
     for index, pass_ in enumerate(wanted):
         others = (*applied, *wanted[:index])
         twin = any(p.name == pass_.name for p in others)  # complained of already
         target = Target(pipe, environment(), data, traits)
         steps.append(Step(pass_, () if twin else _findings(pass_, target)))
-        traits |= leaves(pass_)
+        traits |= provided_traits(pass_)
     return steps
 
 

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
+from torch import nn
+
+from fluxfire.blocks import BlockWrapper
+from fluxfire.conductor import Conductor
+from fluxfire.generation import Listener, Live
 from fluxfire.kontext import CALL_SLOT
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fluxfire.blocks import BlockWrapper
-    from fluxfire.conductor import Conductor
-    from fluxfire.generation import Listener, Live
 
 L = TypeVar("L")
 P = TypeVar("P")
@@ -29,13 +27,13 @@ class Transaction:
     Attributes:
         pipe: the pipeline.
         facts: what the pass being applied tells the report, or None.
-        kept: why this cannot be taken back any more; empty while it can.
+        irreversible: why this cannot be taken back any more; empty while it can.
     """
 
     def __init__(self, pipe: Any, conductor: Conductor) -> None:
         self.pipe = pipe
         self.facts: Callable[[], Mapping[str, object]] | None = None
-        self.kept: list[str] = []
+        self.irreversible: list[str] = []
         self._conductor = conductor
         self._inverses: list[tuple[str, Callable[[], None]]] = []
 
@@ -112,21 +110,19 @@ class Transaction:
         """Return the pipeline's listeners of one kind: what a pass's `apply` put there."""
         return [one for one in self._conductor.listeners if isinstance(one, kind)]
 
-    def tell(self, facts: Callable[[], Mapping[str, object]]) -> None:
+    def report_facts(self, facts: Callable[[], Mapping[str, object]]) -> None:
         """Have the report ask for these facts about the pass being applied, each time anew."""
         self.facts = facts
 
-    def keep(self, why: str) -> None:
+    def mark_irreversible(self, why: str) -> None:
         """Have `restore` refuse from now on, since something is gone that it would need."""
-        self.kept.append(why)
+        self.irreversible.append(why)
 
     def live(self, pass_: P) -> Live[P]:
         """Make a pass's settings ones that `fluxfire.using` can swap while it is applied.
 
         Of its fields those can be swapped that its class names in `tunable`.
         """
-        from fluxfire.generation import Live
-
         live = Live(pass_)
         self._append(self._conductor.live, live, "hold live settings")
         return live

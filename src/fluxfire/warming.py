@@ -73,15 +73,12 @@ def blank_calls(
             one of the output's shape, empty for none.
         call: the user's arguments, which win.
     """
-    width, height = size
     arguments: dict[str, Any] = {
         "prompt": "warm-up",
         "num_inference_steps": 2,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "np",
-        "width": width,
-        "height": height,
-        "max_area": width * height,
+        **kontext.exact_size(*size),
     }
     if "prompt_embeds" in call:
         del arguments["prompt"]

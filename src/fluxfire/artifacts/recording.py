@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import torch
+
 from fluxfire.reporting.compile_counts import hearing
 
 Key = tuple[str, str]
@@ -119,8 +121,6 @@ def give_to_torch(blob: bytes) -> frozenset[Key]:
         ValueError: torch cannot read it.
         Exception: whatever unpickling it raises, and what a full disk does.
     """
-    import torch
-
     loaded = torch.compiler.load_cache_artifacts(blob)
     if loaded is None:  # torch's answer to damage, beside a log
         raise ValueError("torch cannot read it")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from fluxfire.bench.bisection import Culprit, bisect
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import Contender, controls, ladder
-from fluxfire.bench.examples import Example, held_out, read
+from fluxfire.bench.examples import Example, held_out, read_examples
 from fluxfire.bench.measuring import Row, measure
 from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import Likeness, Quality, compare
-from fluxfire.bench.results import keeping, load, save, stamp
+from fluxfire.bench.results import keeping, load_result, save_result, stamp
 from fluxfire.bench.search import Family, Trial
 from fluxfire.bench.timing import Sample, repeat
 from fluxfire.bench.tuning import Tuned, tune
@@ -35,11 +35,11 @@ __all__ = [
     "held_out",
     "keeping",
     "ladder",
-    "load",
+    "load_result",
     "measure",
-    "read",
+    "read_examples",
     "repeat",
-    "save",
+    "save_result",
     "stamp",
     "tune",
 ]

@@ -86,6 +86,16 @@ class Contender:
         return api.using(pipe, own) if own else nullcontext()
 
 
+def check_plain(pipe: Any) -> None:
+    """Refuse a pipeline that carries passes, beside which nothing could be judged.
+
+    Raises:
+        PlanError: it does, or it is no Kontext pipeline.
+    """
+    with api.optimized(pipe, []):
+        pass
+
+
 def apart(pipe: Any) -> Any:
     """Return a pipeline that shares the weights of this one, and whose structure is its own."""
     transformer = pipe.transformer

@@ -48,7 +48,7 @@ def held_out(n: int, *, first: int = 0) -> list[Example]:
     return [Example(e.instruction, e.source, e.check, e.target) for e in drawn]
 
 
-def read(path: Path) -> list[Example]:
+def read_examples(path: Path) -> list[Example]:
     """Read a file of examples: JSON lines such as `{"image": "cat.jpg", "prompt": "…"}`.
 
     Args:

@@ -12,11 +12,11 @@ import torch
 from PIL import Image
 
 from fluxfire import api
-from fluxfire.bench.contenders import COMPILED, EAGER, Contender
+from fluxfire.bench.contenders import COMPILED, EAGER, Contender, check_plain
 from fluxfire.bench.examples import Example
 from fluxfire.bench.phases import phases
 from fluxfire.bench.power import Drawn, metered
-from fluxfire.bench.quality import EQUAL, Likeness, Quality, compare
+from fluxfire.bench.quality import SAME, Quality, compare
 from fluxfire.bench.timing import Sample, on_device, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.conductor import rehearsal
@@ -82,8 +82,7 @@ def measure(
             raise BenchError(f"two {what}s are called {twice!r}; give each a name of its own")
     if not examples:
         raise BenchError("there is no example to edit")
-    with api.optimized(pipe, []):  # or it is not plain
-        pass
+    check_plain(pipe)
     rows = [Row(c, w) for c in contenders for w in workloads]
     table = {(row.contender.name, row.workload.name): row for row in rows}
     for number in range(rounds):
@@ -310,8 +309,7 @@ def _judge(row: Row, table: dict[tuple[str, str], Row], keep: int) -> None:
     for name in _CONTROLS:
         control = table.get((name, row.workload.name))
         if control is row:
-            same = (Likeness(EQUAL, 1.0, 0.0),) * len(numbers)
-            row.quality[name] = Quality(same, tuple(row.right))
+            row.quality[name] = Quality((SAME,) * len(numbers), tuple(row.right))
         elif control and sorted(control.pictures) == numbers:
             made, wanted = ([r.pictures[n] for n in numbers] for r in (row, control))
             try:

@@ -83,6 +83,8 @@ class Quality:
         return {"mean": mean(values), "worst": worst_of(values)}
 
 
+SAME = Likeness(EQUAL, 1.0, 0.0)
+"""A picture beside itself."""
 _WORST = {"psnr": min, "ssim": min, "flip": max}
 
 

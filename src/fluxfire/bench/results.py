@@ -26,7 +26,7 @@ def stamp() -> dict[str, Any]:
     }
 
 
-def save(result: dict[str, Any], path: Path) -> None:
+def save_result(result: dict[str, Any], path: Path) -> None:
     """Write a result, replacing the file in one step so that a crash leaves no half."""
     write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
@@ -36,12 +36,12 @@ def keeping(result: dict[str, Any], path: Path) -> Callable[[Sequence[Any]], Non
 
     def keep(rows: Sequence[Any]) -> None:
         result["rows"] = [row.to_dict() for row in rows]
-        save(result, path)
+        save_result(result, path)
 
     return keep
 
 
-def load(path: Path) -> dict[str, Any]:
+def load_result(path: Path) -> dict[str, Any]:
     """Read a result."""
     loaded: dict[str, Any] = json.loads(path.read_text())
     return loaded

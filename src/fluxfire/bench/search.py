@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, is_dataclass
 from functools import partial
 from statistics import mean, median
 from typing import Any, Literal, Self
@@ -15,7 +15,7 @@ from fluxfire import api
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
-from fluxfire.bench.quality import EQUAL, Likeness, Quality, likeness
+from fluxfire.bench.quality import SAME, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.conductor import rehearsal
@@ -168,8 +168,7 @@ class Search:
     def plain(self, part: Part) -> Candidate:
         """Return the plain pipeline, which is always within the budget."""
         numbers = self.numbers(part)
-        same = (Likeness(EQUAL, 1.0, 0.0),) * len(numbers)
-        quality = Quality(same, tuple(self._right[n] for n in numbers))
+        quality = Quality((SAME,) * len(numbers), tuple(self._right[n] for n in numbers))
         seconds = median(self._seconds[n] for n in numbers)
         return Candidate(Family(), 0, Trial((), part, "within", "", quality, seconds, 1.0))
 
@@ -324,12 +323,7 @@ class Search:
 
 def _apart_from(dial: Pass, passes: Sequence[Pass]) -> list[object]:
     """What of a list `using` could not turn into the same list with another setting."""
-    kept: list[object] = []
-    for pass_ in passes:
-        facts = configured(pass_)
-        fixed = {k: v for k, v in facts.settings.items() if k not in facts.tunable}
-        kept.append((type(pass_), fixed) if pass_.name == dial.name else pass_)
-    return kept
+    return [(type(p), configured(p).fixed) if p.name == dial.name else p for p in passes]
 
 
 def names(passes: Sequence[Pass]) -> str:
@@ -344,6 +338,6 @@ def _brief(pass_: Pass) -> str:
         usual: Any = type(pass_)()
     except TypeError:
         return repr(pass_)
-    own = {f.name: getattr(pass_, f.name) for f in fields(pass_)}
+    own = configured(pass_).settings
     changed = [f"{k}={v!r}" for k, v in own.items() if v != getattr(usual, k)]
     return f"{pass_.name}({', '.join(changed)})" if changed else pass_.name

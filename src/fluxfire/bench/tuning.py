@@ -9,6 +9,7 @@ from typing import Any
 
 from fluxfire import api, recipes
 from fluxfire.bench.budget import Budget
+from fluxfire.bench.contenders import check_plain
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
 from fluxfire.bench.results import stamp
@@ -241,8 +242,7 @@ def tune(
             f"there are {len(examples)}"
         )
     budget.check_measurable(checked=any(e.check for e in examples))
-    with api.optimized(pipe, []):  # or it is not plain
-        pass
+    check_plain(pipe)
     for family in candidates or ():
         api.plan(pipe, family.passes).raise_if_bad()
     load = workload or Workload.usual(pipe)

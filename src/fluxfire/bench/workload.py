@@ -78,7 +78,7 @@ class Workload:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
             call["_auto_resize"] = False
         if size is not None:
-            call |= {"width": size[0], "height": size[1], "max_area": size[0] * size[1]}
+            call |= kontext.exact_size(*size)
         if self.text_tokens is not None:
             call["max_sequence_length"] = self.text_tokens
         return pipe(

@@ -20,8 +20,6 @@ from fluxfire.cli.options import (
 )
 from fluxfire.cli.values import seed, words
 
-_MOST_PSNR = 100
-
 
 def add(commands: Commands) -> None:
     """Add `bisect`.
@@ -62,15 +60,16 @@ def find(arguments: argparse.Namespace) -> int:
         raise UsageError(
             f"--example {arguments.example} is past the last scene, {MOST_EXAMPLES - 1}"
         )
-    if not 0 <= arguments.min_psnr <= _MOST_PSNR:
+    from fluxfire.bench import Example, Workload, bisect, held_out
+    from fluxfire.bench.quality import EQUAL, likeness
+    from fluxfire.pictures import read_picture
+
+    if not 0 <= arguments.min_psnr <= EQUAL:
         raise UsageError(
-            f"--min-psnr {arguments.min_psnr:g} is not between 0 and {_MOST_PSNR}, which equal "
+            f"--min-psnr {arguments.min_psnr:g} is not between 0 and {EQUAL:g}, which equal "
             f"pictures count as"
         )
     passes = wanted(arguments)
-    from fluxfire.bench import Example, Workload, bisect, held_out
-    from fluxfire.bench.quality import likeness
-    from fluxfire.pictures import read_picture
 
     if arguments.image is None:
         (example,) = held_out(1, first=arguments.example)
@@ -89,7 +88,7 @@ def find(arguments: argparse.Namespace) -> int:
         picture = load.run(pipe, example, seed=arguments.seed)
         near = likeness(picture, plain).psnr
         undone = was_right and not right(picture)
-        note = "same as plain" if near == _MOST_PSNR else f"PSNR to plain {near:.1f} dB"
+        note = "same as plain" if near == EQUAL else f"PSNR to plain {near:.1f} dB"
         note += ", edit no longer right" if undone else ""
         return undone or near < arguments.min_psnr, note
 

@@ -135,11 +135,11 @@ def examples_wanted(arguments: argparse.Namespace) -> list[Any]:
         PictureError: the picture cannot be read.
     """
     check_pair(arguments)
-    from fluxfire.bench import Example, held_out, read
+    from fluxfire.bench import Example, held_out, read_examples
     from fluxfire.pictures import read_picture
 
     if arguments.examples is not None:
-        return read(arguments.examples)
+        return read_examples(arguments.examples)
     if arguments.n > MOST_EXAMPLES:
         raise UsageError(f"-n {arguments.n} is more than {MOST_EXAMPLES}, the most that are drawn")
     if arguments.image is not None:

@@ -31,6 +31,16 @@ class Rows(NamedTuple):
     scale: Tensor
 
 
+def scale_for(largest: Tensor) -> Tensor:
+    """Return what to divide float32 numbers by whose largest magnitude is this one, for float8."""
+    return (largest / LARGEST).clamp(min=1e-12)
+
+
+def in_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """Divide by a scale and round to float8; what is beyond its largest number is cut off."""
+    return (x.float() / scale).clamp(-LARGEST, LARGEST).to(FLOAT8)
+
+
 def modulated_norm_float8(
     image: Tensor, text: Tensor | None, shift: Tensor, scale: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -67,24 +77,16 @@ def gelu_float8(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
         (data, scale) as in `Rows`, as wide as both.
     """
     if x.is_cuda:
-        return _gelu_float8_cuda(beside, x)
+        return _rows_float8_cuda(beside, x, gelu=True)
     made = F.gelu(x.float(), approximate="tanh")
     return _quantised(made if beside is None else torch.cat([beside.float(), made], dim=-1))
-
-
-def _gelu_float8_cuda(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows_float8(beside, x, gelu=True)
 
 
 def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise (batch, tokens, width) row by row: (data, scale) as in `Rows`."""
     if x.is_cuda:
-        return _float8_rows_cuda(x)
+        return _rows_float8_cuda(None, x, gelu=False)
     return _quantised(x.float())
-
-
-def _float8_rows_cuda(x: Tensor) -> tuple[Tensor, Tensor]:
-    return _rows_float8(None, x, gelu=False)
 
 
 def float8_linear(
@@ -119,11 +121,11 @@ def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
-    scale = (x.abs().amax(-1, keepdim=True) / LARGEST).clamp(min=1e-12)
-    return (x / scale).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+    scale = scale_for(x.abs().amax(-1, keepdim=True))
+    return in_float8(x, scale), scale
 
 
-def _rows_float8(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
+def _rows_float8_cuda(beside: Tensor | None, x: Tensor, *, gelu: bool) -> tuple[Tensor, Tensor]:
     from fluxfire.kernels.triton_kernels import rows_float8
 
     x = in_rows(x)

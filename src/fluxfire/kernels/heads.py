@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fluxfire.kernels.float8 import FLOAT8, LARGEST
+from fluxfire.kernels.float8 import FLOAT8, in_float8
 from fluxfire.kernels.segments import alike, block_of
 
 Pair = tuple[Tensor, Tensor]
@@ -139,5 +139,4 @@ def _rotated(x: Tensor, weight: Tensor, cos: Tensor, sin: Tensor, eps: float) ->
 
 
 def _scaled(x: Tensor, scale: Tensor) -> Tensor:
-    by = scale[:, None, :, None] if scale.dim() > 1 else scale
-    return (x.float() / by).clamp(-LARGEST, LARGEST).to(FLOAT8)
+    return in_float8(x, scale[:, None, :, None] if scale.dim() > 1 else scale)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
@@ -20,9 +20,7 @@ from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
 from fluxfire.toolkit.joint_attention import FlashAttnProcessor, Float8AttnProcessor, bound
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 FLOAT8 = "fa3-fp8"
 _OWN = {FLASH_3: FlashAttnProcessor, FLOAT8: Float8AttnProcessor}
@@ -114,7 +112,7 @@ class Attention:
         backend, what = self.backend, f"attentions computed by {self.backend}"
         if backend == "auto":
             backend, what = self._measure(tx)
-        attentions = _attentions(tx.pipe.transformer)
+        attentions = kontext.attentions(tx.pipe.transformer)
         for attention in attentions:
             if backend in _OWN:
                 tx.setattr(attention, "processor", _OWN[backend]())
@@ -132,10 +130,10 @@ class Attention:
         if sizes.device.type != "cuda":
             return "native", "attentions computed by native, unmeasured without a GPU"
         plain = all(
-            type(a.processor) is FluxAttnProcessor for a in _attentions(tx.pipe.transformer)
+            type(a.processor) is FluxAttnProcessor for a in kontext.attentions(tx.pipe.transformer)
         )
         made = fastest(sizes, OFFERED if plain else tuple(n for n in OFFERED if n not in _OWN))
-        tx.tell(made.facts)
+        tx.report_facts(made.facts)
         took = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.milliseconds.items())
         return made.backend, f"attentions computed by {made.backend} (of {took})"
 
@@ -143,7 +141,7 @@ class Attention:
         known = [FluxAttnProcessor]
         if self.backend not in _OWN:
             known.append(FluxIPAdapterAttnProcessor)
-        used = {type(a.processor) for a in _attentions(transformer)}
+        used = {type(a.processor) for a in kontext.attentions(transformer)}
         if strange := sorted(cls.__name__ for cls in used if cls not in known):
             names = " and ".join(cls.__name__ for cls in known)
             yield Finding(
@@ -207,11 +205,6 @@ class _Scales(Listener):
                     bound([getattr(attention, name).weight for name in names], attention.head_dim)
                     for names in (of_query, of_key)
                 )
-
-
-def _attentions(transformer: Any) -> list[Any]:
-    blocks: list[Any] = kontext.blocks(transformer)
-    return [block.attn for block in blocks]
 
 
 def _device(pipe: Any) -> torch.device:

@@ -11,18 +11,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
+from torch import nn
 from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.generation import Generation, Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-
-if TYPE_CHECKING:
-    from torch import nn
-
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 Option = bool | int | float | str | None
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -167,7 +165,6 @@ class Compile:
         return bool(self._inductor_options().get("triton.cudagraphs"))
 
     def _check_options(self) -> Iterator[Finding]:
-        import torch
         from torch._inductor import list_mode_options, list_options
 
         if self.mode is not None and self.mode not in list_mode_options():
@@ -240,8 +237,6 @@ class _Limit(Listener):
 
 
 def _takes_limit() -> bool:
-    import torch
-
     return "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
@@ -249,8 +244,6 @@ def _compile_alike(
     tx: Transaction, modules: list[nn.Module], settings: dict[str, Any], *, clone: bool
 ) -> None:
     """Compile modules of one class through one private function, so that they share graphs."""
-    import torch
-
     call = _private(_call)
     if _takes_limit():
         settings = {**settings, "recompile_limit": _GRAPHS}

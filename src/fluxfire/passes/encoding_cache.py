@@ -6,16 +6,14 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.method_override import Shadow
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 _SAMPLED = 8
 
@@ -84,7 +82,9 @@ class EncodingCache:
             shadow = Shadow(pipe, method, partial(call, getattr(pipe, method)))
             tx.setattr(pipe, method, shadow)
         kept = {"prompts": prompts, "pictures": pictures}
-        tx.tell(lambda: {f"{k}_{n}": v for k, of in kept.items() for n, v in of.facts().items()})
+        tx.report_facts(
+            lambda: {f"{k}_{n}": v for k, of in kept.items() for n, v in of.facts().items()}
+        )
         return Change(len(shadows), "encoders asked only for what is new")
 
 

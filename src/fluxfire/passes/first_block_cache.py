@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+import torch
+from torch import Tensor
 from typing_extensions import override
 
+from fluxfire.blocks import Run, Streams
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.block_cache import CacheEngine, obstacles
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fluxfire.blocks import Run, Streams
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 Measured = Literal["all", "noise"]
 Prediction = Literal["hold", "linear", "quadratic"]
@@ -75,7 +73,7 @@ class FirstBlockCache:
     name: ClassVar[str] = "first-block-cache"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
             "threshold", "warmup_steps", "tail_steps", "max_consecutive_hits", "schedule",
@@ -335,8 +333,6 @@ def _over(factor: Tensor, value: Tensor) -> Tensor:
 
 def _joined(noise: Tensor, image: Tensor) -> Tensor:
     """Put noise tokens before the reference tokens of an image stream."""
-    import torch
-
     if noise.shape[1] == image.shape[1]:
         return noise
     return torch.cat([noise, image[:, noise.shape[1] :]], dim=1)
@@ -344,20 +340,14 @@ def _joined(noise: Tensor, image: Tensor) -> Tensor:
 
 def _mean_abs(values: Tensor) -> Tensor:
     """Mean absolute value of each sample, summed in float32: (batch,)."""
-    import torch
-
     return values.abs().mean((1, 2), dtype=torch.float32)
 
 
 def _mask(hits: list[bool], like: Tensor) -> Tensor:
-    import torch
-
     return torch.tensor(hits, device=like.device)[:, None, None]
 
 
 def _select(held: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
     """Take the old value where a sample hit, the new one elsewhere."""
-    import torch
-
     assert old is not None  # noqa: S101 - a hit has a memory
     return torch.where(held, old, new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +16,10 @@ from fluxfire.generation import Listener
 from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.host_weights import HostWeights
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
-_SELF, _ADDED = ("to_q", "to_k", "to_v"), ("add_q_proj", "add_k_proj", "add_v_proj")
 _CAPABLE = (8, 9)
 
 
@@ -59,7 +56,7 @@ class Float8:
     stage: ClassVar[Stage] = "weights"
     slot: ClassVar[str | None] = "quantisation"
     exactness: ClassVar[Exactness] = "lossy"
-    leaves: ClassVar[frozenset[str]] = frozenset({"quantised"})
+    provides: ClassVar[frozenset[str]] = frozenset({"quantised"})
 
     def __post_init__(self) -> None:
         if self.originals not in _ORIGINALS:
@@ -110,7 +107,7 @@ class Float8:
         plain = {linear for *_, linear in layers}
         stacked: list[tuple[str, Any]] = []
         gained = freed = 0
-        for attention in (block.attn for block in kontext.blocks(transformer)):
+        for attention in kontext.attentions(transformer):
             if (groups := _stackable(attention, plain)) is None:
                 continue
             for stack, names, parts in groups:
@@ -235,7 +232,7 @@ class _Watch(Listener):
                     f"its product with others would not call; take it off, or restore(pipe)"
                 )
         if self._drop and self._host.linears:
-            self._tx.keep("Float8(originals='drop') let go of the original weights")
+            self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
 
 
@@ -247,7 +244,7 @@ def _stackable(
     None unless all of them are plain: diffusers knows only of all fused, or none.
     """
     groups: list[tuple[str, tuple[str, ...], list[Any]]] = []
-    for stack, names in (("to_qkv", _SELF), ("to_added_qkv", _ADDED)):
+    for stack, names in (("to_qkv", kontext.QKV), ("to_added_qkv", kontext.ADDED_QKV)):
         parts = [getattr(attention, name, None) for name in names]
         if any(parts):
             groups.append((stack, names, parts))
@@ -258,9 +255,8 @@ def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:
     """Iterate over the plain linear layers to quantise: (owner, its attribute's name, layer)."""
     block: Any
     for block in kontext.blocks(transformer):
-        places: list[tuple[Any, str]] = [
-            (block.attn, name) for name in (*_SELF, *_ADDED, "to_add_out")
-        ]
+        names = (*kontext.QKV, *kontext.ADDED_QKV, "to_add_out")
+        places: list[tuple[Any, str]] = [(block.attn, name) for name in names]
         if getattr(block.attn, "to_out", None) is not None:
             places.append((block.attn.to_out, "0"))
         if hasattr(block, "ff"):

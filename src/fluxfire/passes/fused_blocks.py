@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
 )
@@ -23,17 +22,15 @@ from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_product
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.joint_attention import (
-    KeepingAttnProcessor,
     Kept,
     attend,
     attend_jointly,
+    attends_as_flux,
     heads,
     projections,
 )
 from fluxfire.toolkit.modulation import modulations
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -195,7 +192,7 @@ def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
         and not getattr(block, _HOOKED)
         and not torch.is_grad_enabled()
         and x.dtype is not torch.float16
-        and (type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor))
+        and attends_as_flux(processor)
         and getattr(processor, "_parallel_config", None) is None
     )
 

@@ -8,15 +8,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
 from typing_extensions import override
 
 from fluxfire.generation import Generation, Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,7 +87,6 @@ _plain: Callable[..., Any] | None = None
 @contextmanager
 def guarded() -> Iterator[None]:
     """Keep the guard in place; nested and concurrent uses share one and the last removes it."""
-    import torch
     from torch._inductor.fx_passes import post_grad
 
     global _depth, _plain  # noqa: PLW0603 - one patch for the process, counted

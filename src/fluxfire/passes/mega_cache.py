@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+import torch
 from typing_extensions import override
 
 from fluxfire.artifacts import archive
@@ -23,12 +24,10 @@ from fluxfire.artifacts.recording import Key, Recording, give_to_torch, recordin
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.generation import Generation, Listener
+from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
 from fluxfire.reporting.compile_counts import Compilations, compilations
-
-if TYPE_CHECKING:
-    from fluxfire.kontext import Call
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 _GRAPH = "aot_autograd"  # the kind of artifact that a graph has one of
 
@@ -115,7 +114,7 @@ class MegaCache:
         """Load at the first generation, when all that will compile is applied."""
         engine = _Engine(self.file, tx.pipe)
         tx.listen(engine)
-        tx.tell(engine.facts)
+        tx.report_facts(engine.facts)
         return Change(1, "file of artifacts to load and to save")
 
     def after_warmup(self, tx: Transaction) -> None:
@@ -135,14 +134,17 @@ def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
         "adapters": _adapters(transformer),
         "inductor": _inductor(),
     }
-    facts |= {f"pass {p.name}": _settings(p) for p in passes if p.name != MegaCache.name}
+    # Settings that change at run time change nothing that is compiled.
+    settings = {p.name: p.fixed for p in passes if p.name != MegaCache.name}
+    facts |= {
+        f"pass {name}": ", ".join(f"{setting}={value!r}" for setting, value in fixed.items())
+        for name, fixed in settings.items()
+    }
     return {_printable(name): _printable(value) for name, value in facts.items()}
 
 
 def machine() -> dict[str, str]:
     """Name what artifacts fit, of the machine and of the packages."""
-    import torch
-
     env = environment()
     facts = {name: env.packages[name] for name in ("torch", "triton", "diffusers")}
     facts |= {
@@ -175,12 +177,6 @@ def _inductor() -> str:
 
     written = repr(sorted(config.save_config_portable().items(), key=lambda item: item[0]))
     return hashlib.sha256(written.encode()).hexdigest()[:16]
-
-
-def _settings(pass_: Configured) -> str:
-    """Write a pass's settings, but for those that change at run time without compiling."""
-    fixed = {k: v for k, v in pass_.settings.items() if k not in pass_.tunable}
-    return ", ".join(f"{name}={value!r}" for name, value in fixed.items())
 
 
 def _printable(text: str) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
@@ -21,9 +21,7 @@ from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.host_weights import HostWeights
 from fluxfire.toolkit.method_override import Shadow
 from fluxfire.toolkit.modulation import COLUMNS, modulations
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class ModulationTable:
     stage: ClassVar[Stage] = "blocks"
     slot: ClassVar[str | None] = "modulations"
     exactness: ClassVar[Exactness] = "close"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse blocks whose norms are not Flux's, and weights that something else moves."""
@@ -104,7 +102,7 @@ class ModulationTable:
         tx.setattr(embed, "forward", asked_once)
         tx.listen(table)
         tx.wrap_blocks(table)
-        tx.tell(table.facts)
+        tx.report_facts(table.facts)
         return Change(len(linears), "modulations looked up in a table", -freed, freed)
 
 

@@ -7,18 +7,16 @@ import importlib.util
 import threading
 from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
+from torch import Tensor
+
+from fluxfire.blocks import Run, Streams
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.block_cache import CacheEngine, obstacles
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from fluxfire.blocks import Run, Streams
-    from fluxfire.transaction import Transaction
+from fluxfire.transaction import Transaction
 
 _ONE_AT_A_TIME = threading.Lock()
 """para-attn keeps its current context in a module: no two pipelines may be inside at once."""
@@ -62,7 +60,7 @@ class ParaAttention:
     name: ClassVar[str] = "para-attention"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
             "threshold", "alter_threshold", "warmup_steps", "downsample_factor", "taylorseer",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -14,12 +14,7 @@ from typing_extensions import override
 from fluxfire import kontext
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
-
-_SELF = ("to_q", "to_k", "to_v")
-_ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
+from fluxfire.transaction import Transaction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +51,7 @@ class QKVFusion:
     stage: ClassVar[Stage] = "weights"
     slot: ClassVar[str | None] = None
     exactness: ClassVar[Exactness] = "close"
-    leaves: ClassVar[frozenset[str]] = frozenset({"fused-qkv"})
+    provides: ClassVar[frozenset[str]] = frozenset({"fused-qkv"})
 
     def __post_init__(self) -> None:
         if not (self.transformer or self.vae):
@@ -137,7 +132,7 @@ class FusedProjection(nn.Module):
     def __init__(self, attention: nn.Module, names: tuple[str, str, str]) -> None:
         super().__init__()
         self.names = names
-        self.attribute = "to_qkv" if names == _SELF else "to_added_qkv"
+        self.attribute = "to_qkv" if names == kontext.QKV else "to_added_qkv"
         self._attention = (attention,)
         self.register_buffer("weight", None, persistent=False)
         self.register_buffer("bias", None, persistent=False)
@@ -229,9 +224,9 @@ class _KeepShared(Listener):
 
 
 def _groups(attention: Any) -> Iterator[tuple[str, str, str]]:
-    yield _SELF
-    if getattr(attention, "add_q_proj", None) is not None:
-        yield _ADDED
+    yield kontext.QKV
+    if getattr(attention, kontext.ADDED_QKV[0], None) is not None:
+        yield kontext.ADDED_QKV
 
 
 def _is_plain(projection: Any) -> bool:

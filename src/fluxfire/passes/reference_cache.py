@@ -6,10 +6,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from math import inf, prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from typing_extensions import override
 
@@ -22,10 +21,13 @@ from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.text import human_bytes
 from fluxfire.toolkit.block_cache import CacheEngine, obstacles
-from fluxfire.toolkit.joint_attention import Float8AttnProcessor, KeepingAttnProcessor, Kept
-
-if TYPE_CHECKING:
-    from fluxfire.transaction import Transaction
+from fluxfire.toolkit.joint_attention import (
+    Float8AttnProcessor,
+    KeepingAttnProcessor,
+    Kept,
+    attends_as_flux,
+)
+from fluxfire.transaction import Transaction
 
 _ROUNDING = 1e-6  # of noise levels that are multiples of the spacing
 
@@ -85,7 +87,7 @@ class ReferenceCache:
     name: ClassVar[str] = "reference-cache"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "reference"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {"spacing", "warmup_steps", "tail_steps", "drift", "schedule"}
     )
@@ -121,8 +123,8 @@ class ReferenceCache:
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse other caches, and attention processors that cannot keep the reference."""
         yield from obstacles(target)
-        processors = [a.processor for a in _attentions(target.pipe.transformer)]
-        if strange := {type(p).__name__ for p in processors if not _can_keep(p)}:
+        processors = [a.processor for a in kontext.attentions(target.pipe.transformer)]
+        if strange := {type(p).__name__ for p in processors if not attends_as_flux(p)}:
             yield Finding(
                 "error",
                 f"the transformer's attention runs through {', '.join(sorted(strange))}, which "
@@ -138,16 +140,16 @@ class ReferenceCache:
 
     def apply(self, tx: Transaction) -> Change:
         """Have attentions keep the reference, and wrap the run through the blocks."""
-        attentions = _attentions(tx.pipe.transformer)
+        attentions = kontext.attentions(tx.pipe.transformer)
         for attention in attentions:
             if not isinstance(attention.processor, KeepingAttnProcessor):
                 keeping: Any = KeepingAttnProcessor()
                 keeping.__dict__.update(vars(attention.processor))
                 tx.setattr(attention, "processor", keeping)
-        engine = _Engine(tx.live(self), tx.pipe)
+        engine = ReferenceEngine(tx.live(self), tx.pipe)
         tx.wrap_blocks(engine)
         tx.listen(engine)
-        tx.tell(engine.facts)
+        tx.report_facts(engine.facts)
         return Change(len(attentions), "attentions keep the reference")
 
 
@@ -173,8 +175,8 @@ class _Memory:
     wanted: list[int] = field(default_factory=list)
 
 
-class _Engine(CacheEngine[ReferenceCache]):
-    """Decides, keeps and forgets."""
+class ReferenceEngine(CacheEngine[ReferenceCache]):
+    """Decides, keeps and forgets, for one pipeline."""
 
     def __init__(self, live: Live[ReferenceCache], pipe: Any) -> None:
         super().__init__(live, pipe)
@@ -191,7 +193,7 @@ class _Engine(CacheEngine[ReferenceCache]):
         Raises:
             FluxfireError: attention processors were replaced.
         """
-        self._attentions = _attentions(self._pipe.transformer)  # hidden while the stack runs
+        self._attentions = kontext.attentions(self._pipe.transformer)  # hidden while the stack runs
         for attention in self._attentions:
             if not isinstance(attention.processor, KeepingAttnProcessor):
                 raise FluxfireError(
@@ -400,12 +402,3 @@ def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
             f"the reference, and the GPU has {human_bytes(left).lstrip('+')} left; use a smaller "
             f"reference or batch, in_float8=True for half of it, or leave ReferenceCache out"
         )
-
-
-def _attentions(transformer: Any) -> list[Any]:
-    blocks: list[Any] = kontext.blocks(transformer)
-    return [block.attn for block in blocks]
-
-
-def _can_keep(processor: Any) -> bool:
-    return type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor)

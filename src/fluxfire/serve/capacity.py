@@ -36,7 +36,7 @@ What neither knows: bursts, batches, requests that give up or are refused by a f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from fluxfire.errors import FluxfireError
@@ -92,7 +92,8 @@ class Queue:
     Attributes:
         rate: requests a minute.
         gpus: how many serve them, one picture at a time each.
-        utilisation: the share of its time that a GPU is busy; 1 or more is more than it can do.
+        utilisation: the share of its time that a GPU is busy; 1 or more is more than it can do,
+            and waits grow without bound.
         waiting: the probability that a request waits.
         mean_wait: seconds that a request waits on average.
         p95_wait: seconds that 95 of 100 requests wait at most.
@@ -106,11 +107,6 @@ class Queue:
     mean_wait: float
     p95_wait: float
     p95_latency: float
-
-    @property
-    def stable(self) -> bool:
-        """Whether the queue comes to an end; else waits grow without bound."""
-        return self.utilisation < 1
 
     @property
     def paid_seconds(self) -> float:
@@ -263,15 +259,12 @@ def erlang_c(load: float, gpus: int) -> float:
     return blocked / (1 - load / gpus * (1 - blocked))
 
 
-def sizes(
-    service: ServiceTimes, p95_latency: float, rates: Iterable[float] = RATES
-) -> tuple[Queue, ...]:
-    """Size a deployment for several loads.
+def sizes(service: ServiceTimes, p95_latency: float) -> tuple[Queue, ...]:
+    """Size a deployment for several loads, `RATES`.
 
     Args:
         service: measured service times.
         p95_latency: seconds within which 95 of 100 requests shall be answered.
-        rates: requests a minute.
 
     Returns:
         For each rate, the fewest GPUs that do it.
@@ -279,7 +272,7 @@ def sizes(
     Raises:
         QueueingError: no number of GPUs is enough.
     """
-    return tuple(smallest(rate, service, p95_latency) for rate in rates)
+    return tuple(smallest(rate, service, p95_latency) for rate in RATES)
 
 
 def table(
@@ -289,7 +282,6 @@ def table(
     window: float,
     cold_start: float,
     price_an_hour: float,
-    rates: Sequence[float] = RATES,
 ) -> str:
     """Lay out what several loads need and cost.
 
@@ -299,7 +291,6 @@ def table(
         window: seconds without a request after which a container is switched off.
         cold_start: seconds that starting one takes.
         price_an_hour: of one container.
-        rates: requests a minute.
 
     Returns:
         A table, a line for each rate. "Scaled to zero" is for what one container can serve: its
@@ -309,7 +300,7 @@ def table(
         QueueingError: no number of GPUs is enough.
     """
     rows = []
-    for found in sizes(service, p95_latency, rates):
+    for found in sizes(service, p95_latency):
         off = ("", "")
         if found.gpus == 1:
             zero = scaled_to_zero(found.rate, service, window=window, cold_start=cold_start)

@@ -73,7 +73,7 @@ class Editor:
     def _run(self, samples: list[tuple[Ask, int]], on_step: OnStep) -> list[Image.Image]:
         """Call the pipeline once."""
         first = samples[0][0]
-        width, height = self._size(first.picture, first.size)
+        size = self._size(first.picture, first.size)
 
         def step_made(_pipe: Any, step: int, _timestep: Any, _state: Any) -> dict[str, Any]:
             on_step(step + 1, first.steps)
@@ -82,9 +82,7 @@ class Editor:
         call: dict[str, Any] = {
             "prompt": [ask.prompt for ask, _ in samples],
             "prompt_2": [ask.prompt_2 or ask.prompt for ask, _ in samples],
-            "width": width,
-            "height": height,
-            "max_area": width * height,
+            **kontext.exact_size(*size),
             "num_inference_steps": first.steps,
             "guidance_scale": first.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for _, seed in samples],

@@ -50,7 +50,6 @@ class Ticket:
         number: counts all tickets.
         ask: what is wanted.
         done: the result, or why there is none.
-        queued: when it came, by the loop's clock.
         began: when it was last sent to the worker, or None.
         inference: seconds that the pipeline took for its batch.
         step: denoising steps made.
@@ -62,7 +61,6 @@ class Ticket:
     number: int
     ask: Ask
     done: asyncio.Future[Result]
-    queued: float
     began: float | None = None
     inference: float = 0.0
     step: int = 0
@@ -139,11 +137,6 @@ class Engine:
         """How many requests are with the worker."""
         return len(self._running)
 
-    @property
-    def worker_pid(self) -> int | None:
-        """The worker's process id, or None while there is none."""
-        return self._worker.pid if self._worker else None
-
     def start(self) -> None:
         """Start a worker. It loads meanwhile."""
         self._ready = False
@@ -187,7 +180,7 @@ class Engine:
         """
         self.check(ask.level)
         loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self._numbers), ask, loop.create_future(), loop.time())
+        ticket = Ticket(next(self._numbers), ask, loop.create_future())
         ticket.done.add_done_callback(_retrieved)
         ticket.steps = ask.steps
         self._waiting.append(ticket)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 from fluxfire import presets
+from fluxfire.planner import configured
 from fluxfire.protocol import Pass
 from fluxfire.serve.wire import AS_APPLIED, LEVELS, Level
 
@@ -60,9 +60,6 @@ def _set(applied: Any, wanted: Pass | None) -> Pass:
     return off if wanted is None else wanted
 
 
-def _reachable(applied: Any, wanted: Any) -> bool:
+def _reachable(applied: Pass, wanted: Pass) -> bool:
     """Whether all that differs can change at run time."""
-    names = (f.name for f in fields(applied) if f.name not in applied.tunable)
-    return type(applied) is type(wanted) and all(
-        getattr(applied, name) == getattr(wanted, name) for name in names
-    )
+    return type(applied) is type(wanted) and configured(applied).fixed == configured(wanted).fixed

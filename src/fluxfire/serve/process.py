@@ -26,11 +26,6 @@ class WorkerProcess:
         )
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
 
-    @property
-    def pid(self) -> int | None:
-        """Its process id."""
-        return self._process.pid
-
     def start(self, heard: Callable[[FromWorker | None], None]) -> None:
         """Start it.
 

@@ -143,7 +143,6 @@ class LocalStorage:
         secret: what links are signed with; servers that share a folder share it.
         retention_seconds: how long pictures are kept.
         link_seconds: how long links are good; by default, and at most, as long as that.
-        base: what stands before the name in a link.
         clock: tells the time, in seconds since 1970.
 
     Raises:
@@ -157,7 +156,6 @@ class LocalStorage:
         secret: bytes,
         retention_seconds: float,
         link_seconds: float | None = None,
-        base: str = "/files/",
         clock: Callable[[], float] = time.time,
     ) -> None:
         if len(secret) < SHORTEST_SECRET:
@@ -169,7 +167,6 @@ class LocalStorage:
         self._secret = secret
         self._retention = retention_seconds
         self._link_seconds = _lifetime(link_seconds or retention_seconds, retention_seconds)
-        self._base = base
         self._clock = clock
 
     def check(self) -> None:
@@ -196,7 +193,7 @@ class LocalStorage:
         _check_name(name)
         expires = int(self._clock() + self._link_seconds)
         query = urlencode({"expires": expires, "signature": self._signature(name, expires)})
-        return f"{self._base}{name}?{query}"
+        return f"/files/{name}?{query}"
 
     def read(self, name: str, expires: int, signature: str) -> tuple[bytes, str]:
         """Read the picture that a link is about.

@@ -10,15 +10,18 @@ from typing import Any, NoReturn
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from PIL import Image as Pictures
 
 from fluxfire import api, kontext
+from fluxfire.applying import apply_passes, finish_warmup
 from fluxfire.conductor import conductor_of
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
 from fluxfire.models.random_kontext import tiny_kontext
 from fluxfire.planner import configured, malformed
 from fluxfire.protocol import Change, Finding, Pass, Target
-from fluxfire.resolve import leaves
+from fluxfire.resolve import provided_traits
 from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.transaction import Transaction
@@ -51,18 +54,13 @@ def edit(pipe: Any, size: tuple[int, int] = _SIZE, *, steps: int = 3, **call: An
     Returns:
         (1, height, width, 3), float32 in [0, 1].
     """
-    import torch
-    from PIL import Image as Pictures
-
     width, height = size
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     picture = Pictures.fromarray(pixels)
     arguments: dict[str, Any] = {
         "image": picture,
         "prompt": "make it night",
-        "width": width,
-        "height": height,
-        "max_area": width * height,
+        **kontext.exact_size(width, height),
         "num_inference_steps": steps,
         "max_sequence_length": 24,
         "generator": torch.Generator().manual_seed(1),
@@ -177,14 +175,14 @@ def _check_change_and_restore(
         )
     conductor = conductor_of(pipe)
     wraps = conductor is not None and conductor.stack.wrappers
-    if wraps and "wraps-blocks" not in leaves(pass_):
+    if wraps and "wraps-blocks" not in provided_traits(pass_):
         _fail(
             pass_,
-            "what it leaves is declared",
-            'it wraps the blocks: say leaves = frozenset({"wraps-blocks"})',
+            "what it provides is declared",
+            'it wraps the blocks: say provides = frozenset({"wraps-blocks"})',
         )
     run(pipe)
-    api.finish_warmup(pipe)
+    finish_warmup(pipe)
     run(pipe)
     api.restore(pipe)
     _same(pass_, "restore gives the structure back", before, pipe)
@@ -206,7 +204,7 @@ def _check_rollback(
     for fail_at in range(edits):
         transaction = functools.partial(FaultyTransaction, fail_at=fail_at)
         try:
-            api._apply(pipe, [pass_], transaction)  # noqa: SLF001 - ours
+            apply_passes(pipe, [pass_], transaction)
         except PassError as error:
             if not isinstance(error.__cause__, InjectedFailureError):
                 _fail(pass_, "it can be applied twice", str(error))
@@ -282,7 +280,7 @@ def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:
         counted.append(FaultyTransaction(*args))
         return counted[0]
 
-    api._apply(pipe, passes, transaction)  # noqa: SLF001 - ours
+    apply_passes(pipe, passes, transaction)
     changes = [p.change for p in api.report(pipe).passes]
     api.restore(pipe)
     return counted[0].edits, changes

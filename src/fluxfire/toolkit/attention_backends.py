@@ -61,20 +61,19 @@ class Fastest:
 
 
 @cache
-def fastest(sizes: Sizes, offered: tuple[str, ...] = OFFERED, *, tokens: int = _TOKENS) -> Fastest:
+def fastest(sizes: Sizes, offered: tuple[str, ...] = OFFERED) -> Fastest:
     """Measure the exact backends that run on a device, and choose.
 
     Args:
         sizes: of the attention.
         offered: which may be chosen, beside the native one.
-        tokens: of query, key and value; one sample.
 
     Returns:
         The choice: the fastest, unless the native one is as fast to a percent.
     """
     failed = {name: why for name in offered if (why := why_not(name, sizes)) is not None}
     names = [NATIVE, *(name for name in offered if name not in failed)]
-    inputs = _inputs(sizes, tokens)
+    inputs = _inputs(sizes, _TOKENS)
     with torch.no_grad(), _on(sizes.device):
         seconds = _timed({name: _kernel(name) for name in names}, inputs)
     took = {name: 1e3 * s for name, s in seconds.items()}

@@ -11,9 +11,10 @@ from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 from typing_extensions import override
 
+from fluxfire import kontext
 from fluxfire.kernels import in_heads, joint_heads
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
-from fluxfire.kernels.float8 import FLOAT8, LARGEST, Rows
+from fluxfire.kernels.float8 import FLOAT8, LARGEST, Rows, in_float8, scale_for
 from fluxfire.kernels.heads import Pair, Stream, Triple, dequantised
 
 
@@ -131,6 +132,11 @@ class Float8AttnProcessor(KernelAttnProcessor):
     key_scale: Tensor
 
 
+def attends_as_flux(processor: Any) -> bool:
+    """Whether an attention processor computes what diffusers' own for Flux does, or is that one."""
+    return type(processor) is FluxAttnProcessor or isinstance(processor, KeepingAttnProcessor)
+
+
 def attend(attention: Any, of_all: list[Tensor], rotary: Pair, kept: Kept | None = None) -> Tensor:
     """Attend over one stream.
 
@@ -173,7 +179,7 @@ def projections(attention: Any, *, added: bool = False) -> list[Any]:
     """Return what makes queries, keys and values, of the text if `added`: one layer or three."""
     if attention.fused_projections:
         return [attention.to_added_qkv if added else attention.to_qkv]
-    names = ("add_q_proj", "add_k_proj", "add_v_proj") if added else ("to_q", "to_k", "to_v")
+    names = kontext.ADDED_QKV if added else kontext.QKV
     return [getattr(attention, name) for name in names]
 
 
@@ -248,8 +254,8 @@ def _as_kept(kept: Kept, dtype: torch.dtype) -> Pair:
 
 def _quantised(x: Tensor) -> Pair:
     """Quantise (batch, tokens, heads, head width) by sample and head: with (batch, heads)."""
-    scale = (x.abs().amax(dim=(1, 3)).float() / LARGEST).clamp(min=1e-12)
-    return (x.float() / scale[:, None, :, None]).clamp(-LARGEST, LARGEST).to(FLOAT8), scale
+    scale = scale_for(x.abs().amax(dim=(1, 3)).float())
+    return in_float8(x, scale[:, None, :, None]), scale
 
 
 def _chosen(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
@@ -272,7 +278,7 @@ def _scales(
     if kept is not None and not kept.fresh:
         return *of_heads, kept.value_scale
     largest = [in_heads(s.projected[2], width).abs().amax(dim=(1, 3)).float() for s in streams]
-    scale = (torch.stack(largest).amax(0) / LARGEST).clamp(min=1e-12)
+    scale = scale_for(torch.stack(largest).amax(0))
     if kept is not None:
         if kept.due is not None:
             scale = torch.where(kept.due, scale, kept.value_scale)

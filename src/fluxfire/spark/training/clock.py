@@ -6,6 +6,8 @@ import json
 import time
 from pathlib import Path
 
+_FLOOR = 0.02  # of the learning rate, as a share of its peak
+
 
 class Clock:
     """How much of a budget is spent; work done before an interruption counts.
@@ -35,9 +37,9 @@ class Clock:
         return self.spent >= 1
 
 
-def rate(spent: float, step: int, *, warmup: int = 300, floor: float = 0.02) -> float:
+def rate(spent: float, step: int, *, warmup: int = 300) -> float:
     """Return the learning rate's share of its peak: up for some steps, then down to a floor."""
-    return min(1.0, (step + 1) / warmup) * max(floor, 1 - spent)
+    return min(1.0, (step + 1) / warmup) * max(_FLOOR, 1 - spent)
 
 
 class Log:

@@ -21,6 +21,7 @@ WEIGHTS = {
     "swap": 18, "ground": 8, "outline": 16, "night": 2, "blur": 2,
 }  # fmt: skip
 """How often each kind is drawn, relative to the others: harder ones more often."""
+_AT_ONCE = 1024  # pictures drawn and encoded
 _CLIP_LENGTH = 40  # CLIP attends only backwards, so padding beyond the words is never seen
 
 
@@ -81,11 +82,11 @@ class Encoder:
         return t5, clip
 
     @torch.no_grad()
-    def latents(self, scenes: Scenes, shorter: int, *, at_once: int = 1024) -> Tensor:
+    def latents(self, scenes: Scenes, shorter: int) -> Tensor:
         """Draw and encode: (N, tokens, 4 · channels), as the pipeline packs them."""
         parts = []
-        for first in range(0, len(scenes), at_once):
-            some = scenes.take(slice(first, first + at_once)).to(self._device)
+        for first in range(0, len(scenes), _AT_ONCE):
+            some = scenes.take(slice(first, first + _AT_ONCE)).to(self._device)
             drawn = render(some, shorter).to(self._vae.dtype) * 2 - 1
             drawn = drawn.to(memory_format=torch.channels_last)
             mean = self._vae.encode(drawn).latent_dist.mode().float()

@@ -22,6 +22,7 @@ from fluxfire.spark.training.data import Encoder, Pool, position_ids, rows
 from fluxfire.spark.training.replay import Replay
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
+_PEAK = 1.5e-3  # of the learning rate
 _DROPPED = 0.1  # share of instructions replaced by none, so that true CFG means something
 _KEEPING = (0.5, 0.04)  # share of each batch that asks for no change: at first, and later
 _KEEPING_UNTIL = 0.08  # of the budget
@@ -136,7 +137,6 @@ def train_flow(
     masters: Masters,
     average: Average,
     batch: int = 256,
-    peak: float = 1.5e-3,
     on_minute: Callable[[], None] = lambda: None,
 ) -> None:
     """Train in place until the clock runs out; the averages hold the result.
@@ -150,11 +150,10 @@ def train_flow(
         masters: the weights in float32, which the optimizer changes.
         average: of the masters.
         batch: edits a step.
-        peak: largest learning rate.
         on_minute: called every minute, to save.
     """
     optimizer = torch.optim.AdamW(
-        masters.values, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
+        masters.values, lr=_PEAK, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
     generator = torch.Generator(device).manual_seed(int(clock.seconds))
     batches = [min(batch, len(pool)) for pool, _ in pools]
@@ -167,7 +166,7 @@ def train_flow(
     step, losses, saved = 0, torch.zeros((), device=device), clock.seconds
     while not clock.over:
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(clock.spent, step)
+            group["lr"] = _PEAK * rate(clock.spent, step)
         which = turns[step % len(turns)]
         early = max(0.0, 1 - clock.spent / _KEEPING_UNTIL)
         keeping = _KEEPING[1] + early * (_KEEPING[0] - _KEEPING[1])

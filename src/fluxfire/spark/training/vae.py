@@ -15,23 +15,22 @@ from fluxfire.spark.training.data import pictures
 
 _KL = 1e-4
 """Weight of the divergence to a unit Gaussian, a latent value against a pixel value."""
+_PEAK = 2e-3  # of the learning rate
 
 
-def train_vae(
-    vae: Any, minutes: float, log: Log, device: str, *, batch: int = 96, peak: float = 2e-3
-) -> None:
+def train_vae(vae: Any, minutes: float, log: Log, device: str, *, batch: int = 96) -> None:
     """Train a VAE in place for some minutes, then set its scale and shift."""
     held = pictures(_stock(device) // 100, SIZES[0], Dice("vae", "held out"), device)
     stock = {size: pictures(_stock(device), size, Dice("vae", *size), device) for size in SIZES}
     vae.to(device=device, memory_format=torch.channels_last).train()
     average = Average(list(vae.parameters()))
     optimizer = torch.optim.AdamW(
-        vae.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=1e-3, fused=device == "cuda"
+        vae.parameters(), lr=_PEAK, betas=(0.9, 0.95), weight_decay=1e-3, fused=device == "cuda"
     )
     step, dice, clock = 0, Dice("vae", "order"), Clock(minutes)
     while not clock.over:
         for group in optimizer.param_groups:
-            group["lr"] = peak * rate(clock.spent, step)
+            group["lr"] = _PEAK * rate(clock.spent, step)
         some = stock[SIZES[step % 8] if step % 8 < len(SIZES) else SIZES[0]]
         drawn = some[dice.below(len(some), batch).to(device)]
         drawn = drawn.to(memory_format=torch.channels_last)

@@ -1,0 +1,218 @@
+"""How passes are applied: a plan as one transaction, what was done on record, and undone."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from fluxfire import kontext
+from fluxfire.conductor import Conductor, conductor_of
+from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
+from fluxfire.planner import Plan, configured
+from fluxfire.protocol import Change, Pass
+from fluxfire.reporting.report import PassReport
+from fluxfire.reporting.statistics import Statistics
+from fluxfire.resolve import Passes, make_plan
+from fluxfire.transaction import Transaction
+
+MakeTransaction = Callable[[Any, Conductor], Transaction]
+_one_at_a_time = threading.RLock()  # planned and applied without another thread in between
+
+
+@dataclass
+class Record:
+    """What was applied to one pipeline; kept on its conductor.
+
+    Attributes:
+        statistics: of its generations.
+        passes: in order.
+        reports: what each of them did.
+        facts: by the name of a pass, what makes the facts that it tells the report.
+        transactions: in order; undone, they give the plain pipeline back.
+        warmup_seconds: of all warm-ups; None before the first.
+    """
+
+    statistics: Statistics = field(default_factory=Statistics)
+    passes: list[Pass] = field(default_factory=list)
+    reports: list[PassReport] = field(default_factory=list)
+    facts: dict[str, Callable[[], Mapping[str, object]]] = field(default_factory=dict)
+    transactions: list[Transaction] = field(default_factory=list)
+    warmup_seconds: float | None = None
+
+
+def known_conductor(pipe: object) -> Conductor | None:
+    """Return a pipeline's conductor, or None for a plain one.
+
+    Raises:
+        PlanError: this is no Kontext pipeline.
+    """
+    if not isinstance(pipe, kontext.PIPELINES):
+        raise PlanError(str(kontext.unsupported(pipe)))
+    return conductor_of(pipe)
+
+
+def record_of(conductor: Conductor) -> Record:
+    """Return what was applied to a conductor's pipeline.
+
+    Raises:
+        FluxfireError: somebody took the record away.
+    """
+    record = conductor.record
+    if not isinstance(record, Record):
+        raise FluxfireError("this pipeline's record is gone; reload the pipeline")
+    return record
+
+
+def applied_passes(pipe: object) -> list[Pass]:
+    """Return the passes that a pipeline carries, in order; none of a plain one."""
+    conductor = conductor_of(pipe)
+    return record_of(conductor).passes if conductor else []
+
+
+def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Transaction) -> None:
+    """Plan, and apply what was planned; see `fluxfire.optimize`.
+
+    Args:
+        pipe: the pipeline.
+        passes: as for `optimize`.
+        transaction: makes the transaction; `fluxfire.testing` puts in one that fails.
+
+    Raises:
+        PlanError: the list cannot be applied; nothing was changed.
+        PassError: a pass failed; everything this call did was rolled back.
+        BusyError: the pipeline is generating.
+    """
+    with _one_at_a_time:
+        planned = make_plan(pipe, passes, applied_passes(pipe))
+        planned.raise_if_bad()
+        _carry_out(pipe, planned, transaction)
+
+
+def undo(conductor: Conductor) -> None:
+    """Undo everything that was done to a conductor's pipeline; see `fluxfire.restore`.
+
+    Raises:
+        PlanError: a pass let go of what it would need; nothing was changed.
+        BusyError: the pipeline is generating.
+        RestoreError: some edits could not be undone; all others were.
+    """
+    with conductor.idle("restore"), _editing():
+        transactions = record_of(conductor).transactions
+        if gone := [why for tx in transactions for why in tx.irreversible]:
+            raise PlanError(
+                f"{'; '.join(gone)}. Nothing was changed; to have it back, load the pipeline again"
+            )
+        failures = [e for tx in reversed(transactions) for e in tx.rollback()]
+        transactions.clear()
+    if failures:
+        said = "; ".join(f"{type(e).__name__}: {e}" for e in failures)
+        raise RestoreError(
+            f"{len(failures)} edits could not be undone ({said}); all others were. "
+            f"Reload the pipeline to be safe",
+            failures=tuple(failures),
+        ) from failures[0]
+
+
+def finish_warmup(pipe: Any) -> None:
+    """Let the passes do what only a pipeline that has run allows: `after_warmup`.
+
+    Args:
+        pipe: an optimized pipeline.
+
+    Raises:
+        PlanError: the pipeline is not optimized.
+        PassError: a pass's `after_warmup` failed; what it did was rolled back.
+        BusyError: the pipeline is generating.
+    """
+    conductor = conductor_of(pipe)
+    if conductor is None:
+        raise PlanError("only an optimized pipeline can finish a warm-up; call optimize(pipe)")
+    record = record_of(conductor)
+    with conductor.idle("finish the warm-up"), _editing():
+        tx = Transaction(pipe, conductor)
+        with _all_or_nothing(tx):
+            for pass_ in record.passes:
+                if (after := getattr(pass_, "after_warmup", None)) is not None:
+                    with _naming(pass_.name):
+                        after(tx)
+        record.transactions.append(tx)
+
+
+def _carry_out(pipe: Any, planned: Plan, transaction: MakeTransaction) -> None:
+    conductor = conductor_of(pipe) or Conductor()
+    with conductor.idle("optimize"), _editing():
+        record = conductor.record = conductor.record or Record()
+        tx = transaction(pipe, conductor)
+        reports: list[PassReport] = []
+        facts: dict[str, Callable[[], Mapping[str, object]]] = {}
+        with _all_or_nothing(tx):
+            if conductor_of(pipe) is None:
+                with _naming("fluxfire"):
+                    tx.set_class(pipe, conductor.pipeline_class(pipe))
+                    call = conductor.transformer_call(pipe)
+                    tx.setattr(pipe.transformer, kontext.CALL_SLOT, call)
+                    tx.listen(record.statistics)
+            for step in planned.steps:
+                began, tx.facts = time.perf_counter(), None
+                with _naming(step.pass_.name):
+                    change = _checked(step.pass_.apply(tx))
+                seconds = time.perf_counter() - began
+                reports.append(PassReport.of(step.pass_, change, seconds, step.findings))
+                if tx.facts is not None:
+                    facts[step.pass_.name] = tx.facts
+        record.transactions.append(tx)
+        record.passes += [step.pass_ for step in planned.steps]
+        record.reports += reports
+        record.facts |= facts
+        conductor.passes = tuple(map(configured, record.passes))
+
+
+@contextmanager
+def _editing() -> Iterator[None]:
+    """Make tensors that are good for anything, also where the user is in inference mode."""
+    with torch.inference_mode(mode=False), torch.no_grad():
+        yield
+
+
+@contextmanager
+def _all_or_nothing(tx: Transaction) -> Iterator[None]:
+    """Roll the transaction back if anything is raised, interrupts included."""
+    try:
+        yield
+    except BaseException as error:
+        failures = tx.rollback()
+        for failure in failures:
+            error.add_note(f"rolling back also failed: {failure!r} {failure.__notes__}")
+        if not isinstance(error, PassError):
+            raise
+        outcome = (
+            f"{len(failures)} edits could not be undone; reload the pipeline to be safe"
+            if failures
+            else "everything was rolled back"
+        )
+        error.args = (f"{error}; {outcome}",)
+        raise
+
+
+@contextmanager
+def _naming(pass_name: str) -> Iterator[None]:
+    """Turn what a pass raises into a PassError that names it."""
+    try:
+        yield
+    except Exception as error:
+        raise PassError(
+            f"{pass_name} failed while it was applied ({type(error).__name__}: {error})",
+            pass_name=pass_name,
+        ) from error
+
+
+def _checked(change: object) -> Change:
+    if not isinstance(change, Change):
+        raise TypeError(f"apply() returned {change!r}, not a fluxfire.Change")
+    return change
