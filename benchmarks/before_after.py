@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import fluxfire
 from fluxfire import presets, spark
-from fluxfire.bench import compare, save, stamp
+from fluxfire.bench import compare, save_result, stamp
 from fluxfire.protocol import Pass
 
 KINDS = ("recolour", "remove", "add", "move", "ground", "night")
@@ -60,7 +60,7 @@ def main() -> None:
             )
         ]
     told = {"benchmark": "before_after", **stamp(), "steps": STEPS, "rows": rows}
-    save(told, arguments.out / "before_after.json")
+    save_result(told, arguments.out / "before_after.json")
     strip = _draw([t.source for t in tasks], [t.instruction for t in tasks], pictures, rows)
     strip.save(arguments.pictures / "before_after.png", optimize=True)
 

@@ -181,7 +181,7 @@ def _mended(
         if other is not None and malformed(other) is None and pass_.name not in replaced:
             replaced.add(pass_.name)
             return [*earlier, other, *later]
-        without = [p for p in earlier if finding.trait not in leaves(p)]
+        without = [p for p in earlier if finding.trait not in provided_traits(p)]
         if len(without) < len(earlier):
             return [*without, pass_, *later]
     return [*earlier, *later]

@@ -39,13 +39,13 @@ def warm(
         The report.
     """
     import fluxfire
-    from fluxfire import presets, recipes
+    from fluxfire import recipes
     from fluxfire.models import loading
     from fluxfire.passes import MegaCache
+    from fluxfire.resolve import preset_or_file
 
-    found = recipes.read(Path(preset)) if preset.endswith(recipes.SUFFIX) else presets.named(preset)
     folder.mkdir(parents=True, exist_ok=True)
-    others = [p for p in found if p.name != MegaCache.name]
+    others = [p for p in preset_or_file(preset) if p.name != MegaCache.name]
     passes = fluxfire.order([*others, MegaCache(folder / ARTIFACTS)])
     pipe = loading.load(model)
     fluxfire.optimize(pipe, passes)
