@@ -22,15 +22,15 @@ from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
     Ask,
     Batch,
-    Broken,
     Cancel,
+    CannotStart,
     Done,
     Facts,
     Failed,
     FromWorker,
     Ready,
     Result,
-    Stepped,
+    StepDone,
 )
 
 _log = logging.getLogger(__name__)
@@ -271,9 +271,9 @@ class Engine:
             self.facts, self._ready = message.facts, True
             _log.info("ready: %s", message.facts)
             self._refuse_levels()
-        elif isinstance(message, Broken):
+        elif isinstance(message, CannotStart):
             self._give_up(message.message)
-        elif isinstance(message, Stepped):
+        elif isinstance(message, StepDone):
             for ticket in self._running.values():
                 ticket.step, ticket.steps = message.step, message.steps
                 ticket.tell()
