@@ -14,13 +14,13 @@ from fluxfire.serve.engine import Engine
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
-    Ask,
     Batch,
     Cancel,
     CannotStart,
     Done,
     Facts,
     Failed,
+    PipelineRequest,
     RawPicture,
     Ready,
     Result,
@@ -99,7 +99,7 @@ def result(ticket, ask):
 
 
 def ask(kind=0, pictures=1, **more):
-    return Ask(prompt="x", steps=1 + kind, seeds=tuple(range(pictures)), **more)
+    return PipelineRequest(prompt="x", steps=1 + kind, seeds=tuple(range(pictures)), **more)
 
 
 def on_a_loop(test):

@@ -13,7 +13,7 @@ from fluxfire import api, kontext
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
 from fluxfire.serve.levels import current, offered
-from fluxfire.serve.wire import Ask, Facts, Level, RawPicture, Result
+from fluxfire.serve.wire import Facts, Level, PipelineRequest, RawPicture, Result
 
 OnStep = Callable[[int, int], None]
 _SIDES = (1024, 1024)
@@ -38,7 +38,9 @@ class Editor:
             for references in (None, []):
                 api.warmup(self._pipe, sizes or (usual,), references, **many)
 
-    def edit(self, asks: Mapping[int, Ask], at_once: int, on_step: OnStep) -> dict[int, Result]:
+    def edit(
+        self, asks: Mapping[int, PipelineRequest], at_once: int, on_step: OnStep
+    ) -> dict[int, Result]:
         """Make what is asked, all of it of one kind.
 
         Args:
@@ -70,7 +72,9 @@ class Editor:
         settings = () if level is None else self._levels[level]
         return api.using(self._pipe, settings) if settings else nullcontext()
 
-    def _run(self, samples: list[tuple[Ask, int]], on_step: OnStep) -> list[Image.Image]:
+    def _run(
+        self, samples: list[tuple[PipelineRequest, int]], on_step: OnStep
+    ) -> list[Image.Image]:
         """Call the pipeline once."""
         first = samples[0][0]
         size = self._size(first.picture, first.size)
@@ -99,7 +103,7 @@ class Editor:
         made: list[Image.Image] = self._pipe(**call).images
         return made
 
-    def _references(self, samples: list[tuple[Ask, int]]) -> Iterator[Image.Image]:
+    def _references(self, samples: list[tuple[PipelineRequest, int]]) -> Iterator[Image.Image]:
         """Resize the pictures as the pipeline would: of a list it resizes none."""
         for ask, _ in samples:
             assert ask.picture is not None  # noqa: S101 - all of one kind

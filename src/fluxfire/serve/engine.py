@@ -20,7 +20,6 @@ from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
-    Ask,
     Batch,
     Cancel,
     CannotStart,
@@ -28,6 +27,7 @@ from fluxfire.serve.wire import (
     Facts,
     Failed,
     FromWorker,
+    PipelineRequest,
     Ready,
     Result,
     StepDone,
@@ -58,7 +58,7 @@ class Ticket:
     """
 
     number: int
-    ask: Ask
+    ask: PipelineRequest
     done: asyncio.Future[Result]
     began: float | None = None
     inference: float = 0.0
@@ -149,7 +149,7 @@ class Engine:
         self._worker = worker
         worker.start(heard)
 
-    def submit(self, ask: Ask) -> Ticket:
+    def submit(self, ask: PipelineRequest) -> Ticket:
         """Put a request into the queue.
 
         Raises:
@@ -216,7 +216,7 @@ class Engine:
         if worker is not None:
             worker.stop()
 
-    def _check(self, ask: Ask) -> None:
+    def _check(self, ask: PipelineRequest) -> None:
         if self.trouble is not None:
             raise Refused(f"the service has no pipeline: {self.trouble}", status=503, code="failed")
         if self._draining:
@@ -228,7 +228,7 @@ class Engine:
             )  # fmt: skip
         self._check_level(ask)
 
-    def _check_level(self, ask: Ask) -> None:
+    def _check_level(self, ask: PipelineRequest) -> None:
         facts = self.facts  # not known while the first worker loads: then what waits is looked at
         if ask.level is not None and facts is not None and ask.level not in facts.levels:
             offered = ", ".join(facts.levels) or f"none but {facts.level!r}"

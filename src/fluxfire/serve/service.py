@@ -15,7 +15,7 @@ from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import Storage, fresh_name
-from fluxfire.serve.wire import Ask, RawPicture, Result
+from fluxfire.serve.wire import PipelineRequest, RawPicture, Result
 
 T = TypeVar("T")
 
@@ -153,9 +153,9 @@ class Service:
         )
 
 
-def _ask(request: EditRequest, picture: RawPicture | None) -> Ask:
+def _ask(request: EditRequest, picture: RawPicture | None) -> PipelineRequest:
     first = request.seed if request.seed is not None else secrets.randbelow(LARGEST_SEED + 1)
-    return Ask(
+    return PipelineRequest(
         prompt=request.prompt,
         prompt_2=request.prompt2,
         negative_prompt=request.negative_prompt,

@@ -36,7 +36,7 @@ class RawPicture:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class PipelineRequest:
     """What one request asks of the pipeline; without a picture, to make one from text.
 
     Attributes:
@@ -116,7 +116,7 @@ class Facts:
 class Batch:
     """Asks of one kind, by ticket; no more than so many pictures at once."""
 
-    asks: Mapping[int, Ask]
+    asks: Mapping[int, PipelineRequest]
     at_once: int
 
 
