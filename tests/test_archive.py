@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import save
 
 from fluxfire.artifacts import archive
-from fluxfire.artifacts.archive import DisbelievedError, Payload
+from fluxfire.artifacts.archive import ArchiveError, Payload
 
 ANY_FOLDER = settings(
     max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -72,7 +72,7 @@ def test_arbitrary_bytes_are_disbelieved(tmp_path_factory, data):
     file = tmp_path_factory.mktemp("fuzz") / "m"
     file.write_bytes(data)
     for key in (None, b"secret"):
-        with pytest.raises(DisbelievedError):
+        with pytest.raises(ArchiveError):
             archive.read(file, key)
 
 
@@ -96,7 +96,7 @@ def test_damage_anywhere_is_found(tmp_path_factory, data, key):
             return
         whole[where : where + len(new)] = new
     file.write_bytes(whole)
-    with pytest.raises(DisbelievedError):
+    with pytest.raises(ArchiveError):
         archive.read(file, key)
 
 
@@ -113,7 +113,7 @@ def test_headers_of_any_shape_are_disbelieved(tmp_path_factory, envelope):
     file = tmp_path_factory.mktemp("fuzz") / "m"
     marked = {"fluxfire.megacache": json.dumps(envelope)}
     file.write_bytes(save({"0": np.zeros(3, np.uint8)}, metadata=marked))
-    with pytest.raises(DisbelievedError):
+    with pytest.raises(ArchiveError):
         archive.read(file, None)
 
 
@@ -127,9 +127,9 @@ def test_headers_of_any_shape_are_disbelieved(tmp_path_factory, envelope):
 )
 def test_foreign_files_are_named(file, data, words):
     file.write_bytes(data)
-    with pytest.raises(DisbelievedError, match=words):
+    with pytest.raises(ArchiveError, match=words):
         archive.read(file, None)
-    with pytest.raises(DisbelievedError, match=words):
+    with pytest.raises(ArchiveError, match=words):
         archive.add(file, [ONE], None)
     assert file.read_bytes() == data
 
@@ -137,23 +137,23 @@ def test_foreign_files_are_named(file, data, words):
 def test_keys(file):
     archive.add(file, [ONE], b"mine")
     assert archive.read(file, b"mine") == (ONE,)
-    with pytest.raises(DisbelievedError, match="signed with another key than FLUXFIRE_MEGACACHE_"):
+    with pytest.raises(ArchiveError, match="signed with another key than FLUXFIRE_MEGACACHE_"):
         archive.read(file, b"yours")
     file.unlink()
     archive.add(file, [ONE], None)
-    with pytest.raises(DisbelievedError, match="it is not signed, and FLUXFIRE_MEGACACHE_KEY is"):
+    with pytest.raises(ArchiveError, match="it is not signed, and FLUXFIRE_MEGACACHE_KEY is"):
         archive.read(file, b"mine")
 
 
 def test_files_that_others_can_write_need_a_signature(file):
     archive.add(file, [ONE], b"mine")
     file.chmod(0o664)
-    with pytest.raises(DisbelievedError, match="it can be written by other users, who could chan"):
+    with pytest.raises(ArchiveError, match="it can be written by other users, who could chan"):
         archive.read(file, None)
     assert archive.read(file, b"mine") == (ONE,)
     file.chmod(0o600)
     file.parent.chmod(0o777)
-    with pytest.raises(DisbelievedError, match="its folder .* can be written by other users"):
+    with pytest.raises(ArchiveError, match="its folder .* can be written by other users"):
         archive.read(file, None)
     file.parent.chmod(0o1777)  # as /tmp: others cannot replace one's files
     assert archive.read(file, None) == (ONE,)
@@ -163,7 +163,7 @@ def test_files_that_others_can_write_need_a_signature(file):
 def test_files_of_other_users_need_a_signature(file):
     archive.add(file, [ONE], b"mine")
     os.chown(file, 12345, 12345)
-    with pytest.raises(DisbelievedError, match="it belongs to another user"):
+    with pytest.raises(ArchiveError, match="it belongs to another user"):
         archive.read(file, None)
 
 
@@ -238,7 +238,7 @@ def test_equal_bytes_for_two_gpus_are_two_payloads(file):
 def test_without_a_key_a_signed_file_keeps_its_signature(file):
     archive.add(file, [ONE], b"mine")
     file.chmod(0o600)
-    with pytest.raises(DisbelievedError, match="it is signed, and without FLUXFIRE_MEGACACHE_KEY"):
+    with pytest.raises(ArchiveError, match="it is signed, and without FLUXFIRE_MEGACACHE_KEY"):
         archive.add(file, [TWO], None)
     assert archive.read(file, b"mine") == (ONE,)
 
@@ -247,7 +247,7 @@ def test_without_a_key_a_signed_file_keeps_its_signature(file):
 def test_signatures_that_are_none(file, signature):
     file.write_bytes(archive._bytes([ONE], archive._header([ONE]), signature))
     file.chmod(0o600)
-    with pytest.raises(DisbelievedError, match="it is damaged"):
+    with pytest.raises(ArchiveError, match="it is damaged"):
         archive.read(file, b"mine")
 
 
@@ -280,7 +280,7 @@ def test_permissions(file, umask, key, mask, first):
 def test_a_folder_that_others_can_write_is_refused_before_anything_is_written(file):
     file.parent.chmod(0o775)
     for work in (archive.read, lambda path, key: archive.add(path, [ONE], key)):
-        with pytest.raises(DisbelievedError, match="its folder .* can be written by other users"):
+        with pytest.raises(ArchiveError, match="its folder .* can be written by other users"):
             work(file, None)
     assert not file.exists()
 
@@ -294,13 +294,13 @@ def test_a_link_is_followed_and_stays(file, tmp_path):
     assert archive.read(tmp_path / "real" / "m", None) == archive.read(file, None) == (ONE, TWO)
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
-    with pytest.raises((DisbelievedError, OSError), match="back to itself|Too many levels"):
+    with pytest.raises((ArchiveError, OSError), match="back to itself|Too many levels"):
         archive.read(loop, None)
 
 
 def test_what_is_no_file_is_refused_at_once(file, tmp_path):
     os.mkfifo(file)
-    with pytest.raises(DisbelievedError, match="it is a pipe or a device, not a file"):
+    with pytest.raises(ArchiveError, match="it is a pipe or a device, not a file"):
         archive.read(file, None)
     with pytest.raises(IsADirectoryError):
         archive.read(tmp_path, None)
@@ -310,7 +310,7 @@ def test_a_giant_is_not_read(file):
     with file.open("wb") as hollow:
         hollow.truncate(1 << 40)
     file.chmod(0o600)
-    with pytest.raises(DisbelievedError, match="1099511627776 bytes, more than any megacache has"):
+    with pytest.raises(ArchiveError, match="1099511627776 bytes, more than any megacache has"):
         archive.read(file, None)
 
 
@@ -318,22 +318,22 @@ def test_a_giant_is_not_read(file):
 def test_texts_that_would_not_print_are_neither_written_nor_read(file, text):
     bad = Payload({"gpu": text}, (), 0.0, "", b"x")
     archive.add(file, [ONE], None)
-    with pytest.raises(DisbelievedError, match="a text in it would not print"):
+    with pytest.raises(ArchiveError, match="a text in it would not print"):
         archive.add(file, [bad], None)
     assert archive.read(file, None) == (ONE,)
     file.write_bytes(archive._pack([bad], None))
-    with pytest.raises(DisbelievedError, match="a text in it would not print"):
+    with pytest.raises(ArchiveError, match="a text in it would not print"):
         archive.read(file, None)
 
 
 def test_what_would_be_too_large_is_not_written(file, monkeypatch):
     archive.add(file, [ONE], None)
     monkeypatch.setattr(archive, "_LARGEST", len(file.read_bytes()))
-    with pytest.raises(DisbelievedError, match="delete it to start anew"):
+    with pytest.raises(ArchiveError, match="delete it to start anew"):
         archive.add(file, [TWO], None)
     assert archive.read(file, None) == (ONE,)
     monkeypatch.setattr(archive, "_LARGEST_HEADER", 100)
-    with pytest.raises(DisbelievedError, match="its header has [0-9]+ bytes"):
+    with pytest.raises(ArchiveError, match="its header has [0-9]+ bytes"):
         archive.read(file, None)
 
 
@@ -341,7 +341,7 @@ def test_what_a_file_says_cannot_command_a_terminal(file):
     header = json.dumps({"format": "\x1b[2J" + 1000 * "x", "payloads": []})
     file.write_bytes(archive._bytes([], header, ""))
     file.chmod(0o600)
-    with pytest.raises(DisbelievedError, match="its format") as error:
+    with pytest.raises(ArchiveError, match="its format") as error:
         archive.read(file, None)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400
@@ -363,7 +363,7 @@ def test_a_look_at_a_file_that_would_not_be_used(file):
     file.chmod(0o666)
     assert archive.peek(file) == (ONE,)
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(DisbelievedError):
+    with pytest.raises(ArchiveError):
         archive.peek(file)
 
 
@@ -374,7 +374,7 @@ def test_a_link_in_a_folder_of_others_is_refused(file, tmp_path):
     (tmp_path / "open").chmod(0o777)
     link = tmp_path / "open" / "m"
     link.symlink_to(tmp_path / "real" / "m")
-    with pytest.raises(DisbelievedError, match="its folder .*open can be written by others|other"):
+    with pytest.raises(ArchiveError, match="its folder .*open can be written by others|other"):
         archive.read(link, None)
 
 

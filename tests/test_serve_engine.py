@@ -14,17 +14,17 @@ from fluxfire.serve.engine import Engine
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
-    Ask,
     Batch,
-    Broken,
     Cancel,
+    CannotStart,
     Done,
     Facts,
     Failed,
-    Raw,
+    PipelineRequest,
+    RawPicture,
     Ready,
     Result,
-    Stepped,
+    StepDone,
 )
 
 FACTS = Facts("spark", "cpu", (), ("faithful",), "faithful")
@@ -95,11 +95,11 @@ class Bench:
 
 def result(ticket, ask):
     """A result that says whose it is."""
-    return Result(tuple(Raw(ticket, seed, b"") for seed in ask.seeds), (), 0.0)
+    return Result(tuple(RawPicture(ticket, seed, b"") for seed in ask.seeds), (), 0.0)
 
 
 def ask(kind=0, pictures=1, **more):
-    return Ask(prompt="x", steps=1 + kind, seeds=tuple(range(pictures)), **more)
+    return PipelineRequest(prompt="x", steps=1 + kind, seeds=tuple(range(pictures)), **more)
 
 
 def on_a_loop(test):
@@ -124,7 +124,7 @@ async def test_a_request_is_made_once_the_worker_is_ready():
     assert bench.worker.sent == []
     await bench.ready()
     assert bench.engine.state == "ready"
-    await bench.say(Stepped(1, 4))
+    await bench.say(StepDone(1, 4))
     assert (ticket.step, ticket.steps, bench.engine.position(ticket)) == (1, 4, None)
     await bench.made()
     assert (await ticket.done).pictures[0].width == ticket.number
@@ -247,7 +247,7 @@ async def test_what_the_pipeline_refuses_is_told_at_once():
 async def test_a_worker_that_cannot_start():
     bench = Bench()
     ticket = bench.engine.submit(ask())
-    await bench.say(Broken("there is no folder x"))
+    await bench.say(CannotStart("there is no folder x"))
     for refused in (ticket.done.result, lambda: bench.engine.submit(ask())):
         with pytest.raises(Refused, match="no pipeline: there is no folder x"):
             refused()
@@ -304,7 +304,7 @@ async def test_draining_ends_after_its_time():
     assert len(Worker.workers) == 1
 
 
-ANSWERS = ["made", "made", Stepped(1, 2), Failed("out-of-memory", "x"), Failed("edit-failed", "x")]
+ANSWERS = ["made", "made", StepDone(1, 2), Failed("out-of-memory", "x"), Failed("edit-failed", "x")]
 ACTIONS = st.one_of(
     st.tuples(st.just("submit"), st.integers(0, 2), st.integers(1, 4)),
     st.tuples(st.just("cancel"), st.integers(0, 30)),

@@ -12,7 +12,7 @@ from fluxfire.bench import held_out
 from fluxfire.passes import Compile, EncodingCache, FirstBlockCache, Float8, ReferenceCache
 from fluxfire.serve.editing import Editor
 from fluxfire.serve.levels import current, offered, usual
-from fluxfire.serve.wire import AS_APPLIED, LEVELS, Ask, Raw
+from fluxfire.serve.wire import AS_APPLIED, LEVELS, PipelineRequest, RawPicture
 
 LOOSE = FirstBlockCache(0.9, predict="hold")
 
@@ -56,8 +56,8 @@ EXAMPLES = held_out(6)
 
 def ask(number, **more):
     example = EXAMPLES[number]
-    settings = {"picture": Raw.of(example.picture), "seeds": (number,), "steps": 12}
-    return Ask(prompt=example.instruction, **(settings | more))
+    settings = {"picture": RawPicture.of(example.picture), "seeds": (number,), "steps": 12}
+    return PipelineRequest(prompt=example.instruction, **(settings | more))
 
 
 def pixels(result, picture=0):

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi import checks  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve import engine as engine_module  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
-from fluxfire.serve.wire import LEVELS, Batch, Done, Facts, Raw, Ready, Result  # noqa: E402
+from fluxfire.serve.wire import LEVELS, Batch, Done, Facts, RawPicture, Ready, Result  # noqa: E402
 
 UNSAID = checks.positive_data_acceptance
 """No schema says what a picture is: most strings that a schema admits are none."""
@@ -38,7 +38,7 @@ class InstantWorker:
         if isinstance(message, Batch):
             made = {
                 ticket: Result(
-                    tuple(Raw(16, 16, bytes(768)) for _ in ask.seeds),
+                    tuple(RawPicture(16, 16, bytes(768)) for _ in ask.seeds),
                     ("computed",) * ask.steps,
                     0.0,
                 )

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from fluxfire.spark import checking, examples
-from fluxfire.spark.drawing import blur, render
-from fluxfire.spark.drawn import changed
 from fluxfire.spark.edits import KINDS
+from fluxfire.spark.rendering import blur, render
+from fluxfire.spark.sampling import changed
 from fluxfire.spark.scenes import Dice
 
 

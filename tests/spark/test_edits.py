@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxfire.spark import language
-from fluxfire.spark.drawing import render
-from fluxfire.spark.drawn import draw_edits, held_out
 from fluxfire.spark.edits import FREE, KEEP, KINDS, PLACES, WAYS
+from fluxfire.spark.rendering import render
+from fluxfire.spark.sampling import draw_edits, held_out
 from fluxfire.spark.scenes import CANONICAL_SIZE, COLOURS, GROUNDS, SHAPES, STYLES, Dice
 
 SQUARE = (1.0, 1.0)

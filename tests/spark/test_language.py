@@ -8,7 +8,7 @@ import torch
 from fluxfire.models.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxfire.spark import language
 from fluxfire.spark.captions import draw_captioned
-from fluxfire.spark.drawing import render
+from fluxfire.spark.rendering import render
 from fluxfire.spark.scenes import Dice
 
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fluxfire.spark.drawing import blur, render
 from fluxfire.spark.edits import FREE
+from fluxfire.spark.rendering import blur, render
 from fluxfire.spark.scenes import COLOURS, GROUNDS, PALETTE, PATTERNS, SHAPES, SLOTS, Dice, draw
 
 EXTENTS = [(1.0, 1.0), (160 / 96, 1.0), (1.0, 144 / 112)]

@@ -13,9 +13,9 @@ from torch import nn
 
 from fluxfire.errors import LoadError
 from fluxfire.spark import drawings, model, score, weights
-from fluxfire.spark.drawing import render
-from fluxfire.spark.drawn import draw_edits
 from fluxfire.spark.edits import KINDS
+from fluxfire.spark.rendering import render
+from fluxfire.spark.sampling import draw_edits
 from fluxfire.spark.scenes import Dice
 from fluxfire.spark.scoring import Score, psnr, summarise
 from fluxfire.spark.training import lora

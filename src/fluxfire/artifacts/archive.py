@@ -40,7 +40,7 @@ _DAMAGE = (
 )  # fmt: skip
 
 
-class DisbelievedError(Exception):
+class ArchiveError(Exception):
     """The file is not used; the message says why. It is left as it is."""
 
 
@@ -86,7 +86,7 @@ def read(path: Path, key: bytes | None) -> tuple[Payload, ...]:
     Raises:
         FileNotFoundError: there is no file.
         OSError: it cannot be read.
-        DisbelievedError: it is damaged, foreign, unsigned, or somebody else could have written it;
+        ArchiveError: it is damaged, foreign, unsigned, or somebody else could have written it;
             or there is no file, but its folder is one where others could put one.
     """
     return _read(path, key)[0]
@@ -97,7 +97,7 @@ def peek(path: Path) -> tuple[Payload, ...]:
 
     Raises:
         OSError: it cannot be read.
-        DisbelievedError: it is damaged, or foreign.
+        ArchiveError: it is damaged, or foreign.
     """
     with _opened(_real(path)) as file:
         return _unpack(file.read())[0]
@@ -113,7 +113,7 @@ def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
     Raises:
         OSError: the folder cannot be written, or the disk is full; the old file is as it was.
         TimeoutError: another process held the lock for a minute.
-        DisbelievedError: the file that is there is not believed, or is signed and could not be
+        ArchiveError: the file that is there is not believed, or is signed and could not be
             signed again, or would not be believed with what is added; it is left as it is.
     """
     from filelock import FileLock  # torch depends on it
@@ -127,11 +127,11 @@ def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
         except FileNotFoundError:
             present, signature = (), ""
         if signature and key is None:
-            raise DisbelievedError(f"it is signed, and without {KEY_VARIABLE} would lose that")
+            raise ArchiveError(f"it is signed, and without {KEY_VARIABLE} would lose that")
         data = _pack(_merged([*present, *payloads]), key)
         _unpack(data)  # what could not be read again would be of no use to anybody
         if len(data) > _LARGEST:
-            raise DisbelievedError(f"it would have {len(data)} bytes; delete it to start anew")
+            raise ArchiveError(f"it would have {len(data)} bytes; delete it to start anew")
         _replace(path, data, private=key is None)
 
 
@@ -139,7 +139,7 @@ def _real(path: Path) -> Path:
     try:
         return path.resolve()
     except RuntimeError as error:
-        raise DisbelievedError("it is a link that leads back to itself") from error
+        raise ArchiveError("it is a link that leads back to itself") from error
 
 
 def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
@@ -148,16 +148,16 @@ def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
     # Whoever may write a folder may put another file, or another link, in its place.
     for folder in dict.fromkeys((path.absolute().parent, real.parent)):
         if key is None and (why := _writable_by_others(f"its folder {folder}", folder.stat())):
-            raise DisbelievedError(why)
+            raise ArchiveError(why)
     with _opened(real) as file:
         if key is None and (why := _writable_by_others("it", os.fstat(file.fileno()))):
-            raise DisbelievedError(why)
+            raise ArchiveError(why)
         data = file.read()
     payloads, signature = _unpack(data)
     if key is not None and not signature:
-        raise DisbelievedError(f"it is not signed, and {KEY_VARIABLE} is set")
+        raise ArchiveError(f"it is not signed, and {KEY_VARIABLE} is set")
     if key is not None and not hmac.compare_digest(signature, _sign(_header(payloads), key)):
-        raise DisbelievedError(f"it was signed with another key than {KEY_VARIABLE} holds")
+        raise ArchiveError(f"it was signed with another key than {KEY_VARIABLE} holds")
     return payloads, signature
 
 
@@ -167,9 +167,9 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
     with open(path, "rb", opener=_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
-            raise DisbelievedError("it is a pipe or a device, not a file")
+            raise ArchiveError("it is a pipe or a device, not a file")
         if status.st_size > _LARGEST:
-            raise DisbelievedError(f"it has {status.st_size} bytes, more than any megacache has")
+            raise ArchiveError(f"it has {status.st_size} bytes, more than any megacache has")
         yield file
 
 
@@ -286,28 +286,28 @@ def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
     from safetensors.numpy import load
 
     if not data:
-        raise DisbelievedError("it is empty")
+        raise ArchiveError("it is empty")
     try:
         metadata = _metadata(data)
         if metadata is None:
-            raise DisbelievedError("it is no megacache")
+            raise ArchiveError("it is no megacache")
         envelope = json.loads(metadata)
         header, signature = envelope["header"], envelope["hmac-sha256"]
         if not re.fullmatch(r"([0-9a-f]{64})?", signature):
-            raise DisbelievedError("it is damaged: its signature is none")
+            raise ArchiveError("it is damaged: its signature is none")
         facts = json.loads(header)
         if facts["format"] != FORMAT:
             theirs = _shown(facts["format"])
-            raise DisbelievedError(f"its format {theirs} is not {FORMAT}, this fluxfire's")
+            raise ArchiveError(f"its format {theirs} is not {FORMAT}, this fluxfire's")
         arrays = load(data)
         payloads = tuple(
             _payload(one, arrays[str(i)].tobytes()) for i, one in enumerate(facts["payloads"])
         )
         if _bytes(payloads, header, signature) != data or _header(payloads) != header:
-            raise DisbelievedError("it is damaged: its parts do not fit together")
+            raise ArchiveError("it is damaged: its parts do not fit together")
     except _DAMAGE as e:
         why = f"{type(e).__name__}: {_shown(e)}"
-        raise DisbelievedError(f"it is damaged, or no megacache ({why})") from e
+        raise ArchiveError(f"it is damaged, or no megacache ({why})") from e
     return payloads, signature
 
 
@@ -321,9 +321,9 @@ def _metadata(data: bytes) -> Any:
     """Find our entry in a safetensors header: its length in 8 bytes, then JSON."""
     length = int.from_bytes(data[:8], "little")
     if not 0 < length <= len(data) - 8:
-        raise DisbelievedError("it is truncated, or no megacache")
+        raise ArchiveError("it is truncated, or no megacache")
     if length > _LARGEST_HEADER:
-        raise DisbelievedError(f"it is no megacache: its header has {length} bytes")
+        raise ArchiveError(f"it is no megacache: its header has {length} bytes")
     return json.loads(data[8 : 8 + length]).get("__metadata__", {}).get(_MARK)
 
 

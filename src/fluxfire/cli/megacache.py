@@ -46,7 +46,7 @@ def look(arguments: argparse.Namespace) -> int:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except MemoryError:
         raise UsageError(f"cannot read {path}: it is larger than memory") from None
-    except archive.DisbelievedError as error:
+    except archive.ArchiveError as error:
         raise UsageError(f"{path} would not be used: {error}") from None
     here = machine()
     fitting = sum(here.items() <= p.fingerprint.items() for p in payloads)

@@ -19,7 +19,7 @@ import torch
 from typing_extensions import override
 
 from fluxfire.artifacts import archive
-from fluxfire.artifacts.archive import DisbelievedError, Payload
+from fluxfire.artifacts.archive import ArchiveError, Payload
 from fluxfire.artifacts.recording import Key, Recording, give_to_torch, recording
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
@@ -202,7 +202,7 @@ def _words(error: Exception) -> str:
     """Say what went wrong; of errors that nobody foresaw, also their kind."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    known = isinstance(error, DisbelievedError | OSError)
+    known = isinstance(error, ArchiveError | OSError)
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 

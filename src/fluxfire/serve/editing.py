@@ -13,7 +13,7 @@ from fluxfire import api, kontext
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
 from fluxfire.serve.levels import current, offered
-from fluxfire.serve.wire import Ask, Facts, Level, Raw, Result
+from fluxfire.serve.wire import Facts, Level, PipelineRequest, RawPicture, Result
 
 OnStep = Callable[[int, int], None]
 _SIDES = (1024, 1024)
@@ -38,7 +38,9 @@ class Editor:
             for references in (None, []):
                 api.warmup(self._pipe, sizes or (usual,), references, **many)
 
-    def edit(self, asks: Mapping[int, Ask], at_once: int, on_step: OnStep) -> dict[int, Result]:
+    def edit(
+        self, asks: Mapping[int, PipelineRequest], at_once: int, on_step: OnStep
+    ) -> dict[int, Result]:
         """Make what is asked, all of it of one kind.
 
         Args:
@@ -51,7 +53,7 @@ class Editor:
         """
         wanted = [(ticket, ask, seed) for ticket, ask in asks.items() for seed in ask.seeds]
         parts = [wanted[i : i + at_once] for i in range(0, len(wanted), at_once)]
-        made: dict[int, list[tuple[Raw, list[StepKind]]]] = {ticket: [] for ticket in asks}
+        made: dict[int, list[tuple[RawPicture, list[StepKind]]]] = {ticket: [] for ticket in asks}
         for number, part in enumerate(parts):
             level = part[0][1].level
 
@@ -62,7 +64,7 @@ class Editor:
                 pictures = self._run([(ask, seed) for _, ask, seed in part], told)
             run = api.report(self._pipe).runs[-1]
             for sample, ((ticket, *_), picture) in enumerate(zip(part, pictures, strict=True)):
-                made[ticket].append((Raw.of(picture), run.kinds_of(sample)))
+                made[ticket].append((RawPicture.of(picture), run.kinds_of(sample)))
         return {ticket: _result(of) for ticket, of in made.items()}
 
     def _at(self, level: Level | None) -> Any:
@@ -70,7 +72,9 @@ class Editor:
         settings = () if level is None else self._levels[level]
         return api.using(self._pipe, settings) if settings else nullcontext()
 
-    def _run(self, samples: list[tuple[Ask, int]], on_step: OnStep) -> list[Image.Image]:
+    def _run(
+        self, samples: list[tuple[PipelineRequest, int]], on_step: OnStep
+    ) -> list[Image.Image]:
         """Call the pipeline once."""
         first = samples[0][0]
         size = self._size(first.picture, first.size)
@@ -99,7 +103,7 @@ class Editor:
         made: list[Image.Image] = self._pipe(**call).images
         return made
 
-    def _references(self, samples: list[tuple[Ask, int]]) -> Iterator[Image.Image]:
+    def _references(self, samples: list[tuple[PipelineRequest, int]]) -> Iterator[Image.Image]:
         """Resize the pictures as the pipeline would: of a list it resizes none."""
         for ask, _ in samples:
             assert ask.picture is not None  # noqa: S101 - all of one kind
@@ -107,7 +111,7 @@ class Editor:
             width, height = kontext.reference_size(self._pipe, *picture.size)
             yield self._pipe.image_processor.resize(picture, height, width)
 
-    def _size(self, picture: Raw | None, wish: tuple[int, int] | None) -> tuple[int, int]:
+    def _size(self, picture: RawPicture | None, wish: tuple[int, int] | None) -> tuple[int, int]:
         """Return the size to make: what is wished for, unless the model has an area of its own."""
         shape = wish or ((picture.width, picture.height) if picture else _SIDES)
         if wish is None or hasattr(self._pipe, "reference_size"):
@@ -115,7 +119,7 @@ class Editor:
         return wish
 
 
-def _result(made: list[tuple[Raw, list[StepKind]]]) -> Result:
+def _result(made: list[tuple[RawPicture, list[StepKind]]]) -> Result:
     """Put a request's pictures together; a step counts as left out if it was of all."""
     of_all = [kinds for _, kinds in made]
     steps: list[StepKind] = []

@@ -20,18 +20,18 @@ from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
-    Ask,
     Batch,
-    Broken,
     Cancel,
+    CannotStart,
     Done,
     Facts,
     Failed,
     FromWorker,
     Level,
+    PipelineRequest,
     Ready,
     Result,
-    Stepped,
+    StepDone,
 )
 
 _log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class Ticket:
     """
 
     number: int
-    ask: Ask
+    ask: PipelineRequest
     done: asyncio.Future[Result]
     began: float | None = None
     inference: float = 0.0
@@ -171,7 +171,7 @@ class Engine:
             )  # fmt: skip
         self._check_level(level)
 
-    def submit(self, ask: Ask) -> Ticket:
+    def submit(self, ask: PipelineRequest) -> Ticket:
         """Put a request into the queue.
 
         Raises:
@@ -281,9 +281,9 @@ class Engine:
             self.facts, self._ready = message.facts, True
             _log.info("ready: %s", message.facts)
             self._refuse_levels()
-        elif isinstance(message, Broken):
+        elif isinstance(message, CannotStart):
             self._give_up(message.message)
-        elif isinstance(message, Stepped):
+        elif isinstance(message, StepDone):
             for ticket in self._running.values():
                 ticket.step, ticket.steps = message.step, message.steps
                 ticket.tell()

@@ -34,8 +34,10 @@ class WorkerProcess:
         """
         self._process.start()
         self._theirs.close()  # or its end would not be noticed
-        threading.Thread(target=self._listen, args=(heard,), name="ears", daemon=True).start()
-        threading.Thread(target=self._speak, name="mouth", daemon=True).start()
+        threading.Thread(
+            target=self._listen, args=(heard,), name="worker-reader", daemon=True
+        ).start()
+        threading.Thread(target=self._speak, name="worker-writer", daemon=True).start()
 
     def send(self, message: ToWorker) -> None:
         """Send a message; pictures take their time, so a thread does."""
@@ -45,7 +47,7 @@ class WorkerProcess:
         """End it: kindly, then not."""
         self.send(Stop())
         self.send_no_more()
-        threading.Thread(target=self._end, name="end of worker").start()
+        threading.Thread(target=self._end, name="worker-stopper").start()
 
     def send_no_more(self) -> None:
         """Let the sending thread end."""

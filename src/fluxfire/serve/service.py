@@ -15,7 +15,7 @@ from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import Storage, fresh_name
-from fluxfire.serve.wire import Ask, Raw, Result
+from fluxfire.serve.wire import PipelineRequest, RawPicture, Result
 
 T = TypeVar("T")
 
@@ -77,7 +77,7 @@ class Service:
                 self.engine.cancel(ticket, gone)
             raise
 
-    async def _picture(self, request: EditRequest, file: bytes | None) -> Raw | None:
+    async def _picture(self, request: EditRequest, file: bytes | None) -> RawPicture | None:
         """Read the picture, wherever it is; None if there is none."""
         most = self.settings.max_bytes
         url = request.image_url
@@ -133,7 +133,9 @@ class Service:
             ),
         )
 
-    async def _image(self, data: bytes, raw: Raw, seed: int, request: EditRequest) -> ImageMade:
+    async def _image(
+        self, data: bytes, raw: RawPicture, seed: int, request: EditRequest
+    ) -> ImageMade:
         """Put a picture into the answer, or into the store and a link into the answer."""
         name = fresh_name(request.output_format)
         link = None
@@ -152,9 +154,9 @@ class Service:
         )
 
 
-def _ask(request: EditRequest, picture: Raw | None) -> Ask:
+def _ask(request: EditRequest, picture: RawPicture | None) -> PipelineRequest:
     first = request.seed if request.seed is not None else secrets.randbelow(LARGEST_SEED + 1)
-    return Ask(
+    return PipelineRequest(
         prompt=request.prompt,
         prompt_2=request.prompt2,
         negative_prompt=request.negative_prompt,
@@ -169,9 +171,9 @@ def _ask(request: EditRequest, picture: Raw | None) -> Ask:
     )
 
 
-def _decoded(file: bytes, max_pixels: int) -> Raw:
-    return Raw.of(decoding.decode(file, max_pixels=max_pixels))
+def _decoded(file: bytes, max_pixels: int) -> RawPicture:
+    return RawPicture.of(decoding.decode(file, max_pixels=max_pixels))
 
 
-def _encoded(raw: Raw, request: EditRequest) -> bytes:
+def _encoded(raw: RawPicture, request: EditRequest) -> bytes:
     return decoding.encode(raw.picture(), request.output_format, request.output_quality)

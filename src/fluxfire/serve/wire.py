@@ -18,7 +18,7 @@ AS_APPLIED = "as applied"
 
 
 @dataclass(frozen=True, slots=True)
-class Raw:
+class RawPicture:
     """A picture's pixels: three bytes each, row by row."""
 
     width: int
@@ -26,7 +26,7 @@ class Raw:
     data: bytes
 
     @classmethod
-    def of(cls, picture: Image.Image) -> Raw:
+    def of(cls, picture: Image.Image) -> RawPicture:
         """Take a picture's pixels; it must be in RGB."""
         return cls(picture.width, picture.height, picture.tobytes())
 
@@ -36,7 +36,7 @@ class Raw:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class PipelineRequest:
     """What one request asks of the pipeline; without a picture, to make one from text.
 
     Attributes:
@@ -57,7 +57,7 @@ class Ask:
     prompt_2: str | None = None
     negative_prompt: str | None = None
     negative_prompt_2: str | None = None
-    picture: Raw | None = None
+    picture: RawPicture | None = None
     seeds: tuple[int, ...] = (0,)
     size: tuple[int, int] | None = None
     steps: int = 28
@@ -88,7 +88,7 @@ class Result:
         hit_rate: the share of steps that were hits, over pictures.
     """
 
-    pictures: tuple[Raw, ...]
+    pictures: tuple[RawPicture, ...]
     steps: tuple[StepKind, ...]
     hit_rate: float
 
@@ -116,7 +116,7 @@ class Facts:
 class Batch:
     """Asks of one kind, by ticket; no more than so many pictures at once."""
 
-    asks: Mapping[int, Ask]
+    asks: Mapping[int, PipelineRequest]
     at_once: int
 
 
@@ -140,14 +140,14 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class CannotStart:
     """The worker cannot start, and another one could not either."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class StepDone:
     """A step of the batch was made."""
 
     step: int
@@ -174,4 +174,4 @@ class Failed:
 
 
 ToWorker: TypeAlias = Batch | Cancel | Stop
-FromWorker: TypeAlias = Ready | Broken | Stepped | Done | Failed
+FromWorker: TypeAlias = Ready | CannotStart | StepDone | Done | Failed

@@ -14,13 +14,13 @@ from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
     Batch,
-    Broken,
     Cancel,
+    CannotStart,
     Done,
     Failed,
     FromWorker,
     Ready,
-    Stepped,
+    StepDone,
     Stop,
     ToWorker,
 )
@@ -46,7 +46,7 @@ def main(connection: Connection, settings: Settings) -> None:
     try:
         editor = _open(settings)
     except FluxfireError as error:
-        connection.send(Broken(str(error)))
+        connection.send(CannotStart(str(error)))
         return
     connection.send(Ready(editor.facts))
     while (batch := inbox.batches.get()) is not None:
@@ -95,7 +95,7 @@ def _answer(editor: Editor, batch: Batch, inbox: _Inbox, connection: Connection)
 
     def on_step(step: int, steps: int) -> None:
         go_on()
-        connection.send(Stepped(step, steps))
+        connection.send(StepDone(step, steps))
 
     began = time.perf_counter()
     try:

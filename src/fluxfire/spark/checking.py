@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fluxfire.spark.drawing import blur
+from fluxfire.spark.rendering import blur
 
 BLEMISH = 0.07
 """Largest error allowed in any window, mean over its pixels and channels, in [0, 1]."""

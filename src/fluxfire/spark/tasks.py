@@ -10,9 +10,9 @@ from PIL import Image
 
 from fluxfire.spark import checking, language
 from fluxfire.spark.captions import draw_captioned
-from fluxfire.spark.drawing import render
-from fluxfire.spark.drawn import Batch, draw_edits
 from fluxfire.spark.edits import KINDS, Split
+from fluxfire.spark.rendering import render
+from fluxfire.spark.sampling import Batch, draw_edits
 from fluxfire.spark.scenes import Dice
 
 SIZES = ((128, 128), (160, 96), (96, 160), (144, 112), (112, 144))

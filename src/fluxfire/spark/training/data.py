@@ -11,9 +11,9 @@ from torch import Tensor
 
 from fluxfire.spark import language
 from fluxfire.spark.captions import draw_captioned
-from fluxfire.spark.drawing import render
-from fluxfire.spark.drawn import draw_edits
 from fluxfire.spark.edits import KEEP, KINDS
+from fluxfire.spark.rendering import render
+from fluxfire.spark.sampling import draw_edits
 from fluxfire.spark.scenes import Dice, Scenes
 
 WEIGHTS = {

@@ -113,7 +113,7 @@ def _distance(pipe: Any) -> float:
     """Mean absolute error to the exact grey picture, over a few scenes of its own."""
     scenes = draw(64, (1.0, 1.0), Dice("grey", "held out"))
     scenes = scenes.take(scenes.orderly()).take(slice(8))
-    from fluxfire.spark.drawing import render
+    from fluxfire.spark.rendering import render
 
     errors = []
     for row in range(len(scenes)):
