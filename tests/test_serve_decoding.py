@@ -233,6 +233,32 @@ def test_a_jpeg_of_very_many_scans_is_refused():
     assert refused(slow) == (413, "image-too-large")
 
 
+def test_the_larger_a_jpeg_the_fewer_scans_it_may_have(monkeypatch):
+    data = saved(drawn(), "JPG", progressive=True)
+    pixels = drawn().width * drawn().height
+    scans = data.count(b"\xff\xda")
+    monkeypatch.setattr(decoding, "MOST_SCANNED", scans * pixels)
+    assert decode(data, max_pixels=LIMIT)
+    monkeypatch.setattr(decoding, "MOST_SCANNED", scans * pixels - 1)
+    assert refused(data) == (413, "image-too-large")
+    assert decode(saved(drawn(), "JPG"), max_pixels=LIMIT)  # in one scan it may
+
+
+@given(st.integers(16, 700), st.integers(16, 700), st.integers(256, 10_000))
+@settings(max_examples=50, deadline=None)
+def test_a_picture_is_reduced_to_so_many_pixels_and_keeps_its_shape(width, height, pixels):
+    picture = Image.new("RGB", (width, height), "teal")
+    small = decoding.reduced(picture, pixels)
+    if width * height <= pixels:
+        assert small is picture
+        return
+    assert small.getpixel((0, 0)) == picture.getpixel((0, 0))
+    assert small.width * small.height <= pixels or min(small.size) == 16
+    assert all(side == 16 or side > 15 for side in small.size)
+    if min(small.size) > 16:
+        assert abs(small.width - width * (pixels / (width * height)) ** 0.5) <= 1
+
+
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_truncated_files_are_refused(file_format):
     data = encode(drawn(), file_format, 90)

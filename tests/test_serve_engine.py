@@ -38,7 +38,7 @@ class Worker:
     pid = 1
 
     def __init__(self, settings):
-        self.sent, self.heard, self.stopped = [], None, False
+        self.sent, self.heard, self.stopped, self.killed = [], None, False, False
         self.workers.append(self)
 
     def start(self, heard):
@@ -49,6 +49,10 @@ class Worker:
 
     def stop(self):
         self.stopped = True
+
+    def kill(self):
+        self.killed = True
+        self.heard(None)
 
     @property
     def batches(self):
@@ -252,6 +256,11 @@ async def test_a_worker_that_cannot_start():
         with pytest.raises(Refused, match="no pipeline: there is no folder x"):
             refused()
     assert (bench.engine.state, bench.told) == ("failed", ["there is no folder x"])
+    assert bench.worker.stopped
+    await bench.say(None)  # its end is no reason to start another
+    await asyncio.sleep(0.01)
+    assert len(Worker.workers) == 1
+    assert bench.told == ["there is no folder x"]
 
 
 @on_a_loop
@@ -262,6 +271,88 @@ async def test_workers_that_die_before_they_are_ready(monkeypatch):
         await bench.died()
     assert bench.engine.trouble == "its worker died 3 times before it was ready"
     assert len(Worker.workers) == 3
+
+
+@on_a_loop
+async def test_a_worker_that_cannot_even_be_begun_is_tried_again(monkeypatch):
+    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0.001)
+    begun = Worker.start
+    full = iter([True, False])
+
+    def start(self, heard):
+        if next(full, False):
+            raise BlockingIOError("Resource temporarily unavailable")
+        begun(self, heard)
+
+    monkeypatch.setattr(Worker, "start", start)
+    bench = Bench()
+    ticket = bench.engine.submit(ask())
+    assert bench.engine.state == "starting"
+    while len(Worker.workers) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0.001)
+    await bench.ready()
+    await bench.made()
+    assert (await ticket.done).pictures
+
+
+@on_a_loop
+async def test_it_is_not_ready_while_another_worker_loads():
+    bench = await Bench().ready()
+    await bench.died()
+    assert bench.engine.state == "starting"
+    await bench.ready()
+    assert bench.engine.state == "ready"
+
+
+@on_a_loop
+async def test_a_worker_that_hangs_is_replaced_once_nobody_waits_for_it():
+    bench = await Bench(hang_seconds=0.05, max_batch=1).ready()
+    stuck, other = bench.engine.submit(ask()), bench.engine.submit(ask(1))
+    await asyncio.sleep(0.1)
+    assert not bench.worker.killed  # somebody waits
+    first = bench.worker
+    bench.engine.cancel(stuck, GONE)
+    await asyncio.sleep(0.03)
+    await bench.say(StepDone(1, 2))  # it is alive, so its time begins anew
+    await asyncio.sleep(0.04)
+    assert not first.killed
+    while bench.worker is first:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert first.killed
+    await bench.ready()
+    await bench.made()
+    assert (await other.done).pictures
+
+
+@on_a_loop
+async def test_places_are_of_the_queue():
+    bench = await Bench(max_queue=2).ready()
+    one, two = bench.engine.reserve(None), bench.engine.reserve("faithful")
+    with pytest.raises(Refused, match="2 requests wait already"):
+        bench.engine.reserve(None)
+    with pytest.raises(Refused, match="2 requests wait already"):
+        bench.engine.submit(ask())
+    bench.engine.leave(one)
+    bench.engine.submit(ask(), bench.engine.reserve(None))
+    bench.engine.submit(ask(), two)
+    bench.engine.leave(two)  # used, so there is nothing to give back
+    assert (bench.engine.running, bench.engine.waiting) == (1, 1)
+    with pytest.raises(Refused, match="quality='fast' cannot be given"):
+        bench.engine.reserve("fast")
+
+
+@on_a_loop
+async def test_draining_waits_for_what_has_a_place():
+    bench = await Bench().ready()
+    kept, given_back = bench.engine.reserve(None), bench.engine.reserve(None)
+    draining = asyncio.create_task(bench.engine.drain(5))
+    await asyncio.sleep(0)
+    ticket = bench.engine.submit(ask(), kept)
+    await bench.made()
+    assert not draining.done()
+    bench.engine.leave(given_back)
+    await draining
+    assert (await ticket.done).pictures
 
 
 @on_a_loop

@@ -192,14 +192,19 @@ def test_bounds(client, fields, named):
 
 
 WRONG_URL, INVALID = "image-url-not-allowed", "invalid-request"
-PLAIN = {"content-type": "text/plain"}
+PLAIN, JSON = {"content-type": "text/plain"}, {"content-type": "application/json"}
+BROKEN_FORM = {"content-type": "multipart/form-data"}
+NO_PICTURE = "image-format-unsupported"
 
 
 @pytest.mark.parametrize(
     ("sent", "status", "code"),
     [
-        ({"content": b"{"}, 400, "not-json"),
-        ({"content": b"[1]"}, 422, INVALID),
+        ({"content": b"{", "headers": JSON}, 400, "not-json"),
+        ({"content": b"[1]", "headers": JSON}, 422, INVALID),
+        ({"content": b"{}"}, 415, "body-format-unsupported"),
+        ({"data": {"prompt": "x"}, "files": {"image": ("a.png", b"")}}, 415, NO_PICTURE),
+        ({"content": b"x", "headers": BROKEN_FORM}, 400, "bad-request"),
         ({"content": b"x", "headers": PLAIN}, 415, "body-format-unsupported"),
         ({"json": {"prompt": "x", "image": "!!"}}, 400, "image-malformed"),
         ({"json": {"prompt": "x", "image": "aGVsbG8="}}, 415, "image-format-unsupported"),
@@ -217,9 +222,12 @@ def test_what_is_wrong_is_said_in_one_form(client, sent, status, code):
 
 def test_fields_that_are_none_are_named(client):
     sent = {"data": {"prompt": "x", "foo": "1"}}
-    problem(
-        client.post("/inference", files={"image": b""}, **sent), 422, INVALID, "foo: there is no"
-    )
+    nothing = {"image": ("", b"")}
+    problem(client.post("/inference", files=nothing, **sent), 422, INVALID, "foo: there is no")
+    many = {"prompt": "x"} | {f"k{n}": 0 for n in range(30_000)}
+    response = client.post("/inference", json=many)
+    problem(response, 422, INVALID, "k0, k1, k2, k3, k4 and 29995 more: there is no such field")
+    assert len(response.content) < 1000
     sent = {"data": {"prompt": "x"}, "files": {"picture": b"a"}}
     problem(
         client.post("/inference", **sent), 422, INVALID, "the picture goes into the field image"
@@ -257,6 +265,53 @@ def test_a_job_from_its_beginning_to_its_end(client):
     assert events[-1]["result"] == client.get(f"/jobs/{job['id']}").json()["result"]
     assert np.array_equal(pictures(events[-1]["result"])[0], pictures(edit(client, steps=4))[0])
     problem(client.get("/jobs/none"), 404, "job-unknown", "there is no such job")
+
+
+def test_a_body_that_does_not_come_is_given_up(client, monkeypatch):
+    monkeypatch.setitem(vars(client.app.state.settings), "request_seconds", 0.5)
+    with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as line:
+        line.sendall(
+            b"POST /inference HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+            b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+        )
+        answer = line.recv(4096)
+    assert b" 408 " in answer.split(b"\r\n")[0]
+
+
+def test_hanging_up_while_sending_is_no_fault_of_the_service(client):
+    for kind, start in (
+        (b"application/json", b"{"),
+        (b"multipart/form-data; boundary=x", b"--x\r\nContent-Disposition: form-data; name=prompt"),
+    ):
+        with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as line:
+            line.sendall(
+                b"POST /inference HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: "
+                + kind + b"\r\nContent-Length: 1000\r\n\r\n" + start
+            )  # fmt: skip
+            time.sleep(0.1)
+    told = 'route="/inference",status="499"} 2'
+    for _ in range(100):
+        if told in (counted := client.get("/metrics").text):
+            break
+        time.sleep(0.05)
+    assert told in counted
+    assert 'status="500"' not in counted
+
+
+def test_jobs_are_counted_as_other_edits_are(client):
+    def computed():
+        line = next(
+            line for line in client.get("/metrics").text.splitlines()
+            if line.startswith('fluxfire_steps_total{kind="computed"}')
+        )  # fmt: skip
+        return float(line.split()[-1])
+
+    edit(client, steps=3, quality="faithful")
+    before = computed()
+    job = client.post("/jobs", json=body(steps=3, quality="faithful")).json()
+    with client.stream("GET", f"/jobs/{job['id']}/events") as stream:
+        stream.read()
+    assert computed() == before + 3
 
 
 def test_a_job_can_be_cancelled_and_a_failed_one_says_why(client):
@@ -354,6 +409,12 @@ def test_other_sites_and_other_names_are_not_served(client):
         "status": "ok", "gpu_available": False, "message": None,
     }  # fmt: skip
     assert client.get("/ready").status_code == 200
+    for path in ("/", "/health", "/ready"):
+        assert client.head(path).status_code == 200
+    foreign = {"Origin": "https://example.org"}
+    for path in ("/inference", "/jobs"):
+        response = client.post(path, json=body(), headers=foreign)
+        problem(response, 403, "origin-not-allowed", "a page of another site")
     assert client.get("/page/../app.py").status_code == 404
     problem(client.get("/nothing"), 404, "not-found", "Not Found")
 
@@ -372,6 +433,10 @@ def test_keys_storage_and_a_deadline(tmp_path):
             problem(response, 401, "key-wanted", "this service wants a key")
             assert response.headers["www-authenticate"] == "Bearer"
         client.headers["Authorization"] = f"Bearer {ann}"
+        large = base64.b64encode(file_of(Image.effect_noise((1200, 1000), 90))).decode()
+        assert len(large) > 2**20  # which is where multipart parsers usually end a text field
+        text = {"image": (None, large), "prompt": (None, "x"), "steps": (None, "1")}
+        assert client.post("/inference", files=text).status_code == 200
         (image,) = edit(client)["images"]
         assert image["data_url"] is None
         assert client.get(image["url"]).content[:4] == b"\x89PNG"
@@ -387,11 +452,12 @@ def test_keys_storage_and_a_deadline(tmp_path):
         problem(other, 404, "job-unknown", "there is no such job")
 
 
-def test_told_to_stop_it_answers_what_it_has_begun(tmp_path):
-    """As a command: SIGTERM while a request runs; and what cannot start says so, and ends."""
+@contextlib.contextmanager
+def command(*options):
+    """The command, ready; yields its process and its address."""
     port = free_port()
-    command = [sys.executable, "-m", "fluxfire", "serve", "--port", str(port)]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    asked = [sys.executable, "-m", "fluxfire", "serve", "--port", str(port), *options]
+    process = subprocess.Popen(asked, stderr=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
@@ -399,20 +465,44 @@ def test_told_to_stop_it_answers_what_it_has_begun(tmp_path):
                 if httpx.get(f"{url}/ready").status_code == 200:
                     break
             time.sleep(0.1)
-        answers = []
-        slow = body(steps=50, num_images=2, quality="faithful")
-        asking = threading.Thread(
-            target=lambda: answers.append(httpx.post(f"{url}/inference", json=slow, timeout=60))
-        )
-        asking.start()
-        time.sleep(0.5)
-        process.terminate()
-        asking.join()
-        assert answers[0].status_code == 200
-        assert process.wait(60) in {0, -signal.SIGTERM}  # uvicorn then ends as it was told to
+        yield process, url
     finally:
         process.kill()
-    wrong = [*command, "--model", str(tmp_path / "nothing")]
+
+
+def asked_while_it_is_stopped(process, url, **slow):
+    """What an edit that runs at SIGTERM is answered."""
+    answers = []
+    asking = threading.Thread(
+        target=lambda: answers.append(httpx.post(f"{url}/inference", json=body(**slow), timeout=60))
+    )
+    asking.start()
+    time.sleep(0.5)
+    process.terminate()
+    asking.join()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode in {0, -signal.SIGTERM}  # uvicorn then ends as it was told to
+    assert "Traceback" not in said
+    return answers[0]
+
+
+SLOW = {"steps": 50, "num_images": 2, "quality": "faithful"}
+
+
+def test_told_to_stop_it_answers_what_it_has_begun():
+    with command() as running:
+        assert asked_while_it_is_stopped(*running, **SLOW).status_code == 200
+
+
+def test_what_takes_longer_than_it_may_is_told_that_the_service_stops():
+    with command("--drain", "1") as running:
+        response = asked_while_it_is_stopped(*running, **SLOW | {"num_images": 4})
+        problem(response, 503, "stopping", "the service stops")
+
+
+def test_what_cannot_start_says_so_and_ends(tmp_path):
+    wrong = [sys.executable, "-m", "fluxfire", "serve", "--port", str(free_port())]
+    wrong += ["--model", str(tmp_path / "nothing")]
     done = subprocess.run(wrong, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 1
     assert "error: there is no folder" in done.stderr

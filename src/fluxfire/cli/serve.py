@@ -12,6 +12,8 @@ from fluxfire.cli.values import positive, size, whole
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 
+_LAST_WORDS = 5  # seconds to write the last answers
+
 
 def add(commands: Commands) -> None:
     """Add `serve`.
@@ -47,6 +49,10 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--max-batch", type=positive, help="pictures at once (default: 4 of a small model, else 1)"
     )
+    parser.add_argument(
+        "--drain", type=positive, default=Settings.drain_seconds, metavar="SECONDS",
+        help="how long requests may go on when it is told to stop (default: %(default)g)",
+    )  # fmt: skip
     parser.add_argument(
         "--warm-up", type=size, action="append", metavar="WIDTHxHEIGHT",
         help="a size to run before requests are taken; may be given again",
@@ -93,6 +99,7 @@ def serve(arguments: argparse.Namespace) -> int:
         secret=os.environ.get("FLUXFIRE_SECRET"),
         max_queue=arguments.max_queue,
         max_batch=arguments.max_batch,
+        drain_seconds=arguments.drain,
         warm_up=tuple(arguments.warm_up) if arguments.warm_up else None,
     )
     troubles: list[str] = []
@@ -102,9 +109,15 @@ def serve(arguments: argparse.Namespace) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_trouble=end)
-    server = uvicorn.Server(
-        uvicorn.Config(app, timeout_graceful_shutdown=int(settings.drain_seconds))
-    )
+
+    class Server(uvicorn.Server):
+        """One that lets the engine answer what it took, before connections are closed."""
+
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await app.state.engine.drain(settings.drain_seconds)
+            await super().shutdown(sockets)
+
+    server = Server(uvicorn.Config(app, timeout_graceful_shutdown=_LAST_WORDS))
     with _listening(settings) as listener:
         address, port = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address

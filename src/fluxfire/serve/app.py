@@ -16,7 +16,6 @@ from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBea
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 import fluxfire
 from fluxfire.serve.engine import Engine
@@ -25,7 +24,7 @@ from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.keys import Keys
 from fluxfire.serve.limits import LimitedBodies
 from fluxfire.serve.metrics import Counted, Metrics
-from fluxfire.serve.problems import PROBLEMS, add_handlers
+from fluxfire.serve.problems import add_handlers, problems
 from fluxfire.serve.reading import read, unless_gone
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import (
@@ -39,6 +38,7 @@ from fluxfire.serve.schema import (
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
+from fluxfire.serve.strangers import OnlyThisMachine
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -48,7 +48,6 @@ _POLICY = (
     "default-src 'self'; img-src 'self' data: blob: https:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-_LOOPBACK = ["localhost", "127.0.0.1", "::1", "[::1]"]
 _SWEEPS = 600.0  # seconds between looks for pictures that are too old
 
 _bearer = HTTPBearer(auto_error=False, description="A key of the service's, if it wants one.")
@@ -97,7 +96,7 @@ def create_app(
             settings, on_batch=metrics.batch, on_restart=metrics.restarted, on_trouble=on_trouble
         )
         engine.start()
-        service = Service(settings, engine, storage)
+        service = Service(settings, engine, storage, metrics.edited)
         app.state.engine, app.state.service, app.state.jobs = engine, service, Jobs(service)
         sweeper = asyncio.create_task(_sweep(storage)) if storage else None
         try:
@@ -108,6 +107,7 @@ def create_app(
             if sweeper is not None:
                 sweeper.cancel()
             await app.state.jobs.close()
+            service.close()
             engine.close()
 
     app = FastAPIOffline(  # so that /docs works where only this service is reached
@@ -128,10 +128,9 @@ def create_app(
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key"],
         )  # fmt: skip
+    if keys is None:
+        app.add_middleware(OnlyThisMachine, host=settings.host, origins=settings.origins)
     app.add_middleware(Counted, metrics=metrics)
-    if settings.on_loopback and keys is None:
-        # Or a page elsewhere could give its own name this machine's address, and ask.
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=[*_LOOPBACK, settings.host])
     return app
 
 
@@ -168,34 +167,31 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         return running
 
     @app.post(
-        "/inference", response_model=EditAnswer, responses=PROBLEMS, openapi_extra=_BODY,
+        "/inference", response_model=EditAnswer, openapi_extra=_BODY,
+        responses=problems(401, 408, 413, 415, 422, 424, 429, 503, 504, 507),
         summary="Edit a picture, and wait for the result",
     )  # fmt: skip
     async def inference(request: Request, _owner: Owner) -> Response:
-        wanted, file = await read(request)
-        answer: EditAnswer = await unless_gone(request, app.state.service.edit(wanted, file))
-        app.state.metrics.edited(answer)
-        text = await asyncio.to_thread(answer.model_dump_json)  # with megabytes of pictures
-        return Response(text, media_type="application/json")
+        wanted, file = await read(request, settings.request_seconds)
+        return await _json(await unless_gone(request, app.state.service.edit(wanted, file)))
 
     @app.post(
-        "/jobs", response_model=JobAnswer, responses=PROBLEMS, status_code=202,
-        openapi_extra=_BODY, summary="Begin an edit",
+        "/jobs", response_model=JobAnswer, status_code=202, openapi_extra=_BODY,
+        responses=problems(401, 408, 413, 415, 422, 429, 503), summary="Begin an edit",
     )  # fmt: skip
     async def begin_job(request: Request, owner: Owner) -> JobAnswer:
-        wanted, file = await read(request)
+        wanted, file = await read(request, settings.request_seconds)
         job = app.state.jobs.begin(wanted, file, owner)
         shown: JobAnswer = job.shown(engine())
         return shown
 
-    @app.get("/jobs/{job_id}", response_model=JobAnswer, responses=PROBLEMS, summary="See a job")
-    async def see_job(job_id: str, owner: Owner) -> JobAnswer:
-        shown: JobAnswer = app.state.jobs.find(job_id, owner).shown(engine())
-        return shown
+    known = problems(401, 404)
 
-    @app.delete(
-        "/jobs/{job_id}", response_model=JobAnswer, responses=PROBLEMS, summary="Cancel a job"
-    )
+    @app.get("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="See a job")
+    async def see_job(job_id: str, owner: Owner) -> Response:
+        return await _json(app.state.jobs.find(job_id, owner).shown(engine()))
+
+    @app.delete("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="Cancel a job")
     async def cancel_job(job_id: str, owner: Owner) -> JobAnswer:
         job = app.state.jobs.find(job_id, owner)
         await app.state.jobs.cancel(job)
@@ -203,7 +199,7 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         return shown
 
     @app.get(
-        "/jobs/{job_id}/events", responses=PROBLEMS, response_class=StreamingResponse,
+        "/jobs/{job_id}/events", responses=known, response_class=StreamingResponse,
         summary="Follow a job by server-sent events",
     )  # fmt: skip
     async def follow_job(job_id: str, owner: Owner) -> StreamingResponse:
@@ -211,27 +207,36 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
 
         async def events() -> AsyncIterator[str]:
             async for shown in app.state.jobs.watch(job):
+                if shown is None:
+                    yield ": still here\n\n"  # or a proxy would take the line for dead
+                    continue
                 text = await asyncio.to_thread(shown.model_dump_json)
                 yield f"event: {shown.status}\ndata: {text}\n\n"
 
         quiet = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(), media_type="text/event-stream", headers=quiet)
 
-    @app.get("/files/{name}", responses=PROBLEMS, summary="A picture, by its signed link")
+    @app.get(
+        "/files/{name}",
+        responses=problems(404, 410, 422, 503),
+        summary="A picture, by its signed link",
+    )
     async def stored(name: str, expires: int, signature: str) -> Response:
         storage = app.state.storage
         if not isinstance(storage, LocalStorage):
             raise Refused("this service keeps no pictures here", status=404, code="file-gone")
         data, kind = await asyncio.to_thread(storage.read, name, expires, signature)
-        return Response(data, media_type=kind, headers={"X-Content-Type-Options": "nosniff"})
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
+        return Response(data, media_type=kind, headers=headers)
 
-    @app.get("/about", response_model=About, responses=PROBLEMS, summary="The service")
+    @app.get("/about", response_model=About, responses=problems(401), summary="The service")
     async def about(_owner: Owner) -> About:
         facts = engine().facts
         return About(
             model=settings.model,
             version=fluxfire.__version__,
             state=engine().state,
+            trouble=engine().trouble,
             device=facts.device if facts else None,
             passes=list(facts.passes) if facts else [],
             qualities=list(facts.levels) if facts else [],
@@ -242,27 +247,44 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
             default_steps=EditRequest.model_fields["steps"].default,
         )
 
-    @app.get("/health", response_model=Health, summary="Whether the service lives")
+    unwell: dict[int | str, dict[str, Any]] = {
+        503: {"model": Health, "description": "It does not."}
+    }
+
+    @app.head("/health", include_in_schema=False)
+    @app.get(
+        "/health", response_model=Health, responses=unwell, summary="Whether the service lives"
+    )
     async def health(response: Response) -> Health:
         state, facts = engine().state, engine().facts
         response.status_code = 503 if state == "failed" else 200
         return Health(
             status="ok" if state == "ready" else state,
             gpu_available=facts is not None and facts.device.startswith("cuda"),
-            message=engine().trouble,
+            message="there is no pipeline; /about and the log say why"
+            if engine().trouble
+            else None,
         )
 
-    @app.get("/ready", response_model=Health, summary="Whether requests are taken without waiting")
+    @app.head("/ready", include_in_schema=False)
+    @app.get(
+        "/ready", response_model=Health, responses=unwell,
+        summary="Whether requests are taken without waiting",
+    )  # fmt: skip
     async def ready(response: Response) -> Health:
         told = await health(response)
         response.status_code = 200 if told.status == "ok" else 503
         return told
 
-    @app.get("/metrics", response_class=Response, summary="Counters, for Prometheus")
+    @app.get(
+        "/metrics", response_class=Response, responses=problems(401),
+        summary="Counters, for Prometheus",
+    )  # fmt: skip
     async def metrics(_owner: Owner) -> Response:
         text = app.state.metrics.text(engine())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
+    @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
         headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
@@ -273,6 +295,12 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         if name not in _PAGE_FILES:
             raise HTTPException(404)
         return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name])
+
+
+async def _json(answer: EditAnswer | JobAnswer) -> Response:
+    """Write an answer, with megabytes of pictures, beside the event loop."""
+    text = await asyncio.to_thread(answer.model_dump_json)
+    return Response(text, media_type="application/json")
 
 
 async def _sweep(storage: Any) -> None:

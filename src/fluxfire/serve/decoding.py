@@ -32,6 +32,10 @@ MOST_SCANS = 100
 Progressive files have about ten. Each scan costs time for every pixel and may take only a
 few bytes, so a small file could keep a core busy for hours.
 """
+MOST_SCANNED = 500_000_000
+"""Pixels that a JPEG may go over, all its scans together: ten scans of 50 megapixels."""
+KEPT_PIXELS = 4_194_304
+"""Pixels of a picture that are kept while it waits. FLUX.1 Kontext works on one megapixel."""
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+=-]*)*),", re.ASCII | re.IGNORECASE)
 _LONGEST_HEADER = 200  # characters before the comma of a data: URL
 _EXIF_MARK = b"Exif\0\0"
@@ -99,6 +103,20 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
         raise _damaged(str(error)) from None
     picture.info = {}
     return picture if turn is None else picture.transpose(turn)
+
+
+def reduced(picture: Image.Image, pixels: int = KEPT_PIXELS) -> Image.Image:
+    """Scale a picture down to so many pixels, if it has more; its shape stays.
+
+    Args:
+        picture: in RGB.
+        pixels: width times height at the most.
+    """
+    scale = (pixels / (picture.width * picture.height)) ** 0.5
+    if scale >= 1:
+        return picture
+    width, height = (max(SMALLEST, int(side * scale)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
 
 
 def unwrapped(text: str, *, max_bytes: int) -> bytes:
@@ -172,16 +190,14 @@ def data_url(data: bytes, format: Format) -> str:  # noqa: A002 - as in `encode`
 def _opened(data: bytes, max_pixels: int) -> Image.Image:
     """Read a file's header, and refuse what is beyond the limits."""
     file: Image.Image
+    scans = 1
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         file = PngImageFile(io.BytesIO(data))
     elif data.startswith(b"\xff\xd8\xff"):
         # In pixel data the byte FF is never followed by DA, so only metadata counts too much.
-        if data.count(b"\xff\xda") > MOST_SCANS:
-            raise PictureRefused(
-                f"the JPEG goes over its pixels more than {MOST_SCANS} times; save it anew",
-                status=413,
-                code="image-too-large",
-            )
+        scans = data.count(b"\xff\xda")
+        if scans > MOST_SCANS:
+            raise _too_many_scans(scans)
         file = _JpegFile(io.BytesIO(data))
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         # Pillow's decoder sets memory for all pixels aside when it is made.
@@ -194,6 +210,8 @@ def _opened(data: bytes, max_pixels: int) -> Image.Image:
             code="image-format-unsupported",
         )
     _check_size(file.size, max_pixels)
+    if scans > 1 and scans * file.width * file.height > MOST_SCANNED:
+        raise _too_many_scans(scans)
     return file
 
 
@@ -267,6 +285,14 @@ def _damaged(reason: str) -> PictureRefused:
         f"the image cannot be read: {reason[:200]}; the file is damaged or incomplete",
         status=400,
         code="image-damaged",
+    )
+
+
+def _too_many_scans(scans: int) -> PictureRefused:
+    return PictureRefused(
+        f"the JPEG goes over its pixels {scans} times, which takes too long; save it anew",
+        status=413,
+        code="image-too-large",
     )
 
 

@@ -79,6 +79,10 @@ class Ticket:
         return self.tries > 0
 
 
+class Place:
+    """Room in the queue, for a request whose picture is still being read."""
+
+
 class Engine:
     """Takes requests, and keeps a worker that edits.
 
@@ -108,6 +112,7 @@ class Engine:
         self._on_batch, self._on_restart, self._on_trouble = on_batch, on_restart, on_trouble
         self._settings = settings
         self._waiting: deque[Ticket] = deque()
+        self._places: set[Place] = set()
         self._running: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._seconds: deque[float] = deque(maxlen=20)
@@ -117,6 +122,8 @@ class Engine:
         self._idle = asyncio.Event()
         self._idle.set()
         self._restart: asyncio.TimerHandle | None = None
+        self._messages = 0  # of all workers
+        self._watchdog: asyncio.TimerHandle | None = None
 
     @property
     def state(self) -> State:
@@ -125,7 +132,7 @@ class Engine:
             return "failed"
         if self._draining:
             return "draining"
-        return "ready" if self.facts is not None else "starting"
+        return "ready" if self._ready else "starting"
 
     @property
     def waiting(self) -> int:
@@ -139,46 +146,60 @@ class Engine:
 
     def start(self) -> None:
         """Start a worker. It loads meanwhile."""
-        self._ready = False
         self._restart = None
         loop = asyncio.get_running_loop()
-        worker = WorkerProcess(self._settings)
 
         def heard(message: FromWorker | None) -> None:
             loop.call_soon_threadsafe(self._heard, worker, message)
 
-        self._worker = worker
-        worker.start(heard)
+        try:
+            worker = self._worker = WorkerProcess(self._settings)
+            worker.start(heard)
+        except (OSError, RuntimeError, MemoryError):  # the next try may find room for it
+            _log.exception("the worker cannot be started")
+            self._lost()
 
-    def check(self, level: Level | None, *, coming: int = 0) -> None:
-        """See whether a request would be taken now, before work is put into it.
+    def reserve(self, level: Level | None) -> Place:
+        """Take a place in the queue, before work is put into a request.
 
         Args:
             level: the quality wanted; None takes what there is.
-            coming: requests that are on their way into the queue already.
 
-        Raises:
-            Refused: as by `submit`.
-        """
-        if self.trouble is not None:
-            raise Refused(f"the service has no pipeline: {self.trouble}", status=503, code="failed")
-        if self._draining:
-            raise Refused("the service stops", status=503, code="stopping")
-        if len(self._waiting) + coming >= self._settings.max_queue:
-            raise Refused(
-                f"{len(self._waiting) + coming} requests wait already; try again later",
-                status=429, code="queue-full",
-            )  # fmt: skip
-        self._check_level(level)
-
-    def submit(self, ask: PipelineRequest) -> Ticket:
-        """Put a request into the queue.
+        Returns:
+            The place, to be handed to `submit`, or given back to `leave`.
 
         Raises:
             Refused: the queue is full (429), the service stops or cannot work (503), or the level
-                wanted is none that the passes give (422).
+                is none that the passes give (422).
         """
-        self.check(ask.level)
+        self._check()
+        self._check_level(level)
+        place = Place()
+        self._places.add(place)
+        self._idle.clear()
+        return place
+
+    def leave(self, place: Place) -> None:
+        """Give a place back, unless it was used."""
+        self._places.discard(place)
+        self._note_idle()
+
+    def submit(self, ask: PipelineRequest, place: Place | None = None) -> Ticket:
+        """Put a request into the queue.
+
+        Args:
+            ask: what is asked.
+            place: kept for it by `reserve`; with one it is taken even if the service has been told
+                to stop meanwhile.
+
+        Raises:
+            Refused: as by `reserve`.
+        """
+        if place in self._places:
+            self._places.discard(place)
+        else:
+            self._check()
+        self._check_level(ask.level)
         loop = asyncio.get_running_loop()
         ticket = Ticket(next(self._numbers), ask, loop.create_future())
         ticket.done.add_done_callback(_retrieved)
@@ -199,6 +220,7 @@ class Engine:
             self._note_idle()
         elif ticket.number in self._running and self._worker is not None:
             self._worker.send(Cancel(ticket.number))
+            self._watch()
 
     def position(self, ticket: Ticket) -> int | None:
         """How many requests wait before this one; None once it does not wait."""
@@ -232,11 +254,23 @@ class Engine:
             if not ticket.done.done():
                 ticket.done.set_exception(stopping)
             ticket.tell()
+        self._places.clear()
         self._waiting.clear()
         self._running.clear()
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop()
+
+    def _check(self) -> None:
+        if self.trouble is not None:
+            raise Refused(f"the service has no pipeline: {self.trouble}", status=503, code="failed")
+        if self._draining:
+            raise Refused("the service stops", status=503, code="stopping")
+        waiting = len(self._waiting) + len(self._places)
+        if waiting >= self._settings.max_queue:
+            raise Refused(
+                f"{waiting} requests wait already; try again later", status=429, code="queue-full"
+            )
 
     def _check_level(self, level: Level | None) -> None:
         facts = self.facts  # not known while the first worker loads: then what waits is looked at
@@ -275,6 +309,7 @@ class Engine:
         """Take a message of the worker's; None if it died."""
         if worker is not self._worker:
             return  # an earlier one's last words
+        self._messages += 1
         if message is None:
             self._lost()
         elif isinstance(message, Ready):
@@ -350,6 +385,9 @@ class Engine:
     def _give_up(self, why: str) -> None:
         _log.error("no pipeline: %s", why)
         self.trouble = why
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.stop()
         self._on_trouble(why)
         error = Refused(f"the service has no pipeline: {why}", status=503, code="failed")
         for ticket in self._waiting:
@@ -358,6 +396,24 @@ class Engine:
             ticket.tell()
         self._waiting.clear()
         self._note_idle()
+
+    def _watch(self) -> None:
+        """See after a while whether the worker hangs in what nobody waits for any more."""
+        if self._watchdog is None and all(t.done.done() for t in self._running.values()):
+            loop = asyncio.get_running_loop()
+            self._watchdog = loop.call_later(
+                self._settings.hang_seconds, self._look_after, self._worker, self._messages
+            )
+
+    def _look_after(self, worker: WorkerProcess | None, messages: int) -> None:
+        self._watchdog = None
+        if worker is None or worker is not self._worker or not self._running:
+            return
+        if messages == self._messages:
+            _log.error("the worker says nothing for %g s: killed", self._settings.hang_seconds)
+            worker.kill()  # and its end is heard
+        else:
+            self._watch()
 
     def _refuse_levels(self) -> None:
         """Refuse what came before it was known which levels there are."""
@@ -373,7 +429,7 @@ class Engine:
         return batch
 
     def _note_idle(self) -> None:
-        if not self._waiting and not self._running:
+        if not (self._waiting or self._running or self._places):
             self._idle.set()
 
 

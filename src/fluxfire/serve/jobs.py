@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from fluxfire.serve.engine import Engine, Ticket
+from fluxfire.serve.engine import Engine, Place, Ticket
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import EditAnswer, EditRequest, JobAnswer, Problem
 from fluxfire.serve.service import Service
 from fluxfire.serve.storage import StorageError
+
+_log = logging.getLogger(__name__)
+_QUIET = 15.0  # seconds after which a watcher is told that nothing changed
 
 
 @dataclass(eq=False)
@@ -23,8 +26,10 @@ class Job:
     Attributes:
         id: unguessable.
         owner: whose key began it, or None.
+        steps: denoising steps in all.
+        step: those made, once it has ended.
         task: what carries it out.
-        ticket: its place in the engine, once it has one.
+        ticket: what the engine knows of it, while that is at work.
         result: what was made.
         error: why nothing was.
         cancelled: whether it was cancelled.
@@ -34,6 +39,7 @@ class Job:
     id: str
     owner: str | None
     steps: int
+    step: int = 0
     task: asyncio.Task[None] | None = None
     ticket: Ticket | None = None
     result: EditAnswer | None = None
@@ -55,7 +61,7 @@ class Job:
                 "id": self.id,
                 "status": status,
                 "position": position,
-                "step": ticket.step if ticket else 0,
+                "step": ticket.step if ticket else self.step,
                 "steps": ticket.steps if ticket else self.steps,
                 "result": self.result,
                 "error": self.error,
@@ -68,7 +74,7 @@ class Jobs:
 
     def __init__(self, service: Service) -> None:
         self._service = service
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._jobs: dict[str, Job] = {}
 
     def begin(self, request: EditRequest, file: bytes | None, owner: str | None) -> Job:
         """Begin a job.
@@ -76,17 +82,18 @@ class Jobs:
         Raises:
             Refused: too many are running already, or the engine would not take it.
         """
-        self._forget()
-        coming = sum(job.ticket is None and job.finished is None for job in self._jobs.values())
-        self._service.engine.check(request.quality, coming=coming)
+        self._forget_old()
+        self._make_room()
         if len(self._jobs) >= self._service.settings.max_jobs:
             raise Refused(
                 f"{len(self._jobs)} jobs are running already; try again later",
                 status=429, code="queue-full",
             )  # fmt: skip
+        place = self._service.engine.reserve(request.quality)
         job = Job(secrets.token_urlsafe(16), owner, request.steps)
         self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._carry_out(job, request, file))
+        job.task = asyncio.create_task(self._carry_out(job, request, file, place))
+        job.task.add_done_callback(lambda _: self._finish(job, place))
         return job
 
     def find(self, name: str, owner: str | None) -> Job:
@@ -95,7 +102,7 @@ class Jobs:
         Raises:
             Refused: there is none of this id, or another key began it.
         """
-        self._forget()
+        self._forget_old()
         job = self._jobs.get(name)
         if job is None or job.owner != owner:
             raise Refused(
@@ -107,7 +114,6 @@ class Jobs:
     async def cancel(self, job: Job) -> None:
         """Cancel a job, unless it has ended."""
         if job.task is not None and not job.ended.is_set():
-            job.cancelled = True
             job.task.cancel()
             await job.ended.wait()
 
@@ -116,54 +122,75 @@ class Jobs:
         tasks = [job.task for job in self._jobs.values() if job.task]
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def watch(self, job: Job) -> AsyncIterator[JobAnswer]:
-        """Yield the job whenever it changed, until it has ended."""
-        before = None
+    async def watch(self, job: Job) -> AsyncIterator[JobAnswer | None]:
+        """Yield the job whenever it changed, until it has ended; None after a long silence."""
+        before, told = None, time.monotonic()
         while True:
             ended = job.ended.is_set()
             changing = job.ticket.changed if job.ticket else None
             now = job.shown(self._service.engine)
-            if now != before:
-                yield now
+            if now != before or time.monotonic() - told > _QUIET:
+                yield now if now != before else None
+                before, told = now, time.monotonic()
             if ended:
                 return
-            before = now
             changed = changing.wait() if changing else asyncio.sleep(0.05)
             waits = [asyncio.ensure_future(changed), asyncio.ensure_future(job.ended.wait())]
-            # A place in the queue changes without a word to those behind.
-            await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
-            for wait in waits:
-                wait.cancel()
+            try:
+                # A place in the queue changes without a word to those behind.
+                await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
+            finally:  # also where the client has gone
+                for wait in waits:
+                    wait.cancel()
 
     async def close(self) -> None:
         """Cancel all."""
         await asyncio.gather(*map(self.cancel, self._jobs.values()))
 
-    async def _carry_out(self, job: Job, request: EditRequest, file: bytes | None) -> None:
+    async def _carry_out(
+        self, job: Job, request: EditRequest, file: bytes | None, place: Place
+    ) -> None:
         def put(ticket: Ticket) -> None:
             job.ticket = ticket
 
         try:
-            job.result = await self._service.edit(request, file, put)
-        except asyncio.CancelledError:
-            job.cancelled = True
-            job.error = Problem(code="cancelled", message="the job was cancelled")
+            job.result = await self._service.edit(request, file, place, put)
         except Refused as refusal:
             job.error = Problem(code=refusal.code, message=str(refusal))
-        except StorageError:
+        except StorageError as error:
+            _log.error("storage: %s", error)
             job.error = Problem(code="storage", message="the picture could not be stored")
-        finally:
-            job.finished = time.monotonic()
-            job.ended.set()
+        except Exception:  # noqa: BLE001 - nobody awaits the task, and a client does
+            _log.exception("a job failed")
+            job.error = Problem(code="internal", message="something went wrong in the service")
 
-    def _forget(self) -> None:
-        """Forget jobs that ended long ago, and the oldest that ended where there are too many."""
-        settings = self._service.settings
+    def _finish(self, job: Job, place: Place) -> None:
+        """Note that a job's task has ended, however that was; also if it never began."""
+        self._service.engine.leave(place)
+        if job.result is None and job.error is None:
+            job.cancelled = True
+            job.error = Problem(code="cancelled", message="the job was cancelled")
+        if job.ticket is not None:  # it holds the pictures, the one sent and those made
+            job.step, job.steps, job.ticket = job.ticket.step, job.ticket.steps, None
+        job.finished = time.monotonic()
+        job.ended.set()
+        seconds = self._service.settings.job_seconds
+        asyncio.get_running_loop().call_later(seconds, self._forget_old)
+
+    def _forget_old(self) -> None:
+        """Forget jobs that ended long ago."""
+        now, seconds = time.monotonic(), self._service.settings.job_seconds
+        for job in self._ended():
+            if job.finished is not None and now - job.finished >= seconds:
+                del self._jobs[job.id]
+
+    def _make_room(self) -> None:
+        """Forget the job that ended first, where there is no room for another."""
+        ended = self._ended()
+        if ended and len(self._jobs) >= self._service.settings.max_jobs:
+            del self._jobs[ended[0].id]
+
+    def _ended(self) -> list[Job]:
+        """Return the jobs that ended, the first to end first."""
         ended = [job for job in self._jobs.values() if job.finished is not None]
-        room = settings.max_jobs - len(self._jobs)
-        for job in ended:
-            assert job.finished is not None  # noqa: S101 - it ended
-            if room > 0 and time.monotonic() - job.finished < settings.job_seconds:
-                continue
-            del self._jobs[job.id]
-            room += 1
+        return sorted(ended, key=lambda job: job.finished or 0.0)

@@ -48,7 +48,9 @@ class Started:
             async with asyncio.timeout(seconds):
                 await self._ask("startup")
                 # Nothing in an ASGI application tells when it gets ready.
-                while (status := await self._status("/ready")) != _OK:  # noqa: ASYNC110
+                while (status := await self._status("/ready")) != _OK:
+                    if await self._status("/health") != _OK:
+                        raise DeploymentError("the service cannot work; its log says why")
                     await asyncio.sleep(_READY_POLL)
         except TimeoutError:
             self._lifespan.cancel()

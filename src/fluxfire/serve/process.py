@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
+import pickle
 import queue
 import threading
 from collections.abc import Callable
@@ -12,6 +14,9 @@ from fluxfire.serve import worker
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import FromWorker, Stop, ToWorker
 
+_log = logging.getLogger(__name__)
+_LoopClosed = RuntimeError  # what asyncio raises then
+_UNREADABLE = (pickle.UnpicklingError, AttributeError, ImportError, ValueError, MemoryError)
 _PATIENCE = 5.0  # seconds to end by itself
 
 
@@ -49,6 +54,10 @@ class WorkerProcess:
         self.send_no_more()
         threading.Thread(target=self._end, name="worker-stopper").start()
 
+    def kill(self) -> None:
+        """End it at once; `heard` is told."""
+        self._process.kill()
+
     def send_no_more(self) -> None:
         """Let the sending thread end."""
         self._outbox.put(None)
@@ -60,14 +69,20 @@ class WorkerProcess:
             self._process.join()
 
     def _listen(self, heard: Callable[[FromWorker | None], None]) -> None:
-        try:
-            while True:
-                heard(self._ours.recv())
-        except (EOFError, OSError):
+        with contextlib.suppress(_LoopClosed):  # then nobody listens any more
+            try:
+                while True:
+                    heard(self._ours.recv())
+            except (EOFError, OSError):
+                pass
+            except _LoopClosed:
+                raise
+            except _UNREADABLE:
+                _log.exception("what the worker says cannot be read; it is ended")
+                self._process.kill()
             self._process.join()
             self.send_no_more()
-            with contextlib.suppress(RuntimeError):  # the event loop is closed: nobody listens
-                heard(None)
+            heard(None)
 
     def _speak(self) -> None:
         while (message := self._outbox.get()) is not None:

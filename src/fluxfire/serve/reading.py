@@ -10,46 +10,76 @@ from typing import Any, TypeVar
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.requests import ClientDisconnect
 
 from fluxfire.serve.problems import said
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import EditRequest
 
 T = TypeVar("T")
+_LONGEST_NAME, _MOST_NAMED = 40, 5
 _GONE = 499  # what nginx calls a client that has gone
 
 
-async def read(request: Request) -> tuple[EditRequest, bytes | None]:
+async def read(request: Request, seconds: float) -> tuple[EditRequest, bytes | None]:
     """Read a request, in JSON or as a form.
 
     Args:
         request: as it came.
+        seconds: how long its body may take to come.
 
     Returns:
         Its fields, and the picture if it came as a file.
 
     Raises:
-        Refused: it is neither, or has a field that is wrong.
+        Refused: it is neither, has a field that is wrong, or did not come.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    file = None
-    if kind == "multipart/form-data":
-        async with request.form(max_files=1, max_fields=30, max_part_size=2**20) as form:
-            fields, file = await _form(form)
-    elif kind == "application/json" or not kind:
-        try:
-            fields = await asyncio.to_thread(json.loads, await request.body())
-        except (ValueError, RecursionError):
-            raise Refused("the body is not JSON", status=400, code="not-json") from None
-    else:
+    try:
+        async with asyncio.timeout(seconds):
+            if kind == "multipart/form-data":
+                # Fields may be as long as the body, whose length is limited where it comes in.
+                async with request.form(max_files=1, max_fields=30, max_part_size=2**63) as form:
+                    fields, file = await _form(form)
+                    return _validated(fields), file
+            if kind == "application/json":
+                body = await request.body()
+                return await asyncio.to_thread(_from_json, body), None
+    except TimeoutError:
         raise Refused(
-            f"the body is {kind!r}; send application/json or multipart/form-data",
-            status=415, code="body-format-unsupported",
+            f"the body did not come within {seconds:g} s", status=408, code="body-late"
+        ) from None
+    except ClientDisconnect:
+        raise Refused("the client has gone", status=_GONE, code="client-gone") from None
+    raise Refused(
+        f"the body is {kind or 'of no Content-Type'}; send application/json or multipart/form-data",
+        status=415, code="body-format-unsupported",
+    )  # fmt: skip
+
+
+def _from_json(body: bytes) -> EditRequest:
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError):
+        raise Refused("the body is not JSON", status=400, code="not-json") from None
+    return _validated(fields)
+
+
+def _validated(fields: Any) -> EditRequest:
+    """Check all fields; those that are none are told without looking at the rest."""
+    known = EditRequest.model_fields
+    if isinstance(fields, dict) and (unknown := [name for name in fields if name not in known]):
+        named = ", ".join(name[:_LONGEST_NAME] for name in unknown[:_MOST_NAMED])
+        more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
+        raise Refused(
+            f"{named}{more}: there is no such field; there are {', '.join(known)}",
+            status=422, code="invalid-request",
         )  # fmt: skip
     try:
-        return EditRequest.model_validate(fields), file
+        return EditRequest.model_validate(fields)
     except ValidationError as error:
-        raise Refused(said(error.errors()), status=422, code="invalid-request") from None
+        errors = error.errors(include_url=False, include_context=False, include_input=False)
+        raise Refused(said(errors), status=422, code="invalid-request") from None
 
 
 async def _form(form: FormData) -> tuple[dict[str, Any], bytes | None]:
@@ -66,7 +96,7 @@ async def _form(form: FormData) -> tuple[dict[str, Any], bytes | None]:
                 f"{name} came as a file; the picture goes into the field image",
                 status=422, code="invalid-request",
             )  # fmt: skip
-        elif data := await value.read():
+        elif (data := await value.read()) or value.filename:  # without both, none was chosen
             file = data
     return fields, file
 

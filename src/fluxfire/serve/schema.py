@@ -143,6 +143,7 @@ class About(BaseModel):
     model: str
     version: str
     state: Literal["starting", "ready", "draining", "failed"]
+    trouble: str | None = Field(None, description="Why there is no pipeline, if so.")
     device: str | None
     passes: list[str]
     qualities: list[Level]

@@ -6,38 +6,60 @@ import asyncio
 import secrets
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from functools import partial
+from typing import ParamSpec, TypeVar
 
 from fluxfire.serve import decoding, fetching
-from fluxfire.serve.engine import Engine, Ticket
+from fluxfire.serve.engine import Engine, Place, Ticket
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import Storage, fresh_name
 from fluxfire.serve.wire import PipelineRequest, RawPicture, Result
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+
+_AT_ONCE = 2  # pictures read or written: each holds its pixels, and the processor
+_STORING = 4  # pictures on their way to the store, which may be slow
 
 
 @dataclass
 class Service:
     """What edits, with what and for how long.
 
+    Pictures are read, written and stored by threads of their own, so that a slow picture or store
+    keeps nothing else waiting; what nobody waits for any more leaves their queues.
+
     Attributes:
         settings: the service's.
         engine: the queue and its worker.
         storage: where pictures go; None puts them into the answers.
+        on_answer: is told each answer.
     """
 
     settings: Settings
     engine: Engine
     storage: Storage | None
+    on_answer: Callable[[EditAnswer], None] = lambda answer: None  # noqa: ARG005
+
+    def __post_init__(self) -> None:
+        self._pictures = ThreadPoolExecutor(_AT_ONCE, "pictures")
+        self._storing = ThreadPoolExecutor(_STORING, "storing")
+
+    def close(self) -> None:
+        """Let the threads end, what they have begun once it is done."""
+        for pool in (self._pictures, self._storing):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     async def edit(
         self,
         request: EditRequest,
         file: bytes | None,
+        place: Place | None = None,
         on_ticket: Callable[[Ticket], None] = lambda ticket: None,  # noqa: ARG005
     ) -> EditAnswer:
         """Edit. Cancelling this gives the request up.
@@ -45,6 +67,7 @@ class Service:
         Args:
             request: as it came.
             file: the picture, where it came as a file.
+            place: kept for it in the queue; None takes one.
             on_ticket: is told the ticket once the request is in the queue.
 
         Raises:
@@ -53,15 +76,17 @@ class Service:
         """
         began = time.perf_counter()
         ticket: Ticket | None = None
+        place = place or self.engine.reserve(request.quality)
         try:
-            self.engine.check(request.quality)
             async with asyncio.timeout(self.settings.request_seconds):
                 picture = await self._picture(request, file)
                 decoded = time.perf_counter()
-                ticket = self.engine.submit(_ask(request, picture))
+                ticket = self.engine.submit(_ask(request, picture), place)
                 on_ticket(ticket)
                 result = await asyncio.shield(ticket.done)
-                return await self._answer(request, ticket, result, began, decoded)
+                answer = await self._answer(request, ticket, result, began, decoded)
+                self.on_answer(answer)
+                return answer
         except TimeoutError:
             late = Refused(
                 f"the request took more than {self.settings.request_seconds:g} s; try again later, "
@@ -76,6 +101,8 @@ class Service:
                 gone = Refused("the request was cancelled", status=499, code="cancelled")
                 self.engine.cancel(ticket, gone)
             raise
+        finally:
+            self.engine.leave(place)
 
     async def _picture(self, request: EditRequest, file: bytes | None) -> RawPicture | None:
         """Read the picture, wherever it is; None if there is none."""
@@ -90,7 +117,7 @@ class Service:
             )  # fmt: skip
         text = url if url is not None and url[:5].lower() == "data:" else request.image
         if text is not None:
-            file = await asyncio.to_thread(decoding.unwrapped, text, max_bytes=most)
+            file = await _by(self._pictures, decoding.unwrapped, text, max_bytes=most)
         elif url is not None:
             file = await fetching.fetch(
                 url, allowed=self.settings.image_hosts, max_bytes=most,
@@ -98,14 +125,14 @@ class Service:
             )  # fmt: skip
         if file is None:
             return None
-        return await asyncio.to_thread(_decoded, file, self.settings.max_pixels)
+        return await _by(self._pictures, _decoded, file, self.settings.max_pixels)
 
     async def _answer(
         self, request: EditRequest, ticket: Ticket, result: Result, began: float, decoded: float
     ) -> EditAnswer:
         made = time.perf_counter()
         encoded = await asyncio.gather(
-            *(asyncio.to_thread(_encoded, raw, request) for raw in result.pictures)
+            *(_by(self._pictures, _encoded, raw, request) for raw in result.pictures)
         )
         written = time.perf_counter()
         images = [
@@ -141,8 +168,8 @@ class Service:
         link = None
         if self.storage is not None:
             kind = decoding.media_type(request.output_format)
-            await asyncio.to_thread(self.storage.put, name, data, kind)
-            link = await asyncio.to_thread(self.storage.url, name)
+            await _by(self._storing, self.storage.put, name, data, kind)
+            link = await _by(self._storing, self.storage.url, name)
         return ImageMade(
             data_url=None if link else decoding.data_url(data, request.output_format),
             url=link,
@@ -172,8 +199,14 @@ def _ask(request: EditRequest, picture: RawPicture | None) -> PipelineRequest:
 
 
 def _decoded(file: bytes, max_pixels: int) -> RawPicture:
-    return RawPicture.of(decoding.decode(file, max_pixels=max_pixels))
+    """Read a picture, no larger than is of use: many may wait, with all their pixels."""
+    return RawPicture.of(decoding.reduced(decoding.decode(file, max_pixels=max_pixels)))
 
 
 def _encoded(raw: RawPicture, request: EditRequest) -> bytes:
     return decoding.encode(raw.picture(), request.output_format, request.output_quality)
+
+
+async def _by(pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
+    """Have a pool's thread do some work; cancelled before it began, it never will."""
+    return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args, **more))

@@ -5,11 +5,16 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fluxfire.errors import FluxfireError
 
 _HOUR, _DAY = 3600.0, 86400.0
 _LARGEST_PORT = 65535
+_DURATIONS = (
+    "retention_seconds", "link_seconds", "job_seconds", "request_seconds", "fetch_seconds",
+    "drain_seconds", "hang_seconds",
+)  # fmt: skip
 _SMALL = ("spark", "random-tiny")
 
 
@@ -44,6 +49,8 @@ class Settings:
         request_seconds: how long a request may take before it is given up.
         fetch_seconds: how long fetching an `image_url` may take.
         drain_seconds: how long requests may go on when the service is told to stop.
+        hang_seconds: how long the worker may say nothing of what nobody waits for any more, before
+            it is taken to hang, and replaced. Compiling for a size that is new is silent, too.
         warm_up: sizes (width, height) to run before the service is ready; None for the model's own.
 
     Raises:
@@ -71,21 +78,22 @@ class Settings:
     request_seconds: float = 300.0
     fetch_seconds: float = 20.0
     drain_seconds: float = 60.0
+    hang_seconds: float = 120.0
     warm_up: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_queue", "max_batch", "max_bytes", "max_pixels", "max_jobs"):
             if (given := getattr(self, name)) is not None and given < 1:
                 raise FluxfireError(f"{name}={getattr(self, name)!r}; it must be 1 or more")
-        for name in ("request_seconds", "fetch_seconds", "drain_seconds"):
+        for name in _DURATIONS:
             if not getattr(self, name) > 0:
                 raise FluxfireError(f"{name}={getattr(self, name)!r}; it must be above 0")
         if not 0 <= self.port <= _LARGEST_PORT:
             raise FluxfireError(f"port={self.port!r}; it must be from 0 to {_LARGEST_PORT}")
         if self.preset is not None and self.passes is not None:
             raise FluxfireError("preset and passes exclude each other; give one of them")
-        if "*" in self.origins:
-            raise FluxfireError("origins='*' would let any page ask; name the sites")
+        for origin in self.origins:
+            _check_origin(origin)
         if self.keys_file is None and not self.on_loopback:
             raise FluxfireError(
                 f"{self.host} can be reached from other machines, so the service needs keys: make "
@@ -107,3 +115,15 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _check_origin(origin: str) -> None:
+    """Refuse what no browser sends as an origin, and would never match."""
+    if origin == "*":
+        raise FluxfireError("origins='*' would let any page ask; name the sites")
+    parts = urlsplit(origin)
+    if origin != f"{parts.scheme}://{parts.netloc}" or parts.scheme not in ("http", "https"):
+        raise FluxfireError(
+            f"origins has {origin!r}; write a site as https://example.org, without a path or a "
+            f"slash at the end"
+        )

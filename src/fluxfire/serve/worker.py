@@ -46,11 +46,18 @@ def main(connection: Connection, settings: Settings) -> None:
     try:
         editor = _open(settings)
     except FluxfireError as error:
-        connection.send(CannotStart(str(error)))
+        _tell(connection, CannotStart(str(error)))
         return
-    connection.send(Ready(editor.facts))
+    _tell(connection, Ready(editor.facts))
     while (batch := inbox.batches.get()) is not None:
-        connection.send(_answer(editor, batch, inbox, connection))
+        _tell(connection, _answer(editor, batch, inbox, connection))
+
+
+def _tell(connection: Connection, message: FromWorker) -> None:
+    try:
+        connection.send(message)
+    except OSError:
+        os._exit(1)  # the server is gone
 
 
 def _open(settings: Settings) -> Editor:
@@ -90,12 +97,12 @@ def _answer(editor: Editor, batch: Batch, inbox: _Inbox, connection: Connection)
     import torch
 
     def go_on() -> None:
-        if inbox.cancelled >= batch.asks.keys():
+        if inbox.stopping or inbox.cancelled >= batch.asks.keys():
             raise _NobodyWaitsError
 
     def on_step(step: int, steps: int) -> None:
         go_on()
-        connection.send(StepDone(step, steps))
+        _tell(connection, StepDone(step, steps))
 
     began = time.perf_counter()
     try:
@@ -107,6 +114,8 @@ def _answer(editor: Editor, batch: Batch, inbox: _Inbox, connection: Connection)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Failed("out-of-memory", str(error).splitlines()[0])
+    except torch.AcceleratorError:
+        raise  # such as an illegal address: the device is of no use to this process any more
     except (FluxfireError, ValueError) as error:
         return Failed("edit-refused", str(error))
     except Exception as error:  # noqa: BLE001 - whatever it is, it is this batch's
@@ -126,11 +135,13 @@ class _Inbox:
     Attributes:
         batches: what is to be edited; None ends.
         cancelled: tickets that nobody waits for.
+        stopping: whether it was told to end.
     """
 
     def __init__(self, connection: Connection) -> None:
         self.batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self.cancelled: set[int] = set()
+        self.stopping = False
         self._connection = connection
         threading.Thread(target=self._listen, name="inbox", daemon=True).start()
 
@@ -143,6 +154,7 @@ class _Inbox:
             if isinstance(message, Cancel):
                 self.cancelled.add(message.ticket)
             elif isinstance(message, Stop):
+                self.stopping = True
                 self.batches.put(None)
                 return
             else:

@@ -8,6 +8,7 @@ let about = null;
 let picture = null; // {blob, url, shape}: what is to be edited
 let before = null; // the picture that the result is compared with
 let job = null;
+let sending = null; // ends a request that is still being sent
 
 async function start() {
   $("key").value = sessionStorage.getItem("key") ?? "";
@@ -43,6 +44,9 @@ function wire() {
   });
   $("cancel").addEventListener("click", cancel);
   $("slider").addEventListener("input", slide);
+  window.addEventListener("pagehide", () => {
+    if (job) fetch(`jobs/${job.id}`, { method: "DELETE", headers: headers(), keepalive: true });
+  });
   $("scene").addEventListener("click", takeScene);
   $("copy").addEventListener("click", () => navigator.clipboard?.writeText($("made-seed").value));
 }
@@ -57,8 +61,8 @@ async function call(path, options = {}) {
   let response;
   try {
     response = await fetch(path, { ...options, headers: headers() });
-  } catch {
-    throw new Error("The service cannot be reached.");
+  } catch (error) {
+    throw new Error(error.name === "AbortError" ? "Cancelled." : "The service cannot be reached.");
   }
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
@@ -161,7 +165,10 @@ async function edit() {
   busy(true);
   const compared = picture;
   try {
-    job = await (await call("jobs", { method: "POST", body: fields() })).json();
+    sending = new AbortController();
+    const sent = { method: "POST", body: fields(), signal: sending.signal };
+    job = await (await call("jobs", sent)).json();
+    sending = null;
     await follow(job.id);
     if (job.status === "done") show(job.result, compared);
     else tell(job.status === "cancelled" ? "Cancelled." : job.error.message);
@@ -169,12 +176,13 @@ async function edit() {
     tell(error.message);
   } finally {
     busy(false);
-    job = null;
+    job = sending = null;
   }
 }
 
 async function cancel() {
   $("cancel").disabled = true;
+  sending?.abort();
   try {
     if (job) await call(`jobs/${job.id}`, { method: "DELETE" });
   } catch (error) {
