@@ -224,10 +224,15 @@ def test_fields_that_are_none_are_named(client):
     sent = {"data": {"prompt": "x", "foo": "1"}}
     nothing = {"image": ("", b"")}
     problem(client.post("/inference", files=nothing, **sent), 422, INVALID, "foo: there is no")
-    many = {"prompt": "x"} | {f"k{n}": 0 for n in range(30_000)}
+    many = {"prompt": "x"} | {f"k{n}": 0 for n in range(3000)}
     response = client.post("/inference", json=many)
-    problem(response, 422, INVALID, "k0, k1, k2, k3, k4 and 29995 more: there is no such field")
+    problem(response, 422, INVALID, "k0, k1, k2, k3, k4 and 2995 more: there is no such field")
     assert len(response.content) < 1000
+    for parts in ({f"k{n}": 0 for n in range(10_000)}, [0] * 30_000):
+        response = client.post("/inference", json=parts)
+        problem(response, 400, "not-json", "it has too many parts")
+    quotes = body(prompt='"' * 2000, negative_prompt="," * 2000, steps=1)
+    assert client.post("/inference", json=quotes).status_code == 200
     sent = {"data": {"prompt": "x"}, "files": {"picture": b"a"}}
     problem(
         client.post("/inference", **sent), 422, INVALID, "the picture goes into the field image"
