@@ -10,6 +10,7 @@ from fluxfire.cli.options import Commands, UsageError, add_command, add_model, a
 from fluxfire.cli.values import positive, size, whole
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
+from fluxfire.text import extra_hint
 
 
 def add(commands: Commands) -> None:
@@ -78,7 +79,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
         from fluxfire.serve import create_app
     except ImportError as error:
-        raise UsageError(f'{error.name} is missing: pip install "fluxfire[serve]"') from error
+        raise UsageError(f"{error.name} is missing: {extra_hint('serve')}") from error
     settings = Settings(
         model=arguments.model,
         preset=arguments.preset,

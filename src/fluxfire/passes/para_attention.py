@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.text import extra_hint
 from fluxfire.toolkit.block_cache import CacheEngine, obstacles
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class ParaAttention:
             yield Finding(
                 "error",
                 "para-attn is not installed",
-                'pip install "fluxfire[para-attn]" (its licence bars hosted services), or use '
+                f"{extra_hint('para-attn')} (its licence bars hosted services), or use "
                 "FirstBlockCache, which needs nothing and gives the same",
             )
         yield from obstacles(target)
