@@ -22,6 +22,7 @@ PYPROJECT = nox.project.load_toml("pyproject.toml")
 EXTRAS = tuple(PYPROJECT["project"]["optional-dependencies"])
 DIST = Path("dist")
 CHECKS = Path("tests/distribution")
+USER_CODE = "tests/typed/user_code.py"
 # The oldest versions that pyproject.toml admits.
 MINIMUMS = ("diffusers==0.35.0", "transformers==4.56.0", "safetensors==0.6.2", "peft==0.17.0")
 
@@ -123,6 +124,8 @@ def typing(session: nox.Session) -> None:
     install(session, "typing", extras="[serve]")
     session.install("nox")
     session.run("mypy")
+    # As a user checks code against the installed package, settings of ours aside.
+    session.run("mypy", "--config-file=", "--strict", "--cache-dir=.mypy_cache/user", USER_CODE)
 
 
 @nox.session
