@@ -12,13 +12,17 @@ import nox
 
 # venv and pip, since uv does not look at pip's local files, where torch may lie.
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "typing", "tests", "minimums", "docs", "bench"]
+nox.options.sessions = ["lint", "typing", "tests", "minimums", "package", "docs", "bench"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = Path(".ci/constraints.txt")
 TORCH = next(line for line in CONSTRAINTS.read_text().split() if line.startswith("torch=="))
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+EXTRAS = tuple(PYPROJECT["project"]["optional-dependencies"])
+DIST = Path("dist")
+CHECKS = Path("tests/distribution")
+USER_CODE = "tests/typed/user_code.py"
 # The oldest versions that pyproject.toml admits.
 MINIMUMS = ("diffusers==0.35.0", "transformers==4.56.0", "safetensors==0.6.2", "peft==0.17.0")
 
@@ -65,6 +69,48 @@ def minimums(session: nox.Session) -> None:
 
 
 @nox.session
+def build(session: nox.Session) -> None:
+    """Build the wheel and the source distribution into dist/, and check what is in them."""
+    session.install("build", "twine")
+    shutil.rmtree(DIST, ignore_errors=True)
+    session.run("pyproject-build", "--outdir", str(DIST), silent=True)
+    session.run("twine", "check", "--strict", *map(str, DIST.iterdir()))
+    session.run("python", str(CHECKS / "contents.py"), str(DIST))
+
+
+@nox.session(reuse_venv=False, requires=["build"])
+def package(session: nox.Session) -> None:
+    """Use the wheel as users do: without extras, then with each extra alone."""
+    install_torch(session)
+    session.install("-c", str(CONSTRAINTS), str(next(DIST.glob("*.whl"))))
+    session.run("python", "-I", str(CHECKS / "without_extras.py"))
+    for extra in EXTRAS:
+        session.log(f"with the extra {extra}")
+        python, packages = environment_above(session, extra)
+        # As the errors advise; it must find in the wheel's metadata what to add, and no torch.
+        asked = ("-c", str(CONSTRAINTS), f"fluxfire[{extra}]")
+        session.run(python, "-m", "pip", "install", "--quiet", *asked, external=True)
+        if again := [p.name for p in packages.glob("*") if p.name in {"torch", "fluxfire"}]:
+            session.error(f"the extra {extra} installs {' and '.join(again)} again")
+        session.run(python, "-I", str(CHECKS / "with_extra.py"), extra, external=True)
+
+
+def environment_above(session: nox.Session, name: str) -> tuple[str, Path]:
+    """Make a virtual environment that has all of the session's packages, and room for its own.
+
+    Returns:
+        Its Python, and where its own packages go.
+    """
+    folder = Path(session.create_tmp(), name).resolve()
+    session.run("python", "-m", "venv", "--clear", str(folder))
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    below = session.run("python", "-c", where, silent=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "below.pth").write_text(str(below))
+    return str(folder / "bin" / "python"), packages
+
+
+@nox.session
 def lint(session: nox.Session) -> None:
     """Check style and formatting."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
@@ -78,6 +124,8 @@ def typing(session: nox.Session) -> None:
     install(session, "typing", extras="[serve]")
     session.install("nox")
     session.run("mypy")
+    # As a user checks code against the installed package, settings of ours aside.
+    session.run("mypy", "--config-file=", "--strict", "--cache-dir=.mypy_cache/user", USER_CODE)
 
 
 @nox.session

@@ -16,15 +16,15 @@ from fluxfire.models.loading import hub_token, load
 from fluxfire.testing import edit
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def hub():
-    """Answer 401, 403 or 404, as the id's last part asks; remember the tokens sent."""
+    """Answer 401, 403 or 404, as the id's last part asks; remember the paths and tokens sent."""
 
     class Handler(BaseHTTPRequestHandler):
-        tokens = []  # noqa: RUF012
+        asked = []  # noqa: RUF012
 
         def do_GET(self):
-            self.tokens.append(self.headers.get("Authorization"))
+            self.asked.append((self.path, self.headers.get("Authorization")))
             status = next((s for s in (401, 403, 404) if str(s) in self.path), 500)
             code = {401: "GatedRepo", 403: "GatedRepo", 404: "RepoNotFound"}.get(status)
             self.send_response(status)
@@ -40,45 +40,49 @@ def hub():
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}", Handler.tokens
+    yield f"http://127.0.0.1:{server.server_address[1]}", Handler.asked
     server.shutdown()
     server.server_close()
 
 
-def run_against(hub_url, model, **environment):
+@pytest.fixture(scope="module")
+def said(hub, tmp_path_factory):
+    """What loading a model for each status says, in a process that is not offline."""
     code = (
         "import sys, fluxfire.models.loading as l\n"
-        "try: l.load(sys.argv[1])\n"
-        "except l.LoadError as e: print(e)"
+        "for status in sys.argv[1:]:\n"
+        "    try: l.load(f'someone/model-{status}')\n"
+        "    except l.LoadError as e: print(e)"
     )
     settings = {k: v for k, v in os.environ.items() if not k.endswith("_OFFLINE")}
-    settings |= {"HF_ENDPOINT": hub_url, "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    settings |= {
+        "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_mine",
+        "HF_HOME": str(tmp_path_factory.mktemp("hub")),
+    }  # fmt: skip
+    statuses = ["401", "403", "404"]
     done = subprocess.run(
-        [sys.executable, "-c", code, model],
+        [sys.executable, "-c", code, *statuses],
         capture_output=True,
         text=True,
         env=settings,
         check=False,
         timeout=120,
     )
-    return done.stdout.strip()
+    return dict(zip(statuses, done.stdout.splitlines(), strict=True))
 
 
-@pytest.mark.parametrize("status", [401, 403])
-def test_a_gated_model_says_accept_the_licence_then_set_the_token(hub, tmp_path, status):
-    url, tokens = hub
-    said = run_against(url, f"someone/model-{status}", HF_TOKEN="hf_mine", HF_HOME=str(tmp_path))
-    assert said == (
+@pytest.mark.parametrize("status", ["401", "403"])
+def test_a_gated_model_says_accept_the_licence_then_set_the_token(hub, said, status):
+    assert said[status] == (
         f"the hub refused someone/model-{status}: if it is gated, accept the licence on "
         f"https://huggingface.co/someone/model-{status}, then set HF_TOKEN (environment or "
         f".env) to a token of that account"
     )
-    assert "Bearer hf_mine" in tokens
+    assert "Bearer hf_mine" in [token for path, token in hub[1] if status in path]
 
 
-def test_an_unknown_model(hub, tmp_path):
-    said = run_against(hub[0], "someone/model-404", HF_HOME=str(tmp_path))
-    assert said == "the hub has no model someone/model-404; check the id's spelling"
+def test_an_unknown_model(said):
+    assert said["404"] == "the hub has no model someone/model-404; check the id's spelling"
 
 
 def test_a_saved_pipeline_is_loaded(pipe, reference, tmp_path):

@@ -173,8 +173,8 @@ def report(pipe: Any) -> Report:
 
 
 def warmup(
-    pipe: Any, sizes: Sequence[Size], references: Sequence[Size] | None = None, **call: Any
-) -> Any:
+    pipe: P, sizes: Sequence[Size], references: Sequence[Size] | None = None, **call: Any
+) -> P:
     """Run the pipeline once for each output size, so that later calls find all compiled.
 
     Two denoising steps each, unless `call` says otherwise. The global random state is left
@@ -207,10 +207,11 @@ def warmup(
     began = time.perf_counter()
     calls = [(size, a) for size in sizes for a in blank_calls(pipe, size, references, call)]
     progress = Progress(pipe, len(calls))
+    generate: Any = pipe
     with progress.shown(conductor), rehearsal(pipe):
         for size, arguments in calls:
             progress.begin(size)
-            pipe(**arguments)
+            generate(**arguments)
     finish_warmup(pipe)
     record.warmup_seconds = (record.warmup_seconds or 0.0) + time.perf_counter() - began
     return pipe

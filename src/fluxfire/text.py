@@ -1,4 +1,4 @@
-"""Plain-text tables, units and files, for everything that fluxfire prints or writes."""
+"""Plain-text tables, units, hints and files, for everything that fluxfire prints or writes."""
 
 from __future__ import annotations
 
@@ -29,6 +29,15 @@ def write_whole(path: Path, text: str) -> None:
     scratch = path.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def extra_hint(extra: str) -> str:
+    """Say how to install an extra of fluxfire.
+
+    The command holds wherever fluxfire itself came from, an index or a clone: pip leaves what is
+    installed as it is, and adds what the extra lacks.
+    """
+    return f'pip install "fluxfire[{extra}]"'
 
 
 def human_bytes(count: int) -> str:

@@ -178,7 +178,7 @@ def test_the_fingerprint_is_the_same_in_every_process(pipe, tmp_path):
             [sys.executable, "-c", code],
             env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
         ).stdout
-        for seed in ("1", "2", "3")
+        for seed in ("1", "2")
     }  # fmt: skip
     assert said == {f"{sorted(fingerprint(pipe, ()).items())}\n"}
     pipe.save_pretrained(tmp_path)

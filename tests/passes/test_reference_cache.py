@@ -513,7 +513,7 @@ def test_a_rehearsal_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
 def test_a_rehearsal_takes_every_way_once():
     """In two steps, whose noise levels lie far apart: a refresh, then a reuse, and no hit."""
     pipe = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(1e9), ReferenceCache(0.01)])
-    fluxfire.warmup(pipe, [(32, 32)])
+    fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False)
     assert fluxfire.report(pipe).runs[-1].step_kinds == ["computed", "reused"]
     edit(pipe, steps=2)
     assert fluxfire.report(pipe).runs[-1].step_kinds == ["computed", "hit"]

@@ -20,7 +20,7 @@ def pipe():
 
 @pytest.fixture(scope="module")
 def tasks():
-    return spark.examples(split="test", n=240, seed=3)
+    return spark.examples(split="test", n=120, seed=3)
 
 
 def test_they_load_without_a_network_and_are_small(monkeypatch):
@@ -56,7 +56,7 @@ def test_the_vae_keeps_what_the_checker_looks_at(pipe, tasks):
         again = (pipe.vae.decode(latents).sample[0] / 2 + 0.5).clamp(0, 1)
         passed += task.check(again)
         values.append(psnr(again, target))
-    assert passed / len(tasks) >= 0.99
+    assert passed / len(values) >= 0.99
     assert sum(values) / len(values) >= 30
 
 

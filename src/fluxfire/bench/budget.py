@@ -7,6 +7,7 @@ from statistics import mean
 
 from fluxfire.bench.quality import EQUAL, Likeness, Quality, missing
 from fluxfire.errors import BenchError
+from fluxfire.text import extra_hint
 
 _ROUNDING = 1e-9
 
@@ -56,9 +57,7 @@ class Budget:
             BenchError: naming what is missing.
         """
         if absent := [name for name in missing() if name.lower() in self.measures]:
-            raise BenchError(
-                f'the budget asks for {" and ".join(absent)}; pip install "fluxfire[bench]"'
-            )
+            raise BenchError(f"the budget asks for {' and '.join(absent)}; {extra_hint('bench')}")
         if self.max_lost is not None and not checked:
             raise BenchError(
                 "the budget asks how many edits stay right (max_lost), and no program can tell "

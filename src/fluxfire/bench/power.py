@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from fluxfire.text import extra_hint
+
 _INTERVAL = 0.05  # NVML refreshes its utilisation some six to sixty times a second
 
 
@@ -37,7 +39,7 @@ def unavailable() -> str | None:
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if find_spec("pynvml") is None:
-        return 'nvidia-ml-py is not installed; pip install "fluxfire[bench]"'
+        return f"nvidia-ml-py is not installed; {extra_hint('bench')}"
     return None
 
 

@@ -24,6 +24,7 @@ from fluxfire.cli.options import (
 )
 from fluxfire.cli.pictures import check_size
 from fluxfire.cli.values import positive, size, whole
+from fluxfire.text import extra_hint
 
 
 def add(commands: Commands) -> None:
@@ -115,7 +116,7 @@ def _check(arguments: argparse.Namespace) -> None:
         from importlib.util import find_spec
 
         if find_spec("matplotlib") is None:
-            raise UsageError('plots need matplotlib; pip install "fluxfire[bench]"')
+            raise UsageError(f"plots need matplotlib; {extra_hint('bench')}")
     if arguments.model == "random-full":
         import torch
 
@@ -147,7 +148,7 @@ def _contenders(
             notes.append("*: which steps a cache leaves out was chosen on Spark, and fixed")
         others = [c for c in others if not rivals.decides_by_content(c)]
     if missing := quality.missing():
-        notes.append(f'not installed: {", ".join(missing)}; pip install "fluxfire[bench]"')
+        notes.append(f"not installed: {', '.join(missing)}; {extra_hint('bench')}")
     if why := unavailable():
         notes.append(f"energy and utilisation are not measured: {why}")
     return [*contenders, *others], notes

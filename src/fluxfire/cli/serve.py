@@ -11,6 +11,7 @@ from fluxfire.cli.options import Commands, UsageError, add_command, add_model, a
 from fluxfire.cli.values import positive, size, whole
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
+from fluxfire.text import extra_hint
 
 _LAST_WORDS = 5  # seconds to write the last answers
 
@@ -85,7 +86,7 @@ def serve(arguments: argparse.Namespace) -> int:
 
         from fluxfire.serve import create_app
     except ImportError as error:
-        raise UsageError(f'{error.name} is missing: pip install "fluxfire[serve]"') from error
+        raise UsageError(f"{error.name} is missing: {extra_hint('serve')}") from error
     settings = Settings(
         model=arguments.model,
         preset=arguments.preset,

@@ -12,6 +12,7 @@ import torch
 from fluxfire import kontext, spark
 from fluxfire.errors import LoadError
 from fluxfire.models.random_kontext import full_kontext, tiny_kontext
+from fluxfire.text import extra_hint
 
 _UNREACHABLE = {  # of httpx, requests and huggingface_hub, whose bases differ by version
     "ConnectError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
@@ -70,7 +71,7 @@ def hub_token(folder: Path | None = None) -> str | None:
         from dotenv import dotenv_values
     except ImportError as error:
         raise LoadError(
-            f'{file} is there, but python-dotenv is not: pip install "fluxfire[cli]", '
+            f"{file} is there, but python-dotenv is not: {extra_hint('cli')}, "
             f"or set HF_TOKEN in the environment"
         ) from error
     try:

@@ -15,6 +15,7 @@ from fluxfire.blocks import Run, Streams
 from fluxfire.generation import Decision, Live
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.text import extra_hint
 from fluxfire.toolkit.block_cache import CacheEngine, obstacles
 from fluxfire.transaction import Transaction
 
@@ -90,7 +91,7 @@ class ParaAttention:
             yield Finding(
                 "error",
                 "para-attn is not installed",
-                'pip install "fluxfire[para-attn]" (its licence bars hosted services), or use '
+                f"{extra_hint('para-attn')} (its licence bars hosted services), or use "
                 "FirstBlockCache, which needs nothing and gives the same",
             )
         yield from obstacles(target)

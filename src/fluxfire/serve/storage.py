@@ -25,6 +25,7 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.decoding import MEDIA_TYPES, Format
 from fluxfire.serve.refusing import Refused
+from fluxfire.text import extra_hint
 
 SHORTEST_SECRET = 16
 """Bytes of the secret that links are signed with."""
@@ -301,9 +302,7 @@ class S3Storage:
             import boto3
             from botocore.config import Config
         except ImportError as error:
-            raise StorageError(
-                "storing pictures in S3 needs boto3; install it with `pip install boto3`"
-            ) from error
+            raise StorageError(f"storing pictures in S3 needs boto3; {extra_hint('s3')}") from error
         if _BUCKET.fullmatch(bucket) is None:
             raise StorageError(
                 f"{bucket.rpartition('@')[2]!r} is not a bucket's name; write s3://bucket/prefix, "

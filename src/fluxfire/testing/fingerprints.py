@@ -40,6 +40,8 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
     What belongs to a module of torch that was imported only in between is no difference.
     """
+    if before == after:
+        return []
     found = []
     for key in [*before, *(k for k in after if k not in before)]:
         old, new = before.get(key, "absent"), after.get(key, "absent")
