@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import claims
-from regions import compiling, edits, reference, serving, spark, steps
+from regions import compiling, edits, passes, reference, serving, spark, steps
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*/*.md")))
@@ -26,6 +26,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "hits": lambda: edits.hits("edits.json"),
     "article": lambda: edits.edits_detail("article.json"),
     "article hits": lambda: edits.hits("article.json"),
+    "every pass": passes.every_pass,
     "passes": lambda: edits.edits_detail("passes.json"),
     "ladder": edits.ladder,
     "phases": edits.phases,

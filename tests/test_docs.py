@@ -6,6 +6,7 @@ the same interface, which shrinks sizes and steps.
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import fluxfire.spark.pipeline  # noqa: F401 - derives from the real class, so before it is replaced
+from fluxfire import plugins
 from fluxfire.testing import tiny_kontext
 
 ROOT = Path(__file__).parent.parent
@@ -70,3 +72,15 @@ def test_figures_are_those_of_the_committed_results():
     command = [sys.executable, str(ROOT / "benchmarks" / "figures.py"), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+@pytest.mark.parametrize("name", plugins.own())
+def test_docstrings_of_passes_say_what_the_table_of_passes_says(name):
+    cls = plugins.own()[name]
+    lines = (ROOT / "docs" / "pages" / "reference" / "passes.md").read_text().splitlines()
+    row = " ".join(line for line in lines if line.startswith("|") and f"`{cls.__name__}" in line)
+    paragraphs = [" ".join(part.split()) for part in cls.__doc__.split("\n\n")]
+    (text,) = [part for part in paragraphs if 'Measured on an H100 (docs, "Passes")' in part]
+    said = re.findall(r"[\d.]+ → [\d.]+|a hit \d+ ms|reuses \d+ ms", text)
+    assert said
+    assert [figure for figure in said if figure not in row] == []
