@@ -22,7 +22,8 @@ from sybil.parsers.markdown import PythonCodeBlockParser
 
 import fluxfire.spark.pipeline  # noqa: F401 - derives from the real class, so before it is replaced
 from fluxfire import plugins
-from fluxfire.testing import tiny_kontext
+from fluxfire.testing import check_pass, tiny_kontext
+from fluxfire_skip_tail import SkipTail
 
 ROOT = Path(__file__).parent.parent
 MANUAL = ROOT / "docs" / "pages"
@@ -66,6 +67,18 @@ def test_code_blocks_run(page, monkeypatch, tmp_path):
     Image.new("RGB", (80, 60), "navy").save("photo.jpg")
     for example in SYBIL.parse(page).examples():
         example.evaluate()
+
+
+def test_the_pass_that_the_documentation_writes_is_the_one_whose_types_are_checked():
+    page = (MANUAL / "how-to" / "write-a-pass.md").read_text()
+    code = (ROOT / "tests" / "plugin" / "fluxfire_skip_tail.py").read_text()
+    assert f"```python\n{code}```" in page
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [{}, {"blocks": 2, "from_fraction": 0.0}])
+def test_the_pass_that_the_documentation_writes_keeps_its_promises(settings):
+    check_pass(SkipTail(**settings))
 
 
 def test_some_pages_have_code():
