@@ -136,6 +136,14 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def figures(session: nox.Session) -> None:
+    """Rewrite what the documentation says of committed results, and the drawing of the code."""
+    install(session, extras="[serve]")
+    session.run("python", "benchmarks/figures.py")
+    session.run("python", "docs/draw_imports.py")
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Run the benchmark of whole edits on the tiny pipeline."""
     install(session)

@@ -44,6 +44,15 @@ ADDED: dict[str, Pass] = {
 }
 
 
+def added(folder: Path) -> dict[str, Pass]:
+    """Return what is not in `faithful`, by name.
+
+    Args:
+        folder: where compiled artifacts may be kept.
+    """
+    return {**ADDED, "mega-cache": MegaCache(path=folder / "artifacts.megacache")}
+
+
 def contenders(folder: Path) -> list[Contender]:
     """List eager, `faithful`, and `faithful` with a pass more or less.
 
@@ -54,8 +63,7 @@ def contenders(folder: Path) -> list[Contender]:
     for pass_ in presets.faithful:
         less = tuple(p for p in presets.faithful if p is not pass_)
         made.append(Contender(f"without {pass_.name}", less))
-    added = {**ADDED, "mega-cache": MegaCache(path=folder / "artifacts.megacache")}
-    for name, pass_ in added.items():
+    for name, pass_ in added(folder).items():
         more = fluxfire.order([*presets.faithful, pass_])
         made.append(Contender(f"with {name}", tuple(more)))
     return made

@@ -32,7 +32,8 @@ class EncodingCache:
     layers in an encoder nothing of it is kept, since their scales change from call to call.
 
     Kontext takes the mode of what the VAE says of a picture, not a sample, so nothing random is
-    left out, and pictures are bitwise the same.
+    left out, and pictures are bitwise the same. Measured on an H100 (docs, "Passes"): encoding a
+    known prompt and picture 113 → 5 ms.
 
     Attributes:
         prompts: how many results of a text encoder to keep; each prompt has one of CLIP and one

@@ -34,7 +34,8 @@ class FirstBlockCache:
     Conditional and unconditional calls of true CFG have a memory each, and so has every
     sample of a batch: a sample hits where it would alone. A batch that hits in part is
     computed whole and selected from, so that shapes never change. Nothing is remembered
-    beyond a generation.
+    beyond a generation. Measured on an H100 (docs, "Passes"): a computed step of `faithful`
+    274 → 273 ms, a hit 6 ms.
 
     The idea is ParaAttention's (https://github.com/chengzeyi/ParaAttention) after TeaCache
     (https://arxiv.org/abs/2411.19108); this is another implementation, which gives the same hits

@@ -32,10 +32,12 @@ class Float8:
     outside the blocks (embeddings, output), the modulations, norms and attention itself. Behind
     `FusedBlocks` the kernels that make a product's input also quantise it.
 
-    On an H100 (torch 2.11, edit 1024) a step took 194 ms behind `FusedBlocks` where eager took 375
-    and torchao's float8 by row, compiled, 215; with `Attention("fa3-fp8")` it took 170. The
-    transformer's weights on the GPU went from 22.2 to 14.2 GiB. On Spark (96 edits, emulated) no
-    edit was lost; the pictures kept 49.8 dB to the plain ones on average, 41.1 at worst.
+    Measured on an H100 (docs, "Passes"): a step of `faithful` 274 → 200 ms, and the edit's peak of
+    memory 33.5 → 25.5 GiB. Beside torchao's float8, and with `Attention("fa3-fp8")`: docs, "To the
+    floor"; there, too, is what it does to Spark's pictures, which is all that is known of its
+    quality.
+
+    Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
     A layer that carries a LoRA or a hook keeps its weights. A LoRA loaded afterwards is refused by
     name at the next generation, and so is a hook that the stacked products would not call. On a

@@ -29,7 +29,8 @@ class InductorPatch:
 
     The function is torch's own, so the patch is live only while this pipeline generates,
     and it only turns a crash into the answer "not the same": no graph that compiled before
-    compiles differently.
+    compiles differently. Measured on an H100 (docs, "Passes"): no part in a step's time, a step of
+    `faithful` 277 → 274 ms, which is noise.
 
     Trigger on torch 2.7 to 2.12:
     `torch.compile(lambda x, s: torch.pow(x.shape[0] * 0.5, x.abs()) * s, dynamic=True)`.

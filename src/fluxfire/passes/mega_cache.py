@@ -43,7 +43,8 @@ class MegaCache:
     to the file, whoever else is saving; and only what is compiled while this pipeline
     generates, in its thread, is recorded.
 
-    A hit skips inductor, not dynamo: Python is traced again in every process.
+    A hit skips inductor, not dynamo: Python is traced again in every process. Measured on an H100
+    (docs, "Passes"): the first edit of a process 17.3 → 8.5 s.
 
     Whoever writes the file can run code in your process, since torch unpickles the blobs: a
     file that others can write is refused, unless `FLUXFIRE_MEGACACHE_KEY` holds the key that

@@ -22,10 +22,8 @@ class MemoryLayout:
     """Stores the weights of 2-D convolutions channels-last.
 
     FLUX's transformer has no 4-D weight, so nothing changes there. The VAE's convolutions
-    do change, for the worse: on an H100 (torch 2.11, bf16, 1024²) decoding took 142 ms
-    instead of 91 in eager and 38.7 ms either way when compiled; encoding 75 ms instead of
-    50, and 21.4 instead of 21.6. It is here because the article that fluxfire grew from
-    uses it, and is in no other preset.
+    do change, for the worse. Measured on an H100 (docs, "Passes"): decoding 93 → 145 ms. It is
+    here because the article that fluxfire grew from uses it, and is in no other preset.
     """
 
     name: ClassVar[str] = "memory-layout"

@@ -33,7 +33,8 @@ class ParaAttention:
     on this pipeline alone. Where true CFG calls the transformer twice a step, each branch has
     a context of its own, which is what its alternating cache is for. Its skip-layer guidance
     is not carried over, and a batch has one decision for all its samples, as in para-attn;
-    `FirstBlockCache` decides for each.
+    `FirstBlockCache` decides for each. Measured on an H100 (docs, "Passes"): a computed step of
+    `faithful` 274 → 274 ms, a hit 8 ms.
 
     Needs the extra `fluxfire[para-attn]`. Its licence forbids offering it to others as a
     hosted or managed service; `FirstBlockCache` gives the same hits and pixels without it.

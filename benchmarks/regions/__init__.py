@@ -1,0 +1,1 @@
+"""What the published figures say: one function a region, one file a subject."""

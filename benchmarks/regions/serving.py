@@ -1,0 +1,77 @@
+"""The service, and deployments of it."""
+
+from __future__ import annotations
+
+from fluxfire.serve import capacity
+from regions.results import find, load, markdown, where
+
+
+def serving() -> str:
+    """What the service adds, how a thousand mixed requests end, and its throughput on a GPU."""
+    result, gpu = load("serving.json"), load("serving_h100.json")
+    added, mixed, busy = result["overhead"], result["mixed"], gpu["throughput"]
+
+    def milliseconds(name: str) -> str:
+        return f"{added[name]['median'] * 1e3:.0f} ms"
+
+    answers = ", ".join(f"{n} {what}" for what, n in sorted(mixed["answers"].items()))
+    many = (
+        f"{mixed['requests']} mixed requests of {mixed['clients']} clients, the worker killed once"
+    )
+    before, after = mixed["memory"][0], mixed["memory"][-1]
+    grown = [f"{n} {before[n] / 2**20:.0f} → {after[n] / 2**20:.0f} MiB" for n in before]
+    full = f"full size on an H100: edits {busy['side']}, {busy['steps']} steps, kept busy"
+    made = f"{busy['served'] * 60:.2f} a minute ({busy['share']:.1%})"
+    alone = "{:.2f} before that and {:.2f} after".format(*(rate * 60 for rate in busy["bare"]))
+    table = [
+        (f"one edit of {added['steps']} steps, by the pipeline alone", milliseconds("bare")),
+        ("the same by the service, from the request to the answer read", milliseconds("served")),
+        ("of that outside the pipeline", milliseconds("beside_it")),
+        (many, f"{answers}; {len(mixed['wrong'])} lost or mixed up"),
+        ("memory after a tenth of them, and at the end", ", ".join(grown)),
+        (full, f"{made}, by the pipeline alone {alone}"),
+    ]
+    where_made = f"{where(result)}, {result['cores']} cores; {where(gpu)}"
+    return f"{markdown(('', 'median'), table)}\n\nSpark, on loopback. {where_made}."
+
+
+def deployment(*, goal: float = 5, window: float = 60) -> str:
+    """What loads need and what their images take, from measured edits and a measured start."""
+    result, starts = load("reference.json"), load("cold.json")
+    start = next(row for row in starts["rows"] if row["start"] == "with artifacts")
+    first, *_ = start["sizes"]
+    spent = (start["phases"][name] for name in ("imports", "weights", "optimize"))
+    cold_start = sum(spent) + first["seconds"]
+    table = []
+    for preset in ("balanced", "fast"):
+        row = find(result["rows"], preset, "edit 1024, 28 steps")
+        service = capacity.ServiceTimes(tuple(row["edit"]["seconds"]))
+        for found in capacity.sizes(service, goal):
+            zero = ("", "")
+            if found.gpus == 1:
+                alone = capacity.scaled_to_zero(
+                    found.rate, service, window=window, cold_start=cold_start
+                )
+                zero = (f"{alone.paid_seconds:.2f}", f"{alone.cold:.1%}")
+            table.append(
+                (
+                    preset,
+                    f"{found.rate:g}",
+                    f"{found.gpus}",
+                    f"{found.utilisation:.0%}",
+                    f"{found.mean_wait:.2f}",
+                    f"{found.p95_latency:.2f}",
+                    f"{found.paid_seconds:.2f}",
+                    *zero,
+                )
+            )
+    head = (
+        "preset", "requests a minute", "GPUs", "busy", "mean wait, s", "p95 latency, s",
+        "GPU seconds an image, always on", "scaled to zero", "of requests, meet a cold start",
+    )  # fmt: skip
+    return (
+        f"{markdown(head, table)}\n\nA p95 latency of {goal:g} s is asked for. A container goes "
+        f"after {window:g} s without a request, and takes {cold_start:.0f} s to start with its "
+        f"artifacts, to the first edit ({starts['environment']['gpu']}, weights on a local disk); "
+        f"the two columns of waiting are for GPUs that are on. Service times: {where(result)}."
+    )
