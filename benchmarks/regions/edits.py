@@ -9,19 +9,34 @@ from regions.results import Row, find, load, markdown, name_of, ratio, spread, w
 
 def summary() -> str:
     """Steps and whole edits, in brief."""
-    first, second = "edit 1024, 28 steps", "edit 512, 20 steps"
-    result, again = (load(name) for name in ("reference.json", "reference_again.json"))
-    rows = [row for row in result["rows"] if row["workload"]["name"] == first]
-    rows += [row for row in again["rows"] if row["workload"]["name"] == second]
+    result = load("presets.json")
+    rows = result["rows"]
+    loads = list(dict.fromkeys(row["workload"]["name"] for row in rows))
     table = []
-    for stack in ("eager", "faithful", "faithful, FlashAttention-3", "balanced", "fast"):
-        row, other = (find(rows, stack, workload) for workload in (first, second))
-        whole = [f"{r['edit']['median']:.2f} s ({ratio(rows, r, 'edit')})" for r in (row, other)]
-        cells = [stack, f"{row['step']['median'] * 1e3:.0f} ms ({ratio(rows, row, 'step')})"]
-        cells += [f"{row['hits']:.0f}", *whole]
-        table.append([*cells, f"{row['first_seconds'][0]:.0f} s"])
-    head = ("", "a step computed", "steps left out", first, second, "first run")
-    return f"{markdown(head, table)}\n\n{where(result)}; edit 512: {where(again)}."
+    for stack in dict.fromkeys(map(name_of, rows)):
+        some = [find(rows, stack, workload) for workload in loads]
+        first = some[0]
+        left_out = " and ".join(f"{row['hits']:.0f}" for row in some) if first["hits"] else "0"
+        table.append(
+            [
+                stack,
+                f"{first['step']['median'] * 1e3:.0f} ms ({ratio(rows, first, 'step')})",
+                left_out,
+                *(f"{row['edit']['median']:.2f} s ({ratio(rows, row, 'edit')})" for row in some),
+                f"{first['peak_gib']:.1f} GiB",
+            ]
+        )
+    head = ("", "a step computed", "steps left out", *loads, "peak memory")
+    apart = max(
+        max(row["edit"]["max"] / middle, middle / row["edit"]["min"]) - 1
+        for row in rows
+        if (middle := row["edit"]["median"])
+    )
+    times = len(rows[0]["edit"]["seconds"])
+    return (
+        f"{markdown(head, table)}\n\nThe middle of {times} edits, which lay within {apart:.1%} of "
+        f"it. {where(result)}."
+    )
 
 
 def edits_detail(name: str) -> str:

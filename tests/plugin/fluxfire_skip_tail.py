@@ -33,7 +33,7 @@ class SkipTail:
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
     exactness: ClassVar[Exactness] = "lossy"
-    leaves: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset({"from_fraction"})
 
     def __post_init__(self) -> None:

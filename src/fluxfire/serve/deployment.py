@@ -112,12 +112,11 @@ def write_keys(environ: Mapping[str, str], file: Path) -> Path:
     return file
 
 
-def requirements(needed: Iterable[str], extras: Iterable[str] = EXTRAS) -> tuple[str, ...]:
+def requirements(needed: Iterable[str]) -> tuple[str, ...]:
     """Select what a container installs of what fluxfire's own metadata says that it needs.
 
     Args:
         needed: requirements, with markers.
-        extras: those that are wanted.
 
     Returns:
         Requirements without markers, capped by `CEILINGS`, sorted.
@@ -127,7 +126,7 @@ def requirements(needed: Iterable[str], extras: Iterable[str] = EXTRAS) -> tuple
 
     found = set()
     for one in map(Requirement, needed):
-        if one.marker and not any(one.marker.evaluate({"extra": extra}) for extra in extras):
+        if one.marker and not any(one.marker.evaluate({"extra": extra}) for extra in EXTRAS):
             continue
         one.specifier &= SpecifierSet(CEILINGS.get(one.name, ""))
         one.marker = None
