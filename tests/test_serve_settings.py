@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import subprocess
 import sys
@@ -117,3 +118,25 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in said
     assert "give another --port or --host" in said
     assert "Traceback" not in said
+
+
+def test_answers_are_not_held_back_by_nagle():
+    from fluxfire.cli.serve import _listening
+
+    async def answered():
+        nodelay = []
+
+        def seen(_reader, writer):
+            line = writer.get_extra_info("socket")
+            nodelay.append(line.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with _listening(Settings(port=0)) as listener:
+            server = await asyncio.start_server(seen, sock=listener)
+            reader, writer = await asyncio.open_connection(*listener.getsockname())
+            await reader.read()
+            writer.close()
+            server.close()
+        return nodelay
+
+    assert asyncio.run(answered()) == [1]
