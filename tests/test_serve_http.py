@@ -374,7 +374,10 @@ def test_told_to_stop_it_answers_what_it_has_begun(tmp_path):
             target=lambda: answers.append(httpx.post(f"{url}/inference", json=slow, timeout=60))
         )
         asking.start()
-        time.sleep(0.5)
+        for _ in range(300):
+            if "fluxfire_requests_running 1.0" in httpx.get(f"{url}/metrics").text:
+                break
+            time.sleep(0.1)
         process.terminate()
         asking.join()
         assert answers[0].status_code == 200
