@@ -48,6 +48,21 @@ def install(session: nox.Session, *groups: str, extras: str = "") -> None:
     session.install("-c", str(CONSTRAINTS), "-e", f".{extras}", *tools)
 
 
+def environment_above(session: nox.Session, name: str) -> tuple[str, Path]:
+    """Make a virtual environment that has all of the session's packages, and room for its own.
+
+    Returns:
+        Its Python, and where its own packages go.
+    """
+    folder = Path(session.create_tmp(), name).resolve()
+    session.run("python", "-m", "venv", "--clear", str(folder))
+    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
+    below = session.run("python", "-c", where, silent=True)
+    [packages] = folder.glob("lib/python*/site-packages")
+    (packages / "below.pth").write_text(str(below))
+    return str(folder / "bin" / "python"), packages
+
+
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """Run pytest on two processes of one thread each, unless told otherwise."""
     session.run("pytest", "-n", "2", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1"})
@@ -93,21 +108,6 @@ def package(session: nox.Session) -> None:
         if again := [p.name for p in packages.glob("*") if p.name in {"torch", "fluxfire"}]:
             session.error(f"the extra {extra} installs {' and '.join(again)} again")
         session.run(python, "-I", str(CHECKS / "with_extra.py"), extra, external=True)
-
-
-def environment_above(session: nox.Session, name: str) -> tuple[str, Path]:
-    """Make a virtual environment that has all of the session's packages, and room for its own.
-
-    Returns:
-        Its Python, and where its own packages go.
-    """
-    folder = Path(session.create_tmp(), name).resolve()
-    session.run("python", "-m", "venv", "--clear", str(folder))
-    where = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    below = session.run("python", "-c", where, silent=True)
-    [packages] = folder.glob("lib/python*/site-packages")
-    (packages / "below.pth").write_text(str(below))
-    return str(folder / "bin" / "python"), packages
 
 
 @nox.session

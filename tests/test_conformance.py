@@ -66,7 +66,7 @@ def test_passes_conform_in_bfloat16(pass_):
 @pytest.mark.slow
 @pytest.mark.parametrize("pass_", [Compile(), Compile(region="transformer", fullgraph=False)])
 def test_compile_conforms(pass_):
-    check_pass(pass_)
+    check_pass(pass_, functools.partial(tiny_kontext, double_blocks=1, single_blocks=1))
 
 
 class Broken(Bare):

@@ -482,7 +482,10 @@ def asked_while_it_is_stopped(process, url, **slow):
         target=lambda: answers.append(httpx.post(f"{url}/inference", json=body(**slow), timeout=60))
     )
     asking.start()
-    time.sleep(0.5)
+    for _ in range(300):
+        if "fluxfire_requests_running 1.0" in httpx.get(f"{url}/metrics").text:
+            break
+        time.sleep(0.1)
     process.terminate()
     asking.join()
     _, said = process.communicate(timeout=60)

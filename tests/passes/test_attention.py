@@ -299,6 +299,8 @@ def test_the_measured_choice_is_set_and_told(pipe, monkeypatch):
         "attentions computed by _native_math (of native 2.000 ms, _native_math 1.500 ms)"
     )
     assert done.facts["milliseconds"] == {"native": 2.0, "_native_math": 1.5}
+    chosen = attention_dispatch.AttentionBackendName("_native_math")
+    assert {a.processor._attention_backend for a in attentions(pipe)} == {chosen}
 
 
 # The arithmetic of float8

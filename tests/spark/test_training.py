@@ -142,8 +142,9 @@ def test_rates_rise_then_fall_and_clocks_resume():
     assert Clock(1.0, before=61).over
 
 
-def test_weights_survive_the_file_and_misfits_are_refused(tmp_path, parts):
+def test_weights_survive_the_file_and_misfits_are_refused(tmp_path):
     path = tmp_path / "spark.safetensors"
+    parts = model.parts()
     parts["vae"].register_to_config(scaling_factor=0.7, shift_factor=0.1)
     weights.save(parts, path, trained="by a test")
     other = model.parts(seed=1)
