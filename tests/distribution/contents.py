@@ -15,6 +15,7 @@ DATA = {
     "fluxfire/bench/schema.json",
     "fluxfire/serve/page/app.js",
     "fluxfire/serve/page/index.html",
+    "fluxfire/serve/page/scene.png",
     "fluxfire/serve/page/style.css",
     "fluxfire/spark/spark.safetensors",
 }
