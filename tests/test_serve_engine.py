@@ -342,6 +342,17 @@ async def test_places_are_of_the_queue():
 
 
 @on_a_loop
+async def test_a_place_is_of_no_use_where_there_is_no_pipeline():
+    bench = Bench()
+    place = bench.engine.reserve(None)
+    await bench.say(CannotStart("there is no folder x"))
+    with pytest.raises(Refused, match="no pipeline: there is no folder x"):
+        bench.engine.submit(ask(), place)
+    bench.engine.leave(place)
+    await asyncio.wait_for(bench.engine.drain(5), 1)
+
+
+@on_a_loop
 async def test_draining_waits_for_what_has_a_place():
     bench = await Bench().ready()
     kept, given_back = bench.engine.reserve(None), bench.engine.reserve(None)

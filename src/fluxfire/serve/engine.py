@@ -195,7 +195,7 @@ class Engine:
         Raises:
             Refused: as by `reserve`.
         """
-        if place in self._places:
+        if place in self._places and self.trouble is None:
             self._places.discard(place)
         else:
             self._check()
@@ -257,6 +257,7 @@ class Engine:
         self._places.clear()
         self._waiting.clear()
         self._running.clear()
+        self._idle.set()
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop()
