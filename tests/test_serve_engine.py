@@ -325,18 +325,37 @@ async def test_a_worker_that_hangs_is_replaced_once_nobody_waits_for_it():
 
 
 @on_a_loop
+async def test_a_worker_that_hangs_after_another_died_is_replaced_too():
+    bench = await Bench(hang_seconds=0.05, max_batch=1).ready()
+    bench.engine.cancel(bench.engine.submit(ask()), GONE)
+    await bench.died()
+    await bench.ready()
+    bench.engine.cancel(bench.engine.submit(ask()), GONE)
+    second, other = bench.worker, bench.engine.submit(ask(1))
+    while bench.worker is second:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert second.killed
+    await bench.ready()
+    await bench.made()
+    assert (await other.done).pictures
+
+
+@on_a_loop
 async def test_places_are_of_the_queue():
     bench = await Bench(max_queue=2).ready()
-    one, two = bench.engine.reserve(None), bench.engine.reserve("faithful")
-    with pytest.raises(Refused, match="2 requests wait already"):
-        bench.engine.reserve(None)
-    with pytest.raises(Refused, match="2 requests wait already"):
+    one, two, three = (bench.engine.reserve(level) for level in (None, "faithful", None))
+    with pytest.raises(Refused, match="3 requests wait already"):
+        bench.engine.reserve(None)  # the worker has nothing to do yet, and takes one of the three
+    with pytest.raises(Refused, match="3 requests wait already"):
         bench.engine.submit(ask())
     bench.engine.leave(one)
     bench.engine.submit(ask(), bench.engine.reserve(None))
     bench.engine.submit(ask(), two)
-    bench.engine.leave(two)  # used, so there is nothing to give back
+    bench.engine.leave(two)
     assert (bench.engine.running, bench.engine.waiting) == (1, 1)
+    with pytest.raises(Refused, match="2 requests wait already"):
+        bench.engine.reserve(None)
+    bench.engine.leave(three)
     with pytest.raises(Refused, match="quality='fast' cannot be given"):
         bench.engine.reserve("fast")
 
@@ -353,17 +372,30 @@ async def test_a_place_is_of_no_use_where_there_is_no_pipeline():
 
 
 @on_a_loop
-async def test_draining_waits_for_what_has_a_place():
+async def test_draining_waits_until_every_place_is_given_back():
     bench = await Bench().ready()
-    kept, given_back = bench.engine.reserve(None), bench.engine.reserve(None)
+    made, never = bench.engine.reserve(None), bench.engine.reserve(None)
     draining = asyncio.create_task(bench.engine.drain(5))
     await asyncio.sleep(0)
-    ticket = bench.engine.submit(ask(), kept)
+    ticket = bench.engine.submit(ask(), made)
+    bench.engine.leave(never)
     await bench.made()
-    assert not draining.done()
-    bench.engine.leave(given_back)
-    await draining
-    assert (await ticket.done).pictures
+    await asyncio.sleep(0.01)
+    assert ticket.done.result().pictures
+    assert not draining.done()  # for its pictures have yet to be stored
+    bench.engine.leave(made)
+    await asyncio.wait_for(draining, 1)
+
+
+@on_a_loop
+async def test_a_place_is_of_no_use_where_all_has_ended():
+    bench = await Bench().ready()
+    place = bench.engine.reserve(None)
+    waiting = asyncio.create_task(bench.engine.until_stopping())
+    await bench.engine.drain(0.01)
+    for refused in (waiting.result, lambda: bench.engine.submit(ask(), place)):
+        with pytest.raises(Refused, match="the service stops"):
+            refused()
 
 
 @on_a_loop

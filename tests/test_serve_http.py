@@ -29,6 +29,10 @@ from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
 
 EXAMPLE = held_out(1)[0]
+HALF_A_REQUEST = (
+    b"POST /inference HTTP/1.1\r\nHost: 127.0.0.1\r\n"
+    b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+)
 PORTRAIT = Image.effect_noise((96, 160), 60).convert("RGB")
 
 
@@ -275,10 +279,7 @@ def test_a_job_from_its_beginning_to_its_end(client):
 def test_a_body_that_does_not_come_is_given_up(client, monkeypatch):
     monkeypatch.setitem(vars(client.app.state.settings), "request_seconds", 0.5)
     with socket.create_connection(("127.0.0.1", client.base_url.port), timeout=10) as line:
-        line.sendall(
-            b"POST /inference HTTP/1.1\r\nHost: 127.0.0.1\r\n"
-            b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
-        )
+        line.sendall(HALF_A_REQUEST)
         answer = line.recv(4096)
     assert b" 408 " in answer.split(b"\r\n")[0]
 
@@ -424,13 +425,11 @@ def test_other_sites_and_other_names_are_not_served(client):
     problem(client.get("/nothing"), 404, "not-found", "Not Found")
 
 
-def test_keys_storage_and_a_deadline(tmp_path):
+def test_keys_storage_and_a_deadline(tmp_path, monkeypatch):
     (ann, of_ann), (bob, of_bob) = new_key("ann"), new_key("bob")
     keys = tmp_path / "keys"
     keys.write_text(f"{of_ann}\n{of_bob}\n")
-    with running(
-        keys_file=keys, passes="none", storage=str(tmp_path / "made"), request_seconds=3.0
-    ) as client:
+    with running(keys_file=keys, passes="none", storage=str(tmp_path / "made")) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
         for headers in ({}, {"X-API-Key": "ff_wrong"}, {"Authorization": f"Basic {ann}"}):
@@ -450,8 +449,10 @@ def test_keys_storage_and_a_deadline(tmp_path):
         problem(client.get(wrong), 403, "link-invalid", "")
         response = client.post("/inference", json=body(quality="fast"))
         problem(response, 422, "quality-not-offered", "there is faithful")
-        response = client.post("/inference", json=body(steps=50, num_images=4))
-        problem(response, 504, "deadline", "the request took more than 3 s")
+        with monkeypatch.context() as patch:
+            patch.setitem(vars(client.app.state.settings), "request_seconds", 0.5)
+            response = client.post("/inference", json=body(steps=50, num_images=4))
+        problem(response, 504, "deadline", "the request took more than 0.5 s")
         job = client.post("/jobs", json=body()).json()
         other = client.get(f"/jobs/{job['id']}", headers={"Authorization": f"Bearer {bob}"})
         problem(other, 404, "job-unknown", "there is no such job")
@@ -486,12 +487,25 @@ def asked_while_it_is_stopped(process, url, **slow):
         if "fluxfire_requests_running 1.0" in httpx.get(f"{url}/metrics").text:
             break
         time.sleep(0.1)
-    process.terminate()
+    address = httpx.URL(url)
+    with socket.create_connection((address.host, address.port), timeout=10) as line:
+        line.sendall(HALF_A_REQUEST)
+        time.sleep(0.2)
+        process.terminate()
+        assert b" 503 " in line.recv(4096).split(b"\r\n")[0]
     asking.join()
-    _, said = process.communicate(timeout=60)
+    said = ended(process)
     assert process.returncode in {0, -signal.SIGTERM}  # uvicorn then ends as it was told to
-    assert "Traceback" not in said
+    assert "ready: spark on cpu with FirstBlockCache" in said
+    assert "/metrics" not in said  # nor any other probe
     return answers[0]
+
+
+def ended(process):
+    """What it said until its end."""
+    _, said = process.communicate(timeout=60)
+    assert "Traceback" not in said
+    return said
 
 
 SLOW = {"steps": 50, "num_images": 2, "quality": "faithful"}
@@ -506,6 +520,20 @@ def test_what_takes_longer_than_it_may_is_told_that_the_service_stops():
     with command("--drain", "1") as running:
         response = asked_while_it_is_stopped(*running, **SLOW | {"num_images": 4})
         problem(response, 503, "stopping", "the service stops")
+
+
+def test_told_twice_to_stop_it_waits_for_nothing():
+    with command() as (process, url):
+        job = httpx.post(f"{url}/jobs", json=body(**SLOW | {"num_images": 4})).json()
+        process.send_signal(signal.SIGINT)
+        while httpx.get(f"{url}/health").json()["status"] != "draining":
+            time.sleep(0.05)
+        assert httpx.get(f"{url}/jobs/{job['id']}").json()["status"] in {"queued", "running"}
+        process.send_signal(signal.SIGINT)
+        began = time.perf_counter()
+        ended(process)
+        assert process.returncode == 130
+        assert time.perf_counter() - began < 20  # of the 60 s that it may drain
 
 
 def test_what_cannot_start_says_so_and_ends(tmp_path):

@@ -10,20 +10,23 @@ pytest.importorskip("fastapi")
 
 from fluxfire.serve import jobs as jobs_module
 from fluxfire.serve.jobs import Jobs
+from fluxfire.serve.reading import Sent
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import EditRequest
 from fluxfire.serve.settings import Settings
 
-ASKED = EditRequest(prompt="x", steps=5)
+ASKED = Sent(EditRequest(prompt="x", steps=5))
 
 
 class Engine:
     """Gives places, and counts them."""
 
     def __init__(self):
-        self.places = set()
+        self.places, self.full = set(), False
 
     def reserve(self, level):
+        if self.full:
+            raise Refused("full", status=429, code="queue-full")
         place = object()
         self.places.add(place)
         return place
@@ -51,14 +54,14 @@ class Service:
         self.settings, self.engine = Settings(**settings), Engine()
         self.ends = []
 
-    async def edit(self, request, file, place, on_ticket):
+    async def edit(self, sent, place, on_ticket):
         on_ticket(Ticket())
         self.ends.append(asyncio.get_running_loop().create_future())
         return await self.ends[-1]
 
 
 async def begun(service, jobs, n=1):
-    made = [jobs.begin(ASKED, None, None) for _ in range(n)]
+    made = [jobs.begin(ASKED, None) for _ in range(n)]
     await asyncio.sleep(0)
     return made
 
@@ -103,7 +106,7 @@ def test_what_nobody_expects_fails_the_job():
 def test_a_job_cancelled_before_it_began_has_ended():
     async def story():
         service = Service()
-        job = (jobs := Jobs(service)).begin(ASKED, None, None)
+        job = (jobs := Jobs(service)).begin(ASKED, None)
         await asyncio.wait_for(jobs.cancel(job), 5)
         assert job.shown(service.engine).status == "cancelled"
         assert service.engine.places == set()
@@ -117,18 +120,31 @@ def test_looking_forgets_nothing_and_beginning_forgets_what_ended_first():
         jobs = Jobs(service)
         early, late = await begun(service, jobs, 2)
         with pytest.raises(Refused, match="2 jobs are running already"):
-            jobs.begin(ASKED, None, None)
+            jobs.begin(ASKED, None)
         await end(service, 1, ValueError())
         await end(service, 0, ValueError())
         for _ in range(3):
             assert jobs.find(early.id, None) is early
             assert jobs.find(late.id, None) is late
-        third = jobs.begin(ASKED, None, None)
+        third = jobs.begin(ASKED, None)
         assert jobs.find(early.id, None) is early
         assert jobs.find(third.id, None) is third
         with pytest.raises(Refused, match="there is no such job"):
             jobs.find(late.id, None)  # begun later, and ended first
         await jobs.close()
+
+    asyncio.run(story())
+
+
+def test_a_result_is_not_forgotten_for_a_job_that_is_not_taken():
+    async def story():
+        service = Service(max_jobs=1)
+        (done,) = await begun(service, jobs := Jobs(service))
+        await end(service, 0)
+        service.engine.full = True
+        with pytest.raises(Refused, match="full"):
+            jobs.begin(ASKED, None)
+        assert jobs.find(done.id, None) is done
 
     asyncio.run(story())
 

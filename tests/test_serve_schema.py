@@ -20,6 +20,7 @@ from fluxfire.serve.wire import LEVELS, Batch, Done, Facts, RawPicture, Ready, R
 
 UNSAID = checks.positive_data_acceptance
 """No schema says what a picture is: most strings that a schema admits are none."""
+UNWELL = {("/health", "503"), ("/ready", "503")}
 
 
 class InstantWorker:
@@ -93,3 +94,11 @@ def test_examples_and_statuses_are_there(service):
     assert {"application/json", "multipart/form-data"} == set(edit["requestBody"]["content"])
     assert {"200", "401", "413", "422", "429", "503", "504", "507"} <= set(edit["responses"])
     assert edit["requestBody"]["content"]["application/json"]["schema"]["examples"]
+    for path, operations in told["paths"].items():
+        for operation in operations.values():
+            answers = operation["responses"]
+            assert {"400", "403", "500"} <= set(answers), path  # of any service without keys
+            for status in answers.keys() - {"200", "202"}:
+                schema = answers[status]["content"]["application/json"]["schema"]
+                wanted = "Health" if (path, status) in UNWELL else "ProblemAnswer"
+                assert schema["$ref"].endswith(f"/{wanted}"), (path, status)

@@ -36,6 +36,7 @@ def ask(method="POST", client="127.0.0.1", app=APP, **headers):
         {"host": "[::1]:8000"},
         {"host": "[::1]"},
         {"host": "localhost"},
+        {"host": "LocalHost.:8000", "origin": "http://localhost.:8000"},
         {"sec_fetch_site": "same-origin"},
     ],
 )
@@ -53,6 +54,7 @@ def test_this_machine_and_its_pages_are_served(headers):
         ({"origin": "https://evil.example"}, 403, "origin-not-allowed"),
         ({"origin": "http://127.0.0.1:9000"}, 403, "origin-not-allowed"),
         ({"origin": "https://ours.example:444"}, 403, "origin-not-allowed"),
+        ({"origin": "http://["}, 403, "origin-not-allowed"),
         ({"origin": "null"}, 403, "origin-not-allowed"),
         ({"sec_fetch_site": "cross-site"}, 403, "origin-not-allowed"),
         ({"client": "192.168.1.7"}, 403, "keys-needed"),

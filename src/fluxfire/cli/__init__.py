@@ -28,6 +28,7 @@ _MODULES = (
     demo,
     serve,
 )  # in the order of `fluxfire --help`
+_INTERRUPTED = 128 + 2  # as shells name the end by SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; those of the process by default.
 
     Returns:
-        0, or 1 after an error (printed as `error: …`); argparse itself exits with 2.
+        0, or 1 after an error (printed as `error: …`), or 130 after Ctrl-C; argparse itself exits
+        with 2.
     """
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of what nobody uses
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # as when piped into head; nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except KeyboardInterrupt:  # Ctrl-C, which is no fault to be traced
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
+import logging
 import os
 import socket
+import time
 from pathlib import Path
 
 from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
@@ -13,7 +16,9 @@ from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 from fluxfire.text import extra_hint
 
-_LAST_WORDS = 5  # seconds to write the last answers
+_LAST_WORDS = 5  # seconds to write the last answers, at least
+_GLANCE = 0.1  # seconds between looks whether to stop at once
+_PROBES = {"/health", "/ready", "/metrics"}
 
 
 def add(commands: Commands) -> None:
@@ -85,6 +90,7 @@ def serve(arguments: argparse.Namespace) -> int:
         import uvicorn
 
         from fluxfire.serve import create_app
+        from fluxfire.serve.wire import Facts
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: {extra_hint('serve')}") from error
     settings = Settings(
@@ -109,24 +115,46 @@ def serve(arguments: argparse.Namespace) -> int:
         troubles.append(why)
         server.should_exit = True
 
-    app = create_app(settings, on_trouble=end)
+    def tell(facts: Facts) -> None:
+        passes = ", ".join(facts.passes) or "no passes"
+        note(f"ready: {settings.model} on {facts.device} with {passes}; quality {facts.level}")
+
+    app = create_app(settings, on_ready=tell, on_trouble=end)
 
     class Server(uvicorn.Server):
         """One that lets the engine answer what it took, before connections are closed."""
 
         async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await app.state.engine.drain(settings.drain_seconds)
+            began, engine = time.monotonic(), app.state.engine
+            draining = asyncio.create_task(engine.drain(settings.drain_seconds))
+            while not draining.done() and not self.force_exit:
+                await asyncio.wait({draining}, timeout=_GLANCE)
+            if self.force_exit:  # told a second time
+                engine.close()
+            await draining
+            left = settings.drain_seconds - (time.monotonic() - began)
+            self.config.timeout_graceful_shutdown = max(_LAST_WORDS, round(left))
             await super().shutdown(sockets)
+            if self.force_exit:  # which uvicorn takes for a reason to leave all as it is
+                await self.lifespan.shutdown()
 
-    server = Server(uvicorn.Config(app, timeout_graceful_shutdown=_LAST_WORDS))
+    server = Server(uvicorn.Config(app))
+    logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
     with _listening(settings) as listener:
         address, port = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
-        note(f"serving {settings.model} on http://{host}:{port}")
+        url = f"http://{host}:{port}"
+        note(f"loading {settings.model}; the page at {url} opens meanwhile")
         server.run(sockets=[listener])
     if troubles:
         raise FluxfireError(troubles[0])
     return 0
+
+
+def _is_no_probe(record: logging.LogRecord) -> bool:
+    """Whether a line of the access log is worth one: probes come every few seconds."""
+    path = record.args[2] if isinstance(record.args, tuple) else ""
+    return str(path).partition("?")[0] not in _PROBES
 
 
 def _listening(settings: Settings) -> socket.socket:

@@ -25,7 +25,7 @@ from fluxfire.serve.keys import Keys
 from fluxfire.serve.limits import LimitedBodies
 from fluxfire.serve.metrics import Counted, Metrics
 from fluxfire.serve.problems import add_handlers, problems
-from fluxfire.serve.reading import read, unless_gone
+from fluxfire.serve.reading import Sent, gone, read, unless
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import (
     About,
@@ -39,6 +39,7 @@ from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
 from fluxfire.serve.strangers import OnlyThisMachine
+from fluxfire.serve.wire import Facts
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -65,12 +66,15 @@ _BODY = {
 
 def create_app(
     settings: Settings,
+    *,
+    on_ready: Callable[[Facts], None] = lambda facts: None,  # noqa: ARG005
     on_trouble: Callable[[str], None] = lambda why: None,  # noqa: ARG005
 ) -> FastAPI:
     """Make the application; its worker starts with it, and ends with it.
 
     Args:
         settings: the service's.
+        on_ready: is told of the pipeline once it is loaded, and whenever it is again.
         on_trouble: is told why there is no pipeline, and will be none.
 
     Raises:
@@ -93,8 +97,9 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = Engine(
-            settings, on_batch=metrics.batch, on_restart=metrics.restarted, on_trouble=on_trouble
-        )
+            settings, on_batch=metrics.batch, on_ready=on_ready, on_restart=metrics.restarted,
+            on_trouble=on_trouble,
+        )  # fmt: skip
         engine.start()
         service = Service(settings, engine, storage, metrics.edited)
         app.state.engine, app.state.service, app.state.jobs = engine, service, Jobs(service)
@@ -102,7 +107,6 @@ def create_app(
         try:
             yield
             await engine.drain(settings.drain_seconds)
-            await app.state.jobs.settle()
         finally:
             if sweeper is not None:
                 sweeper.cancel()
@@ -166,26 +170,29 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         running: Engine = app.state.engine
         return running
 
+    async def sent(request: Request) -> Sent:
+        body = read(request, settings.request_seconds)
+        return await unless(engine().until_stopping(), body)
+
     @app.post(
         "/inference", response_model=EditAnswer, openapi_extra=_BODY,
         responses=problems(401, 408, 413, 415, 422, 424, 429, 503, 504, 507),
         summary="Edit a picture, and wait for the result",
     )  # fmt: skip
     async def inference(request: Request, _owner: Owner) -> Response:
-        wanted, file = await read(request, settings.request_seconds)
-        return await _json(await unless_gone(request, app.state.service.edit(wanted, file)))
+        edited = app.state.service.edit(await sent(request))
+        return await _json(await unless(gone(request), edited))
 
     @app.post(
         "/jobs", response_model=JobAnswer, status_code=202, openapi_extra=_BODY,
         responses=problems(401, 408, 413, 415, 422, 429, 503), summary="Begin an edit",
     )  # fmt: skip
     async def begin_job(request: Request, owner: Owner) -> JobAnswer:
-        wanted, file = await read(request, settings.request_seconds)
-        job = app.state.jobs.begin(wanted, file, owner)
+        job = app.state.jobs.begin(await sent(request), owner)
         shown: JobAnswer = job.shown(engine())
         return shown
 
-    known = problems(401, 404)
+    known = problems(401, 404, 422)
 
     @app.get("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="See a job")
     async def see_job(job_id: str, owner: Owner) -> Response:
@@ -247,9 +254,7 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
             default_steps=EditRequest.model_fields["steps"].default,
         )
 
-    unwell: dict[int | str, dict[str, Any]] = {
-        503: {"model": Health, "description": "It does not."}
-    }
+    unwell = {**problems(), 503: {"model": Health, "description": "It does not."}}
 
     @app.head("/health", include_in_schema=False)
     @app.get(

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Literal
+from typing import Literal, Never
 
 from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.refusing import Refused
@@ -79,8 +79,15 @@ class Ticket:
         return self.tries > 0
 
 
+@dataclass(eq=False)
 class Place:
-    """Room in the queue, for a request whose picture is still being read."""
+    """Of a request that was taken: kept from then until its answer is written.
+
+    Attributes:
+        early: whether its picture is still being read, so that it has no ticket yet.
+    """
+
+    early: bool = True
 
 
 class Engine:
@@ -96,6 +103,7 @@ class Engine:
         settings: Settings,
         *,
         on_batch: Callable[[int, float], None] = lambda pictures, seconds: None,  # noqa: ARG005
+        on_ready: Callable[[Facts], None] = lambda facts: None,  # noqa: ARG005
         on_restart: Callable[[], None] = lambda: None,
         on_trouble: Callable[[str], None] = lambda why: None,  # noqa: ARG005
     ) -> None:
@@ -104,12 +112,14 @@ class Engine:
         Args:
             settings: the service's.
             on_batch: is told the number of pictures, and the seconds, of each batch made.
+            on_ready: is told of the pipeline, by each worker that has loaded it.
             on_restart: is called whenever the worker died.
             on_trouble: is told why there is no worker, and will be none.
         """
         self.facts: Facts | None = None
         self.trouble: str | None = None
-        self._on_batch, self._on_restart, self._on_trouble = on_batch, on_restart, on_trouble
+        self._on_batch, self._on_ready = on_batch, on_ready
+        self._on_restart, self._on_trouble = on_restart, on_trouble
         self._settings = settings
         self._waiting: deque[Ticket] = deque()
         self._places: set[Place] = set()
@@ -117,10 +127,11 @@ class Engine:
         self._numbers = itertools.count(1)
         self._seconds: deque[float] = deque(maxlen=20)
         self._worker: WorkerProcess | None = None
-        self._ready = self._draining = False
+        self._ready = False
         self._failed_starts = 0
-        self._idle = asyncio.Event()
-        self._idle.set()
+        self._stopping = asyncio.Event()
+        self._all_answered = asyncio.Event()
+        self._all_answered.set()
         self._restart: asyncio.TimerHandle | None = None
         self._messages = 0  # of all workers
         self._watchdog: asyncio.TimerHandle | None = None
@@ -130,7 +141,7 @@ class Engine:
         """Whether requests are taken, and if not, why."""
         if self.trouble is not None:
             return "failed"
-        if self._draining:
+        if self._stopping.is_set():
             return "draining"
         return "ready" if self._ready else "starting"
 
@@ -166,23 +177,35 @@ class Engine:
             level: the quality wanted; None takes what there is.
 
         Returns:
-            The place, to be handed to `submit`, or given back to `leave`.
+            The place, for `submit`; to be given back to `leave` once the request is answered,
+            which is what `drain` waits for.
 
         Raises:
             Refused: the queue is full (429), the service stops or cannot work (503), or the level
                 is none that the passes give (422).
         """
-        self._check()
+        if self.trouble is not None:
+            raise _no_pipeline(self.trouble)
+        if self._stopping.is_set():
+            raise _stops()
+        # A worker that has nothing to do takes the next request at once.
+        room = self._settings.max_queue + (1 if self._ready and not self._running else 0)
+        waiting = len(self._waiting) + sum(place.early for place in self._places)
+        if waiting >= room:
+            raise Refused(
+                f"{waiting} requests wait already; try again later", status=429, code="queue-full"
+            )
         self._check_level(level)
         place = Place()
         self._places.add(place)
-        self._idle.clear()
+        self._all_answered.clear()
         return place
 
     def leave(self, place: Place) -> None:
-        """Give a place back, unless it was used."""
+        """Give a place back; a second time does nothing."""
         self._places.discard(place)
-        self._note_idle()
+        if not self._places:
+            self._all_answered.set()
 
     def submit(self, ask: PipelineRequest, place: Place | None = None) -> Ticket:
         """Put a request into the queue.
@@ -190,22 +213,24 @@ class Engine:
         Args:
             ask: what is asked.
             place: kept for it by `reserve`; with one it is taken even if the service has been told
-                to stop meanwhile.
+                to stop meanwhile. None takes one, and gives it back when the ticket is done.
 
         Raises:
             Refused: as by `reserve`.
         """
-        if place in self._places and self.trouble is None:
-            self._places.discard(place)
-        else:
-            self._check()
-        self._check_level(ask.level)
         loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self._numbers), ask, loop.create_future())
+        ticket = Ticket(next(self._numbers), ask, loop.create_future(), steps=ask.steps)
         ticket.done.add_done_callback(_retrieved)
-        ticket.steps = ask.steps
+        if place is None:
+            own = place = self.reserve(ask.level)
+            ticket.done.add_done_callback(lambda _: self.leave(own))
+        if self.trouble is not None:
+            raise _no_pipeline(self.trouble)
+        if place not in self._places:
+            raise _stops()
+        self._check_level(ask.level)
+        place.early = False
         self._waiting.append(ticket)
-        self._idle.clear()
         self._advance()
         return ticket
 
@@ -217,7 +242,6 @@ class Engine:
         ticket.tell()
         if ticket in self._waiting:
             self._waiting.remove(ticket)
-            self._note_idle()
         elif ticket.number in self._running and self._worker is not None:
             self._worker.send(Cancel(ticket.number))
             self._watch()
@@ -231,47 +255,45 @@ class Engine:
         each = fmean(self._seconds) if self._seconds else _USUAL_SECONDS
         return max(1, round(each * (1 + len(self._waiting) / self._settings.at_once)))
 
+    async def until_stopping(self) -> Never:
+        """Wait until the service is told to stop.
+
+        Raises:
+            Refused: then.
+        """
+        await self._stopping.wait()
+        raise _stops()
+
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and wait until all are answered, or so long; then end.
 
         What is not answered by then is refused.
         """
-        self._draining = True
+        self._stopping.set()
         try:
             async with asyncio.timeout(seconds):
-                await self._idle.wait()
+                await self._all_answered.wait()
         except TimeoutError:
-            _log.warning("gave %d requests up after %g s", self.waiting + self.running, seconds)
+            _log.warning("gave %d requests up after %g s", len(self._places), seconds)
         self.close()
 
     def close(self) -> None:
         """End the worker at once, and refuse what is left."""
-        self._draining = True
-        if self._restart is not None:
-            self._restart.cancel()
-        stopping = Refused("the service stops", status=503, code="stopping")
+        self._stopping.set()
+        for timer in (self._restart, self._watchdog):
+            if timer is not None:
+                timer.cancel()
         for ticket in [*self._waiting, *self._running.values()]:
             if not ticket.done.done():
-                ticket.done.set_exception(stopping)
+                ticket.done.set_exception(_stops())
             ticket.tell()
         self._places.clear()
         self._waiting.clear()
         self._running.clear()
-        self._idle.set()
+        self._all_answered.set()
         worker, self._worker = self._worker, None
         if worker is not None:
             worker.stop()
-
-    def _check(self) -> None:
-        if self.trouble is not None:
-            raise Refused(f"the service has no pipeline: {self.trouble}", status=503, code="failed")
-        if self._draining:
-            raise Refused("the service stops", status=503, code="stopping")
-        waiting = len(self._waiting) + len(self._places)
-        if waiting >= self._settings.max_queue:
-            raise Refused(
-                f"{waiting} requests wait already; try again later", status=429, code="queue-full"
-            )
 
     def _check_level(self, level: Level | None) -> None:
         facts = self.facts  # not known while the first worker loads: then what waits is looked at
@@ -315,7 +337,7 @@ class Engine:
             self._lost()
         elif isinstance(message, Ready):
             self.facts, self._ready = message.facts, True
-            _log.info("ready: %s", message.facts)
+            self._on_ready(message.facts)
             self._refuse_levels()
         elif isinstance(message, CannotStart):
             self._give_up(message.message)
@@ -342,7 +364,6 @@ class Engine:
             elif not ticket.done.done():  # cancelled too late for its neighbours to know
                 self._waiting.appendleft(ticket)
             ticket.tell()
-        self._note_idle()
 
     def _failed(self, failure: Failed) -> None:
         batch = self._taken_back()
@@ -381,7 +402,6 @@ class Engine:
             else:
                 self._waiting.appendleft(ticket)
             ticket.tell()
-        self._note_idle()
 
     def _give_up(self, why: str) -> None:
         _log.error("no pipeline: %s", why)
@@ -390,17 +410,16 @@ class Engine:
         if worker is not None:
             worker.stop()
         self._on_trouble(why)
-        error = Refused(f"the service has no pipeline: {why}", status=503, code="failed")
         for ticket in self._waiting:
             if not ticket.done.done():
-                ticket.done.set_exception(error)
+                ticket.done.set_exception(_no_pipeline(why))
             ticket.tell()
         self._waiting.clear()
-        self._note_idle()
 
     def _watch(self) -> None:
         """See after a while whether the worker hangs in what nobody waits for any more."""
-        if self._watchdog is None and all(t.done.done() for t in self._running.values()):
+        abandoned = bool(self._running) and all(t.done.done() for t in self._running.values())
+        if self._watchdog is None and abandoned:
             loop = asyncio.get_running_loop()
             self._watchdog = loop.call_later(
                 self._settings.hang_seconds, self._look_after, self._worker, self._messages
@@ -408,9 +427,8 @@ class Engine:
 
     def _look_after(self, worker: WorkerProcess | None, messages: int) -> None:
         self._watchdog = None
-        if worker is None or worker is not self._worker or not self._running:
-            return
-        if messages == self._messages:
+        silent = worker is self._worker and messages == self._messages
+        if worker is not None and silent and self._running:
             _log.error("the worker says nothing for %g s: killed", self._settings.hang_seconds)
             worker.kill()  # and its end is heard
         else:
@@ -429,9 +447,13 @@ class Engine:
         self._running.clear()
         return batch
 
-    def _note_idle(self) -> None:
-        if not (self._waiting or self._running or self._places):
-            self._idle.set()
+
+def _stops() -> Refused:
+    return Refused("the service stops", status=503, code="stopping")
+
+
+def _no_pipeline(why: str) -> Refused:
+    return Refused(f"the service has no pipeline: {why}", status=503, code="failed")
 
 
 def _retrieved(future: asyncio.Future[Result]) -> None:

@@ -10,8 +10,9 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from fluxfire.serve.engine import Engine, Place, Ticket
+from fluxfire.serve.reading import Sent
 from fluxfire.serve.refusing import Refused
-from fluxfire.serve.schema import EditAnswer, EditRequest, JobAnswer, Problem
+from fluxfire.serve.schema import EditAnswer, JobAnswer, Problem
 from fluxfire.serve.service import Service
 from fluxfire.serve.storage import StorageError
 
@@ -76,23 +77,30 @@ class Jobs:
         self._service = service
         self._jobs: dict[str, Job] = {}
 
-    def begin(self, request: EditRequest, file: bytes | None, owner: str | None) -> Job:
+    def begin(self, sent: Sent, owner: str | None) -> Job:
         """Begin a job.
+
+        Args:
+            sent: what is wanted.
+            owner: by whom.
 
         Raises:
             Refused: too many are running already, or the engine would not take it.
         """
         self._forget_old()
-        self._make_room()
-        if len(self._jobs) >= self._service.settings.max_jobs:
+        ended = self._ended()
+        full = len(self._jobs) >= self._service.settings.max_jobs
+        if full and not ended:
             raise Refused(
                 f"{len(self._jobs)} jobs are running already; try again later",
                 status=429, code="queue-full",
             )  # fmt: skip
-        place = self._service.engine.reserve(request.quality)
-        job = Job(secrets.token_urlsafe(16), owner, request.steps)
+        place = self._service.engine.reserve(sent.request.quality)
+        if full:  # not before it is known that the room is needed
+            del self._jobs[ended[0].id]
+        job = Job(secrets.token_urlsafe(16), owner, sent.request.steps)
         self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._carry_out(job, request, file, place))
+        job.task = asyncio.create_task(self._carry_out(job, sent, place))
         job.task.add_done_callback(lambda _: self._finish(job, place))
         return job
 
@@ -116,11 +124,6 @@ class Jobs:
         if job.task is not None and not job.ended.is_set():
             job.task.cancel()
             await job.ended.wait()
-
-    async def settle(self) -> None:
-        """Wait until what was made is stored, too."""
-        tasks = [job.task for job in self._jobs.values() if job.task]
-        await asyncio.gather(*tasks, return_exceptions=True)
 
     async def watch(self, job: Job) -> AsyncIterator[JobAnswer | None]:
         """Yield the job whenever it changed, until it has ended; None after a long silence."""
@@ -147,14 +150,12 @@ class Jobs:
         """Cancel all."""
         await asyncio.gather(*map(self.cancel, self._jobs.values()))
 
-    async def _carry_out(
-        self, job: Job, request: EditRequest, file: bytes | None, place: Place
-    ) -> None:
+    async def _carry_out(self, job: Job, sent: Sent, place: Place) -> None:
         def put(ticket: Ticket) -> None:
             job.ticket = ticket
 
         try:
-            job.result = await self._service.edit(request, file, place, put)
+            job.result = await self._service.edit(sent, place, put)
         except Refused as refusal:
             job.error = Problem(code=refusal.code, message=str(refusal))
         except StorageError as error:
@@ -183,12 +184,6 @@ class Jobs:
         for job in self._ended():
             if job.finished is not None and now - job.finished >= seconds:
                 del self._jobs[job.id]
-
-    def _make_room(self) -> None:
-        """Forget the job that ended first, where there is no room for another."""
-        ended = self._ended()
-        if ended and len(self._jobs) >= self._service.settings.max_jobs:
-            del self._jobs[ended[0].id]
 
     def _ended(self) -> list[Job]:
         """Return the jobs that ended, the first to end first."""

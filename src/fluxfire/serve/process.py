@@ -39,10 +39,15 @@ class WorkerProcess:
         """
         self._process.start()
         self._theirs.close()  # or its end would not be noticed
-        threading.Thread(
-            target=self._listen, args=(heard,), name="worker-reader", daemon=True
-        ).start()
-        threading.Thread(target=self._speak, name="worker-writer", daemon=True).start()
+        reader = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        writer = threading.Thread(target=self._speak, daemon=True)
+        try:
+            writer.start()
+            reader.start()
+        except BaseException:
+            self._process.kill()  # nobody would ever hear of it
+            self.send_no_more()
+            raise
 
     def send(self, message: ToWorker) -> None:
         """Send a message; pictures take their time, so a thread does."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Never, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
@@ -22,15 +23,29 @@ _MOST_PARTS = 20_000
 _GONE = 499  # what nginx calls a client that has gone
 
 
-async def read(request: Request, seconds: float) -> tuple[EditRequest, bytes | None]:
+@dataclass
+class Sent:
+    """What a client sent.
+
+    Attributes:
+        request: the fields.
+        file: the picture, where it came as a file.
+    """
+
+    request: EditRequest
+    file: bytes | None = None
+
+    def forget_picture(self) -> None:
+        """Let go of the picture as it was sent, which may be large, and the wait long."""
+        self.file = self.request.image = self.request.image_url = None
+
+
+async def read(request: Request, seconds: float) -> Sent:
     """Read a request, in JSON or as a form.
 
     Args:
         request: as it came.
         seconds: how long its body may take to come.
-
-    Returns:
-        Its fields, and the picture if it came as a file.
 
     Raises:
         Refused: it is neither, has a field that is wrong, or did not come.
@@ -42,10 +57,11 @@ async def read(request: Request, seconds: float) -> tuple[EditRequest, bytes | N
                 # Fields may be as long as the body, whose length is limited where it comes in.
                 async with request.form(max_files=1, max_fields=30, max_part_size=2**63) as form:
                     fields, file = await _form(form)
-                    return _validated(fields), file
+                    return Sent(_validated(fields), file)
             if kind == "application/json":
-                body = await request.body()
-                return await asyncio.to_thread(_from_json, body), None
+                # Not request.body(), which would be kept until the answer.
+                body = b"".join([part async for part in request.stream()])
+                return Sent(await asyncio.to_thread(_from_json, body))
     except TimeoutError:
         raise Refused(
             f"the body did not come within {seconds:g} s", status=408, code="body-late"
@@ -106,31 +122,39 @@ async def _form(form: FormData) -> tuple[dict[str, Any], bytes | None]:
     return fields, file
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """Do work for a client, and stop where it has gone.
+async def unless(against: Awaitable[Never], work: Awaitable[T]) -> T:
+    """Do work, and stop once something against it is heard.
 
     Args:
-        request: the client's, its body read.
+        against: raises why the work is to stop, or goes on for ever.
         work: what to do.
 
     Raises:
-        Refused: it has gone.
+        Refused: what `against` raised.
     """
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(against)
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         task.cancel()
         await asyncio.wait({task})
-        raise Refused("the client has gone", status=_GONE, code="client-gone")
+        return stop.result()
     finally:
         task.cancel()
-        gone.cancel()
+        stop.cancel()
+        del task, stop  # an error holds this frame, which would hold the error
 
 
-async def _gone(request: Request) -> None:
-    """Wait until the client has gone; its body was read before."""
+async def gone(request: Request) -> Never:
+    """Wait until the client has gone.
+
+    Args:
+        request: the client's, its body read.
+
+    Raises:
+        Refused: it has gone.
+    """
     while (await request.receive())["type"] != "http.disconnect":
         pass
+    raise Refused("the client has gone", status=_GONE, code="client-gone")

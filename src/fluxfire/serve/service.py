@@ -13,6 +13,7 @@ from typing import ParamSpec, TypeVar
 
 from fluxfire.serve import decoding, fetching
 from fluxfire.serve.engine import Engine, Place, Ticket
+from fluxfire.serve.reading import Sent
 from fluxfire.serve.refusing import Refused
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
@@ -57,17 +58,15 @@ class Service:
 
     async def edit(
         self,
-        request: EditRequest,
-        file: bytes | None,
+        sent: Sent,
         place: Place | None = None,
         on_ticket: Callable[[Ticket], None] = lambda ticket: None,  # noqa: ARG005
     ) -> EditAnswer:
         """Edit. Cancelling this gives the request up.
 
         Args:
-            request: as it came.
-            file: the picture, where it came as a file.
-            place: kept for it in the queue; None takes one.
+            sent: what the client sent, which is without its picture once that was read.
+            place: kept for it in the queue, given back in the end; None takes one.
             on_ticket: is told the ticket once the request is in the queue.
 
         Raises:
@@ -75,27 +74,22 @@ class Service:
             StorageError: the pictures could not be stored.
         """
         began = time.perf_counter()
+        request = sent.request
         ticket: Ticket | None = None
         place = place or self.engine.reserve(request.quality)
         try:
             async with asyncio.timeout(self.settings.request_seconds):
-                picture = await self._picture(request, file)
+                ticket = self.engine.submit(await self._ask(sent), place)
                 decoded = time.perf_counter()
-                ticket = self.engine.submit(_ask(request, picture), place)
                 on_ticket(ticket)
                 result = await asyncio.shield(ticket.done)
                 answer = await self._answer(request, ticket, result, began, decoded)
                 self.on_answer(answer)
                 return answer
         except TimeoutError:
-            late = Refused(
-                f"the request took more than {self.settings.request_seconds:g} s; try again later, "
-                f"or ask for fewer steps",
-                status=504, code="deadline",
-            )  # fmt: skip
             if ticket is not None:
-                self.engine.cancel(ticket, late)
-            raise late from None
+                self.engine.cancel(ticket, _late(self.settings.request_seconds))
+            raise _late(self.settings.request_seconds) from None
         except asyncio.CancelledError:
             if ticket is not None:
                 gone = Refused("the request was cancelled", status=499, code="cancelled")
@@ -103,11 +97,31 @@ class Service:
             raise
         finally:
             self.engine.leave(place)
+            del ticket  # or an error would hold this frame, and the frame all pixels
 
-    async def _picture(self, request: EditRequest, file: bytes | None) -> RawPicture | None:
+    async def _ask(self, sent: Sent) -> PipelineRequest:
+        """Read the picture, and say all in the pipeline's terms."""
+        request, picture = sent.request, await self._picture(sent)
+        sent.forget_picture()
+        first = request.seed if request.seed is not None else secrets.randbelow(LARGEST_SEED + 1)
+        return PipelineRequest(
+            prompt=request.prompt,
+            prompt_2=request.prompt2,
+            negative_prompt=request.negative_prompt,
+            negative_prompt_2=request.negative_prompt2,
+            picture=picture,
+            seeds=tuple((first + i) % (LARGEST_SEED + 1) for i in range(request.num_images)),
+            size=(request.width, request.height) if picture is None else request.size,
+            steps=request.steps,
+            guidance_scale=request.guidance_scale,
+            true_cfg_scale=request.true_cfg_scale,
+            level=request.quality,
+        )
+
+    async def _picture(self, sent: Sent) -> RawPicture | None:
         """Read the picture, wherever it is; None if there is none."""
         most = self.settings.max_bytes
-        url = request.image_url
+        request, file, url = sent.request, sent.file, sent.request.image_url
         if file is not None and (request.image or url) is not None:
             raise Refused("give one picture, not two", status=422, code="invalid-request")
         if file is not None and len(file) > most:
@@ -181,21 +195,11 @@ class Service:
         )
 
 
-def _ask(request: EditRequest, picture: RawPicture | None) -> PipelineRequest:
-    first = request.seed if request.seed is not None else secrets.randbelow(LARGEST_SEED + 1)
-    return PipelineRequest(
-        prompt=request.prompt,
-        prompt_2=request.prompt2,
-        negative_prompt=request.negative_prompt,
-        negative_prompt_2=request.negative_prompt2,
-        picture=picture,
-        seeds=tuple((first + i) % (LARGEST_SEED + 1) for i in range(request.num_images)),
-        size=(request.width, request.height) if picture is None else request.size,
-        steps=request.steps,
-        guidance_scale=request.guidance_scale,
-        true_cfg_scale=request.true_cfg_scale,
-        level=request.quality,
-    )
+def _late(seconds: float) -> Refused:
+    return Refused(
+        f"the request took more than {seconds:g} s; try again later, or ask for fewer steps",
+        status=504, code="deadline",
+    )  # fmt: skip
 
 
 def _decoded(file: bytes, max_pixels: int) -> RawPicture:

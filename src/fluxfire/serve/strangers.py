@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Iterable
-from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fluxfire.serve.problems import problem
+from fluxfire.serve.refusing import Refused
 
 _NAMES = ("localhost", "127.0.0.1", "[::1]")
 _READING = ("GET", "HEAD", "OPTIONS")
-
-
-class _Refusal(NamedTuple):
-    status: int
-    code: str
-    message: str
 
 
 class OnlyThisMachine:
@@ -41,25 +35,26 @@ class OnlyThisMachine:
         if refusal is None:
             await self._app(scope, receive, send)
         else:
-            await problem(*refusal)(scope, receive, send)
+            await problem(refusal.status, refusal.code, str(refusal))(scope, receive, send)
 
-    def _refusal(self, scope: Scope) -> _Refusal | None:
+    def _refusal(self, scope: Scope) -> Refused | None:
         headers = Headers(scope=scope)
         client, host = scope.get("client"), headers.get("host", "")
         if client is not None and not _is_here(client[0]):
-            return _Refusal(
-                403, "keys-needed",
+            return Refused(
                 f"{client[0]} is another machine, and this service has no keys: start it with some",
+                status=403, code="keys-needed",
             )  # fmt: skip
-        if _without_port(host) not in self._names:
-            return _Refusal(
-                400, "host-unknown", "the Host header names none of this machine's own names"
-            )
+        if _without_port(host).lower().rstrip(".") not in self._names:
+            return Refused(
+                "the Host header names none of this machine's own names",
+                status=400, code="host-unknown",
+            )  # fmt: skip
         if scope["method"] not in _READING and self._is_elsewhere(headers, host):
-            return _Refusal(
-                403, "origin-not-allowed",
+            return Refused(
                 "the request comes from a page of another site; the service must be started with "
                 "that site as an origin, or with keys",
+                status=403, code="origin-not-allowed",
             )  # fmt: skip
         return None
 
@@ -68,7 +63,14 @@ class OnlyThisMachine:
         origin = headers.get("origin")
         if origin is None:
             return headers.get("sec-fetch-site") == "cross-site"
-        return urlsplit(origin).netloc != host and origin not in self._origins
+        return origin not in self._origins and _site(origin) != host.lower()
+
+
+def _site(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:  # such as http://[
+        return None
 
 
 def _is_here(address: str) -> bool:
