@@ -62,6 +62,7 @@ def service():
 
 @pytest.fixture(scope="module")
 def browser():
+    sync_api.expect.set_options(timeout=20_000)
     with sync_api.sync_playwright() as playwright:
         started = playwright.chromium.launch(
             executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"]
@@ -234,6 +235,36 @@ def test_cancel(page, photo):
     page.click("#cancel")
     sync_api.expect(page.locator("#problem")).to_have_text("Cancelled.")
     assert page.locator("#edit").is_enabled()
+
+
+def test_cancelled_while_it_is_sent_nothing_runs_on(page, photo, service):
+    jobs, held = service.app.state.jobs._jobs, []
+    before = set(jobs)
+    page.route("**/jobs", lambda route: held.append(route))  # noqa: PLW0108
+    fill(page, photo, steps=SLOW_STEPS)
+    page.click("#edit")
+    page.click("#cancel")
+    sync_api.expect(page.locator("#problem")).to_have_text("Cancelled.")
+    held[0].continue_()
+    for _ in range(200):
+        if (begun := set(jobs) - before) and jobs[begun.pop()].cancelled:
+            break
+        page.wait_for_timeout(50)
+    (name,) = set(jobs) - before
+    assert jobs[name].cancelled
+
+
+def test_a_picture_chosen_meanwhile_leaves_the_comparison_as_it_was(page, photo, tmp_path):
+    other = tmp_path / "other.png"
+    Image.new("RGB", (64, 64)).save(other)
+    fill(page, photo, steps="8")
+    page.click("#edit")
+    page.set_input_files("#file", other)
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    shown = page.locator("#before")
+    sync_api.expect(shown).to_be_visible()
+    assert shown.evaluate("image => image.decode().then(() => image.naturalWidth)") == 128
+    assert page.locator("#chosen").evaluate("image => image.naturalWidth") == 64
 
 
 def test_a_full_queue_is_told_with_when_to_try_again(page, photo, service, monkeypatch):

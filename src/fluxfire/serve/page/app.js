@@ -6,9 +6,10 @@ const ENDED = ["done", "failed", "cancelled"];
 
 let about = null;
 let picture = null; // {blob, url, shape}: what is to be edited
+let asked = null; // the picture of the edit that runs
 let before = null; // the picture that the result is compared with
 let job = null;
-let sending = null; // ends a request that is still being sent
+let stopSending = null; // ends the wait for an answer to what is being sent
 
 async function start() {
   $("key").value = sessionStorage.getItem("key") ?? "";
@@ -61,8 +62,8 @@ async function call(path, options = {}) {
   let response;
   try {
     response = await fetch(path, { ...options, headers: headers() });
-  } catch (error) {
-    throw new Error(error.name === "AbortError" ? "Cancelled." : "The service cannot be reached.");
+  } catch {
+    throw new Error("The service cannot be reached.");
   }
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
@@ -128,12 +129,18 @@ async function choose(file) {
     URL.revokeObjectURL(url);
     return tell(`This picture has ${pixels} pixels; the service takes ${about.max_pixels}.`);
   }
-  if (picture && picture !== before) URL.revokeObjectURL(picture.url);
+  const last = picture;
   picture = { blob: file, url, shape: image.naturalWidth / image.naturalHeight };
+  release(last);
   $("chosen").src = url;
   $("chosen").hidden = false;
   $("drop-hint").hidden = true;
   tell("");
+}
+
+// Lets go of a picture that is shown nowhere any more.
+function release(old) {
+  if (old && ![picture, asked, before].includes(old)) URL.revokeObjectURL(old.url);
 }
 
 async function takeScene() {
@@ -163,26 +170,41 @@ async function edit() {
   }
   tell("");
   busy(true);
-  const compared = picture;
+  asked = picture;
   try {
-    sending = new AbortController();
-    const sent = { method: "POST", body: fields(), signal: sending.signal };
-    job = await (await call("jobs", sent)).json();
-    sending = null;
+    job = await begin();
     await follow(job.id);
-    if (job.status === "done") show(job.result, compared);
+    if (job.status === "done") show(job.result);
     else tell(job.status === "cancelled" ? "Cancelled." : job.error.message);
   } catch (error) {
     tell(error.message);
   } finally {
     busy(false);
-    job = sending = null;
+    const last = asked;
+    asked = job = null;
+    release(last);
+  }
+}
+
+// Sends what is wanted. Cancelled meanwhile, it cancels the job that may come of it all the same.
+async function begin() {
+  const answer = call("jobs", { method: "POST", body: fields() }).then((sent) => sent.json());
+  const stopped = new Promise((_, fail) => {
+    stopSending = () => {
+      answer.then((begun) => call(`jobs/${begun.id}`, { method: "DELETE" })).catch(() => {});
+      fail(new Error("Cancelled."));
+    };
+  });
+  try {
+    return await Promise.race([answer, stopped]);
+  } finally {
+    stopSending = null;
   }
 }
 
 async function cancel() {
   $("cancel").disabled = true;
-  sending?.abort();
+  stopSending?.();
   try {
     if (job) await call(`jobs/${job.id}`, { method: "DELETE" });
   } catch (error) {
@@ -243,8 +265,10 @@ function busy(is) {
   }
 }
 
-function show(result, compared) {
-  before = compared;
+function show(result) {
+  const last = before;
+  before = asked;
+  release(last);
   $("empty-hint").hidden = true;
   $("pair").hidden = false;
   $("pair").classList.toggle("single", !before);
