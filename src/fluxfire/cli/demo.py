@@ -61,7 +61,8 @@ def compare(arguments: argparse.Namespace) -> int:
     else:
         planned.raise_if_bad()
     note(f"editing {len(examples)} pictures plain, then with passes, on {pipe.device}")
-    with edits_bar() as tell:
+    turns = 2 if passes else 1
+    with edits_bar(turns * (len(examples) + 1)) as tell:
         done = demo.run(
             pipe, passes, examples, steps=arguments.steps, seed=arguments.seed, on_edit=tell
         )
