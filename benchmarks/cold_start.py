@@ -64,7 +64,7 @@ def _saved(folder: Path, model: str) -> dict[str, float]:
     """Save the pipeline, unless it is there; say what the disk gave."""
     began = time.perf_counter()
     if not (folder / "model_index.json").exists():
-        from fluxfire.models.loading import load
+        from fluxfire.loading import load
 
         load(model).save_pretrained(folder)
     files = list(folder.rglob("*.safetensors"))
@@ -86,7 +86,7 @@ def _start(folder: Path, artifacts: Path, sizes: list[tuple[int, int]]) -> dict[
 
     import fluxfire
     from fluxfire import kontext, presets
-    from fluxfire.models.loading import load
+    from fluxfire.loading import load
     from fluxfire.passes import MegaCache
 
     lap("imports")

@@ -30,7 +30,7 @@ from fluxfire.bench import (
     stamp,
 )
 from fluxfire.bench.rivals import CacheDit, MagCache
-from fluxfire.models.loading import load as load_pipeline
+from fluxfire.loading import load as load_pipeline
 from fluxfire.passes import FirstBlockCache, ParaAttention, ReferenceCache
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 
 from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
-from fluxfire.models.loading import load
+from fluxfire.loading import load
 
 INSTRUCTION = "make it a snowy winter evening"
 

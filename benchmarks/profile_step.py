@@ -21,7 +21,7 @@ from fluxfire import Change, Finding, Target, Transaction, presets
 from fluxfire.bench import Example, Workload, save_result, stamp
 from fluxfire.generation import Listener
 from fluxfire.kontext import Call
-from fluxfire.models.loading import RANDOM, load
+from fluxfire.loading import RANDOM, load
 from fluxfire.passes import (
     Attention,
     Compile,

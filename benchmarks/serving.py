@@ -40,7 +40,7 @@ from PIL import Image
 import fluxfire
 from fluxfire import kontext
 from fluxfire.bench import held_out, save_result, stamp
-from fluxfire.models.loading import load
+from fluxfire.loading import load
 from fluxfire.serve.levels import offered, usual
 
 PARTS = ("overhead", "mixed", "throughput")

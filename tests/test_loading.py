@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluxfire.errors import LoadError
-from fluxfire.models.loading import hub_token, load
+from fluxfire.loading import hub_token, load
 from fluxfire.testing import edit
 
 
@@ -49,7 +49,7 @@ def hub():
 def said(hub, tmp_path_factory):
     """What loading a model for each status says, in a process that is not offline."""
     code = (
-        "import sys, fluxfire.models.loading as l\n"
+        "import sys, fluxfire.loading as l\n"
         "for status in sys.argv[1:]:\n"
         "    try: l.load(f'someone/model-{status}')\n"
         "    except l.LoadError as e: print(e)"

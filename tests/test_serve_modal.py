@@ -370,8 +370,7 @@ def test_it_starts_a_fastapi_application():
 
 
 def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
-    from fluxfire import recipes
-    from fluxfire.models import loading
+    from fluxfire import loading, recipes
     from fluxfire.passes import FirstBlockCache, MegaCache, QKVFusion
 
     preset = tmp_path / "mine.json"
@@ -387,9 +386,8 @@ def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
 
 @pytest.mark.slow
 def test_warming_saves_artifacts(tmp_path, monkeypatch):
-    from fluxfire import recipes
+    from fluxfire import loading, recipes
     from fluxfire.artifacts import archive
-    from fluxfire.models import loading
     from fluxfire.passes import Compile
     from fluxfire.testing import tiny_kontext
 

@@ -195,7 +195,8 @@ def test_another_shape_is_not_stretched(page, photo):
 
 
 def test_spark_offers_a_scene_of_the_kind_it_knows(page, service):
-    assert "photographs are beyond it" in page.locator("#spark-note").inner_text()
+    assert "knows only drawn scenes of shapes" in page.locator("#spark-note").inner_text()
+    assert page.locator("#prompt").get_attribute("placeholder") == "make the yellow circle blue"
     page.click("#scene")
     sync_api.expect(page.locator("#chosen")).to_be_visible()
     assert page.locator("#chosen").evaluate("image => image.naturalWidth") == 128
@@ -288,7 +289,7 @@ def test_a_connection_that_breaks_is_made_up_for(page, photo):
 
 def test_what_is_wrong_is_told_before_anything_is_sent(page, tmp_path):
     page.click("#edit")
-    sync_api.expect(page.locator("#problem")).to_have_text("Say what shall change.")
+    sync_api.expect(page.locator("#problem")).to_have_text("Write an instruction first.")
     big = tmp_path / "big.png"
     big.write_bytes(bytes(300_000))
     page.set_input_files("#file", big)
@@ -296,7 +297,7 @@ def test_what_is_wrong_is_told_before_anything_is_sent(page, tmp_path):
     wrong = tmp_path / "wrong.png"
     wrong.write_bytes(b"nothing")
     page.set_input_files("#file", wrong)
-    sync_api.expect(page.locator("#problem")).to_contain_text("no picture that can be shown")
+    sync_api.expect(page.locator("#problem")).to_contain_text("cannot be read as a picture")
     page.fill("#prompt", "x")
     page.fill("#steps", "99")
     page.click("#edit")
@@ -332,7 +333,7 @@ def test_a_key_is_asked_for_and_kept_for_the_session(browser, tmp_path):
         context = browser.new_context()
         tab = context.new_page()
         tab.goto(running.url)
-        sync_api.expect(tab.locator("#about")).to_have_text("This service wants a key.")
+        sync_api.expect(tab.locator("#about")).to_have_text("This service needs a key.")
         tab.fill("#key", key)
         tab.press("#key", "Tab")
         sync_api.expect(tab.locator("#about")).to_contain_text("ready")

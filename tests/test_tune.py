@@ -210,6 +210,17 @@ def test_an_edit_that_compiled_is_not_timed(monkeypatch):
     assert found.trials[0].seconds == 0.5
 
 
+def test_what_is_edited_is_counted_within_its_part():
+    told = []
+    load = Pretended(name="pretended", damage=((0,) * 6,) * 5)
+    family = Family((DIAL[0],))
+    budget = Budget(min_psnr=28)
+    tune(PIPE, EXAMPLES, budget, candidates=[family], workload=load, on_edit=told.append)
+    each = len(EXAMPLES)
+    assert told[:each] == [f"plain, {n} of {each}" for n in range(1, each + 1)]
+    assert f"search, 1 of {each // 3}: first-block-cache(threshold=0.1)" in told
+
+
 def test_an_exception_leaves_the_pipeline_plain(pipe, reference):
     def fail(what):
         if what.startswith("search"):

@@ -44,6 +44,7 @@ def test_demo_compares_on_held_out_scenes(capsys, tmp_path):
     assert "of 3" in lines[2]
     assert "%" not in out  # no cache, no steps left out
     assert str(output) in err
+    assert "8/8" in err  # the progress bar: the two of them, each applied and then three edits
     with Image.open(output) as grid:
         assert grid.width == 5 * 132 + 4
         assert grid.height == 3 * 148 + 20
@@ -84,7 +85,7 @@ def test_run_edits_with_spark(capsys, tmp_path):
         assert picture.size == (128, 128)
     told = capsys.readouterr().err
     assert "never learned" not in told
-    assert "Spark edits drawn shapes" in told
+    assert "knows only drawn scenes of shapes" in told
     assert main([*arguments[:-1], "add a dragon", "-o", str(output), *QUICK]) == 0
     assert "Spark never learned 'dragon'" in capsys.readouterr().err
 

@@ -137,7 +137,7 @@ class Search:
         try:
             self.workload.run(self.pipe, self.examples[0], steps=2)
             for number, example in enumerate(self.examples):
-                self.on_edit("plain")
+                self.on_edit(f"plain, {number + 1} of {len(self.examples)}")
                 picture, seconds = timed(partial(self._edit, number))
                 if self.prices is not None:
                     seconds = self.prices.of(["computed"] * self.workload.steps)
@@ -276,8 +276,9 @@ class Search:
         speeds: list[float] = []
         verdict: Verdict = "within"
         why = ""
-        for number in self._hardest_first(part):
-            self.on_edit(f"{part}: {names(passes)}")
+        numbers = self._hardest_first(part)
+        for turn, number in enumerate(numbers, 1):
+            self.on_edit(f"{part}, {turn} of {len(numbers)}: {names(passes)}")
             picture, spent = self._timed_edit(number)
             seconds.append(spent)
             speeds.append(self._seconds[number] / spent)

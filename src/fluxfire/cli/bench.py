@@ -131,9 +131,9 @@ def _contenders(
     arguments: argparse.Namespace, passes: Sequence[Any], *, edits: bool
 ) -> tuple[list[Any], list[str]]:
     """Return who competes, and what must be said of it."""
+    from fluxfire import loading
     from fluxfire.bench import ladder, quality, rivals, schedules
     from fluxfire.bench.power import unavailable
-    from fluxfire.models import loading
 
     notes = []
     contenders = ladder(passes, partial=not arguments.only_stack)
@@ -155,8 +155,8 @@ def _contenders(
 
 
 def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> dict[str, Any]:
+    from fluxfire import loading
     from fluxfire.bench import stamp
-    from fluxfire.models import loading
 
     settings = {
         "examples": examples,

@@ -60,8 +60,10 @@ def compare(arguments: argparse.Namespace) -> int:
         note(f"note: here {names} instead of all of it: " + "; ".join(planned.complaints()))
     else:
         planned.raise_if_bad()
-    note(f"editing {len(examples)} pictures plain, then with passes, on {pipe.device}")
-    with edits_bar() as tell:
+    pictures = "one picture" if len(examples) == 1 else f"{len(examples)} pictures"
+    note(f"editing {pictures} plain, then with passes, on {pipe.device}")
+    turns = 2 if passes else 1
+    with edits_bar(turns * (len(examples) + 1)) as tell:
         done = demo.run(
             pipe, passes, examples, steps=arguments.steps, seed=arguments.seed, on_edit=tell
         )

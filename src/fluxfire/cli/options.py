@@ -207,7 +207,7 @@ def load_model(model: str) -> Any:
     Returns:
         The pipeline.
     """
-    from fluxfire.models import loading
+    from fluxfire import loading
 
     if model in loading.RANDOM:
         note(_RANDOM_NOTE.format(model))

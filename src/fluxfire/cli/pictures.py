@@ -65,13 +65,13 @@ def note_limits(prompt: str, picture: Any) -> None:
     from fluxfire import spark
 
     width, height = spark.SparkPipeline.reference_size(*picture.size)
-    size = "" if (width, height) == picture.size else f", and yours is brought to {width}x{height}"
+    size = "" if (width, height) == picture.size else f" (yours is resized to {width}x{height})"
     note(
-        f"note: Spark edits drawn shapes on plain grounds at about 128x128{size}; a photograph is "
-        f"nothing that it knows"
+        f"note: Spark is a tiny model that knows only drawn scenes of shapes, at about "
+        f"128x128{size}; of a photograph it makes nonsense"
     )
     if foreign := spark.unknown(prompt):
         note(
-            f"note: Spark never learned {', '.join(map(repr, foreign))}, so its answer means "
-            f'little; it knows requests such as "make the red circle blue"'
+            f"note: Spark never learned {', '.join(map(repr, foreign))}, so the result "
+            f'means little; it knows instructions such as "make the red circle blue"'
         )

@@ -82,8 +82,7 @@ def tune(arguments: argparse.Namespace) -> int:
     out: Path = arguments.out
     if out.suffix != ".json" or not out.resolve().parent.is_dir() or out.is_dir():
         raise UsageError(f"cannot write {out}: it must be a file ending in .json, in a folder")
-    from fluxfire import bench
-    from fluxfire.models import loading
+    from fluxfire import bench, loading
 
     if arguments.model in loading.RANDOM:
         raise UsageError(

@@ -1,1 +1,1 @@
-"""Pipelines to work on: loaded from a folder or the hub, or built with random weights."""
+"""Pipelines with random weights, and tokenizers that need no network."""

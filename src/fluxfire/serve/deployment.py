@@ -25,7 +25,7 @@ class Deployment:
     """What can be chosen, each by the environment variable `FLUXFIRE_` and its name in capitals.
 
     Attributes:
-        model: what `fluxfire.models.loading.load` takes.
+        model: what `fluxfire.loading.load` takes.
         preset: a preset's name.
         storage: where pictures are stored, as the server's own option; None sends them back.
         max_queue: requests that wait in one container.

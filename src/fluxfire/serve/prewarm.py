@@ -30,7 +30,7 @@ def warm(
 
     Args:
         folder: where to save.
-        model: what `fluxfire.models.loading.load` takes.
+        model: what `fluxfire.loading.load` takes.
         preset: a preset's name, or a file that `fluxfire tune` wrote.
         sizes: output sizes to compile for.
         **call: further arguments of the pipeline's call, as for `fluxfire.warmup`.
@@ -39,8 +39,7 @@ def warm(
         The report.
     """
     import fluxfire
-    from fluxfire import recipes
-    from fluxfire.models import loading
+    from fluxfire import loading, recipes
     from fluxfire.passes import MegaCache
     from fluxfire.resolve import preset_or_file
 

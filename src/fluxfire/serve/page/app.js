@@ -82,12 +82,14 @@ async function ask() {
     tell("");
   } catch (error) {
     $("key-field").hidden = error.status !== 401;
-    $("about").textContent = error.status === 401 ? "This service wants a key." : error.message;
+    $("about").textContent = error.status === 401 ? "This service needs a key." : error.message;
     return;
   }
   const where = about.device ? ` on ${about.device}` : "";
   $("about").textContent = `${about.model}${where}, ${about.state}, version ${about.version}`;
-  $("spark-note").hidden = about.model !== "spark";
+  const spark = about.model === "spark";
+  $("spark-note").hidden = !spark;
+  if (spark) $("prompt").placeholder = "make the yellow circle blue"; // of the drawn scene
   $("steps").value ||= about.default_steps;
   offer(about.qualities, about.quality);
   if (about.state === "starting") setTimeout(ask, 1000);
@@ -122,7 +124,7 @@ async function choose(file) {
     await image.decode();
   } catch {
     URL.revokeObjectURL(url);
-    return tell("This is no picture that can be shown. Use PNG, JPEG or WebP.");
+    return tell("This file cannot be read as a picture. Use PNG, JPEG or WebP.");
   }
   const pixels = image.naturalWidth * image.naturalHeight;
   if (about && pixels > about.max_pixels) {
@@ -164,7 +166,7 @@ function fields() {
 }
 
 async function edit() {
-  if (!$("prompt").value.trim()) return tell("Say what shall change.", $("prompt"));
+  if (!$("prompt").value.trim()) return tell("Write an instruction first.", $("prompt"));
   for (const name of NUMBERS) {
     if (!$(name).checkValidity()) return tell(`${name}: ${$(name).validationMessage}`, $(name));
   }

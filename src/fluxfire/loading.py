@@ -44,7 +44,7 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
     token = None if folder else hub_token()
     from diffusers import DiffusionPipeline
 
-    try:
+    try:  # torch_dtype, since diffusers before 0.40 ignores its new name, dtype
         pipe = DiffusionPipeline.from_pretrained(folder or model, torch_dtype=dtype, token=token)
     except Exception as error:
         raise LoadError(_explain(model, error)) from error
