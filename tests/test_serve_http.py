@@ -434,7 +434,7 @@ def test_keys_storage_and_a_deadline(tmp_path, monkeypatch):
         assert client.get("/").status_code == 200
         for headers in ({}, {"X-API-Key": "ff_wrong"}, {"Authorization": f"Basic {ann}"}):
             response = client.post("/inference", json=body(), headers=headers)
-            problem(response, 401, "key-wanted", "this service wants a key")
+            problem(response, 401, "key-wanted", "this service needs a key")
             assert response.headers["www-authenticate"] == "Bearer"
         client.headers["Authorization"] = f"Bearer {ann}"
         large = base64.b64encode(file_of(Image.effect_noise((1200, 1000), 90))).decode()

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of what nobody uses
-    # Threads that spin while they wait slow a shared CPU down twentyfold.
+    # Threads that spin while they wait can slow a shared CPU down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:

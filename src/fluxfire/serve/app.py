@@ -154,7 +154,7 @@ async def owner(
     name = keys.owner(bearer.credentials if bearer else header or "")
     if name is None:
         raise Refused(
-            "this service wants a key: send it as Authorization: Bearer KEY, or X-API-Key",
+            "this service needs a key: send it as Authorization: Bearer KEY, or X-API-Key",
             status=401, code="key-wanted",
         )  # fmt: skip
     return name
