@@ -249,4 +249,4 @@ def test_help_names_every_preset(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert all(name in printed for name in presets._NAMES)
+    assert all(name in printed for name in presets.NAMES)

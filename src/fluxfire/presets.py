@@ -61,7 +61,7 @@ When Speed Meets Style"), in the order that fluxfire's stages ask for, and by bl
 compiles the whole transformer, which no cache can decide in. Lossy. Tuning takes minutes, once:
 `warmup` saves what was compiled in the user's cache folder."""
 
-_NAMES = ("faithful", "balanced", "fast", "article")
+NAMES = ("faithful", "balanced", "fast", "article")
 
 
 def named(name: str) -> tuple[Pass, ...]:
@@ -70,9 +70,9 @@ def named(name: str) -> tuple[Pass, ...]:
     Raises:
         PlanError: there is no such preset.
     """
-    if name not in _NAMES:
-        close = get_close_matches(name, _NAMES, n=1)
+    if name not in NAMES:
+        close = get_close_matches(name, NAMES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PlanError(f"there is no preset {name!r}; there are {', '.join(_NAMES)}{hint}")
+        raise PlanError(f"there is no preset {name!r}; there are {', '.join(NAMES)}{hint}")
     preset: tuple[Pass, ...] = globals()[name]
     return preset

@@ -18,8 +18,8 @@ from fluxfire.bench.tables import decibels
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
-from fluxfire.planner import order
 from fluxfire.protocol import Pass
+from fluxfire.resolve import order
 from fluxfire.text import human_seconds, table
 
 PUBLISHABLE = 256
