@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from fluxfire.errors import PlanError
 from fluxfire.passes import (
     Compile,
@@ -15,6 +13,7 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.protocol import Pass
+from fluxfire.text import meant_hint
 
 __all__ = ["article", "balanced", "faithful", "fast", "named"]
 
@@ -71,8 +70,8 @@ def named(name: str) -> tuple[Pass, ...]:
         PlanError: there is no such preset.
     """
     if name not in NAMES:
-        close = get_close_matches(name, NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PlanError(f"there is no preset {name!r}; there are {', '.join(NAMES)}{hint}")
+        raise PlanError(
+            f"there is no preset {name!r}; there are {', '.join(NAMES)}{meant_hint(name, NAMES)}"
+        )
     preset: tuple[Pass, ...] = globals()[name]
     return preset
