@@ -20,7 +20,7 @@ from diffusers import (
 )
 
 import fluxfire
-from doubles import Fake, Listen, ScaleTemb, SkipBlock
+from doubles import Fake, HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change, Finding
 from fluxfire.errors import BusyError, FluxfireError, PassError, PlanError
 from fluxfire.passes import (
@@ -254,7 +254,7 @@ def test_a_replaced_transformer_is_noticed(pipe):
         (lambda p: p.text_encoder_2.to("meta"), "the text_encoder_2's weights are on the meta"),
         (
             lambda p: setattr(p, "transformer", torch.compile(p.transformer)),
-            "wrapped by torch.compile: pass the plain model and add Compile",
+            "is an OptimizedModule, not .* wrapped by torch.compile: pass the plain model and add",
         ),
         (lambda p: setattr(p, "transformer", p.vae), "not a FluxTransformer2DModel"),
     ],
@@ -283,16 +283,16 @@ def test_everything_wrong_is_said_at_once_with_a_list_that_works(pipe):
         "  - MemoryLayout is a class; pass an instance, MemoryLayout()\n"
         "  - qkv-fusion (stage weights) must come before compile (stage compile): blocks, "
         "caches and graphs take the weights as they find them\n"
+        "  - memory-layout (stage weights) must come before compile (stage compile): blocks, "
+        "caches and graphs take the weights as they find them\n"
         "  - fake (stage weights) must come before compile (stage compile): blocks, caches "
         "and graphs take the weights as they find them\n"
-        "  - fake is in the list twice, as Fake(name='fake', stage='weights', slot=None, "
-        "exactness='bitwise') and Fake(name='fake', stage='weights', slot=None, "
-        "exactness='bitwise'); keep one\n"
-        "  - fake (stage weights) must come before compile (stage compile): blocks, caches "
-        "and graphs take the weights as they find them\n"
+        "  - fake is in the list twice, as Fake(); keep one\n"
         "  - compile: inductor has no option no_such; torch._inductor.list_options() lists "
         "them\n"
-        "A list that would work: [QKVFusion(), Fake()]"
+        "A list that would work: [QKVFusion(), MemoryLayout(), Fake()]\n"
+        "  left out: Compile(options=(('no_such', 1),)), because inductor has no option no_such\n"
+        "  left out: Fake(), because fake is in the list already"
     )
     assert differences(before, fingerprint(pipe)) == []
 
@@ -301,6 +301,10 @@ def test_on_top_of_applied_passes_too_a_list_that_works_is_named(pipe):
     fluxfire.optimize(pipe, [FirstBlockCache()])
     refused = fluxfire.plan(pipe, [QKVFusion(), FirstBlockCache(), Compile(), "nope"])
     assert refused.suggestion == (Compile(),)
+    assert refused.left_out == (
+        "QKVFusion(), because first-block-cache, which must come after it, is applied already",
+        "FirstBlockCache(), because first-block-cache is applied already",
+    )
 
 
 def test_names_of_presets_and_passes(pipe):
@@ -432,8 +436,49 @@ def test_a_suggestion_is_tried_before_it_is_made(pipe):
 def test_a_suggestion_follows_the_advice_beside_it(pipe):
     compiled = fluxfire.plan(pipe, [FirstBlockCache(), Compile(region="transformer", dynamic=True)])
     assert compiled.suggestion == (FirstBlockCache(), Compile(dynamic=True))
+    (told,) = compiled.left_out
+    assert told.startswith("Compile(region='transformer', dynamic=True), because ")
+    assert told.endswith("; in its place: Compile(dynamic=True)")
     assert "leave the fusion out" in str(fluxfire.plan(pipe, [QKVFusion(), Float8()]))
-    assert fluxfire.plan(pipe, [QKVFusion(), Float8()]).suggestion == (Float8(),)
+    fused = fluxfire.plan(pipe, [QKVFusion(), Float8()])
+    assert fused.suggestion == (Float8(),)
+    assert fused.left_out[0].startswith("QKVFusion(), because float8 refuses it: ")
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_asked_for_does_not_decide_whether_a_list_is_found(pipe, turned):
+    class Impossible(HalfTheTokens):
+        name = "impossible"
+
+        def check(self, target):
+            yield Finding("error", "impossible here", "do not")
+
+    asked = [Compile(), HalfTheTokens(), Impossible()]
+    planned = fluxfire.plan(pipe, asked[::-1] if turned else asked)
+    assert planned.suggestion == (HalfTheTokens(), Compile())
+    (told,) = planned.left_out
+    why = "half-the-tokens fills the slot 'block-cache'" if not turned else "impossible here"
+    assert told == f"Impossible(), because {why}"
+    assert fluxfire.plan(pipe, planned.suggestion).ok
+
+
+def test_rows_with_errors_are_not_called_ready(pipe):
+    rows = str(fluxfire.plan(pipe, [Compile(), QKVFusion(), MemoryLayout])).splitlines()[2:5]
+    assert [row.split("  ")[-1].strip() for row in rows] == [
+        "ready", "error: see below", "error: see below",
+    ]  # fmt: skip
+    pipe.transformer.to("meta")
+    assert "ready" not in str(fluxfire.plan(pipe))
+
+
+def test_a_plan_and_a_report_show_settings_that_are_not_the_defaults(pipe):
+    passes = [QKVFusion(), FirstBlockCache(threshold=0.2)]
+    shown = "settings: FirstBlockCache(threshold=0.2)"
+    assert shown in str(fluxfire.plan(pipe, passes)).splitlines()
+    fluxfire.optimize(pipe, passes)
+    assert shown in str(fluxfire.report(pipe)).splitlines()
+    assert shown in str(fluxfire.plan(pipe, [Compile()])).splitlines()
+    assert "settings" not in str(fluxfire.plan(tiny_kontext(), [FirstBlockCache(), Compile()]))
 
 
 def test_a_suggestion_ends_where_advice_goes_in_circles(pipe):
@@ -509,10 +554,46 @@ def test_a_check_that_yields_nonsense_is_blamed_on_its_pass(pipe):
 def test_hints_for_lists_written_in_other_ways(pipe):
     with pytest.raises(PlanError, match=r"did you mean passes=\['qkv-fusion'\]"):
         fluxfire.optimize(pipe, "qkv-fusion")
-    with pytest.raises(PlanError, match=r"is a list within the list; write \* before it"):
-        fluxfire.optimize(pipe, [fluxfire.presets.faithful])
+    with pytest.raises(PlanError, match=r"\)\] is a list within the list; write \* before it"):
+        fluxfire.optimize(pipe, [[QKVFusion()]])
     with pytest.raises(PlanError, match="did you mean 'qkv-fusion'"):
         fluxfire.optimize(pipe, ["qkv_fusion"])
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (
+            fluxfire.presets.faithful,
+            "presets.faithful is a list within the list; write *presets.faithful",
+        ),
+        (
+            "faithful",
+            "'faithful' is a preset, not a pass; write *presets.faithful in its place",
+        ),
+    ],
+)
+def test_a_preset_within_a_list_is_unpacked_in_the_suggestion(pipe, entry, said):
+    planned = fluxfire.plan(pipe, [entry, FirstBlockCache(0.2)])
+    assert planned.problems[0] == said
+    assert planned.suggestion == (
+        *fluxfire.presets.faithful[:-1], FirstBlockCache(0.2), fluxfire.presets.faithful[-1]
+    )  # fmt: skip
+    assert planned.left_out == ()
+
+
+def test_the_passes_of_a_list_within_the_list_are_read_too(pipe):
+    planned = fluxfire.plan(pipe, [[QKVFusion(), "nope"], MemoryLayout])
+    assert planned.suggestion == (QKVFusion(), MemoryLayout())
+    assert any("no pass 'nope'" in line for line in planned.problems)
+
+
+def test_a_class_that_needs_settings_is_not_made_up(pipe):
+    class Needy(ScaleTemb):
+        def __init__(self, amount):
+            pass
+
+    assert fluxfire.plan(pipe, [Needy, QKVFusion()]).suggestion == (QKVFusion(),)
 
 
 def test_a_pass_twice_is_one_mistake(pipe):

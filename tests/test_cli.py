@@ -12,6 +12,7 @@ import tempfile
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -52,6 +53,9 @@ def test_plan(capsys):
     status, out, _ = run(capsys, "plan", "--passes", "compile,qkv-fusion")
     assert status == 1
     assert "must come before compile" in out
+    assert "qkv-fusion  weights  close      error: see below" in out
+    _, out, _ = run(capsys, "plan", "--preset", "fast")
+    assert "settings: FirstBlockCache(threshold=0.5, predict='quadratic')" in out
 
 
 def test_doctor(capsys):
@@ -60,6 +64,26 @@ def test_doctor(capsys):
     assert "torch " in out
     assert "GPU " in out
     assert "memory-layout      applies" in out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
+@pytest.mark.parametrize(
+    ("own", "said"),
+    [
+        (None, "not set; set it to passive before torch is loaded"),
+        ("active", "active; set it to passive before torch is loaded"),
+        ("PASSIVE", "PASSIVE"),
+    ],
+)
+def test_doctor_tells_how_threads_wait_without_the_command(capsys, monkeypatch, own, said):
+    if own is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    else:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    _, out, _ = run(capsys, "doctor", "--model", "random-tiny")
+    (line,) = [line for line in out.splitlines() if line.startswith("OMP_WAIT_POLICY")]
+    told = line.removeprefix("OMP_WAIT_POLICY").strip()
+    assert told == said if said == "PASSIVE" else told.startswith(said)
 
 
 def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):
@@ -142,6 +166,14 @@ def test_misuse_is_argparses(arguments, capsys):
     assert "usage: fluxfire" in capsys.readouterr().err
 
 
+def test_without_a_command_all_are_listed(capsys):
+    with pytest.raises(SystemExit):
+        main([])
+    said = capsys.readouterr().err
+    assert "edit pictures with Spark, plain and with passes, and compare" in said
+    assert all(name in said for name in ("passes", "plan", "doctor", "run", "tune", "serve"))
+
+
 def test_megacache(capsys, tmp_path):
     file = tmp_path / "m"
     assert run(capsys, "megacache", "verify", file)[0] == 1
@@ -181,6 +213,14 @@ def test_python_dash_m():
         [sys.executable, "-m", "fluxfire", "--version"], capture_output=True, text=True, check=True
     )
     assert done.stdout.startswith("fluxfire 0.")
+
+
+def test_nothing_is_warned_of_that_no_user_can_mend():
+    """Such as transformers' advice, where it is imported first, to install torchvision."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-m", "fluxfire", "plan", "--passes", "qkv-fusion"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert done.stderr == ""
 
 
 def test_a_saved_tiny_pipeline_stays_tiny(capsys, photo, tmp_path, pipe):
@@ -237,6 +277,10 @@ def test_threads_do_not_spin_while_they_wait(monkeypatch):
         (["demo", "--passes", "compile,qkv-fusion"], "Nothing was changed"),
         (["plan", "--preset", "faithfull"], "did you mean 'faithful'?"),
         (["plan", "--passes", "QKVFusion"], "did you mean 'qkv-fusion'?"),
+        (
+            ["plan", "--passes", "faithful,qkv-fusion"],
+            "write --preset faithful, or name its passes: inductor-patch,fused-blocks,compile",
+        ),
         (["tune", "-n", "2"], "one or more of --min-psnr, --mean-psnr, --min-ssim, --max-flip, --"),
     ],
 )
@@ -249,4 +293,4 @@ def test_help_names_every_preset(capsys):
     with pytest.raises(SystemExit):
         main(["run", "--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert all(name in printed for name in presets._NAMES)
+    assert all(name in printed for name in presets.NAMES)

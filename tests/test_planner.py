@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 import fluxfire
 from doubles import Fake
 from fluxfire.errors import PlanError
-from fluxfire.planner import malformed, order, problems, spelled, workable
+from fluxfire.planner import by_stage, faults, malformed, misfits, problems, spelled
 from fluxfire.protocol import BOUNDARIES, STAGES
+from fluxfire.resolve import order
 
 fakes = st.builds(
     Fake,
@@ -62,12 +63,49 @@ def test_order_is_a_stable_sort_by_stage_or_an_error(passes):
 @thorough
 @given(lists)
 def test_the_workable_rest_is_valid_and_leaves_out_only_what_clashes(passes):
-    kept = workable(passes)
-    assert problems(kept) == []
-    identities = {id(p) for p in kept}
-    for p in passes:
-        if id(p) not in identities:
-            assert any(k.name == p.name or (p.slot and k.slot == p.slot) for k in kept)
+    whys = misfits(passes)
+    kept = [p for p, why in zip(passes, whys, strict=True) if why is None]
+    assert problems(by_stage(kept)) == []
+    for p, why in zip(passes, whys, strict=True):
+        if why is not None:
+            clashing = [k for k in kept if k.name == p.name or (p.slot and k.slot == p.slot)]
+            assert clashing
+            assert any(k.name in why for k in clashing)
+
+
+@thorough
+@given(lists, fakes)
+def test_what_is_applied_already_keeps_its_name_slot_and_stage(passes, applied):
+    for p, why in zip(passes, misfits(passes, [applied]), strict=True):
+        taken = p.name == applied.name or (p.slot and p.slot == applied.slot)
+        if taken or rank(p) < rank(applied):
+            assert why is not None
+
+
+@thorough
+@given(lists)
+def test_a_fault_is_told_of_the_pass_that_it_names_and_once(passes):
+    found = list(faults(passes))
+    assert all(said.startswith(f"{passes[index].name} ") for index, said in found)
+    assert problems(passes) == list(dict.fromkeys(said for _, said in found))
+
+
+def test_the_reason_of_a_stage_fits_whatever_follows_it():
+    """A cache before Compile alone has nothing to do with saved artifacts' keys."""
+    (said,) = problems([Fake(name="compile", stage="compile"), Fake(name="c", stage="caching")])
+    assert said == (
+        "c (stage caching) must come before compile (stage compile): caches decide which graphs "
+        "there are to save and to compile"
+    )
+
+
+def test_order_takes_names_and_says_what_is_wrong():
+    made = fluxfire.order(["compile", "qkv-fusion", Fake(name="x", stage="caching")])
+    assert [p.name for p in made] == ["qkv-fusion", "x", "compile"]
+    with pytest.raises(PlanError, match="no pass 'qkv'; there are attention"):
+        fluxfire.order(["qkv"])
+    with pytest.raises(PlanError, match=r"order\(\) takes a list of passes, not 'compile'"):
+        fluxfire.order("compile")
 
 
 @given(fakes)

@@ -57,6 +57,27 @@ def test_unknown_names_list_plugins_too(pipe, announced):
         fluxfire.optimize(pipe, ["cache"])
 
 
+def test_a_name_that_nobody_announces_gets_a_hint(pipe, announced):
+    with pytest.raises(PlanError, match=r"pip install …\), and be .* group 'fluxfire.passes'$"):
+        fluxfire.optimize(pipe, ["zzz"])
+
+
+def test_plugins_are_listed_as_what_they_are(capsys, announced):
+    assert main(["passes"]) == 0
+    said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert said["skip-block"].split(maxsplit=4)[1:] == [
+        "blocks", "-", "lossy", "Skips one block of the transformer. (plugin: doubles:SkipBlock)",
+    ]  # fmt: skip
+    assert "'gone' is announced as no_such_package:Gone, which cannot be" in said["gone"]
+
+
+def test_a_plugin_that_is_no_pass_is_listed_so(capsys, monkeypatch):
+    entries = [EntryPoint("odd", "decimal:Decimal", plugins.GROUP)]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    assert main(["passes"]) == 0
+    assert "is not a pass: it has no name, stage" in capsys.readouterr().out
+
+
 def test_doctor_looks_at_plugins_too(capsys, announced):
     assert main(["doctor", "--model", "random-tiny"]) == 0
     said = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if line}

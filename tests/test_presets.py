@@ -15,7 +15,7 @@ from fluxfire.testing import tiny_kontext
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
-@pytest.mark.parametrize("name", presets._NAMES)
+@pytest.mark.parametrize("name", presets.NAMES)
 def test_every_preset_is_a_tuple_in_order_that_applies(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     preset = presets.named(name)
@@ -25,7 +25,7 @@ def test_every_preset_is_a_tuple_in_order_that_applies(name, tmp_path, monkeypat
 
 
 def test_only_faithful_loses_nothing():
-    lossy = {n for n in presets._NAMES if any(p.exactness == "lossy" for p in presets.named(n))}
+    lossy = {n for n in presets.NAMES if any(p.exactness == "lossy" for p in presets.named(n))}
     assert lossy == {"balanced", "fast", "article"}
 
 

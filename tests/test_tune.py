@@ -151,6 +151,14 @@ def test_lost_edits_count(clock):
         assert found.passes == (DIAL[rung],), most
         assert found.attempts == 3 - rung
         assert found.plain.quality.success == 1
+        lost = f"plain pipeline {rung} of 2 edits are lost: --max-lost {most:g} allows that"
+        assert (lost in str(found)) == (rung > 0)
+        assert "does not limit" not in str(found)
+    found = tune(PIPE, examples, Budget(min_psnr=1), candidates=candidates, workload=load)
+    assert (
+        "Against the plain pipeline 2 of 2 edits are lost: this budget does not limit that; "
+        "--max-lost 0.01 (max_lost=0.01 in Python) allows one in a hundred"
+    ) in str(found)
 
 
 def test_the_fastest_of_what_was_tried_is_returned(clock):
@@ -351,7 +359,18 @@ def test_lists_come_back_from_their_files(tmp_path, passes):
         ),
         (
             '{"format": 1, "passes": [{"name": "compile", "settings": {"speed": 3}}]}',
-            "pass 1, compile: .*unexpected keyword argument 'speed'",
+            "pass 1: compile has no setting 'speed'; there are region, [a-z, _]+$",
+        ),
+        (
+            (
+                '{"format": 1, "passes": [{"name": "first-block-cache", '
+                '"settings": {"treshold": 0.2}}]}'
+            ),
+            "no setting 'treshold'; there are threshold, .*; did you mean 'threshold'",
+        ),
+        (
+            '{"format": 1, "passes": [{"name": "inductor-patch", "settings": {"speed": 3}}]}',
+            "inductor-patch has no setting 'speed'; it has none",
         ),
     ],
 )
@@ -371,7 +390,7 @@ def test_what_no_file_could_give_back_is_not_saved(tmp_path):
 
 
 def test_a_missing_file_and_another_suffix_are_refused(pipe, tmp_path):
-    with pytest.raises(PlanError, match=r"cannot read passes from none\.json"):
+    with pytest.raises(PlanError, match=r"^cannot read passes from none\.json: No such [a-z ]+$"):
         fluxfire.optimize(pipe, "none.json")
     with pytest.raises(PlanError, match=r"must end in \.json"):
         recipes.write([], tmp_path / "list.txt")

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
     from fluxfire.bench import Budget, Tuned, tune
     from fluxfire.generation import Generation, Listener
     from fluxfire.kontext import Call
-    from fluxfire.planner import Plan, order
+    from fluxfire.planner import Plan
     from fluxfire.protocol import Change, Finding, Pass, Target
     from fluxfire.reporting.report import Report
+    from fluxfire.resolve import order
     from fluxfire.transaction import Transaction
 
 __all__ = [
@@ -58,9 +59,10 @@ _HOME = {
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
     **dict.fromkeys(("Budget", "Tuned", "tune"), "bench"),
     **dict.fromkeys(("Generation", "Listener"), "generation"),
-    **dict.fromkeys(("Plan", "order"), "planner"),
     "Call": "kontext",
+    "Plan": "planner",
     "Report": "reporting.report",
+    "order": "resolve",
     "Transaction": "transaction",
 }
 _SUBMODULES = ("bench", "errors", "passes", "presets", "spark", "testing")

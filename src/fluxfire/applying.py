@@ -15,10 +15,11 @@ from fluxfire import kontext
 from fluxfire.conductor import Conductor, conductor_of
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
 from fluxfire.planner import Plan, configured
+from fluxfire.planning import make_plan
 from fluxfire.protocol import Change, Pass
 from fluxfire.reporting.report import PassReport
 from fluxfire.reporting.statistics import Statistics
-from fluxfire.resolve import Passes, make_plan
+from fluxfire.resolve import Passes
 from fluxfire.transaction import Transaction
 
 MakeTransaction = Callable[[Any, Conductor], Transaction]

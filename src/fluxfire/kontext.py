@@ -15,6 +15,8 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTrans
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from fluxfire.text import with_article
+
 PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
 """Traits of pipelines whose weights are swapped layer by layer while they run."""
@@ -83,7 +85,7 @@ def unsupported(pipe: object) -> str | None:
         if hasattr(transformer, "_orig_mod"):
             hint = "; it was wrapped by torch.compile: pass the plain model and add Compile()"
         return (
-            f"pipe.transformer is a {type(transformer).__name__}, "
+            f"pipe.transformer is {with_article(type(transformer).__name__)}, "
             f"not a FluxTransformer2DModel{hint}"
         )
     for name, component in modules(pipe):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 from fluxfire.errors import PlanError
@@ -31,6 +31,19 @@ def spelled(pass_: Pass) -> str:
         if f.init and f.repr and getattr(pass_, f.name) != f.default
     )
     return f"{type(pass_).__name__}({', '.join(given)})"
+
+
+def own_settings(pass_: Pass) -> str:
+    """Spell a pass; nothing if all its settings are the defaults."""
+    text = spelled(pass_)
+    return "" if not is_dataclass(pass_) or text == f"{type(pass_).__name__}()" else text
+
+
+def settings_line(told: Iterable[str]) -> list[str]:
+    """Put together what `own_settings` says of several passes: a line, or none."""
+    if said := ", ".join(filter(None, told)):
+        return [f"settings: {said}"]
+    return []
 
 
 def malformed(candidate: object) -> str | None:
@@ -69,34 +82,28 @@ def _ill_described(candidate: Pass) -> str | None:
     return None
 
 
-def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
+def faults(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, str]]:
     """Say everything that is wrong with a list of well-formed passes as a list.
 
     Args:
         passes: the whole list, those already applied first.
         applied: how many of them are already applied, so that the words fit.
+
+    Yields:
+        The index of a pass, and what is wrong with its being there.
     """
-    found = []
     highest = 0  # index of the pass with the latest stage so far
     names: dict[str, int] = {}
     slots: dict[str, Pass] = {}
     for index, pass_ in enumerate(passes):
         twin = names.setdefault(pass_.name, index)
         if twin != index:
-            where = "already applied" if twin < applied else "in the list twice"
-            found.append(
-                f"{pass_.name} is {where}, as {passes[twin]!r}; to change its settings, "
-                f"restore(pipe) and optimize again"
-                if twin < applied
-                else f"{pass_.name} is {where}, as {passes[twin]!r} and {pass_!r}; keep one"
-            )
+            yield index, _twice(passes[twin], pass_, applied=twin < applied)
         elif pass_.slot is not None:
             holder = slots.setdefault(pass_.slot, pass_)
             if holder is not pass_:
-                found.append(
-                    f"{pass_.name} and {holder.name} both fill the slot "
-                    f"{pass_.slot!r}, which has room for one; keep one of them"
-                )
+                said = f"{pass_.name} and {holder.name} both fill the slot {pass_.slot!r}"
+                yield index, f"{said}, which has room for one; keep one of them"
         latest = passes[highest]
         if STAGES.index(pass_.stage) >= STAGES.index(latest.stage):
             highest = index
@@ -104,58 +111,88 @@ def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
         why = BOUNDARIES[pass_.stage]
         if highest < applied <= index:
             why += f"; {latest.name} is already applied: restore(pipe), and optimize with both"
-        found.append(
-            f"{pass_.name} (stage {pass_.stage}) must come before {latest.name} "
-            f"(stage {latest.stage}): {why}"
+        first, then = (f"{p.name} (stage {p.stage})" for p in (pass_, latest))
+        yield index, f"{first} must come before {then}: {why}"
+
+
+def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
+    """Say the same without the indices, and what is wrong with several passes once."""
+    return list(dict.fromkeys(said for _, said in faults(passes, applied=applied)))
+
+
+def _twice(first: Pass, second: Pass, *, applied: bool) -> str:
+    if applied:
+        return (
+            f"{second.name} is already applied, as {spelled(first)}; to change its settings, "
+            f"restore(pipe) and optimize again"
         )
+    both = spelled(first) if first == second else f"{spelled(first)} and {spelled(second)}"
+    return f"{second.name} is in the list twice, as {both}; keep one"
+
+
+def by_stage(passes: Iterable[Pass]) -> list[Pass]:
+    """Sort passes by stage, leaving passes of one stage as they stand."""
+    return sorted(passes, key=lambda p: STAGES.index(p.stage))
+
+
+def misfits(passes: Sequence[Pass], applied: Sequence[Pass] = ()) -> list[str | None]:
+    """Choose the longest sensible rest of a bad list: each pass and slot once.
+
+    Args:
+        passes: well-formed, in any order; the first that fills a slot keeps it.
+        applied: passes that the pipeline carries already.
+
+    Returns:
+        For each pass, why it must stay out, or None; what is left can be put in order.
+    """
+    latest = max(applied, key=lambda p: STAGES.index(p.stage), default=None)
+    kept: list[Pass] = []
+    found: list[str | None] = []
+    for pass_ in passes:
+        found.append(_misfit(pass_, applied, kept, latest))
+        if found[-1] is None:
+            kept.append(pass_)
     return found
 
 
-def order(passes: Iterable[Pass]) -> list[Pass]:
-    """Sort passes by stage, leaving passes of one stage as they stand.
-
-    Raises:
-        PlanError: if something is not a pass, or no order can make the list valid
-            (a pass twice, or two passes for one slot).
-    """
-    if not isinstance(passes, Iterable) or isinstance(passes, str):
-        raise PlanError(f"order() takes a list of passes, not {passes!r}")
-    given = list(passes)
-    wrong = [why for p in given if (why := malformed(p)) is not None]
-    if not wrong:
-        given.sort(key=lambda p: STAGES.index(p.stage))
-        wrong = problems(given)
-    if wrong:
-        raise PlanError("No order makes this list valid.\n" + _bullets(wrong))
-    return given
-
-
-def workable(passes: Iterable[Pass], applied: Sequence[Pass] = ()) -> list[Pass]:
-    """Return the longest sensible rest of a bad list: each pass and slot once, in order."""
-    latest = max((STAGES.index(p.stage) for p in applied), default=0)
-    kept: list[Pass] = []
-    for pass_ in passes:
-        taken = any(
-            p.name == pass_.name or (p.slot is not None and p.slot == pass_.slot)
-            for p in (*applied, *kept)
-        )
-        late = STAGES.index(pass_.stage) < latest
-        if not taken and not late:
-            kept.append(pass_)
-    return order(kept)
+def _misfit(
+    pass_: Pass, applied: Sequence[Pass], kept: Sequence[Pass], latest: Pass | None
+) -> str | None:
+    for other in (*applied, *kept):
+        if other.name == pass_.name:
+            where = "applied" if other in applied else "in the list"
+            return f"{pass_.name} is {where} already"
+        if pass_.slot is not None and other.slot == pass_.slot:
+            return f"{other.name} fills the slot {pass_.slot!r}"
+    if latest is not None and STAGES.index(pass_.stage) < STAGES.index(latest.stage):
+        return f"{latest.name}, which must come after it, is applied already"
+    return None
 
 
 @dataclass(frozen=True)
 class Step:
-    """One pass of a plan, with what its `check` found."""
+    """One pass of a plan, with what its `check` found.
+
+    Attributes:
+        pass_: the pass.
+        findings: what its check said; nothing if it was not asked.
+        faults: those of the plan's problems that concern it.
+    """
 
     pass_: Pass
     findings: tuple[Finding, ...] = ()
+    faults: tuple[str, ...] = ()
 
     @property
     def refused(self) -> bool:
         """Whether the pass cannot be applied."""
         return any(f.level == "error" for f in self.findings)
+
+    @property
+    def verdict(self) -> str:
+        """Everything that is to be said of it, in a line."""
+        said = ["error: see below"] if self.faults else []
+        return "; ".join([*said, *(f"{f.level}: {f}" for f in self.findings)]) or "ready"
 
 
 @dataclass(frozen=True)
@@ -167,12 +204,14 @@ class Plan:
         problems: what is wrong with the pipeline or with the list as a list.
         applied: passes that the pipeline already carries.
         suggestion: if the plan is not ok, a list that would be; None where there is none.
+        left_out: which of the passes asked for the suggestion lacks, and why, in words.
     """
 
     steps: tuple[Step, ...]
     problems: tuple[str, ...] = ()
     applied: tuple[Pass, ...] = ()
-    suggestion: tuple[Pass, ...] | None = field(default=None)
+    suggestion: tuple[Pass, ...] | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -191,22 +230,26 @@ class Plan:
         if self.ok:
             return
         lines = ["This list of passes cannot be applied. Nothing was changed."]
-        lines += [_bullets(self.complaints()), *self._suggested()]
+        lines += [bullets(self.complaints()), *self._suggested()]
         raise PlanError("\n".join(lines))
 
     def _suggested(self) -> list[str]:
         if not self.suggestion:
             return []
-        return [f"A list that would work: [{', '.join(map(spelled, self.suggestion))}]"]
+        listed = ", ".join(map(spelled, self.suggestion))
+        left_out = (f"  left out: {line}" for line in self.left_out)
+        return [f"A list that would work: [{listed}]", *left_out]
 
     def __str__(self) -> str:
         rows = [(p.name, p.stage, p.exactness, "already applied") for p in self.applied]
-        for step in self.steps:
-            said = "; ".join(f"{f.level}: {f}" for f in step.findings) or "ready"
-            rows.append((step.pass_.name, step.pass_.stage, step.pass_.exactness, said))
+        rows += [(s.pass_.name, s.pass_.stage, s.pass_.exactness, s.verdict) for s in self.steps]
         text = table(("pass", "stage", "exactness", "verdict"), rows) if rows else "No passes."
-        return "\n".join([text, *(f"error: {p}" for p in self.problems), *self._suggested()])
+        passes = [*self.applied, *(s.pass_ for s in self.steps)]
+        said = settings_line(map(own_settings, passes))
+        said += [f"error: {p}" for p in self.problems]
+        return "\n".join([text, *said, *self._suggested()])
 
 
-def _bullets(lines: Iterable[str]) -> str:
+def bullets(lines: Iterable[str]) -> str:
+    """Write lines one below the other, as the parts of a message."""
     return "\n".join(f"  - {line}" for line in lines)

@@ -45,7 +45,12 @@ def find(name: str) -> Callable[..., Pass]:
         by_class = {cls.__name__: own_name for own_name, cls in ours.items()}
         close = [by_class[name]] if name in by_class else None
         close = close or get_close_matches(name.replace("_", "-"), known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
+        hint = (
+            f"; did you mean {close[0]!r}?"
+            if close
+            else f"; another package's must be installed first (pip install …), and be announced "
+            f"there as an entry point of the group {GROUP!r}"
+        )
         raise PlanError(f"there is no pass {name!r}; there are {', '.join(known)}{hint}")
     try:
         cls: Callable[..., Pass] = theirs[name].load()

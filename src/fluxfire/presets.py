@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from difflib import get_close_matches
-
 from fluxfire.errors import PlanError
 from fluxfire.passes import (
     Compile,
@@ -15,6 +13,7 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.protocol import Pass
+from fluxfire.text import meant_hint
 
 __all__ = ["article", "balanced", "faithful", "fast", "named"]
 
@@ -61,7 +60,7 @@ When Speed Meets Style"), in the order that fluxfire's stages ask for, and by bl
 compiles the whole transformer, which no cache can decide in. Lossy. Tuning takes minutes, once:
 `warmup` saves what was compiled in the user's cache folder."""
 
-_NAMES = ("faithful", "balanced", "fast", "article")
+NAMES = ("faithful", "balanced", "fast", "article")
 
 
 def named(name: str) -> tuple[Pass, ...]:
@@ -70,9 +69,9 @@ def named(name: str) -> tuple[Pass, ...]:
     Raises:
         PlanError: there is no such preset.
     """
-    if name not in _NAMES:
-        close = get_close_matches(name, _NAMES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise PlanError(f"there is no preset {name!r}; there are {', '.join(_NAMES)}{hint}")
+    if name not in NAMES:
+        raise PlanError(
+            f"there is no preset {name!r}; there are {', '.join(NAMES)}{meant_hint(name, NAMES)}"
+        )
     preset: tuple[Pass, ...] = globals()[name]
     return preset

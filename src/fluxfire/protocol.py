@@ -25,7 +25,7 @@ BOUNDARIES: Mapping[Stage, str] = {
     "environment": "what it sets up must be in place before any other pass relies on it",
     "weights": "blocks, caches and graphs take the weights as they find them",
     "blocks": "caches skip, and graphs hold, the blocks as they will really run",
-    "caching": "saved artifacts are keyed by the graphs, and caches decide which graphs there are",
+    "caching": "caches decide which graphs there are to save and to compile",
     "artifacts": "saved artifacts must be loaded before the first compilation",
     "compile": "a compiled graph freezes what it saw; a later change costs a second compilation",
 }

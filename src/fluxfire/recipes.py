@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from fluxfire import plugins
 from fluxfire.errors import PlanError
 from fluxfire.planner import configured
 from fluxfire.protocol import Pass
-from fluxfire.text import write_whole
+from fluxfire.text import meant_hint, write_whole
 
 SUFFIX = ".json"
 _FORMAT = 1
@@ -60,7 +61,9 @@ def read(path: Path) -> tuple[Pass, ...]:
     """
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:  # whose own text names the file again
+        raise PlanError(f"cannot read passes from {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
         raise PlanError(f"cannot read passes from {path}: {error}") from None
     except (json.JSONDecodeError, RecursionError) as error:
         raise PlanError(f"{path} is not JSON: {error}") from None
@@ -87,6 +90,14 @@ def _pass(entry: object, where: str) -> Pass:
         cls = plugins.find(entry["name"])
     except PlanError as error:
         raise PlanError(f"{where}: {error}") from None
+    if is_dataclass(cls):
+        known = [f.name for f in fields(cls) if f.init]
+        if (strange := next((n for n in settings if n not in known), None)) is not None:
+            has = f"there are {', '.join(known)}" if known else "it has none"
+            raise PlanError(
+                f"{where}: {entry['name']} has no setting {strange!r}; {has}"
+                f"{meant_hint(strange, known)}"
+            )
     try:
         return cls(**settings)
     except (TypeError, ValueError) as error:

@@ -1,43 +1,62 @@
-"""From what the user asks for to a plan: names resolved, order looked at, every check run."""
+"""From what the user asks for to passes: names, presets, files, and what is meant by mistakes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import inspect
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, cast
 
-from fluxfire import kontext, plugins, presets, recipes
-from fluxfire.conductor import conductor_of, shared_conductor
-from fluxfire.environment import environment
+from fluxfire import plugins, presets, recipes
 from fluxfire.errors import PlanError
-from fluxfire.planner import Plan, Step, configured, malformed, problems, workable
-from fluxfire.protocol import Finding, Pass, Target
+from fluxfire.planner import bullets, by_stage, malformed, problems
+from fluxfire.protocol import Pass
 
 Passes = str | Path | Iterable[Pass | str] | None
 
 
-def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
-    """Say what applying passes would do.
+def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
+    """Turn names into passes.
+
+    Returns:
+        The passes, and what is wrong with what was written: an entry that is wrong, but clear
+        enough, is among the passes all the same.
+
+    Raises:
+        PlanError: there is no such preset, a file cannot be read, or this is no list at all.
+    """
+    read = entries(passes)
+    return [p for entry in read for p in entry.meant], [w for entry in read for w in entry.wrong]
+
+
+def order(passes: Iterable[Pass | str]) -> list[Pass]:
+    """Sort passes by stage, leaving passes of one stage as they stand.
 
     Args:
-        pipe: what is hoped to be a Kontext pipeline.
-        passes: as for `fluxfire.optimize`.
-        applied: the passes that the pipeline carries already.
+        passes: in any order; a string is the name of a pass, used with its defaults.
+
+    Raises:
+        PlanError: if something is not a pass, or no order can make the list valid
+            (a pass twice, or two passes for one slot).
     """
-    wanted, wrong = resolve(passes)
-    if (why := kontext.unsupported(pipe) or _disturbed(pipe)) is not None:
-        return Plan(tuple(map(Step, wanted)), (why, *wrong), tuple(applied))
-    wrong += problems([*applied, *wanted], applied=len(applied))
-    steps = _checked(pipe, applied, wanted)
-    result = Plan(tuple(steps), tuple(wrong), tuple(applied))
-    if result.ok:
-        return result
-    return replace(result, suggestion=_suggestion(pipe, applied, steps))
+    if not isinstance(passes, Iterable) or isinstance(passes, str):
+        raise PlanError(f"order() takes a list of passes, not {passes!r}")
+    given, wrong = resolve(passes)
+    given = by_stage(given)
+    if wrong := wrong or problems(given):
+        raise PlanError("No order makes this list valid.\n" + bullets(wrong))
+    return given
 
 
-def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
-    """Turn names into passes; return the well-formed passes and what is wrong with the rest.
+class Entry(NamedTuple):
+    """An entry of a list: the passes that are meant, and what is wrong with writing it so."""
+
+    meant: tuple[Pass, ...]
+    wrong: tuple[str, ...] = ()
+
+
+def entries(passes: Passes) -> list[Entry]:
+    """Find out what each entry of a list means.
 
     Raises:
         PlanError: there is no such preset, a file cannot be read, or this is no list at all.
@@ -49,19 +68,48 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     if not isinstance(passes, Iterable):
         single = f"; did you mean passes=[{passes!r}]?" if malformed(passes) is None else ""
         raise PlanError(f"passes must be a list or a preset's name, not {passes!r}{single}")
-    found: list[Pass] = []
-    wrong: list[str] = []
-    for entry in passes:
+    return [_read(entry) for entry in passes]
+
+
+def _read(entry: object) -> Entry:
+    """Find out what an entry of a list means."""
+    if entry in presets.NAMES:
+        preset = str(entry)
+        said = f"{preset!r} is a preset, not a pass; write *presets.{preset} in its place"
+        return Entry(presets.named(preset), (said,))
+    if isinstance(entry, str):
         try:
-            candidate = plugins.make(entry) if isinstance(entry, str) else entry
+            return _read(plugins.make(entry))
         except PlanError as error:
-            wrong.append(str(error))
-            continue
-        if (why := malformed(candidate)) is None:
-            found.append(candidate)
-        else:
-            wrong.append(why)
-    return found, wrong
+            return Entry((), (str(error),))
+    if isinstance(entry, list | tuple):
+        return _nested(entry)
+    why = malformed(entry)
+    if why is None:
+        return Entry((cast("Pass", entry),))
+    return Entry(_instance(entry) if inspect.isclass(entry) else (), (why,))
+
+
+def _nested(entry: Sequence[object]) -> Entry:
+    """Take a list within the list apart."""
+    inner = [_read(one) for one in entry]
+    preset = next((name for name in presets.NAMES if presets.named(name) is entry), None)
+    why = (
+        f"presets.{preset} is a list within the list; write *presets.{preset}"
+        if preset
+        else malformed(entry)
+    )
+    wrong = (why or "", *(line for one in inner for line in one.wrong))
+    return Entry(tuple(p for one in inner for p in one.meant), wrong)
+
+
+def _instance(cls: Callable[[], object]) -> tuple[Pass, ...]:
+    """Return a pass of a class, with its defaults; nothing where there is none."""
+    try:
+        made = cls()
+    except Exception:  # noqa: BLE001 - anyone's class; that it is one was complained of
+        return ()
+    return (cast("Pass", made),) if malformed(made) is None else ()
 
 
 def chosen(preset: str | None, names: str | None) -> list[Pass]:
@@ -82,6 +130,11 @@ def chosen(preset: str | None, names: str | None) -> list[Pass]:
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     if not wanted:
         raise PlanError(f"--passes {names!r} names no pass; write none for none")
+    if (name := next((n for n in wanted if n in presets.NAMES), None)) is not None:
+        own = ",".join(p.name for p in presets.named(name))
+        raise PlanError(
+            f"{name!r} is a preset, not a pass; write --preset {name}, or name its passes: {own}"
+        )
     return [plugins.make(name) for name in wanted]
 
 
@@ -107,81 +160,3 @@ def _named(name: str | Path) -> tuple[Pass, ...]:
         if name in plugins.own() or name in plugins.announced():
             raise PlanError(f"{error}; did you mean passes=[{name!r}]?") from None
         raise
-
-
-def provided_traits(pass_: Pass) -> frozenset[str]:
-    """Return the traits that hold once a pass is applied."""
-    return frozenset(getattr(pass_, "provides", ()))
-
-
-def _disturbed(pipe: Any) -> str | None:
-    """Say what keeps fluxfire from working on this pipeline now, or None."""
-    owner = conductor_of(pipe)
-    if owner is not None:
-        return owner.disturbed(pipe)
-    if shared_conductor(pipe.transformer) is not None:
-        return (
-            "this pipeline's transformer is already optimized through another pipeline; "
-            "restore that one first"
-        )
-    return None
-
-
-def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list[Step]:
-    """Run every pass's check, each knowing the whole list and what earlier passes leave."""
-    data = tuple(map(configured, (*applied, *wanted)))
-    traits = kontext.traits(pipe).union(*map(provided_traits, applied))
-    steps = []
-    for index, pass_ in enumerate(wanted):
-        others = (*applied, *wanted[:index])
-        twin = any(p.name == pass_.name for p in others)  # complained of already
-        target = Target(pipe, environment(), data, traits)
-        steps.append(Step(pass_, () if twin else _findings(pass_, target)))
-        traits |= provided_traits(pass_)
-    return steps
-
-
-def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:
-    fault = "this is a fault of the pass; leave it out"
-    try:
-        findings = tuple(pass_.check(target))
-    except Exception as error:  # noqa: BLE001 - anyone's code; the plan must name it
-        said = f"its check() failed with {type(error).__name__}: {error}"
-        return (Finding("error", said, fault),)
-    for finding in findings:
-        if not isinstance(finding, Finding):
-            return (Finding("error", f"its check() gave {finding!r}, not a Finding", fault),)
-    return findings
-
-
-def _suggestion(
-    pipe: Any, applied: Sequence[Pass], steps: Sequence[Step]
-) -> tuple[Pass, ...] | None:
-    """Find a list that would work on top of what is applied, by trying."""
-    rest = workable([step.pass_ for step in steps], applied)
-    replaced: set[str] = set()
-    while rest:
-        steps = _checked(pipe, applied, rest)
-        refused = next((n for n, step in enumerate(steps) if step.refused), None)
-        if refused is None:
-            return tuple(rest)
-        rest = workable(_mended(rest, refused, steps[refused].findings, replaced), applied)
-    return None
-
-
-def _mended(
-    passes: Sequence[Pass], refused: int, findings: Iterable[Finding], replaced: set[str]
-) -> list[Pass]:
-    """Do as findings advise: put another pass there, once a name, or leave one out."""
-    earlier, pass_, later = passes[:refused], passes[refused], passes[refused + 1 :]
-    for finding in findings:
-        other = finding.instead
-        if finding.level != "error":
-            continue
-        if other is not None and malformed(other) is None and pass_.name not in replaced:
-            replaced.add(pass_.name)
-            return [*earlier, other, *later]
-        without = [p for p in earlier if finding.trait not in provided_traits(p)]
-        if len(without) < len(earlier):
-            return [*without, pass_, *later]
-    return [*earlier, *later]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 
@@ -29,6 +30,17 @@ def write_whole(path: Path, text: str) -> None:
     scratch = path.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
+
+
+def with_article(noun: str) -> str:
+    """Write a noun behind `a`, or behind `an` where its first letter is a vowel."""
+    return f"{'an' if noun[:1].lower() in set('aeiou') else 'a'} {noun}"
+
+
+def meant_hint(name: str, known: Iterable[str]) -> str:
+    """Say which of the known names a wrong one may have meant; nothing if none is near."""
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def extra_hint(extra: str) -> str:

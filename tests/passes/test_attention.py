@@ -57,6 +57,12 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture
+def unrefused(monkeypatch):
+    """Let a kernel be applied that would be refused here."""
+    monkeypatch.setattr(Attention, "check", lambda *_: ())
+
+
 # Configuration
 
 
@@ -137,15 +143,13 @@ def test_float8_composes(before, reference):
 
 
 @pytest.mark.parametrize("before", [[], [QKVFusion()], [FusedBlocks()]], ids=str)
-def test_flash_attention_composes(before, reference):
+def test_flash_attention_composes(before, reference, unrefused):
     """Without a GPU it is torch's attention: what is tested is all around it."""
     pipe = fluxfire.optimize(tiny_kontext(), [*before, Attention("fa3")])
     with Calls("flash_attention") as calls:
         picture = edit(pipe)
     assert calls.count == 3 * LAYERS
     assert np.abs(picture - reference).max() < 1e-5
-    (*_, done) = fluxfire.report(pipe).passes
-    assert [str(f) for f in done.findings] == ["fa3 is torch's own attention without a GPU"]
 
 
 def test_a_mask_and_gradients_run_as_in_diffusers(pipe):
@@ -203,8 +207,11 @@ def test_fa3_is_refused_where_it_cannot_run(pipe, monkeypatch):
     monkeypatch.setattr(module, "_device", lambda pipe: torch.device("cuda"))
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
     assert refusals(Attention("fa3-fp8"), pipe, gpu="NVIDIA A100", capability=(8, 0)) == [
-        "NVIDIA A100 has compute capability 8.0, and FlashAttention-3 needs 9.0; use Attention()",
-        "FlashAttention-3 is not installed; pip install fa3-fwd",
+        (
+            "NVIDIA A100 has compute capability 8.0, and FlashAttention-3 needs 9.0; use "
+            "Attention(), which finds a kernel that runs here"
+        ),
+        "FlashAttention-3 is not installed; pip install fa3-fwd, or use Attention()",
         (
             "the transformer is in torch.float32, and fa3-fp8 takes torch.bfloat16 or "
             "torch.float16; cast the pipeline, or use Attention()"
@@ -215,6 +222,23 @@ def test_fa3_is_refused_where_it_cannot_run(pipe, monkeypatch):
     assert refusals(Attention("fa3-fp8"), pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
 
 
+def test_fa3_is_refused_on_a_cpu_and_replaced_in_the_suggestion(pipe):
+    planned = fluxfire.plan(pipe, [Attention("fa3"), Compile()])
+    (said,) = planned.complaints()
+    assert said == (
+        "attention: the pipeline runs on cpu, and FlashAttention-3 needs a Hopper GPU; use "
+        "Attention(), which finds a kernel that runs here"
+    )
+    assert planned.suggestion == (Attention(), Compile())
+
+
+def test_float8_on_a_cpu_is_told_to_be_emulated(pipe):
+    fluxfire.optimize(pipe, [Attention("fa3-fp8")])
+    (done,) = fluxfire.report(pipe).passes
+    assert done.change.what == "attentions computed by fa3-fp8, emulated without a GPU"
+    assert [f.level for f in done.findings] == ["warning"]
+
+
 class Strange(FluxAttnProcessor):
     """Somebody's own: it may do anything."""
 
@@ -222,7 +246,7 @@ class Strange(FluxAttnProcessor):
 @pytest.mark.parametrize("backend", ["auto", "native", "fa3", "fa3-fp8"])
 def test_unknown_processors_are_refused_by_name(pipe, backend):
     pipe.transformer.set_attn_processor(Strange())
-    (said,) = refusals(Attention(backend), pipe)
+    said, *_ = refusals(Attention(backend), pipe)
     assert said.startswith(
         f"the transformer's attention runs through Strange, and backend={backend!r}"
     )
@@ -236,7 +260,7 @@ def test_unknown_processors_are_refused_by_name(pipe, backend):
             "_native_cudnn",
             r"backend='_native_cudnn' does not run here: .+; use Attention\(\), which",
         ),
-        ("flash", r"backend='flash' does not run here: .+; use Attention\(\), which finds one"),
+        ("flash", r"backend='flash' does not run here: .+; use Attention\(\), which finds a"),
         ("flash_hub", "backend='flash_hub' runs code downloaded from the Hub; install the package"),
     ],
 )
@@ -399,6 +423,7 @@ def test_the_bound_follows_the_weights(pipe):
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "native", "fa3", "fa3-fp8"])
 @pytest.mark.parametrize("before", [[], [FusedBlocks()]], ids=str)
+@pytest.mark.usefixtures("unrefused")
 def test_a_block_stays_one_graph(before, backend):
     passes = [*before, Attention(backend)]
     plain = edit(fluxfire.optimize(tiny_kontext(), passes))

@@ -57,6 +57,9 @@ def test_demo_shows_a_cache_unless_told_otherwise(capsys, tmp_path):
     assert "%" not in plain
     assert cached.startswith("first-block-cache")
     assert "0%" in cached
+    assert main([*arguments, "--preset", "fast"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == "settings: FirstBlockCache(threshold=0.5, predict='quadratic')"
     assert main([*arguments, "--preset", "nope"]) == 1
     assert "nope" in capsys.readouterr().err
 

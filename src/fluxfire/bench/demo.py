@@ -16,6 +16,7 @@ from fluxfire.bench.tables import decibels
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, difference
+from fluxfire.planner import own_settings, settings_line
 from fluxfire.protocol import Pass
 from fluxfire.text import human_seconds, table
 
@@ -25,7 +26,7 @@ _MARGIN, _CAPTION, _HEAD = 4, 16, 20
 
 @dataclass(frozen=True)
 class Demo:
-    """What came of it. Prints as a table."""
+    """What came of it. Prints as a table, and settings that are not the defaults."""
 
     examples: Sequence[Example]
     plain: Row
@@ -39,7 +40,8 @@ class Demo:
             "", "an edit", "speed", "first run (2 steps)", "steps left out",
             "PSNR to plain, dB (worst)", "edits right",
         )  # fmt: skip
-        return table(head, rows)
+        told = settings_line(map(own_settings, self.optimized.contender.passes))
+        return "\n".join([table(head, rows), *told])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         seconds = median(e.seconds for e in row.edits)

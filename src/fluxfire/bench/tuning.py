@@ -12,14 +12,15 @@ from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import check_plain
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
+from fluxfire.bench.quality import Quality
 from fluxfire.bench.results import stamp
 from fluxfire.bench.search import Candidate, Family, Search, Trial, names
 from fluxfire.bench.tables import decibels
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
-from fluxfire.planner import order
 from fluxfire.protocol import Pass
+from fluxfire.resolve import order
 from fluxfire.text import human_seconds, table
 
 PUBLISHABLE = 256
@@ -119,9 +120,10 @@ class Tuned:
             f"{' at the prices given' if self.prices else ''}, worst PSNR "
             f"{decibels(quality.worst_psnr)} dB"
         )
-        plainly = self.plain.quality.success if self.plain.quality else None
-        if quality.success is not None and plainly is not None:
-            said += f", {quality.success:.1%} of the edits right (plain {plainly:.1%})"
+        plain = self.plain.quality
+        if plain is not None and quality.success is not None and plain.success is not None:
+            said += f", {quality.success:.1%} of the edits right (plain {plain.success:.1%})"
+            said += self._lost(plain, quality)
         if self.attempts > 1:
             said += (
                 f".\n{self.attempts} lists were tried on them, since faster ones were outside the "
@@ -133,6 +135,20 @@ class Tuned:
                 f"{PUBLISHABLE} or more confirm what you publish"
             )
         return f"{said}."
+
+    def _lost(self, plain: Quality, quality: Quality) -> str:
+        """Say how many edits fewer are right than without passes, and what limits that."""
+        lost = plain.right.count(True) - quality.right.count(True)
+        if lost <= 0:
+            return ""
+        checked = sum(right is not None for right in plain.right)
+        limit = (
+            "this budget does not limit that; --max-lost 0.01 (max_lost=0.01 in Python) allows one "
+            "in a hundred"
+            if self.budget.max_lost is None
+            else f"--max-lost {self.budget.max_lost:g} allows that"
+        )
+        return f".\nAgainst the plain pipeline {lost} of {checked} edits are lost: {limit}"
 
 
 def line(trial: Trial) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from fluxfire import __version__
 from fluxfire.cli import bench, bisect, demo, look, megacache, run, serve, tune
@@ -39,9 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         0, or 1 after an error (printed as `error: …`), or 130 after Ctrl-C; argparse itself exits
-        with 2.
+        with 2, as does a call without a command, which shows them.
     """
     arguments = _parser().parse_args(argv)
+    arguments.wait_policy = os.environ.get("OMP_WAIT_POLICY")  # the user's own, for `doctor`
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of what nobody uses
     # Threads that spin while they wait can slow a shared CPU down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -58,10 +60,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _INTERRUPTED
 
 
+def _no_command(parser: argparse.ArgumentParser) -> NoReturn:
+    """Show what there is to type."""
+    parser.print_help(sys.stderr)
+    parser.exit(2)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fluxfire", description="Faster FLUX.1 Kontext pipelines.")
     parser.add_argument("--version", action="version", version=f"fluxfire {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser.set_defaults(command=lambda _: _no_command(parser))
+    commands = parser.add_subparsers(metavar="COMMAND")
     for module in _MODULES:
         module.add(commands)
     return parser

@@ -13,6 +13,7 @@ from fluxfire.cli.options import (
     say,
     wanted,
 )
+from fluxfire.errors import FluxfireError
 from fluxfire.text import table
 
 
@@ -48,10 +49,24 @@ def passes(_: argparse.Namespace) -> int:
     for name, cls in plugins.own().items():
         story = (cls.__doc__ or "").strip().splitlines()[0]
         rows.append((name, cls.stage, cls.slot or "-", cls().exactness, story))
-    for name, entry in plugins.announced().items():
-        rows.append((name, "?", "?", "?", f"announced by a plugin: {entry.value}"))
+    rows += [_plugin(name, entry.value) for name, entry in plugins.announced().items()]
     say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
     return 0
+
+
+def _plugin(name: str, value: str) -> tuple[str, ...]:
+    """Describe another package's pass; one that cannot be used is told why."""
+    from fluxfire import plugins
+    from fluxfire.planner import malformed
+
+    try:
+        made = plugins.make(name)
+    except FluxfireError as error:
+        return (name, "-", "-", "-", str(error))
+    if (why := malformed(made)) is not None:
+        return (name, "-", "-", "-", why)
+    story = (type(made).__doc__ or "").strip().partition("\n")[0]
+    return (name, made.stage, made.slot or "-", made.exactness, f"{story} (plugin: {value})")
 
 
 def plan(arguments: argparse.Namespace) -> int:
@@ -71,6 +86,16 @@ def plan(arguments: argparse.Namespace) -> int:
     return 0 if planned.ok else 1
 
 
+def _waiting(policy: str | None) -> str:
+    """Say how threads wait in the user's own scripts, where the command's setting is not."""
+    if policy is not None and policy.lower() == "passive":
+        return policy
+    return (
+        f"{policy or 'not set'}; set it to passive before torch is loaded, or Spark in scripts of "
+        f"your own may be up to ten times slower (this command sets it for itself)"
+    )
+
+
 def doctor(arguments: argparse.Namespace) -> int:
     """Print versions, the GPU, and which passes apply.
 
@@ -87,6 +112,8 @@ def doctor(arguments: argparse.Namespace) -> int:
     rows = [("python", env.python)]
     rows += [(name, version or "not installed") for name, version in env.packages.items()]
     rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
+    if env.gpu is None:
+        rows.append(("OMP_WAIT_POLICY", _waiting(arguments.wait_policy)))
     say(table(("what", "found"), rows))
     say()
     pipe = load_model(arguments.model)

@@ -25,6 +25,7 @@ from fluxfire.transaction import Transaction
 FLOAT8 = "fa3-fp8"
 _OWN = {FLASH_3: FlashAttnProcessor, FLOAT8: Float8AttnProcessor}
 _HOPPER = (9, 0)
+_OTHERWISE = "use Attention(), which finds a kernel that runs here"
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -56,6 +57,8 @@ class Attention:
     274 → 264 ms, with `"fa3-fp8"` 274 → 250 ms.
 
     Needs the package `fa3-fwd` and a Hopper GPU for `"fa3"` and `"fa3-fp8"`.
+
+    A kernel that cannot run where the pipeline is, `"fa3"` on a CPU among them, is refused.
 
     Attributes:
         backend: `"auto"`; a backend of diffusers by its name there, such as `"native"`,
@@ -101,7 +104,8 @@ class Attention:
             yield Finding(
                 "error",
                 f"backend={self.backend!r} does not run here: {why}",
-                "use Attention(), which finds one that does",
+                _OTHERWISE,
+                instead=Attention(),
             )
 
     def apply(self, tx: Transaction) -> Change:
@@ -109,6 +113,8 @@ class Attention:
         backend, what = self.backend, f"attentions computed by {self.backend}"
         if backend == "auto":
             backend, what = self._measure(tx)
+        elif backend == FLOAT8 and _device(tx.pipe).type != "cuda":
+            what += ", emulated without a GPU"
         attentions = kontext.attentions(tx.pipe.transformer)
         for attention in attentions:
             if backend in _OWN:
@@ -158,28 +164,42 @@ class Attention:
                 f"({', '.join(sorted(elsewhere))})",
                 "use enable_model_cpu_offload() or none",
             )
-        if _device(target.pipe).type != "cuda":
-            how = {
-                FLASH_3: "is torch's own attention without a GPU",
-                FLOAT8: "is emulated without a GPU: slower, for quality's sake",
-            }
-            yield Finding("warning", f"{self.backend} {how[self.backend]}")
+        device = _device(target.pipe)
+        if device.type != "cuda" and self.backend == FLOAT8:
+            yield Finding(
+                "warning", f"{FLOAT8} is emulated without a GPU: slower, for quality's sake"
+            )
+            return
+        if device.type != "cuda":
+            yield Finding(
+                "error",
+                f"the pipeline runs on {device}, and FlashAttention-3 needs a Hopper GPU",
+                _OTHERWISE,
+                instead=Attention(),
+            )
             return
         if environment.capability != _HOPPER:
             had = ".".join(map(str, environment.capability or ()))
             yield Finding(
                 "error",
                 f"{environment.gpu} has compute capability {had}, and FlashAttention-3 needs 9.0",
-                "use Attention()",
+                _OTHERWISE,
+                instead=Attention(),
             )
         if importlib.util.find_spec("fa3_fwd") is None:
-            yield Finding("error", "FlashAttention-3 is not installed", "pip install fa3-fwd")
+            yield Finding(
+                "error",
+                "FlashAttention-3 is not installed",
+                "pip install fa3-fwd, or use Attention()",
+                instead=Attention(),
+            )
         if transformer.dtype not in _DTYPES:
             dtypes = " or ".join(str(dtype) for dtype in _DTYPES)
             yield Finding(
                 "error",
                 f"the transformer is in {transformer.dtype}, and {self.backend} takes {dtypes}",
                 "cast the pipeline, or use Attention()",
+                instead=Attention(),
             )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fluxfire.planner import own_settings, settings_line
 from fluxfire.protocol import Change, Exactness, Finding, Pass, Stage
 from fluxfire.reporting.statistics import RunStatistics
 from fluxfire.text import human_bytes, human_seconds, table
@@ -24,6 +25,7 @@ class PassReport:
         seconds: how long applying it took.
         findings: what its `check` remarked.
         facts: what it tells of its work so far, by name.
+        settings: its repr without the settings that are the defaults; empty if all are.
     """
 
     name: str
@@ -34,13 +36,17 @@ class PassReport:
     seconds: float
     findings: tuple[Finding, ...] = ()
     facts: Mapping[str, object] = field(default_factory=dict)
+    settings: str = ""
 
     @classmethod
     def of(
         cls, pass_: Pass, change: Change, seconds: float, findings: tuple[Finding, ...]
     ) -> PassReport:
         """Make the report of a pass that was just applied."""
-        return cls(pass_.name, repr(pass_), pass_.stage, pass_.exactness, change, seconds, findings)
+        return cls(
+            pass_.name, repr(pass_), pass_.stage, pass_.exactness, change, seconds, findings,
+            settings=own_settings(pass_),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Report:
         parts = ["No passes applied."]
         if rows:
             parts = [table(("pass", "stage", "exactness", "changed", "memory", "applied in"), rows)]
+        parts += settings_line(p.settings for p in self.passes)
         parts += [f"{p.name}: {f.level}: {f}" for p in self.passes for f in p.findings]
         parts += [f"{p.name}: {_told(p.facts)}" for p in self.passes if p.facts]
         if self.warmup_seconds is not None:

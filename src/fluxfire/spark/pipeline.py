@@ -11,6 +11,7 @@ from PIL import Image
 from fluxfire import kontext
 from fluxfire.pictures import opaque
 from fluxfire.spark import language, model, weights
+from fluxfire.text import with_article
 
 _SIDE = 128
 _AREA = _SIDE * _SIDE
@@ -75,8 +76,9 @@ def _usable(picture: Any) -> Any:
         return opaque(picture)
     if getattr(picture, "ndim", None) != _BATCHED:
         raise ValueError(
-            f"Spark cannot edit a {type(picture).__name__}; give it Pillow pictures, or a tensor "
-            f"of (batch, 3, height, width) or an array of (batch, height, width, 3) in [0, 1]"
+            f"Spark cannot edit {with_article(type(picture).__name__)}; give it Pillow pictures, "
+            f"or a tensor of (batch, 3, height, width) or an array of (batch, height, width, 3) in "
+            f"[0, 1]"
         )
     return picture
 
@@ -85,6 +87,10 @@ def load(
     *, device: str | torch.device | None = None, dtype: torch.dtype | None = None
 ) -> SparkPipeline:
     """Load Spark; nothing is downloaded.
+
+    On a CPU that others use too, set the environment variable `OMP_WAIT_POLICY` to `passive`
+    before torch is loaded, in the shell or in a script's first lines: threads that spin while
+    they wait make Spark up to ten times slower. The command `fluxfire` does so itself.
 
     Args:
         device: `"cuda"` by default where there is one, else `"cpu"`.

@@ -21,7 +21,7 @@ from fluxfire.errors import PassError
 from fluxfire.models.random_kontext import tiny_kontext
 from fluxfire.planner import configured, malformed
 from fluxfire.protocol import Change, Finding, Pass, Target
-from fluxfire.resolve import provided_traits
+from fluxfire.suggesting import provided_traits
 from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.transaction import Transaction

@@ -1,0 +1,83 @@
+"""From a list of passes to a plan: order looked at, every check run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from fluxfire import kontext
+from fluxfire.conductor import conductor_of, shared_conductor
+from fluxfire.environment import environment
+from fluxfire.planner import Plan, Step, configured, faults
+from fluxfire.protocol import Finding, Pass, Target
+from fluxfire.resolve import Passes, entries
+from fluxfire.suggesting import provided_traits, suggest
+
+
+def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
+    """Say what applying passes would do.
+
+    Args:
+        pipe: what is hoped to be a Kontext pipeline.
+        passes: as for `fluxfire.optimize`.
+        applied: the passes that the pipeline carries already.
+    """
+    read = entries(passes)
+    wrong = [line for entry in read for line in entry.wrong]
+    wanted = [Step(p, faults=entry.wrong) for entry in read for p in entry.meant]
+    if (why := kontext.unsupported(pipe) or _disturbed(pipe)) is not None:
+        unchecked = (replace(step, faults=(why, *step.faults)) for step in wanted)
+        return Plan(tuple(unchecked), (why, *wrong), tuple(applied))
+    asked = [step.pass_ for step in wanted]
+    for index, said in faults([*applied, *asked], applied=len(applied)):
+        step = wanted[index - len(applied)]
+        wanted[index - len(applied)] = replace(step, faults=(*step.faults, said))
+        wrong.append(said)
+    checked = _checked(pipe, applied, asked)
+    steps = (replace(w, findings=c.findings) for w, c in zip(wanted, checked, strict=True))
+    result = Plan(tuple(steps), tuple(dict.fromkeys(wrong)), tuple(applied))
+    if result.ok:
+        return result
+    suggestion, left_out = suggest(asked, applied, lambda passes: _checked(pipe, applied, passes))
+    return replace(result, suggestion=suggestion, left_out=left_out)
+
+
+def _disturbed(pipe: Any) -> str | None:
+    """Say what keeps fluxfire from working on this pipeline now, or None."""
+    owner = conductor_of(pipe)
+    if owner is not None:
+        return owner.disturbed(pipe)
+    if shared_conductor(pipe.transformer) is not None:
+        return (
+            "this pipeline's transformer is already optimized through another pipeline; "
+            "restore that one first"
+        )
+    return None
+
+
+def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list[Step]:
+    """Run every pass's check, each knowing the whole list and what earlier passes leave."""
+    data = tuple(map(configured, (*applied, *wanted)))
+    traits = kontext.traits(pipe).union(*map(provided_traits, applied))
+    steps = []
+    for index, pass_ in enumerate(wanted):
+        others = (*applied, *wanted[:index])
+        twin = any(p.name == pass_.name for p in others)  # complained of already
+        target = Target(pipe, environment(), data, traits)
+        steps.append(Step(pass_, () if twin else _findings(pass_, target)))
+        traits |= provided_traits(pass_)
+    return steps
+
+
+def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:
+    fault = "this is a fault of the pass; leave it out"
+    try:
+        findings = tuple(pass_.check(target))
+    except Exception as error:  # noqa: BLE001 - anyone's code; the plan must name it
+        said = f"its check() failed with {type(error).__name__}: {error}"
+        return (Finding("error", said, fault),)
+    for finding in findings:
+        if not isinstance(finding, Finding):
+            return (Finding("error", f"its check() gave {finding!r}, not a Finding", fault),)
+    return findings
