@@ -12,7 +12,7 @@ from fluxfire.generation import Listener
 
 @dataclass(frozen=True, kw_only=True)
 class Fake:
-    """A pass that is only data, for the planner."""
+    """A pass that is only data, for the rules of lists."""
 
     name: str = "fake"
     stage: str = "weights"

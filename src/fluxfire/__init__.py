@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from fluxfire import bench, errors, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
     from fluxfire.bench import Budget, Tuned, tune
+    from fluxfire.dry_run import Plan
     from fluxfire.generation import Generation, Listener
     from fluxfire.kontext import Call
-    from fluxfire.planner import Plan
     from fluxfire.protocol import Change, Finding, Pass, Target
     from fluxfire.reporting.report import Report
     from fluxfire.resolve import order
@@ -60,7 +60,7 @@ _HOME = {
     **dict.fromkeys(("Budget", "Tuned", "tune"), "bench"),
     **dict.fromkeys(("Generation", "Listener"), "generation"),
     "Call": "kontext",
-    "Plan": "planner",
+    "Plan": "dry_run",
     "Report": "reporting.report",
     "order": "resolve",
     "Transaction": "transaction",

@@ -17,13 +17,14 @@ from fluxfire.applying import (
     undo,
 )
 from fluxfire.conductor import rehearsal
+from fluxfire.dry_run import Plan
 from fluxfire.errors import PlanError
 from fluxfire.live_settings import retuned
-from fluxfire.planner import Plan, malformed
 from fluxfire.planning import make_plan
 from fluxfire.protocol import Pass
 from fluxfire.reporting.report import Report
 from fluxfire.resolve import Passes
+from fluxfire.rules import malformed
 from fluxfire.warming import Progress, Size, blank_calls, check_call, check_sizes
 
 __all__ = ["optimize", "optimized", "plan", "report", "restore", "using", "warmup"]

@@ -13,10 +13,10 @@ import torch
 
 from fluxfire import kontext
 from fluxfire.conductor import Conductor, conductor_of
+from fluxfire.dry_run import Plan
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
-from fluxfire.planner import Plan, configured
 from fluxfire.planning import make_plan
-from fluxfire.protocol import Change, Pass
+from fluxfire.protocol import Change, Pass, configured
 from fluxfire.reporting.report import PassReport
 from fluxfire.reporting.statistics import Statistics
 from fluxfire.resolve import Passes

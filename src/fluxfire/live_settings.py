@@ -8,8 +8,7 @@ from typing import Any
 
 from fluxfire.errors import PlanError
 from fluxfire.generation import Live
-from fluxfire.planner import configured
-from fluxfire.protocol import Pass
+from fluxfire.protocol import Pass, configured
 from fluxfire.resolve import Passes, resolve
 
 

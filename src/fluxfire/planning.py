@@ -8,10 +8,11 @@ from typing import Any
 
 from fluxfire import kontext
 from fluxfire.conductor import conductor_of, shared_conductor
+from fluxfire.dry_run import Plan, Step
 from fluxfire.environment import environment
-from fluxfire.planner import Plan, Step, configured, faults
-from fluxfire.protocol import Finding, Pass, Target
+from fluxfire.protocol import Finding, Pass, Target, configured
 from fluxfire.resolve import Passes, entries
+from fluxfire.rules import faults
 from fluxfire.suggesting import provided_traits, suggest
 
 

@@ -7,7 +7,7 @@ convention it is a frozen, keyword-only dataclass whose fields are its configura
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
@@ -151,3 +151,12 @@ class Pass(Protocol):
     def apply(self, tx: Transaction) -> Change:
         """Change the pipeline, through `tx` alone, so that every edit can be undone."""
         ...
+
+
+def configured(pass_: Pass) -> Configured:
+    """Return what the other passes may know of this one."""
+    settings: dict[str, Any] = {}
+    if is_dataclass(pass_):
+        settings = {f.name: getattr(pass_, f.name) for f in fields(pass_)}
+    tunable = frozenset(getattr(pass_, "tunable", ()))
+    return Configured(pass_.name, pass_.stage, settings, tunable)

@@ -10,8 +10,7 @@ from typing import Any
 
 from fluxfire import plugins
 from fluxfire.errors import PlanError
-from fluxfire.planner import configured
-from fluxfire.protocol import Pass
+from fluxfire.protocol import Pass, configured
 from fluxfire.text import meant_hint, write_whole
 
 SUFFIX = ".json"

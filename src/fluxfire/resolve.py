@@ -9,8 +9,9 @@ from typing import NamedTuple, cast
 
 from fluxfire import plugins, presets, recipes
 from fluxfire.errors import PlanError
-from fluxfire.planner import bullets, by_stage, malformed, problems
 from fluxfire.protocol import Pass
+from fluxfire.rules import by_stage, malformed, problems
+from fluxfire.text import bullets
 
 Passes = str | Path | Iterable[Pass | str] | None
 
@@ -73,10 +74,9 @@ def entries(passes: Passes) -> list[Entry]:
 
 def _read(entry: object) -> Entry:
     """Find out what an entry of a list means."""
-    if entry in presets.NAMES:
-        preset = str(entry)
-        said = f"{preset!r} is a preset, not a pass; write *presets.{preset} in its place"
-        return Entry(presets.named(preset), (said,))
+    if isinstance(entry, str) and entry in presets.NAMES:
+        said = f"{entry!r} is a preset, not a pass; write *presets.{entry} in its place"
+        return Entry(presets.named(entry), (said,))
     if isinstance(entry, str):
         try:
             return _read(plugins.make(entry))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from fluxfire.planner import Step, by_stage, malformed, misfits, spelled
+from fluxfire.dry_run import Step
 from fluxfire.protocol import Finding, Pass
+from fluxfire.rules import by_stage, malformed, misfits
+from fluxfire.text import spelled
 
 Check = Callable[[Sequence[Pass]], Sequence[Step]]
 

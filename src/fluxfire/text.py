@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -69,3 +70,33 @@ def human_seconds(seconds: float) -> str:
     """Write a duration in seconds or milliseconds, with three digits or more."""
     number, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1e3, "ms")  # noqa: PLR2004
     return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.3g} {unit}"  # noqa: PLR2004
+
+
+def bullets(lines: Iterable[str]) -> str:
+    """Write lines one below the other, as the parts of a message."""
+    return "\n".join(f"  - {line}" for line in lines)
+
+
+def spelled(pass_: object) -> str:
+    """Write a pass as a user would: its repr without the settings that are the defaults."""
+    if not is_dataclass(pass_):
+        return repr(pass_)
+    given = (
+        f"{f.name}={getattr(pass_, f.name)!r}"
+        for f in fields(pass_)
+        if f.init and f.repr and getattr(pass_, f.name) != f.default
+    )
+    return f"{type(pass_).__name__}({', '.join(given)})"
+
+
+def own_settings(pass_: object) -> str:
+    """Spell a pass; nothing if all its settings are the defaults."""
+    text = spelled(pass_)
+    return "" if not is_dataclass(pass_) or text == f"{type(pass_).__name__}()" else text
+
+
+def settings_line(told: Iterable[str]) -> list[str]:
+    """Put together what `own_settings` says of several passes: a line, or none."""
+    if said := ", ".join(filter(None, told)):
+        return [f"settings: {said}"]
+    return []

@@ -23,7 +23,7 @@ from fluxfire.conductor import conductor_of
 from fluxfire.errors import MegaCacheWarning, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MegaCache
 from fluxfire.passes.mega_cache import fingerprint
-from fluxfire.planner import configured
+from fluxfire.protocol import configured
 from fluxfire.testing import edit, tiny_kontext
 
 FRESH = """

@@ -16,9 +16,8 @@ from fluxfire.bench.tables import decibels
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, difference
-from fluxfire.planner import own_settings, settings_line
 from fluxfire.protocol import Pass
-from fluxfire.text import human_seconds, table
+from fluxfire.text import human_seconds, own_settings, settings_line, table
 
 _COLUMNS = ("reference", "plain", "optimized", f"difference x {AMPLIFIED}", "target")
 _MARGIN, _CAPTION, _HEAD = 4, 16, 20

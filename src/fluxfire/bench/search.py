@@ -19,8 +19,7 @@ from fluxfire.bench.quality import SAME, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.workload import Workload
 from fluxfire.conductor import rehearsal
-from fluxfire.planner import configured
-from fluxfire.protocol import Pass
+from fluxfire.protocol import Pass, configured
 
 _MOST = {"search": 24, "choose": 96}  # examples of each part; the rest confirms
 _TIMED = 12  # edits after which a median says that a list is too slow to matter

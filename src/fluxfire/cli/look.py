@@ -57,7 +57,7 @@ def passes(_: argparse.Namespace) -> int:
 def _plugin(name: str, value: str) -> tuple[str, ...]:
     """Describe another package's pass; one that cannot be used is told why."""
     from fluxfire import plugins
-    from fluxfire.planner import malformed
+    from fluxfire.rules import malformed
 
     try:
         made = plugins.make(name)

@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from fluxfire.planner import own_settings, settings_line
 from fluxfire.protocol import Change, Exactness, Finding, Pass, Stage
 from fluxfire.reporting.statistics import RunStatistics
-from fluxfire.text import human_bytes, human_seconds, table
+from fluxfire.text import human_bytes, human_seconds, own_settings, settings_line, table
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fluxfire import presets
-from fluxfire.planner import configured
-from fluxfire.protocol import Pass
+from fluxfire.protocol import Pass, configured
 from fluxfire.serve.wire import AS_APPLIED, LEVELS, Level
 
 

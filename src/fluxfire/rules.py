@@ -1,49 +1,12 @@
-"""Which lists of passes make sense, and what to say of those that don't. No torch in here."""
+"""Which lists of passes make sense, and what is wrong with the others. No torch in here."""
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
 
-from fluxfire.errors import PlanError
-from fluxfire.protocol import BOUNDARIES, EXACTNESS, STAGES, Configured, Finding, Pass
-from fluxfire.text import table
-
-
-def configured(pass_: Pass) -> Configured:
-    """Return what the other passes may know of this one."""
-    settings: dict[str, Any] = {}
-    if is_dataclass(pass_):
-        settings = {f.name: getattr(pass_, f.name) for f in fields(pass_)}
-    tunable = frozenset(getattr(pass_, "tunable", ()))
-    return Configured(pass_.name, pass_.stage, settings, tunable)
-
-
-def spelled(pass_: Pass) -> str:
-    """Write a pass as a user would: its repr without the settings that are the defaults."""
-    if not is_dataclass(pass_):
-        return repr(pass_)
-    given = (
-        f"{f.name}={getattr(pass_, f.name)!r}"
-        for f in fields(pass_)
-        if f.init and f.repr and getattr(pass_, f.name) != f.default
-    )
-    return f"{type(pass_).__name__}({', '.join(given)})"
-
-
-def own_settings(pass_: Pass) -> str:
-    """Spell a pass; nothing if all its settings are the defaults."""
-    text = spelled(pass_)
-    return "" if not is_dataclass(pass_) or text == f"{type(pass_).__name__}()" else text
-
-
-def settings_line(told: Iterable[str]) -> list[str]:
-    """Put together what `own_settings` says of several passes: a line, or none."""
-    if said := ", ".join(filter(None, told)):
-        return [f"settings: {said}"]
-    return []
+from fluxfire.protocol import BOUNDARIES, EXACTNESS, STAGES, Finding, Pass
+from fluxfire.text import spelled
 
 
 def malformed(candidate: object) -> str | None:
@@ -167,89 +130,3 @@ def _misfit(
     if latest is not None and STAGES.index(pass_.stage) < STAGES.index(latest.stage):
         return f"{latest.name}, which must come after it, is applied already"
     return None
-
-
-@dataclass(frozen=True)
-class Step:
-    """One pass of a plan, with what its `check` found.
-
-    Attributes:
-        pass_: the pass.
-        findings: what its check said; nothing if it was not asked.
-        faults: those of the plan's problems that concern it.
-    """
-
-    pass_: Pass
-    findings: tuple[Finding, ...] = ()
-    faults: tuple[str, ...] = ()
-
-    @property
-    def refused(self) -> bool:
-        """Whether the pass cannot be applied."""
-        return any(f.level == "error" for f in self.findings)
-
-    @property
-    def verdict(self) -> str:
-        """Everything that is to be said of it, in a line."""
-        said = ["error: see below"] if self.faults else []
-        return "; ".join([*said, *(f"{f.level}: {f}" for f in self.findings)]) or "ready"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A dry run: what `optimize` would do, or why it would not.
-
-    Attributes:
-        steps: the passes to apply, in order, with their findings.
-        problems: what is wrong with the pipeline or with the list as a list.
-        applied: passes that the pipeline already carries.
-        suggestion: if the plan is not ok, a list that would be; None where there is none.
-        left_out: which of the passes asked for the suggestion lacks, and why, in words.
-    """
-
-    steps: tuple[Step, ...]
-    problems: tuple[str, ...] = ()
-    applied: tuple[Pass, ...] = ()
-    suggestion: tuple[Pass, ...] | None = None
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def ok(self) -> bool:
-        """Whether `optimize` would go ahead."""
-        return not self.problems and not any(s.refused for s in self.steps)
-
-    def complaints(self) -> list[str]:
-        """Everything that stands in the way, in words."""
-        refusals = [
-            f"{s.pass_.name}: {f}" for s in self.steps for f in s.findings if f.level == "error"
-        ]
-        return [*self.problems, *refusals]
-
-    def raise_if_bad(self) -> None:
-        """Raise `PlanError` with everything that is wrong, unless the plan is ok."""
-        if self.ok:
-            return
-        lines = ["This list of passes cannot be applied. Nothing was changed."]
-        lines += [bullets(self.complaints()), *self._suggested()]
-        raise PlanError("\n".join(lines))
-
-    def _suggested(self) -> list[str]:
-        if not self.suggestion:
-            return []
-        listed = ", ".join(map(spelled, self.suggestion))
-        left_out = (f"  left out: {line}" for line in self.left_out)
-        return [f"A list that would work: [{listed}]", *left_out]
-
-    def __str__(self) -> str:
-        rows = [(p.name, p.stage, p.exactness, "already applied") for p in self.applied]
-        rows += [(s.pass_.name, s.pass_.stage, s.pass_.exactness, s.verdict) for s in self.steps]
-        text = table(("pass", "stage", "exactness", "verdict"), rows) if rows else "No passes."
-        passes = [*self.applied, *(s.pass_ for s in self.steps)]
-        said = settings_line(map(own_settings, passes))
-        said += [f"error: {p}" for p in self.problems]
-        return "\n".join([text, *said, *self._suggested()])
-
-
-def bullets(lines: Iterable[str]) -> str:
-    """Write lines one below the other, as the parts of a message."""
-    return "\n".join(f"  - {line}" for line in lines)

@@ -1,4 +1,4 @@
-"""Properties of the planner, over thousands of random lists of passes that are only data."""
+"""Which lists of passes make sense: properties, over thousands of lists that are only data."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 import fluxfire
 from doubles import Fake
 from fluxfire.errors import PlanError
-from fluxfire.planner import by_stage, faults, malformed, misfits, problems, spelled
 from fluxfire.protocol import BOUNDARIES, STAGES
 from fluxfire.resolve import order
+from fluxfire.rules import by_stage, faults, malformed, misfits, problems
+from fluxfire.text import spelled
 
 fakes = st.builds(
     Fake,
@@ -169,9 +170,9 @@ def test_public_names_are_those_of_their_homes(name):
     assert name in dir(fluxfire)
 
 
-def test_planner_and_package_load_nothing_heavy():
+def test_rules_and_package_load_nothing_heavy():
     code = (
-        "import sys, fluxfire, fluxfire.planner, fluxfire.protocol, fluxfire.cli;"
+        "import sys, fluxfire, fluxfire.rules, fluxfire.suggesting, fluxfire.cli;"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL')"
         " if m in sys.modules])"
     )
