@@ -391,9 +391,15 @@ async def test_draining_waits_until_every_place_is_given_back():
 async def test_a_place_is_of_no_use_where_all_has_ended():
     bench = await Bench().ready()
     place = bench.engine.reserve(None)
-    waiting = asyncio.create_task(bench.engine.until_stopping())
-    await bench.engine.drain(0.01)
-    for refused in (waiting.result, lambda: bench.engine.submit(ask(), place)):
+    stopping = asyncio.create_task(bench.engine.until_stopping())
+    closed = asyncio.create_task(bench.engine.until_closed())
+    draining = asyncio.create_task(bench.engine.drain(0.02))
+    await asyncio.sleep(0.01)
+    assert stopping.done()
+    assert not closed.done()
+    await draining
+    await asyncio.sleep(0)
+    for refused in (stopping.result, closed.result, lambda: bench.engine.submit(ask(), place)):
         with pytest.raises(Refused, match="the service stops"):
             refused()
 

@@ -524,13 +524,22 @@ def test_what_takes_longer_than_it_may_is_told_that_the_service_stops():
 
 def test_told_twice_to_stop_it_waits_for_nothing():
     with command() as (process, url):
-        job = httpx.post(f"{url}/jobs", json=body(**SLOW | {"num_images": 4})).json()
+        slow, answers = body(**SLOW | {"num_images": 4}), []
+        job = httpx.post(f"{url}/jobs", json=slow).json()
+        asking = threading.Thread(
+            target=lambda: answers.append(httpx.post(f"{url}/inference", json=slow, timeout=60))
+        )
+        asking.start()
+        while "fluxfire_requests_waiting 1.0" not in httpx.get(f"{url}/metrics").text:
+            time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         while httpx.get(f"{url}/health").json()["status"] != "draining":
             time.sleep(0.05)
         assert httpx.get(f"{url}/jobs/{job['id']}").json()["status"] in {"queued", "running"}
         process.send_signal(signal.SIGINT)
         began = time.perf_counter()
+        asking.join()
+        problem(answers[0], 503, "stopping", "the service stops")
         ended(process)
         assert process.returncode == 130
         assert time.perf_counter() - began < 20  # of the 60 s that it may drain

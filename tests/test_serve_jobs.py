@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 
 import pytest
 
@@ -110,6 +112,22 @@ def test_a_job_cancelled_before_it_began_has_ended():
         await asyncio.wait_for(jobs.cancel(job), 5)
         assert job.shown(service.engine).status == "cancelled"
         assert service.engine.places == set()
+
+    asyncio.run(story())
+
+
+def test_a_cancelled_job_keeps_nothing_of_what_was_sent():
+    async def story():
+        service, sent = Service(), Sent(EditRequest(prompt="x"), b"a picture")
+        job = (jobs := Jobs(service)).begin(sent, None)
+        watched = weakref.ref(sent)
+        del sent
+        await asyncio.sleep(0)
+        await jobs.cancel(job)
+        await asyncio.sleep(0)
+        gc.collect()
+        assert jobs.find(job.id, None) is job
+        assert watched() is None
 
     asyncio.run(story())
 

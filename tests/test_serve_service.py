@@ -113,7 +113,7 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
 
     async def edit(service):
         try:
-            await unless(stop(), service.edit(sent_as("file")))
+            await unless(service.edit(sent_as("file")), stop())
         except Refused as refusal:
             return refusal.status
 

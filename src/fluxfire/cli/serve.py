@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
-import logging
+import contextlib
 import os
-import socket
-import time
 from pathlib import Path
 
 from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
@@ -15,10 +12,6 @@ from fluxfire.cli.values import positive, size, whole
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 from fluxfire.text import extra_hint
-
-_LAST_WORDS = 5  # seconds to write the last answers, at least
-_GLANCE = 0.1  # seconds between looks whether to stop at once
-_PROBES = {"/health", "/ready", "/metrics"}
 
 
 def add(commands: Commands) -> None:
@@ -87,9 +80,8 @@ def serve(arguments: argparse.Namespace) -> int:
         note("append the line above to the file that --keys names")
         return 0
     try:
-        import uvicorn
-
         from fluxfire.serve import create_app
+        from fluxfire.serve.server import Server, listening
         from fluxfire.serve.wire import Facts
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: {extra_hint('serve')}") from error
@@ -117,63 +109,18 @@ def serve(arguments: argparse.Namespace) -> int:
 
     def tell(facts: Facts) -> None:
         passes = ", ".join(facts.passes) or "no passes"
-        note(f"ready: {settings.model} on {facts.device} with {passes}; quality {facts.level}")
+        said = f"ready: {settings.model} on {facts.device} with {passes}; quality {facts.level}"
+        with contextlib.suppress(OSError):  # nobody may read it any more
+            note(said)
 
     app = create_app(settings, on_ready=tell, on_trouble=end)
-
-    class Server(uvicorn.Server):
-        """One that lets the engine answer what it took, before connections are closed."""
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            began, engine = time.monotonic(), app.state.engine
-            draining = asyncio.create_task(engine.drain(settings.drain_seconds))
-            while not draining.done() and not self.force_exit:
-                await asyncio.wait({draining}, timeout=_GLANCE)
-            if self.force_exit:  # told a second time
-                engine.close()
-            await draining
-            left = settings.drain_seconds - (time.monotonic() - began)
-            self.config.timeout_graceful_shutdown = max(_LAST_WORDS, round(left))
-            await super().shutdown(sockets)
-            if self.force_exit:  # which uvicorn takes for a reason to leave all as it is
-                await self.lifespan.shutdown()
-
-    server = Server(uvicorn.Config(app))
-    logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
-    with _listening(settings) as listener:
+    server = Server(app, settings.drain_seconds)
+    with listening(settings) as listener:
         address, port = listener.getsockname()[:2]
         host = f"[{address}]" if ":" in address else address
         url = f"http://{host}:{port}"
         note(f"loading {settings.model}; the page at {url} opens meanwhile")
-        server.run(sockets=[listener])
+        server.run([listener])
     if troubles:
         raise FluxfireError(troubles[0])
     return 0
-
-
-def _is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether a line of the access log is worth one: probes come every few seconds."""
-    path = record.args[2] if isinstance(record.args, tuple) else ""
-    return str(path).partition("?")[0] not in _PROBES
-
-
-def _listening(settings: Settings) -> socket.socket:
-    """Take the address before a model is loaded for nothing.
-
-    Raises:
-        FluxfireError: it is taken, or none of this machine's.
-    """
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Asyncio turns Nagle's algorithm, which delays answers by 40 ms, off where TCP is named.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((settings.host, settings.port))
-        listener.listen(2048)
-    except OSError as error:
-        listener.close()
-        raise FluxfireError(
-            f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
-            f"give another --port or --host"
-        ) from error
-    return listener

@@ -172,7 +172,7 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
 
     async def sent(request: Request) -> Sent:
         body = read(request, settings.request_seconds)
-        return await unless(engine().until_stopping(), body)
+        return await unless(body, engine().until_stopping())
 
     @app.post(
         "/inference", response_model=EditAnswer, openapi_extra=_BODY,
@@ -181,7 +181,7 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
     )  # fmt: skip
     async def inference(request: Request, _owner: Owner) -> Response:
         edited = app.state.service.edit(await sent(request))
-        return await _json(await unless(gone(request), edited))
+        return await _json(await unless(edited, gone(request), engine().until_closed()))
 
     @app.post(
         "/jobs", response_model=JobAnswer, status_code=202, openapi_extra=_BODY,

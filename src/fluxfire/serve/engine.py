@@ -130,6 +130,7 @@ class Engine:
         self._ready = False
         self._failed_starts = 0
         self._stopping = asyncio.Event()
+        self._closed = asyncio.Event()
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         self._restart: asyncio.TimerHandle | None = None
@@ -264,6 +265,15 @@ class Engine:
         await self._stopping.wait()
         raise _stops()
 
+    async def until_closed(self) -> Never:
+        """Wait until nothing is answered any more, however far it is.
+
+        Raises:
+            Refused: then.
+        """
+        await self._closed.wait()
+        raise _stops()
+
     async def drain(self, seconds: float) -> None:
         """Take no more requests, and wait until all are answered, or so long; then end.
 
@@ -280,6 +290,7 @@ class Engine:
     def close(self) -> None:
         """End the worker at once, and refuse what is left."""
         self._stopping.set()
+        self._closed.set()
         for timer in (self._restart, self._watchdog):
             if timer is not None:
                 timer.cancel()
@@ -337,7 +348,6 @@ class Engine:
             self._lost()
         elif isinstance(message, Ready):
             self.facts, self._ready = message.facts, True
-            self._on_ready(message.facts)
             self._refuse_levels()
         elif isinstance(message, CannotStart):
             self._give_up(message.message)
@@ -351,6 +361,8 @@ class Engine:
         else:
             self._failed(message)
         self._advance()
+        if isinstance(message, Ready):
+            self._on_ready(message.facts)
 
     def _finish(self, results: Mapping[int, Result], seconds: float) -> None:
         batch = self._taken_back()

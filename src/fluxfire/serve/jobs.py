@@ -171,6 +171,7 @@ class Jobs:
         if job.result is None and job.error is None:
             job.cancelled = True
             job.error = Problem(code="cancelled", message="the job was cancelled")
+        job.task = None  # cancelled, it holds all that it did
         if job.ticket is not None:  # it holds the pictures, the one sent and those made
             job.step, job.steps, job.ticket = job.ticket.step, job.ticket.steps, None
         job.finished = time.monotonic()

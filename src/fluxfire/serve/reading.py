@@ -122,28 +122,27 @@ async def _form(form: FormData) -> tuple[dict[str, Any], bytes | None]:
     return fields, file
 
 
-async def unless(against: Awaitable[Never], work: Awaitable[T]) -> T:
+async def unless(work: Awaitable[T], *against: Awaitable[Never]) -> T:
     """Do work, and stop once something against it is heard.
 
     Args:
-        against: raises why the work is to stop, or goes on for ever.
         work: what to do.
+        against: each raises why the work is to stop, or goes on for ever.
 
     Raises:
-        Refused: what `against` raised.
+        Refused: what one of `against` raised.
     """
-    task, stop = asyncio.ensure_future(work), asyncio.ensure_future(against)
+    tasks = [asyncio.ensure_future(each) for each in (work, *against)]
     try:
-        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        task.cancel()
-        await asyncio.wait({task})
-        return stop.result()
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        tasks[0].cancel()
+        await asyncio.wait(tasks[:1])
+        return next(task for task in tasks[1:] if task.done()).result()
     finally:
-        task.cancel()
-        stop.cancel()
-        del task, stop  # an error holds this frame, which would hold the error
+        while tasks:  # an error holds this frame, which must not hold the error
+            tasks.pop().cancel()
 
 
 async def gone(request: Request) -> Never:
