@@ -65,7 +65,8 @@ def environment_above(session: nox.Session, name: str) -> tuple[str, Path]:
 
 def run_tests(session: nox.Session, *arguments: str) -> None:
     """Run pytest on two processes of one thread each, unless told otherwise."""
-    session.run("pytest", "-n", "2", *arguments, *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    asked = ("-n", "2", "--dist", "loadfile", *arguments, *session.posargs)
+    session.run("pytest", *asked, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def test_a_cache_gets_spark_s_schedule():
     assert replace(found, schedule=None) == FirstBlockCache(0.3)
 
 
+@pytest.mark.slow
 def test_two_caches_are_tried_together():
     exact = QKVFusion()
     given, hits, refreshes = on_spark([exact, FirstBlockCache(0.3), ReferenceCache(0.3)], 8)

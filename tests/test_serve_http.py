@@ -516,12 +516,14 @@ def test_told_to_stop_it_answers_what_it_has_begun():
         assert asked_while_it_is_stopped(*running, **SLOW).status_code == 200
 
 
+@pytest.mark.slow
 def test_what_takes_longer_than_it_may_is_told_that_the_service_stops():
     with command("--drain", "1") as running:
         response = asked_while_it_is_stopped(*running, **SLOW | {"num_images": 4})
         problem(response, 503, "stopping", "the service stops")
 
 
+@pytest.mark.slow
 def test_told_twice_to_stop_it_waits_for_nothing():
     with command() as (process, url):
         slow, answers = body(**SLOW | {"num_images": 4}), []

@@ -121,7 +121,7 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
 
 
 def test_answers_are_not_held_back_by_nagle():
-    from fluxfire.cli.serve import _listening
+    from fluxfire.serve.server import listening
 
     async def answered():
         nodelay = []
@@ -131,7 +131,7 @@ def test_answers_are_not_held_back_by_nagle():
             nodelay.append(line.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with _listening(Settings(port=0)) as listener:
+        with listening(Settings(port=0)) as listener:
             server = await asyncio.start_server(seen, sock=listener)
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             await reader.read()

@@ -217,6 +217,7 @@ def test_behind_fused_blocks_rows_are_rounded_where_they_are_made(reference):
     assert 0 < np.abs(fused - reference).max() < 0.1
 
 
+@pytest.mark.slow
 def test_sparks_edits_stay():
     pipe, edits = spark.load(dtype=torch.float32), spark.examples(split="test", n=6)
     plain = spark.score(pipe, edits, steps=10)

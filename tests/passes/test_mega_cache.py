@@ -167,6 +167,7 @@ def test_what_decides_whether_artifacts_fit(pipe, monkeypatch):
     assert print_of(Compile()) != plain
 
 
+@pytest.mark.slow
 def test_the_fingerprint_is_the_same_in_every_process(pipe, tmp_path):
     code = (
         "from fluxfire.passes.mega_cache import fingerprint\n"

@@ -47,6 +47,7 @@ def test_pictures_are_made_from_words_alone(pipe):
     assert everything.success >= 0.6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_vae_keeps_what_the_checker_looks_at(pipe, tasks):
     passed, values = 0, []
