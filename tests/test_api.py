@@ -27,10 +27,12 @@ from fluxfire.passes import (
     Compile,
     FirstBlockCache,
     Float8,
+    FusedBlocks,
     InductorPatch,
     MemoryLayout,
     QKVFusion,
 )
+from fluxfire.protocol import BOUNDARIES
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 
 EAGER = [InductorPatch(), QKVFusion(), MemoryLayout()]
@@ -143,7 +145,7 @@ def test_a_second_optimize_says_why_it_cannot(pipe):
     fluxfire.optimize(pipe, [QKVFusion()])
     with pytest.raises(PlanError, match=r"qkv-fusion is already applied, as QKVFusion\(") as e:
         fluxfire.optimize(pipe, [QKVFusion(vae=False)])
-    assert "restore(pipe) and optimize again" in str(e.value)
+    assert "in place of what is applied, restore(pipe) first" in str(e.value)
     with pytest.raises(PlanError, match="listen .stage environment. must come before qkv-fusion"):
         fluxfire.optimize(pipe, [Listen()])
     assert len(fluxfire.report(pipe).passes) == 1
@@ -302,6 +304,7 @@ def test_on_top_of_applied_passes_too_a_list_that_works_is_named(pipe):
     refused = fluxfire.plan(pipe, [QKVFusion(), FirstBlockCache(), Compile(), "nope"])
     assert refused.suggestion == (Compile(),)
     assert refused.left_out == (
+        "'nope', because it is no pass",
         "QKVFusion(), because first-block-cache, which must come after it, is applied already",
         "FirstBlockCache(), because first-block-cache is applied already",
     )
@@ -604,8 +607,43 @@ def test_a_pass_twice_is_one_mistake(pipe):
 
 def test_an_early_pass_after_a_late_one_is_told_the_way(pipe):
     fluxfire.optimize(pipe, [SkipBlock()])
-    with pytest.raises(PlanError, match=r"skip-block is already applied: restore\(pipe\), and"):
+    with pytest.raises(PlanError, match=r"skip-block is already applied\n.*restore\(pipe\) first"):
         fluxfire.optimize(pipe, [QKVFusion()])
+
+
+def test_a_preset_on_another_is_refused_in_few_words(pipe):
+    fluxfire.optimize(pipe, [FusedBlocks(), Compile()])
+    with pytest.raises(PlanError) as refused:
+        fluxfire.optimize(pipe, [FusedBlocks(), FirstBlockCache(), Compile()])
+    assert str(refused.value).splitlines()[1:] == [
+        "  - fused-blocks is already applied, as FusedBlocks()",
+        (
+            "  - first-block-cache (stage caching) must come before compile (stage compile): "
+            f"{BOUNDARIES['caching']}; compile is already applied"
+        ),
+        "  - compile is already applied, as Compile()",
+        "To have this list in place of what is applied, restore(pipe) first.",
+    ]
+
+
+def test_a_misspelt_pass_has_its_place_in_the_list_that_would_work(pipe):
+    with pytest.raises(PlanError) as refused:
+        fluxfire.optimize(pipe, ["first_block_cach", "qkv-fuson", "xyzzy"])
+    assert refused.value.suggestion == (QKVFusion(), FirstBlockCache())
+    assert "left out: 'xyzzy', because it is no pass" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [
+        (QKVFusion, r"did you mean passes=\[QKVFusion\(\)\]"),
+        (QKVFusion(vae=False), r"did you mean passes=\[QKVFusion\(vae=False\)\]"),
+        ("qkv-fusion, compile", r"did you mean passes=\['qkv-fusion', 'compile'\]"),
+    ],
+)
+def test_what_is_no_list_is_told_how_to_be_one(pipe, wrong, meant):
+    with pytest.raises(PlanError, match=meant):
+        fluxfire.optimize(pipe, wrong)
 
 
 @pytest.mark.parametrize("verb", [fluxfire.restore, fluxfire.report])

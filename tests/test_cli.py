@@ -54,6 +54,10 @@ def test_plan(capsys):
     assert status == 1
     assert "must come before compile" in out
     assert "qkv-fusion  weights  close      error: see below" in out
+    _, _, err = run(capsys, "plan", "--passes", "compile,qkv-fuson")
+    assert "On the command line: --passes qkv-fusion,compile" in err
+    _, out, err = run(capsys, "plan", "--preset", "qkv-fusion,compile")
+    assert "did you mean --passes qkv-fusion,compile?" in err
     _, out, _ = run(capsys, "plan", "--preset", "fast")
     assert "settings: FirstBlockCache(threshold=0.5, predict='quadratic')" in out
 

@@ -436,9 +436,14 @@ def test_keys_storage_and_a_deadline(tmp_path, monkeypatch):
     with running(keys_file=keys, passes="none", storage=str(tmp_path / "made")) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
-        for headers in ({}, {"X-API-Key": "ff_wrong"}, {"Authorization": f"Basic {ann}"}):
+        for headers, code, said in (
+            ({}, "key-wanted", "this service needs a key"),
+            ({"Authorization": f"Basic {ann}"}, "key-wanted", "this service needs a key"),
+            ({"X-API-Key": "ff_wrong"}, "key-unknown", "this key is not known here"),
+            ({"Authorization": "Bearer ff_wrong"}, "key-unknown", "this key is not known here"),
+        ):
             response = client.post("/inference", json=body(), headers=headers)
-            problem(response, 401, "key-wanted", "this service needs a key")
+            problem(response, 401, code, said)
             assert response.headers["www-authenticate"] == "Bearer"
         client.headers["Authorization"] = f"Bearer {ann}"
         large = base64.b64encode(file_of(Image.effect_noise((1200, 1000), 90))).decode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -47,6 +48,22 @@ PASSES = [
     SkipBlock(),
     HalfTheTokens(),
 ]
+
+
+def test_orders_that_are_both_allowed_make_one_picture():
+    """Whatever two passes of one stage make of each other's work, nothing is lost."""
+    pipe, tried = tiny_kontext(), 0
+    exact = [p for p in PASSES if p.exactness != "lossy" or p.name == "float8"]
+    for pair in itertools.combinations(exact, 2):
+        orders = [list(pair), list(pair)[::-1]]
+        if pair[0].stage == pair[1].stage and all(fluxfire.plan(pipe, o).ok for o in orders):
+            tried += 1
+            made = []
+            for passes in orders:
+                with fluxfire.optimized(pipe, passes):
+                    made.append(edit(pipe))
+            assert np.abs(made[0] - made[1]).max() < 1e-5, orders[0]
+    assert tried >= 3
 
 
 @pytest.fixture(scope="module")

@@ -71,14 +71,17 @@ class Plan:
             return
         lines = ["This list of passes cannot be applied. Nothing was changed."]
         lines += [bullets(self.complaints()), *self._suggested()]
-        raise PlanError("\n".join(lines))
+        raise PlanError("\n".join(lines), suggestion=self.suggestion or ())
 
     def _suggested(self) -> list[str]:
-        if not self.suggestion:
-            return []
-        listed = ", ".join(map(spelled, self.suggestion))
-        left_out = (f"  left out: {line}" for line in self.left_out)
-        return [f"A list that would work: [{listed}]", *left_out]
+        said = []
+        if self.suggestion:
+            listed = ", ".join(map(spelled, self.suggestion))
+            said = [f"A list that would work: [{listed}]"]
+            said += (f"  left out: {line}" for line in self.left_out)
+        if self.applied and not self.ok:
+            said.append("To have this list in place of what is applied, restore(pipe) first.")
+        return said
 
     def __str__(self) -> str:
         rows = [(p.name, p.stage, p.exactness, "already applied") for p in self.applied]

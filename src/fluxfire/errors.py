@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 __all__ = [
     "BenchError",
     "BusyError",
@@ -21,7 +23,15 @@ class FluxfireError(Exception):
 
 
 class PlanError(FluxfireError):
-    """The request cannot be carried out; nothing was changed."""
+    """The request cannot be carried out; nothing was changed.
+
+    Attributes:
+        suggestion: passes that could be applied instead; nothing where none are known.
+    """
+
+    def __init__(self, message: str, *, suggestion: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.suggestion = suggestion
 
 
 class PassError(FluxfireError):

@@ -41,7 +41,8 @@ def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
     if result.ok:
         return result
     suggestion, left_out = suggest(asked, applied, lambda passes: _checked(pipe, applied, passes))
-    return replace(result, suggestion=suggestion, left_out=left_out)
+    unknown = (f"{e.written!r}, because it is no pass" for e in read if not e.meant)
+    return replace(result, suggestion=suggestion, left_out=(*unknown, *left_out))
 
 
 def _disturbed(pipe: Any) -> str | None:

@@ -41,17 +41,15 @@ def find(name: str) -> Callable[..., Pass]:
     if name in ours:
         return ours[name]
     if name not in theirs:
-        known = sorted({*ours, *theirs})
-        by_class = {cls.__name__: own_name for own_name, cls in ours.items()}
-        close = [by_class[name]] if name in by_class else None
-        close = close or get_close_matches(name.replace("_", "-"), known, n=1)
+        close = meant(name)
         hint = (
-            f"; did you mean {close[0]!r}?"
+            f"; did you mean {close!r}?"
             if close
             else f"; another package's must be installed first (pip install …), and be announced "
             f"there as an entry point of the group {GROUP!r}"
         )
-        raise PlanError(f"there is no pass {name!r}; there are {', '.join(known)}{hint}")
+        known = ", ".join(sorted({*ours, *theirs}))
+        raise PlanError(f"there is no pass {name!r}; there are {known}{hint}")
     try:
         cls: Callable[..., Pass] = theirs[name].load()
     except Exception as error:
@@ -60,6 +58,16 @@ def find(name: str) -> Callable[..., Pass]:
             f"{type(error).__name__}: {error}"
         ) from error
     return cls
+
+
+def meant(name: str) -> str | None:
+    """Guess which pass a wrong name means; None if it is like none."""
+    ours = own()
+    by_class = {cls.__name__: own_name for own_name, cls in ours.items()}
+    if name in by_class:
+        return by_class[name]
+    close = get_close_matches(name.replace("_", "-"), sorted({*ours, *announced()}), n=1)
+    return close[0] if close else None
 
 
 def make(name: str) -> Pass:

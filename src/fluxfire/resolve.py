@@ -11,7 +11,7 @@ from fluxfire import plugins, presets, recipes
 from fluxfire.errors import PlanError
 from fluxfire.protocol import Pass
 from fluxfire.rules import by_stage, malformed, problems
-from fluxfire.text import bullets
+from fluxfire.text import bullets, spelled
 
 Passes = str | Path | Iterable[Pass | str] | None
 
@@ -50,10 +50,17 @@ def order(passes: Iterable[Pass | str]) -> list[Pass]:
 
 
 class Entry(NamedTuple):
-    """An entry of a list: the passes that are meant, and what is wrong with writing it so."""
+    """An entry of a list.
+
+    Attributes:
+        meant: the passes that are meant.
+        wrong: what is wrong with writing it so.
+        written: as it stands there.
+    """
 
     meant: tuple[Pass, ...]
     wrong: tuple[str, ...] = ()
+    written: object = None
 
 
 def entries(passes: Passes) -> list[Entry]:
@@ -67,8 +74,11 @@ def entries(passes: Passes) -> list[Entry]:
     if isinstance(passes, str | Path):
         passes = _named(passes)
     if not isinstance(passes, Iterable):
-        single = f"; did you mean passes=[{passes!r}]?" if malformed(passes) is None else ""
-        raise PlanError(f"passes must be a list or a preset's name, not {passes!r}{single}")
+        meant = _read(passes).meant
+        single = f"; did you mean passes=[{spelled(meant[0])}]?" if meant else ""
+        raise PlanError(
+            f"passes must be a list or a preset's name, not {passes!r}{single}", suggestion=meant
+        )
     return [_read(entry) for entry in passes]
 
 
@@ -78,16 +88,24 @@ def _read(entry: object) -> Entry:
         said = f"{entry!r} is a preset, not a pass; write *presets.{entry} in its place"
         return Entry(presets.named(entry), (said,))
     if isinstance(entry, str):
-        try:
-            return _read(plugins.make(entry))
-        except PlanError as error:
-            return Entry((), (str(error),))
+        return _by_name(entry)
     if isinstance(entry, list | tuple):
         return _nested(entry)
     why = malformed(entry)
     if why is None:
         return Entry((cast("Pass", entry),))
-    return Entry(_instance(entry) if inspect.isclass(entry) else (), (why,))
+    return Entry(_instance(entry) if inspect.isclass(entry) else (), (why,), entry)
+
+
+def _by_name(name: str) -> Entry:
+    """Find the pass of a name, or guess which is meant."""
+    try:
+        return _read(plugins.make(name))
+    except PlanError as error:
+        known = name in plugins.own() or name in plugins.announced()
+        close = None if known else plugins.meant(name)
+        guess = _by_name(close).meant if close else ()
+        return Entry(guess, (str(error),), name)
 
 
 def _nested(entry: Sequence[object]) -> Entry:
@@ -124,7 +142,13 @@ def chosen(preset: str | None, names: str | None) -> list[Pass]:
         PlanError: there is no such preset, file or pass.
     """
     if preset is not None or names is None:
-        return list(preset_or_file(preset or "faithful"))
+        preset = preset or "faithful"
+        try:
+            return list(preset_or_file(preset))
+        except PlanError as error:
+            if _names_passes(preset):
+                raise PlanError(f"{error}; did you mean --passes {preset}?") from None
+            raise
     if names == "none":
         return []
     wanted = [name.strip() for name in names.split(",") if name.strip()]
@@ -135,7 +159,12 @@ def chosen(preset: str | None, names: str | None) -> list[Pass]:
         raise PlanError(
             f"{name!r} is a preset, not a pass; write --preset {name}, or name its passes: {own}"
         )
-    return [plugins.make(name) for name in wanted]
+    read = entries(wanted)
+    meant = [p for entry in read for p in entry.meant]
+    if wrong := [line for entry in read for line in entry.wrong]:
+        guessed = tuple(by_stage(meant)) if all(entry.meant for entry in read) else ()
+        raise PlanError("; ".join(wrong), suggestion=guessed)
+    return meant
 
 
 def preset_or_file(name: str | Path) -> tuple[Pass, ...]:
@@ -153,10 +182,17 @@ def preset_or_file(name: str | Path) -> tuple[Pass, ...]:
 
 
 def _named(name: str | Path) -> tuple[Pass, ...]:
-    """Return the same; of a name that is a pass's, say so."""
+    """Return the same; of names that are passes', say so."""
     try:
         return preset_or_file(name)
     except PlanError as error:
-        if name in plugins.own() or name in plugins.announced():
-            raise PlanError(f"{error}; did you mean passes=[{name!r}]?") from None
+        if isinstance(name, str) and _names_passes(name):
+            meant = [part.strip() for part in name.split(",")]
+            raise PlanError(f"{error}; did you mean passes={meant!r}?") from None
         raise
+
+
+def _names_passes(text: str) -> bool:
+    """Whether a text is names of passes, separated by commas."""
+    known = {*plugins.own(), *plugins.announced()}
+    return all(part.strip() in known for part in text.split(","))

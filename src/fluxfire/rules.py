@@ -67,13 +67,15 @@ def faults(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, s
             if holder is not pass_:
                 said = f"{pass_.name} and {holder.name} both fill the slot {pass_.slot!r}"
                 yield index, f"{said}, which has room for one; keep one of them"
+        if twin != index:
+            continue  # one of them must go, and its order with it
         latest = passes[highest]
         if STAGES.index(pass_.stage) >= STAGES.index(latest.stage):
             highest = index
             continue
         why = BOUNDARIES[pass_.stage]
         if highest < applied <= index:
-            why += f"; {latest.name} is already applied: restore(pipe), and optimize with both"
+            why += f"; {latest.name} is already applied"
         first, then = (f"{p.name} (stage {p.stage})" for p in (pass_, latest))
         yield index, f"{first} must come before {then}: {why}"
 
@@ -85,10 +87,7 @@ def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
 
 def _twice(first: Pass, second: Pass, *, applied: bool) -> str:
     if applied:
-        return (
-            f"{second.name} is already applied, as {spelled(first)}; to change its settings, "
-            f"restore(pipe) and optimize again"
-        )
+        return f"{second.name} is already applied, as {spelled(first)}"
     both = spelled(first) if first == second else f"{spelled(first)} and {spelled(second)}"
     return f"{second.name} is in the list twice, as {both}; keep one"
 

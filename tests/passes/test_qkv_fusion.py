@@ -12,7 +12,7 @@ from diffusers import FluxKontextPipeline
 import fluxfire
 from fluxfire import kontext
 from fluxfire.errors import PlanError
-from fluxfire.passes import Compile, MemoryLayout, QKVFusion
+from fluxfire.passes import Compile, Float8, MemoryLayout, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 
 CLOSE = 1e-5
@@ -146,6 +146,13 @@ def test_quantised_weights_are_refused(pipe):
     with pytest.raises(PlanError, match="to_q, to_k, to_v are quantised") as caught:
         fluxfire.optimize(pipe, [QKVFusion()])
     assert "put QKVFusion before quantisation" in str(caught.value)
+
+
+def test_weights_that_an_earlier_pass_quantised_are_refused(pipe):
+    with pytest.raises(PlanError, match="an earlier pass quantised the weights") as refused:
+        fluxfire.optimize(pipe, [Float8(), QKVFusion()])
+    assert refused.value.suggestion == (Float8(),)
+    fluxfire.optimize(pipe, [Float8(), QKVFusion(transformer=False)])
 
 
 def test_diffusers_own_fusion_is_refused_by_name(pipe):

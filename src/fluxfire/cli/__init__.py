@@ -14,8 +14,8 @@ from typing import NoReturn
 
 from fluxfire import __version__
 from fluxfire.cli import bench, bisect, demo, look, megacache, run, serve, tune
-from fluxfire.cli.options import UsageError
-from fluxfire.errors import FluxfireError
+from fluxfire.cli.options import UsageError, note, note_option
+from fluxfire.errors import FluxfireError, PlanError
 
 __all__ = ["UsageError", "main"]
 
@@ -51,7 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return command(arguments)
     except FluxfireError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201 - this is a command line
+        note(f"error: {error}")
+        if isinstance(error, PlanError):
+            note_option(error.suggestion)
         return 1
     except BrokenPipeError:  # as when piped into head; nobody is left to tell
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -10,6 +10,7 @@ from fluxfire.cli.options import (
     add_model,
     add_passes,
     load_model,
+    note_option,
     say,
     wanted,
 )
@@ -83,6 +84,7 @@ def plan(arguments: argparse.Namespace) -> int:
     asked = wanted(arguments)
     planned = api.plan(load_model(arguments.model), asked)
     say(planned)
+    note_option(planned.suggestion or ())
     return 0 if planned.ok else 1
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from fluxfire.cli.values import positive, seed, words
 from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
+from fluxfire.text import own_settings
 
 _DEFAULT_MODEL = "spark"
 MOST_EXAMPLES = 5000
@@ -34,6 +35,16 @@ def say(text: object = "") -> None:
         text: what to print; an empty line by default.
     """
     print(text)  # noqa: T201 - this is a command line
+
+
+def note_option(passes: Sequence[Pass]) -> None:
+    """Note how a suggested list is asked for here, where names alone can.
+
+    Args:
+        passes: the list; nothing is noted of none.
+    """
+    if passes and not any(map(own_settings, passes)):
+        note(f"On the command line: --passes {','.join(p.name for p in passes)}")
 
 
 def note(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import sys
 from pathlib import Path
 
 from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
@@ -77,7 +78,8 @@ def serve(arguments: argparse.Namespace) -> int:
         key, line = new_key(arguments.new_key)
         say(line)
         note(f"the key, which is told only now: {key}")
-        note("append the line above to the file that --keys names")
+        if sys.stdout.isatty():
+            note("append the line above to the file that --keys names")
         return 0
     try:
         from fluxfire.serve import create_app

@@ -95,7 +95,7 @@ class Compile:
             yield Finding(
                 "error",
                 "the pipeline is compiled already, outside fluxfire",
-                "leave compile() out and let this pass do it",
+                "leave out this pass, or that compile()",
             )
         if self.region == "transformer" and "wraps-blocks" in target.traits:
             yield Finding(

@@ -83,6 +83,13 @@ class QKVFusion:
                         "put QKVFusion before quantisation, or leave it out",
                     )
                     return
+        # A pass may keep weights for its undoing as they were, and compute with others.
+        if self.transformer and "quantised" in target.traits - kontext.traits(target.pipe):
+            yield Finding(
+                "error",
+                "an earlier pass quantised the weights, and the fused ones would be plain",
+                "leave it out",
+            )
         if "lora" in target.traits:
             yield Finding("info", "projections that carry a LoRA are left unfused")
 

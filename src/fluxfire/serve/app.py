@@ -151,7 +151,10 @@ async def owner(
     keys: Keys | None = request.app.state.keys
     if keys is None:
         return None
-    name = keys.owner(bearer.credentials if bearer else header or "")
+    key = bearer.credentials if bearer else header or ""
+    name = keys.owner(key)
+    if name is None and key:
+        raise Refused("this key is not known here", status=401, code="key-unknown")
     if name is None:
         raise Refused(
             "this service needs a key: send it as Authorization: Bearer KEY, or X-API-Key",

@@ -68,6 +68,7 @@ async function call(path, options = {}) {
   if (response.ok) return response;
   const told = await response.json().catch(() => null);
   let message = told?.error?.message ?? `The service answered ${response.status}.`;
+  if (response.status === 401 && !$("key").value) message = "Enter the service's key first.";
   const wait = response.headers.get("Retry-After");
   if (wait) message += `. Try again in ${wait} seconds.`;
   const error = new Error(message);
