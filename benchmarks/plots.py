@@ -62,8 +62,9 @@ def thresholds() -> Any:
 
 
 def frontier() -> Any:
-    """Quality against speed on Spark's edits: ours in lines, others in points."""
-    rows = json.loads((RESULTS / "frontier.json").read_text())["rows"]
+    """Quality against speed on Spark's edits: ours in lines, others in hollow marks."""
+    result = json.loads((RESULTS / "frontier.json").read_text())
+    rows = result["rows"]
     figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2), sharex=True, layout="constrained")
     families = dict.fromkeys(row["family"] for row in rows if row["family"] != "plain")
     for axes, which in zip(panels, ("mean", "worst"), strict=True):
@@ -71,12 +72,18 @@ def frontier() -> Any:
             some = sorted((r for r in rows if r["family"] == family), key=lambda r: r["speed"])
             x, y = ([r["speed"] for r in some], [r["psnr"][which] for r in some])
             ours = family in ("FirstBlockCache", "ReferenceCache", "both")
-            marker = "*" if family in ("balanced", "fast") else "o" if ours else "^"
-            style = {"color": f"C{number}", "marker": marker, "ms": 9 if marker == "*" else 5}
-            axes.plot(x, y, "-" if ours else ":", label=family, **style)
+            style = {"color": f"C{number}", "label": family}
+            if family in ("balanced", "fast"):
+                axes.plot(x, y, "*", ms=9, **style)
+            elif ours:
+                axes.plot(x, y, "o-", ms=5, **style)
+            else:  # hollow: two that do the same are seen around each other
+                marker, size = ("s", 10) if family == "para-attn" else ("^", 5)
+                axes.plot(x, y, ":", marker=marker, ms=size, mfc="none", **style)
         axes.set(xlabel="times as fast as compiled alone", ylabel=f"PSNR to plain, dB: {which}")
         axes.grid(visible=True, alpha=0.3)
     panels[1].legend(fontsize="x-small")
+    figure.suptitle(f"{result['examples']} held-out edits by Spark", fontsize="medium")
     return figure
 
 
