@@ -19,7 +19,7 @@ from fluxfire.protocol import Pass
 
 KINDS = ("recolour", "remove", "add", "move", "ground", "night")
 STEPS = 28
-_TILE, _MARGIN, _LABEL, _CAPTION = 128, 6, 64, 50
+_TILE, _MARGIN, _LABEL, _CAPTION = 128, 6, 70, 50
 
 
 def main() -> None:
@@ -83,10 +83,10 @@ def _draw(
             top = _CAPTION + row * (down + _MARGIN * 2)
             sheet.paste(source if name == "before" else made[column], (left, top))
             if column == 0:
-                pen.text((0, top + _TILE / 2 - 8), name, "black", font)
+                pen.text((_MARGIN, top + _TILE / 2 - 8), name, "black", font)
             told = next((r for r in rows if r["stack"] == name and r["instruction"] == words), None)
             if told is not None and told["left_out"] is not None:
-                said = f"{told['psnr']:.0f} dB, {told['left_out']} left out"
+                said = f"{told['psnr']:.0f} dB, {told['left_out']} steps left out"
                 pen.text((left, top + _TILE + 1), said, "black", ImageFont.load_default(11))
     return sheet
 

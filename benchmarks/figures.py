@@ -47,6 +47,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     ),
     "reference on spark": reference.reference_on_spark,
     "frontier": reference.frontier,
+    "worst cases": spark.worst_cases,
     "spark": spark.spark,
     "vocabulary": spark.vocabulary,
     "passes on spark": spark.passes_on_spark,

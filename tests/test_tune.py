@@ -154,6 +154,7 @@ def test_lost_edits_count(clock):
         lost = f"plain pipeline {rung} of 2 edits are lost: --max-lost {most:g} allows that"
         assert (lost in str(found)) == (rung > 0)
         assert "does not limit" not in str(found)
+        assert f"  {1 - rung / 2:.1%} (100.0%)  " in str(found), most
     found = tune(PIPE, examples, Budget(min_psnr=1), candidates=candidates, workload=load)
     assert (
         "Against the plain pipeline 2 of 2 edits are lost: this budget does not limit that; "
@@ -405,7 +406,10 @@ def test_the_command(own_time, tmp_path, capsys, monkeypatch):
     out = tmp_path / "tuned.json"
     command = ["tune", "-n", "3", "--steps", "6", "--out", str(out)]
     assert main([*command, "--min-psnr", "100"]) == 1
-    assert "Nothing faster than the plain pipeline" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "Nothing faster than the plain pipeline" in shown.out
+    assert "starting [00:0" in shown.err
+    assert "plain, 1 of 3 [0" in shown.err
     assert recipes.read(out) == ()
     assert main([*command, "--min-psnr", "5", "--max-lost", "1"]) == 0
     printed = capsys.readouterr().out

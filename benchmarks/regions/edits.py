@@ -34,7 +34,7 @@ def summary() -> str:
     )
     times = len(rows[0]["edit"]["seconds"])
     return (
-        f"{markdown(head, table)}\n\nThe middle of {times} edits, which lay within {apart:.1%} of "
+        f"{markdown(head, table)}\n\nMedian of {times} edits, which lay within {apart:.1%} of "
         f"it. {where(result)}."
     )
 

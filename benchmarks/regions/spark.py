@@ -157,6 +157,24 @@ def tuned() -> str:
     )
 
 
+def worst_cases() -> str:
+    """What the plotted frontier shows, and how much worse the worst of more edits was."""
+    confirmed = {
+        name: load(f"tuned_{name}.json")["tuned"]["confirmed"] for name in ("balanced", "fast")
+    }
+    worst = " and ".join(
+        f"{row['psnr']['worst']:.1f} dB with `{name}`" for name, row in confirmed.items()
+    )
+    (n,) = {row["n"] for row in confirmed.values()}
+    return (
+        f"Quality against speed, beside other caches, on {load('frontier.json')['examples']} edits "
+        "by Spark at the prices of FLUX's steps on an H100 "
+        "([the numbers](docs/pages/explanation/figures.md)).\n"
+        f"Of the {n} edits that confirmed the presets the worst came to {worst} "
+        "([the table](docs/pages/how-to/choose-passes.md))."
+    )
+
+
 def _budget(asked: dict[str, float | None]) -> str:
     """Say a preset's budget."""
     said = {"min_psnr": "worst PSNR {:g} dB", "mean_psnr": "mean PSNR {:g} dB"}

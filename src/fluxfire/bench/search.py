@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, is_dataclass
 from functools import partial
@@ -62,6 +62,8 @@ class Trial:
         quality: beside the plain pipeline's pictures, example by example; None if it failed.
         seconds: of an edit, the median; nan if it failed.
         speed: how many times as fast as plain, the median over the same examples.
+        plain_success: how many of the same edits are right without passes; None where no
+            program can tell, or if it failed.
     """
 
     passes: tuple[Pass, ...]
@@ -71,6 +73,7 @@ class Trial:
     quality: Quality | None
     seconds: float
     speed: float
+    plain_success: float | None = None
 
     @property
     def examples(self) -> int:
@@ -169,7 +172,8 @@ class Search:
         numbers = self.numbers(part)
         quality = Quality((SAME,) * len(numbers), tuple(self._right[n] for n in numbers))
         seconds = median(self._seconds[n] for n in numbers)
-        return Candidate(Family(), 0, Trial((), part, "within", "", quality, seconds, 1.0))
+        trial = Trial((), part, "within", "", quality, seconds, 1.0, quality.success)
+        return Candidate(Family(), 0, trial)
 
     def applies(self, family: Family) -> bool:
         """Whether a family's passes can be applied to this pipeline, here."""
@@ -293,9 +297,10 @@ class Search:
                 break
         told = [seen[number] for number in sorted(seen)]
         quality = Quality(tuple(near for near, _ in told), tuple(right for _, right in told))
-        if verdict == "within" and (lost := self.budget.fallen(quality, self._plain_success(part))):
+        plainly = self._plain_success(seen)
+        if verdict == "within" and (lost := self.budget.fallen(quality, plainly)):
             verdict, why = "outside", lost
-        return Trial(passes, part, verdict, why, quality, median(seconds), median(speeds))
+        return Trial(passes, part, verdict, why, quality, median(seconds), median(speeds), plainly)
 
     def _timed_edit(self, number: int) -> tuple[Image.Image, float]:
         """Edit an example; again if it had to compile for its size."""
@@ -313,8 +318,8 @@ class Search:
         hard = [n for n in dict.fromkeys(self._offenders) if n in numbers]
         return [*hard, *(n for n in numbers if n not in hard)]
 
-    def _plain_success(self, part: Part) -> float | None:
-        known = [r for n in self.numbers(part) if (r := self._right[n]) is not None]
+    def _plain_success(self, numbers: Iterable[int]) -> float | None:
+        known = [r for n in numbers if (r := self._right[n]) is not None]
         return mean(known) if known else None
 
     def _edit(self, number: int) -> Any:

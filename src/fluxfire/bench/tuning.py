@@ -104,7 +104,7 @@ class Tuned:
             "an edit",
             "speed",
             "worst PSNR, dB",
-            "right",
+            "right (plain)",
             "verdict",
         )
         told = table(head, map(line, self.trials))
@@ -163,9 +163,14 @@ def line(trial: Trial) -> tuple[str, ...]:
         human_seconds(trial.seconds),
         f"{trial.speed:.2f}x",
         decibels(quality.worst_psnr),
-        "-" if quality.success is None else f"{quality.success:.1%}",
+        _right(quality.success, trial.plain_success),
         trial.why or trial.verdict,
     )
+
+
+def _right(share: float | None, plain: float | None) -> str:
+    """Write how many edits are right, and how many of the same without passes."""
+    return "-" if share is None or plain is None else f"{share:.1%} ({plain:.1%})"
 
 
 def _told(trial: Trial) -> dict[str, Any]:
@@ -178,6 +183,7 @@ def _told(trial: Trial) -> dict[str, Any]:
         "why": trial.why,
         "seconds": None if failed else trial.seconds,
         "speed": None if failed else trial.speed,
+        "plain_success": trial.plain_success,
         **{k: v for k, v in told.items() if k != "each"},
     }
 

@@ -170,10 +170,14 @@ def edits_bar(total: int | None = None) -> Iterator[Callable[[str], None]]:
     """
     from tqdm import tqdm
 
-    with tqdm(total=total, unit="edit", leave=False, dynamic_ncols=True) as bar:
+    shown = "{desc} [{elapsed}]" if total is None else None
+    with tqdm(
+        desc="starting", total=total, unit="edit", bar_format=shown, leave=False,
+        dynamic_ncols=True, mininterval=0, miniters=1,
+    ) as bar:  # fmt: skip
 
         def tell(what: str) -> None:
-            bar.set_description(what)
+            bar.set_description_str(what, refresh=False)
             bar.update()
 
         yield tell

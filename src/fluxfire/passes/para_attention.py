@@ -37,7 +37,8 @@ class ParaAttention:
     `faithful` 274 → 274 ms, a hit 8 ms.
 
     Needs the extra `fluxfire[para-attn]`. Its licence forbids offering it to others as a
-    hosted or managed service; `FirstBlockCache` gives the same hits and pixels without it.
+    hosted or managed service; `FirstBlockCache(predict="hold")` gives the same hits and pixels
+    without it, TaylorSeer apart.
 
     Attributes:
         threshold: para-attn's `residual_diff_threshold`; at 0 nothing hits.
@@ -93,7 +94,7 @@ class ParaAttention:
                 "error",
                 "para-attn is not installed",
                 f"{extra_hint('para-attn')} (its licence bars hosted services), or use "
-                "FirstBlockCache, which needs nothing and gives the same",
+                'FirstBlockCache, which needs nothing, and with predict="hold" gives the same',
             )
         yield from obstacles(target)
 
