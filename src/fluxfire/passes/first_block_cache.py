@@ -38,8 +38,8 @@ class FirstBlockCache:
     274 → 273 ms, a hit 6 ms.
 
     The idea is ParaAttention's (https://github.com/chengzeyi/ParaAttention) after TeaCache
-    (https://arxiv.org/abs/2411.19108); this is another implementation, which gives the same hits
-    and pixels as ParaAttention 0.3.38, diffusers' FirstBlockCache and cache-dit's F1B0
+    (https://arxiv.org/abs/2411.19108); this is another implementation, whose `hold` gives the same
+    hits and pixels as ParaAttention 0.3.38, diffusers' FirstBlockCache and cache-dit's F1B0
     (`tests/passes/test_cache_oracles.py`). In bfloat16 they round the distance to 8 bits, where
     this one sums in float32: a distance that close to the threshold may fall on the other side.
 
