@@ -10,6 +10,7 @@ from fluxfire.errors import PlanError
 from fluxfire.generation import Live
 from fluxfire.protocol import Pass, configured
 from fluxfire.resolve import Passes, resolve
+from fluxfire.text import spelled
 
 
 def retuned(
@@ -40,7 +41,7 @@ def retuned(
         elif pass_ != present:
             wrong.append(
                 f"{pass_.name} has no settings that can change at run time; it is applied as "
-                f"{present!r}: restore(pipe), and optimize with {pass_!r}"
+                f"{spelled(present)}: restore(pipe), and optimize with {spelled(pass_)}"
             )
     if wrong:
         listed = "\n".join(f"  - {line}" for line in wrong)
@@ -51,7 +52,7 @@ def retuned(
 def _fixed(present: Pass, wanted: Pass) -> str:
     """Say which of the differences cannot be made at run time; nothing if all can."""
     if type(present) is not type(wanted) or not is_dataclass(wanted):
-        return f"{wanted!r} is another kind of pass than the one applied"
+        return f"{spelled(wanted)} is another kind of pass than the one applied"
     now = configured(present).settings
     names = [name for name, value in configured(wanted).fixed.items() if now[name] != value]
     return f"{', '.join(names)} cannot change at run time" if names else ""

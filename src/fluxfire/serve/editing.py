@@ -14,6 +14,7 @@ from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
 from fluxfire.serve.levels import current, offered
 from fluxfire.serve.wire import Facts, Level, PipelineRequest, RawPicture, Result
+from fluxfire.text import spelled
 
 OnStep = Callable[[int, int], None]
 _SIDES = (1024, 1024)
@@ -26,7 +27,11 @@ class Editor:
         self._pipe = pipe
         self._levels = offered(passes)
         self.facts = Facts(
-            model, str(pipe.device), tuple(map(repr, passes)), tuple(self._levels), current(passes)
+            model,
+            str(pipe.device),
+            tuple(map(spelled, passes)),
+            tuple(self._levels),
+            current(passes),
         )
 
     def warm_up(self, sizes: tuple[tuple[int, int], ...] | None, batches: set[int]) -> None:
