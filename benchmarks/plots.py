@@ -18,18 +18,18 @@ ASSETS = ROOT / "docs" / "pages" / "assets"
 
 
 def loss() -> Any:
-    """Spark's loss over the minutes of its training, one line for each sitting."""
+    """Spark's loss over the minutes of its training, one line for each run of it."""
     records = map(json.loads, (RESULTS / "spark_training.jsonl").read_text().splitlines())
-    sittings: list[list[dict[str, Any]]] = []
+    runs: list[list[dict[str, Any]]] = []
     for record in records:
-        if record["part"] == "pool":  # every sitting draws its examples first
-            sittings.append([])
+        if record["part"] == "pool":  # every run draws its examples first
+            runs.append([])
         elif record["part"] == "flow":
-            sittings[-1].append(record)
+            runs[-1].append(record)
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for number, sitting in enumerate(sittings, 1):
-        minutes = [record["seconds"] / 60 for record in sitting]
-        axes.plot(minutes, [record["loss"] for record in sitting], label=f"sitting {number}")
+    for number, run in enumerate(runs, 1):
+        minutes = [record["seconds"] / 60 for record in run]
+        axes.plot(minutes, [record["loss"] for record in run], label=f"run {number}")
     axes.set(xlabel="minutes of training", ylabel="loss, mean of 100 steps", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
