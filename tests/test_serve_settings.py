@@ -121,6 +121,7 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
 
 
 def test_answers_are_not_held_back_by_nagle():
+    pytest.importorskip("uvicorn")
     from fluxfire.serve.server import listening
 
     async def answered():

@@ -12,7 +12,9 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "fluxfire"
-OF_EXTRAS = {"fastapi", "httpx", "modal", "multipart", "prometheus_client", "starlette"}
+OF_EXTRAS = {
+    "fastapi", "httpx", "modal", "multipart", "prometheus_client", "starlette", "uvicorn",
+}  # fmt: skip
 OF_TORCH = {"triton"}  # which comes with torch for CUDA
 
 
