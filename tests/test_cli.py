@@ -74,8 +74,8 @@ def test_doctor(capsys):
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        (None, "not set; set it to passive before torch is loaded"),
-        ("active", "active; set it to passive before torch is loaded"),
+        (None, "not set; export passive, or scripts"),
+        ("active", "active; export passive, or scripts"),
         ("PASSIVE", "PASSIVE"),
     ],
 )

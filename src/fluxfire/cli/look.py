@@ -92,10 +92,7 @@ def _waiting(policy: str | None) -> str:
     """Say how threads wait in the user's own scripts, where the command's setting is not."""
     if policy is not None and policy.lower() == "passive":
         return policy
-    return (
-        f"{policy or 'not set'}; set it to passive before torch is loaded, or Spark in scripts of "
-        f"your own may be up to ten times slower (this command sets it for itself)"
-    )
+    return f"{policy or 'not set'}; export passive, or scripts of your own may be 10 times slower"
 
 
 def doctor(arguments: argparse.Namespace) -> int:
