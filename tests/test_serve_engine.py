@@ -74,6 +74,13 @@ class Bench:
     def worker(self):
         return Worker.workers[-1]
 
+    def submit(self, asked):
+        """As the service does, with a place that is kept until the request is done."""
+        place = self.engine.reserve(asked.level)
+        ticket = self.engine.submit(asked, place)
+        ticket.done.add_done_callback(lambda _: self.engine.leave(place))
+        return ticket
+
     async def say(self, message, worker=None):
         (worker or self.worker).heard(message)
         await asyncio.sleep(0)
@@ -123,7 +130,7 @@ def doubles(monkeypatch):
 @on_a_loop
 async def test_a_request_is_made_once_the_worker_is_ready():
     bench = Bench()
-    ticket = bench.engine.submit(ask())
+    ticket = bench.submit(ask())
     assert (bench.engine.state, bench.engine.position(ticket)) == ("starting", 0)
     assert bench.worker.sent == []
     await bench.ready()
@@ -139,8 +146,8 @@ async def test_a_request_is_made_once_the_worker_is_ready():
 @on_a_loop
 async def test_what_waits_is_put_together_by_kind():
     bench = await Bench(max_batch=4).ready()
-    first = bench.engine.submit(ask())
-    waiting = [bench.engine.submit(a) for a in (ask(1), ask(2), ask(1, 2), ask(1, 2), ask(1))]
+    first = bench.submit(ask())
+    waiting = [bench.submit(a) for a in (ask(1), ask(2), ask(1, 2), ask(1, 2), ask(1))]
     await bench.made()
     numbers = [t.number for t in waiting]
     assert set(bench.worker.batches[1].asks) == {numbers[0], numbers[2], numbers[4]}
@@ -156,9 +163,9 @@ async def test_what_waits_is_put_together_by_kind():
 async def test_the_queue_is_bounded():
     bench = await Bench(max_queue=2).ready()
     for _ in range(3):
-        bench.engine.submit(ask())
+        bench.submit(ask())
     with pytest.raises(Refused, match="2 requests wait already") as refusal:
-        bench.engine.submit(ask())
+        bench.submit(ask())
     assert (refusal.value.status, refusal.value.code) == (429, "queue-full")
     assert bench.engine.retry_after() >= 1
 
@@ -166,7 +173,7 @@ async def test_the_queue_is_bounded():
 @on_a_loop
 async def test_cancelled_while_waiting_and_while_running():
     bench = await Bench().ready()
-    running, waiting = (bench.engine.submit(ask(k)) for k in (0, 1))
+    running, waiting = (bench.submit(ask(k)) for k in (0, 1))
     bench.engine.cancel(waiting, GONE)
     assert bench.engine.waiting == 0
     bench.engine.cancel(running, GONE)
@@ -183,8 +190,8 @@ async def test_cancelled_while_waiting_and_while_running():
 @on_a_loop
 async def test_a_worker_that_dies_is_replaced_and_its_request_tried_once_more():
     bench = await Bench().ready()
-    bench.engine.submit(ask(3))
-    one, two = bench.engine.submit(ask()), bench.engine.submit(ask())
+    bench.submit(ask(3))
+    one, two = bench.submit(ask()), bench.submit(ask())
     await bench.made()
     assert len(bench.worker.batches[-1].asks) == 2
     await bench.died()
@@ -205,7 +212,7 @@ async def test_a_worker_that_dies_is_replaced_and_its_request_tried_once_more():
 async def test_an_earlier_workers_last_words_are_not_heard():
     bench = await Bench().ready()
     old = bench.worker
-    ticket = bench.engine.submit(ask())
+    ticket = bench.submit(ask())
     await bench.died()
     await bench.ready()
     await bench.say(Done({ticket.number: result(99, ask())}, 1.0), worker=old)
@@ -218,8 +225,8 @@ async def test_an_earlier_workers_last_words_are_not_heard():
 @on_a_loop
 async def test_out_of_memory_fails_one_request():
     bench = await Bench(max_batch=4).ready()
-    bench.engine.submit(ask(9))
-    small, large = bench.engine.submit(ask()), bench.engine.submit(ask(pictures=2))
+    bench.submit(ask(9))
+    small, large = bench.submit(ask()), bench.submit(ask(pictures=2))
     await bench.made()
     await bench.say(Failed("out-of-memory", "CUDA out of memory"))
     assert (list(bench.worker.batches[-1].asks), bench.worker.batches[-1].at_once) == (
@@ -231,7 +238,7 @@ async def test_out_of_memory_fails_one_request():
         await large.done
     assert refusal.value.status == 507
     assert (await small.done).pictures
-    later = bench.engine.submit(ask())
+    later = bench.submit(ask())
     await bench.made()
     assert (await later.done).pictures
 
@@ -239,7 +246,7 @@ async def test_out_of_memory_fails_one_request():
 @on_a_loop
 async def test_what_the_pipeline_refuses_is_told_at_once():
     bench = await Bench().ready()
-    ticket = bench.engine.submit(ask())
+    ticket = bench.submit(ask())
     await bench.say(Failed("edit-refused", "a side of 7 is too small"))
     with pytest.raises(Refused, match="a side of 7 is too small") as refusal:
         await ticket.done
@@ -250,9 +257,9 @@ async def test_what_the_pipeline_refuses_is_told_at_once():
 @on_a_loop
 async def test_a_worker_that_cannot_start():
     bench = Bench()
-    ticket = bench.engine.submit(ask())
+    ticket = bench.submit(ask())
     await bench.say(CannotStart("there is no folder x"))
-    for refused in (ticket.done.result, lambda: bench.engine.submit(ask())):
+    for refused in (ticket.done.result, lambda: bench.submit(ask())):
         with pytest.raises(Refused, match="no pipeline: there is no folder x"):
             refused()
     assert (bench.engine.state, bench.told) == ("failed", ["there is no folder x"])
@@ -286,7 +293,7 @@ async def test_a_worker_that_cannot_even_be_begun_is_tried_again(monkeypatch):
 
     monkeypatch.setattr(Worker, "start", start)
     bench = Bench()
-    ticket = bench.engine.submit(ask())
+    ticket = bench.submit(ask())
     assert bench.engine.state == "starting"
     while len(Worker.workers) < 2:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
@@ -304,10 +311,20 @@ async def test_it_is_not_ready_while_another_worker_loads():
     assert bench.engine.state == "ready"
 
 
+async def goes_on_without(hung, bench, other):
+    """A worker that hangs is killed, and another one does what waits."""
+    while bench.worker is hung:  # noqa: ASYNC110
+        await asyncio.sleep(0.01)
+    assert hung.killed
+    await bench.ready()
+    await bench.made()
+    assert (await other.done).pictures
+
+
 @on_a_loop
 async def test_a_worker_that_hangs_is_replaced_once_nobody_waits_for_it():
     bench = await Bench(hang_seconds=0.05, max_batch=1).ready()
-    stuck, other = bench.engine.submit(ask()), bench.engine.submit(ask(1))
+    stuck, other = bench.submit(ask()), bench.submit(ask(1))
     await asyncio.sleep(0.1)
     assert not bench.worker.killed  # somebody waits
     first = bench.worker
@@ -316,28 +333,18 @@ async def test_a_worker_that_hangs_is_replaced_once_nobody_waits_for_it():
     await bench.say(StepDone(1, 2))  # it is alive, so its time begins anew
     await asyncio.sleep(0.04)
     assert not first.killed
-    while bench.worker is first:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    assert first.killed
-    await bench.ready()
-    await bench.made()
-    assert (await other.done).pictures
+    await goes_on_without(first, bench, other)
 
 
 @on_a_loop
 async def test_a_worker_that_hangs_after_another_died_is_replaced_too():
     bench = await Bench(hang_seconds=0.05, max_batch=1).ready()
-    bench.engine.cancel(bench.engine.submit(ask()), GONE)
+    bench.engine.cancel(bench.submit(ask()), GONE)
     await bench.died()
     await bench.ready()
-    bench.engine.cancel(bench.engine.submit(ask()), GONE)
-    second, other = bench.worker, bench.engine.submit(ask(1))
-    while bench.worker is second:  # noqa: ASYNC110
-        await asyncio.sleep(0.01)
-    assert second.killed
-    await bench.ready()
-    await bench.made()
-    assert (await other.done).pictures
+    bench.engine.cancel(bench.submit(ask()), GONE)
+    second, other = bench.worker, bench.submit(ask(1))
+    await goes_on_without(second, bench, other)
 
 
 @on_a_loop
@@ -347,7 +354,7 @@ async def test_places_are_of_the_queue():
     with pytest.raises(Refused, match="3 requests wait already"):
         bench.engine.reserve(None)  # the worker has nothing to do yet, and takes one of the three
     with pytest.raises(Refused, match="3 requests wait already"):
-        bench.engine.submit(ask())
+        bench.submit(ask())
     bench.engine.leave(one)
     bench.engine.submit(ask(), bench.engine.reserve(None))
     bench.engine.submit(ask(), two)
@@ -407,22 +414,22 @@ async def test_a_place_is_of_no_use_where_all_has_ended():
 @on_a_loop
 async def test_levels_that_are_not_offered():
     bench = Bench()
-    early = bench.engine.submit(ask(level="fast"))
+    early = bench.submit(ask(level="fast"))
     await bench.ready()
-    for refused in (early.done.result, lambda: bench.engine.submit(ask(level="fast"))):
+    for refused in (early.done.result, lambda: bench.submit(ask(level="fast"))):
         with pytest.raises(Refused, match="quality='fast' cannot be given.*there is faithful"):
             refused()
-    bench.engine.submit(ask(level="faithful"))
+    bench.submit(ask(level="faithful"))
 
 
 @on_a_loop
 async def test_draining_answers_what_was_taken_and_takes_no_more():
     bench = await Bench().ready()
-    one, two = bench.engine.submit(ask()), bench.engine.submit(ask(1))
+    one, two = bench.submit(ask()), bench.submit(ask(1))
     draining = asyncio.create_task(bench.engine.drain(5))
     await asyncio.sleep(0)
     with pytest.raises(Refused, match="the service stops"):
-        bench.engine.submit(ask())
+        bench.submit(ask())
     await bench.made()
     assert not draining.done()
     await bench.made()
@@ -435,7 +442,7 @@ async def test_draining_answers_what_was_taken_and_takes_no_more():
 @on_a_loop
 async def test_draining_ends_after_its_time():
     bench = await Bench().ready()
-    ticket = bench.engine.submit(ask())
+    ticket = bench.submit(ask())
     await bench.engine.drain(0.01)
     with pytest.raises(Refused, match="the service stops"):
         await ticket.done
@@ -463,9 +470,9 @@ class Story:
     async def submit(self, *details):
         if self.engine.waiting >= 5:
             with pytest.raises(Refused):
-                self.engine.submit(ask(*details))
+                self.bench.submit(ask(*details))
             return
-        ticket = self.engine.submit(ask(*details))
+        ticket = self.bench.submit(ask(*details))
         ticket.done.add_done_callback(lambda _: self.ends.append(ticket.number))
         self.tickets.append(ticket)
 

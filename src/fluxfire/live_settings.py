@@ -10,7 +10,7 @@ from fluxfire.errors import PlanError
 from fluxfire.generation import Live
 from fluxfire.protocol import Pass, configured
 from fluxfire.resolve import Passes, resolve
-from fluxfire.text import spelled
+from fluxfire.text import bullets, spelled
 
 
 def retuned(
@@ -44,8 +44,7 @@ def retuned(
                 f"{spelled(present)}: restore(pipe), and optimize with {spelled(pass_)}"
             )
     if wrong:
-        listed = "\n".join(f"  - {line}" for line in wrong)
-        raise PlanError(f"These settings cannot be used. Nothing was changed.\n{listed}")
+        raise PlanError(f"These settings cannot be used. Nothing was changed.\n{bullets(wrong)}")
     return swaps
 
 

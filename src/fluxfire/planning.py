@@ -10,10 +10,10 @@ from fluxfire import kontext
 from fluxfire.conductor import conductor_of, shared_conductor
 from fluxfire.dry_run import Plan, Step
 from fluxfire.environment import environment
-from fluxfire.protocol import Finding, Pass, Target, configured
+from fluxfire.protocol import Finding, Pass, Target, configured, provided_traits
 from fluxfire.resolve import Passes, entries
 from fluxfire.rules import faults
-from fluxfire.suggesting import provided_traits, suggest
+from fluxfire.suggesting import suggest
 
 
 def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:

@@ -31,6 +31,11 @@ def announced() -> dict[str, EntryPoint]:
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
+def names() -> list[str]:
+    """Return the names of all passes, sorted."""
+    return sorted({*own(), *announced()})
+
+
 def find(name: str) -> Callable[..., Pass]:
     """Return the class of the pass with this name.
 
@@ -48,8 +53,7 @@ def find(name: str) -> Callable[..., Pass]:
             else f"; another package's must be installed first (pip install …), and be announced "
             f"there as an entry point of the group {GROUP!r}"
         )
-        known = ", ".join(sorted({*ours, *theirs}))
-        raise PlanError(f"there is no pass {name!r}; there are {known}{hint}")
+        raise PlanError(f"there is no pass {name!r}; there are {', '.join(names())}{hint}")
     try:
         cls: Callable[..., Pass] = theirs[name].load()
     except Exception as error:
@@ -62,11 +66,10 @@ def find(name: str) -> Callable[..., Pass]:
 
 def meant(name: str) -> str | None:
     """Guess which pass a wrong name means; None if it is like none."""
-    ours = own()
-    by_class = {cls.__name__: own_name for own_name, cls in ours.items()}
+    by_class = {cls.__name__: own_name for own_name, cls in own().items()}
     if name in by_class:
         return by_class[name]
-    close = get_close_matches(name.replace("_", "-"), sorted({*ours, *announced()}), n=1)
+    close = get_close_matches(name.replace("_", "-"), names(), n=1)
     return close[0] if close else None
 
 

@@ -160,3 +160,8 @@ def configured(pass_: Pass) -> Configured:
         settings = {f.name: getattr(pass_, f.name) for f in fields(pass_)}
     tunable = frozenset(getattr(pass_, "tunable", ()))
     return Configured(pass_.name, pass_.stage, settings, tunable)
+
+
+def provided_traits(pass_: Pass) -> frozenset[str]:
+    """Return the traits that hold once a pass is applied."""
+    return frozenset(getattr(pass_, "provides", ()))

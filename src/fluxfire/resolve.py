@@ -26,8 +26,7 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     Raises:
         PlanError: there is no such preset, a file cannot be read, or this is no list at all.
     """
-    read = entries(passes)
-    return [p for entry in read for p in entry.meant], [w for entry in read for w in entry.wrong]
+    return _together(entries(passes))
 
 
 def order(passes: Iterable[Pass | str]) -> list[Pass]:
@@ -82,6 +81,16 @@ def entries(passes: Passes) -> list[Entry]:
     return [_read(entry) for entry in passes]
 
 
+def _together(read: Iterable[Entry]) -> tuple[list[Pass], list[str]]:
+    """Put together what entries mean, and what is wrong with them."""
+    meant: list[Pass] = []
+    wrong: list[str] = []
+    for entry in read:
+        meant += entry.meant
+        wrong += entry.wrong
+    return meant, wrong
+
+
 def _read(entry: object) -> Entry:
     """Find out what an entry of a list means."""
     if isinstance(entry, str) and entry in presets.NAMES:
@@ -102,23 +111,21 @@ def _by_name(name: str) -> Entry:
     try:
         return _read(plugins.make(name))
     except PlanError as error:
-        known = name in plugins.own() or name in plugins.announced()
-        close = None if known else plugins.meant(name)
+        close = None if name in plugins.names() else plugins.meant(name)
         guess = _by_name(close).meant if close else ()
         return Entry(guess, (str(error),), name)
 
 
 def _nested(entry: Sequence[object]) -> Entry:
     """Take a list within the list apart."""
-    inner = [_read(one) for one in entry]
+    meant, within = _together([_read(one) for one in entry])
     preset = next((name for name in presets.NAMES if presets.named(name) is entry), None)
     why = (
         f"presets.{preset} is a list within the list; write *presets.{preset}"
         if preset
         else malformed(entry)
     )
-    wrong = (why or "", *(line for one in inner for line in one.wrong))
-    return Entry(tuple(p for one in inner for p in one.meant), wrong)
+    return Entry(tuple(meant), (why or "", *within))
 
 
 def _instance(cls: Callable[[], object]) -> tuple[Pass, ...]:
@@ -160,8 +167,8 @@ def chosen(preset: str | None, names: str | None) -> list[Pass]:
             f"{name!r} is a preset, not a pass; write --preset {name}, or name its passes: {own}"
         )
     read = entries(wanted)
-    meant = [p for entry in read for p in entry.meant]
-    if wrong := [line for entry in read for line in entry.wrong]:
+    meant, wrong = _together(read)
+    if wrong:
         guessed = tuple(by_stage(meant)) if all(entry.meant for entry in read) else ()
         raise PlanError("; ".join(wrong), suggestion=guessed)
     return meant
@@ -194,5 +201,5 @@ def _named(name: str | Path) -> tuple[Pass, ...]:
 
 def _names_passes(text: str) -> bool:
     """Whether a text is names of passes, separated by commas."""
-    known = {*plugins.own(), *plugins.announced()}
+    known = plugins.names()
     return all(part.strip() in known for part in text.split(","))

@@ -62,13 +62,12 @@ def faults(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, s
         twin = names.setdefault(pass_.name, index)
         if twin != index:
             yield index, _twice(passes[twin], pass_, applied=twin < applied)
-        elif pass_.slot is not None:
+            continue  # one of them must go, and its order with it
+        if pass_.slot is not None:
             holder = slots.setdefault(pass_.slot, pass_)
             if holder is not pass_:
                 said = f"{pass_.name} and {holder.name} both fill the slot {pass_.slot!r}"
                 yield index, f"{said}, which has room for one; keep one of them"
-        if twin != index:
-            continue  # one of them must go, and its order with it
         latest = passes[highest]
         if STAGES.index(pass_.stage) >= STAGES.index(latest.stage):
             highest = index

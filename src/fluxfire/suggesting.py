@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fluxfire.dry_run import Step
-from fluxfire.protocol import Finding, Pass
+from fluxfire.protocol import Finding, Pass, provided_traits
 from fluxfire.rules import by_stage, malformed, misfits
 from fluxfire.text import spelled
 
@@ -86,8 +86,3 @@ def _mend(earlier: Sequence[_Candidate], refused: _Candidate, findings: Sequence
         if bringers:
             return
     refused.out, refused.why = True, refused.why or errors[0].message
-
-
-def provided_traits(pass_: Pass) -> frozenset[str]:
-    """Return the traits that hold once a pass is applied."""
-    return frozenset(getattr(pass_, "provides", ()))

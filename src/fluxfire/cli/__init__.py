@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -29,7 +30,6 @@ _MODULES = (
     demo,
     serve,
 )  # in the order of `fluxfire --help`
-_INTERRUPTED = 128 + 2  # as shells name the end by SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:  # Ctrl-C, which is no fault to be traced
-        return _INTERRUPTED
+        return 128 + signal.SIGINT
 
 
 def _no_command(parser: argparse.ArgumentParser) -> NoReturn:

@@ -46,17 +46,14 @@ def passes(_: argparse.Namespace) -> int:
     """
     from fluxfire import plugins
 
-    rows: list[tuple[str, ...]] = []
-    for name, cls in plugins.own().items():
-        story = (cls.__doc__ or "").strip().splitlines()[0]
-        rows.append((name, cls.stage, cls.slot or "-", cls().exactness, story))
-    rows += [_plugin(name, entry.value) for name, entry in plugins.announced().items()]
+    rows = [_described(name) for name in plugins.own()]
+    rows += [_described(n, f" (plugin: {e.value})") for n, e in plugins.announced().items()]
     say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
     return 0
 
 
-def _plugin(name: str, value: str) -> tuple[str, ...]:
-    """Describe another package's pass; one that cannot be used is told why."""
+def _described(name: str, origin: str = "") -> tuple[str, ...]:
+    """Describe a pass in a row; of one that cannot be used, say why."""
     from fluxfire import plugins
     from fluxfire.rules import malformed
 
@@ -67,7 +64,7 @@ def _plugin(name: str, value: str) -> tuple[str, ...]:
     if (why := malformed(made)) is not None:
         return (name, "-", "-", "-", why)
     story = (type(made).__doc__ or "").strip().partition("\n")[0]
-    return (name, made.stage, made.slot or "-", made.exactness, f"{story} (plugin: {value})")
+    return (name, made.stage, made.slot or "-", made.exactness, story + origin)
 
 
 def plan(arguments: argparse.Namespace) -> int:

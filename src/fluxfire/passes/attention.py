@@ -25,7 +25,6 @@ from fluxfire.transaction import Transaction
 FLOAT8 = "fa3-fp8"
 _OWN = {FLASH_3: FlashAttnProcessor, FLOAT8: Float8AttnProcessor}
 _HOPPER = (9, 0)
-_OTHERWISE = "use Attention(), which finds a kernel that runs here"
 _DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -101,12 +100,7 @@ class Attention:
                 "install the package that has the kernel, and name its backend, such as 'flash'",
             )
         elif (why := why_not(self.backend, _sizes(target.pipe))) is not None:
-            yield Finding(
-                "error",
-                f"backend={self.backend!r} does not run here: {why}",
-                _OTHERWISE,
-                instead=Attention(),
-            )
+            yield _refused(f"backend={self.backend!r} does not run here: {why}")
 
     def apply(self, tx: Transaction) -> Change:
         """Choose, and set the kernel on every attention of the transformer."""
@@ -165,42 +159,39 @@ class Attention:
                 "use enable_model_cpu_offload() or none",
             )
         device = _device(target.pipe)
-        if device.type != "cuda" and self.backend == FLOAT8:
-            yield Finding(
-                "warning", f"{FLOAT8} is emulated without a GPU: slower, for quality's sake"
-            )
-            return
         if device.type != "cuda":
-            yield Finding(
-                "error",
-                f"the pipeline runs on {device}, and FlashAttention-3 needs a Hopper GPU",
-                _OTHERWISE,
-                instead=Attention(),
+            yield (
+                Finding(
+                    "warning", f"{FLOAT8} is emulated without a GPU: slower, for quality's sake"
+                )
+                if self.backend == FLOAT8
+                else _refused(
+                    f"the pipeline runs on {device}, and FlashAttention-3 needs a Hopper GPU"
+                )
             )
             return
         if environment.capability != _HOPPER:
             had = ".".join(map(str, environment.capability or ()))
-            yield Finding(
-                "error",
-                f"{environment.gpu} has compute capability {had}, and FlashAttention-3 needs 9.0",
-                _OTHERWISE,
-                instead=Attention(),
+            yield _refused(
+                f"{environment.gpu} has compute capability {had}, and FlashAttention-3 needs 9.0"
             )
         if importlib.util.find_spec("fa3_fwd") is None:
-            yield Finding(
-                "error",
-                "FlashAttention-3 is not installed",
-                "pip install fa3-fwd, or use Attention()",
-                instead=Attention(),
+            yield _refused(
+                "FlashAttention-3 is not installed", "pip install fa3-fwd, or use Attention()"
             )
         if transformer.dtype not in _DTYPES:
             dtypes = " or ".join(str(dtype) for dtype in _DTYPES)
-            yield Finding(
-                "error",
+            yield _refused(
                 f"the transformer is in {transformer.dtype}, and {self.backend} takes {dtypes}",
                 "cast the pipeline, or use Attention()",
-                instead=Attention(),
             )
+
+
+def _refused(
+    why: str, remedy: str = "use Attention(), which finds a kernel that runs here"
+) -> Finding:
+    """Refuse a kernel, in whose place another is found by measuring."""
+    return Finding("error", why, remedy, instead=Attention())
 
 
 class _Scales(Listener):

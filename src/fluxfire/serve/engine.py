@@ -208,29 +208,26 @@ class Engine:
         if not self._places:
             self._all_answered.set()
 
-    def submit(self, ask: PipelineRequest, place: Place | None = None) -> Ticket:
+    def submit(self, ask: PipelineRequest, place: Place) -> Ticket:
         """Put a request into the queue.
 
         Args:
             ask: what is asked.
             place: kept for it by `reserve`; with one it is taken even if the service has been told
-                to stop meanwhile. None takes one, and gives it back when the ticket is done.
+                to stop meanwhile.
 
         Raises:
-            Refused: as by `reserve`.
+            Refused: as by `reserve`, but never for want of room.
         """
-        loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self._numbers), ask, loop.create_future(), steps=ask.steps)
-        ticket.done.add_done_callback(_retrieved)
-        if place is None:
-            own = place = self.reserve(ask.level)
-            ticket.done.add_done_callback(lambda _: self.leave(own))
         if self.trouble is not None:
             raise _no_pipeline(self.trouble)
         if place not in self._places:
             raise _stops()
         self._check_level(ask.level)
         place.early = False
+        loop = asyncio.get_running_loop()
+        ticket = Ticket(next(self._numbers), ask, loop.create_future(), steps=ask.steps)
+        ticket.done.add_done_callback(_retrieved)
         self._waiting.append(ticket)
         self._advance()
         return ticket

@@ -39,12 +39,14 @@ class WorkerProcess:
         """
         self._process.start()
         self._theirs.close()  # or its end would not be noticed
-        reader = threading.Thread(target=self._listen, args=(heard,), daemon=True)
-        writer = threading.Thread(target=self._speak, daemon=True)
+        reader = threading.Thread(
+            target=self._listen, args=(heard,), name="worker-reader", daemon=True
+        )
+        writer = threading.Thread(target=self._speak, name="worker-writer", daemon=True)
         try:
             writer.start()
             reader.start()
-        except BaseException:
+        except (RuntimeError, MemoryError):  # there is no room for a thread
             self._process.kill()  # nobody would ever hear of it
             self.send_no_more()
             raise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -18,7 +19,6 @@ from fluxfire.serve.settings import Settings
 _LAST_WORDS = 5  # seconds to write the last answers, at least
 _GLANCE = 0.1  # seconds between looks whether to end at once
 _PROBES = {"/health", "/ready", "/metrics"}
-_INTERRUPTED = 128 + 2  # as shells name the end by SIGINT
 
 
 class Server(uvicorn.Server):
@@ -39,7 +39,9 @@ class Server(uvicorn.Server):
         finally:
             if self.force_exit:
                 sys.stderr.flush()
-                os._exit(_INTERRUPTED)  # or a thread that stores a picture would be waited for
+                os._exit(
+                    128 + signal.SIGINT
+                )  # or a thread that stores a picture would be waited for
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """End in order, unless told meanwhile to end at once."""

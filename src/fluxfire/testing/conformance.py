@@ -19,9 +19,8 @@ from fluxfire.conductor import conductor_of
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
 from fluxfire.models.random_kontext import tiny_kontext
-from fluxfire.protocol import Change, Finding, Pass, Target, configured
+from fluxfire.protocol import Change, Finding, Pass, Target, configured, provided_traits
 from fluxfire.rules import malformed
-from fluxfire.suggesting import provided_traits
 from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.transaction import Transaction
