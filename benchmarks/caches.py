@@ -31,7 +31,10 @@ def variants() -> Iterator[FirstBlockCache]:
     for threshold in THRESHOLDS:
         for distance in ("all", "noise"):
             for predict in ("hold", "linear", "quadratic"):
-                yield FirstBlockCache(threshold, distance=distance, predict=predict)
+                yield FirstBlockCache(
+                    threshold, distance=distance, predict=predict, warmup_steps=0, tail_steps=0,
+                    max_consecutive_hits=None,
+                )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ def cached(preset: tuple[Any, ...], cache: FirstBlockCache) -> tuple[Any, ...]:
 
 ALTERNATE = FirstBlockCache(schedule=range(2, 28, 2))
 """Hits every other step: 9 of 20, 13 of 28."""
-AS_SPARK = FirstBlockCache()
+AS_SPARK = FirstBlockCache(0.12, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
 """Told to hit as many steps as Spark's edits do at this threshold (`caches.json`)."""
 STACKS = {
     "eager": (),
@@ -115,7 +115,7 @@ def main() -> None:
         workloads = [w for w in workloads if w.name in arguments.workloads]
     contenders = [_contender(name, workloads) for name in arguments.stacks]
     measure(
-        pipe, contenders, workloads, examples, rounds=arguments.rounds,
+        pipe, contenders, workloads, examples, rounds=arguments.rounds, fewer_steps=False,
         warmups=0 if arguments.curve else 1, on_edit=lambda said: print(said, flush=True),
         on_rows=keeping(result, arguments.out),
     )  # fmt: skip

@@ -87,6 +87,7 @@ def contest(
     wanted = [c for c in contenders if not arguments.only or c.name in arguments.only]
     rows = measure(
         pipeline(full=arguments.full), wanted, workloads, [example], rounds=rounds,
+        fewer_steps=False,  # pictures are noise: only times count
         on_rows=keeping(result, arguments.out), on_edit=lambda said: print(said, flush=True),
     )  # fmt: skip
     return [row.to_dict() for row in rows]

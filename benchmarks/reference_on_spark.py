@@ -136,7 +136,9 @@ def ways() -> dict[str, tuple[Pass, ...]]:
         "spacing 0.33, a quarter of the tokens": (Way(0.33, share=0.25),),
         "spacing 0.33, all but its attention": (Way(0.33, outputs=True),),
     }
-    cache = FirstBlockCache(0.22, predict="quadratic")
+    cache = FirstBlockCache(
+        0.22, predict="quadratic", warmup_steps=0, tail_steps=0, max_consecutive_hits=None
+    )
     both = {
         "first-block 0.22": (cache,),
         "first-block 0.22, spacing 0.2": (cache, ReferenceCache(0.2)),

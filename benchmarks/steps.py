@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import full_or_tiny
 from fluxfire.bench import Contender, controls
-from fluxfire.bench.rivals import installed
+from fluxfire.bench.baselines import choose, missing
 from fluxfire.passes import Attention, Compile, Float8, FusedBlocks, ModulationTable, QKVFusion
 from fluxfire.text import human_seconds, table
 
@@ -25,7 +25,7 @@ CONTENDERS = [
     Contender("Float8 + exact passes", (Float8(), *FUSED)),
     Contender("Float8 + float8 attention + exact passes", (Float8(), Attention("fa3-fp8"), *FUSED)),
     Contender("Float8 + exact passes, modulations on the host", (Float8(), *ON_HOST)),
-    *(c for c in installed() if c.name.startswith("torchao")),
+    *(choose(["torchao"]) if missing("torchao") is None else ()),
 ]
 
 

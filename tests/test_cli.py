@@ -59,7 +59,8 @@ def test_plan(capsys):
     _, out, err = run(capsys, "plan", "--preset", "qkv-fusion,compile")
     assert "did you mean --passes qkv-fusion,compile?" in err
     _, out, _ = run(capsys, "plan", "--preset", "fast")
-    assert "settings: FirstBlockCache(threshold=0.5, predict='quadratic')" in out
+    own = "threshold=0.15, warmup_steps=6, max_consecutive_hits=3"
+    assert f"settings: FirstBlockCache({own})" in out
 
 
 def test_doctor(capsys):

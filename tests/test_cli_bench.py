@@ -18,7 +18,7 @@ from fluxfire.cli import main, values
 
 SCHEMA = json.loads((Path(fluxfire.__file__).parent / "bench" / "schema.json").read_text())
 QUICK = [
-    "bench", "--model", "random-tiny", "--steps", "3", "--rounds", "1", "--no-rivals",
+    "bench", "--model", "random-tiny", "--steps", "3", "--rounds", "1", "--baselines", "none",
     "--size", "32x32", "--only-stack", "--passes", "qkv-fusion",
 ]  # fmt: skip
 
@@ -132,6 +132,8 @@ def test_a_contender_that_fails_is_told_and_the_status_says_so(tmp_path, lines, 
         (["--image", "x.png"], "--image and --prompt go together"),
         (["--image", "/nowhere.png", "--prompt", "x"], "cannot read /nowhere.png"),
         (["--passes", "nonsense"], "there is no pass 'nonsense'"),
+        (["--csv", "/nowhere/bench.csv"], "there is no folder /nowhere"),
+        (["--baselines", "cache-dot"], "there is no baseline 'cache-dot'"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, arguments, said):
@@ -174,3 +176,37 @@ def test_prices_that_are_none(text):
 def test_prices():
     asked = "around=4,computed=1.5,reused=2,hit=3"
     assert values.prices(asked) == {"computed": 1.5, "reused": 2, "hit": 3, "around": 4}
+
+
+def test_the_table_of_lossy_lists_and_the_csv(tmp_path, lines, capsys):
+    """On random weights the cache follows Spark's schedule; fewer steps stand beside it anyway."""
+    sheet, page = tmp_path / "bench.csv", tmp_path / "bench.html"
+    status, result = run(
+        tmp_path, "--examples", str(lines), "--passes", "first-block-cache", "--steps", "8",
+        "--csv", str(sheet), "--html", str(page), "--plain-steps", "2,3",
+    )  # fmt: skip
+    assert status == 0
+    jsonschema.validate(result, SCHEMA)
+    names = [row["contender"] for row in result["rows"]]
+    assert names[:5] == [
+        "eager", "compile only", "first-block-cache", "plain, 2 steps", "plain, 3 steps",
+    ]  # fmt: skip
+    (fewer,) = names[5:]
+    printed = capsys.readouterr().out
+    assert "Lossy methods beside plain with fewer steps, at equal computed work" in printed
+    assert result["rows"][2]["beside_fewer_steps"]["contender"] == fewer
+    assert [row["steps"] for row in result["rows"][:5]] == [8, 8, 8, 2, 3]
+    assert sheet.read_text().startswith("contender,")
+    assert len(sheet.read_text().splitlines()) == 1 + len(names)
+    assert fewer in page.read_text()
+
+
+@pytest.mark.parametrize(("text", "found"), [("3", [3]), ("20,14,20", [20, 14])])
+def test_counts(text, found):
+    assert values.counts(text) == found
+
+
+@pytest.mark.parametrize("text", ["", "3,", "3,zero", "0"])
+def test_counts_that_are_none(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not"):
+        values.counts(text)

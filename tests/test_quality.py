@@ -84,7 +84,7 @@ def test_without_the_extra_psnr_remains(picture, monkeypatch):
     monkeypatch.setitem(sys.modules, "flip_evaluator", None)
     monkeypatch.setattr(quality, "find_spec", lambda _: None)
     told = compare([picture], [picture]).to_dict()
-    assert told["psnr"] == {"mean": 100, "worst": 100}
+    assert told["psnr"] == {"mean": 100, "worst": 100, "interval": None}
     assert told["ssim"] is told["flip"] is told["success"] is None
     assert quality.missing() == ["SSIM", "FLIP"]
 
@@ -145,3 +145,50 @@ def test_files_that_cannot_be_used_are_refused_in_words(tmp_path, line, said):
 def test_a_missing_file_is_refused(tmp_path):
     with pytest.raises(ExampleError, match="cannot read examples"):
         read_examples(tmp_path / "none.jsonl")
+
+
+def test_damage_inside_a_small_edit_is_seen_there(picture):
+    """A tenth of the picture is edited, and only that is damaged: the rest lifts the whole PSNR."""
+    source = Image.new("RGB", (128, 128), (90, 120, 60))
+    wanted = source.copy()
+    wanted.paste((200, 40, 40), (40, 40, 80, 80))
+    made = source.copy()
+    made.paste((180, 40, 40), (40, 40, 80, 80))
+    near = quality.likeness(made, wanted, (), source)
+    region = quality.edited_region(source, wanted)
+    rows, columns = np.nonzero(region)
+    assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (32, 88, 32, 88)
+    error = np.zeros((128, 128, 3))
+    error[40:80, 40:80, 0] = 20 / 255
+    expected = -10 * np.log10(np.square(error)[region].mean())
+    assert near.edited == pytest.approx(expected, abs=1e-4)
+    assert near.psnr - near.edited == pytest.approx(10 * np.log10(128**2 / region.sum()), abs=1e-3)
+
+
+def test_the_edited_region_follows_the_result_s_size_and_shape():
+    source = Image.new("RGB", (300, 200), "navy")
+    wanted = Image.new("RGB", (100, 60), "navy")
+    wanted.putpixel((0, 0), (255, 255, 255))  # one pixel is noise, not an edit
+    assert not quality.edited_region(source, wanted).any()
+    assert quality.likeness(wanted, wanted, (), source).edited is None
+    wanted.paste("white", (96, 56, 100, 60))  # in the corner, where patches are cut off
+    region = quality.edited_region(source, wanted)
+    assert region.shape == (60, 100)
+    assert region[-1, -1]
+    assert not region[:40].any()
+    assert quality.likeness(wanted, wanted.copy(), (), source).edited == 100
+
+
+def test_without_a_source_there_is_no_edited_region(picture):
+    assert quality.likeness(picture, picture).edited is None
+    told = compare([picture] * 2, [picture] * 2, sources=[None, picture]).to_dict()
+    assert told["edited"] is None
+
+
+def test_every_mean_has_an_interval(picture):
+    made = [noisy(picture, a) for a in (2, 40, 5, 9)]
+    told = compare(made, [picture] * 4, [True, False, None, True]).to_dict()
+    low, high = told["psnr"]["interval"]
+    assert told["psnr"]["worst"] <= low < told["psnr"]["mean"] < high
+    assert told["success_interval"] == [0, 1]
+    assert compare(made[:1], [picture]).to_dict()["psnr"]["interval"] is None

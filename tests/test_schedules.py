@@ -12,6 +12,8 @@ from fluxfire.bench import Contender
 from fluxfire.bench.schedules import most_often, on_spark, scheduled
 from fluxfire.passes import FirstBlockCache, QKVFusion, ReferenceCache
 
+EVERYTHING = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
+
 
 @given(st.lists(st.floats(0, 1), max_size=50))
 def test_the_steps_that_hit_most_are_chosen(shares):
@@ -24,11 +26,12 @@ def test_the_steps_that_hit_most_are_chosen(shares):
 
 def test_a_cache_gets_spark_s_schedule():
     """Below no threshold nothing hits but the first; at one far too high, everything after it."""
-    (every,) = on_spark([FirstBlockCache(1e9)], 3)
+    (every,) = on_spark([EVERYTHING], 3)
     assert every.schedule == (1, 2)
-    (found,) = on_spark([FirstBlockCache(0.3)], 8)
+    cache = replace(EVERYTHING, threshold=0.3)
+    (found,) = on_spark([cache], 8)
     assert 1 <= len(found.schedule) < 7
-    assert replace(found, schedule=None) == FirstBlockCache(0.3)
+    assert replace(found, schedule=None) == cache
 
 
 @pytest.mark.slow
@@ -50,6 +53,6 @@ def test_what_decides_nothing_is_left_alone():
     exact = Contender("exact", (QKVFusion(),))
     assert scheduled(exact, 3) == exact
     assert not exact.scheduled
-    lossy = scheduled(Contender("lossy", (QKVFusion(), FirstBlockCache(1e9))), 3)
+    lossy = scheduled(Contender("lossy", (QKVFusion(), EVERYTHING)), 3)
     assert lossy.scheduled
     assert lossy.passes[1].schedule == (1, 2)

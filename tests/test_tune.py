@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +16,16 @@ from PIL import Image
 import fluxfire
 from doubles import SkipBlock
 from fluxfire import presets, recipes
-from fluxfire.bench import Budget, Example, Family, Prices, Workload, search, tune
+from fluxfire.bench import (
+    Budget,
+    Example,
+    Family,
+    Prices,
+    Workload,
+    fewer_steps,
+    search,
+    tune,
+)
 from fluxfire.bench.quality import Likeness, Quality
 from fluxfire.bench.tuning import caches
 from fluxfire.cli import main
@@ -27,7 +35,8 @@ from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, Refe
 from fluxfire.testing import edit, tiny_kontext
 
 DIAL = tuple(FirstBlockCache(t) for t in (0.1, 0.2, 0.3, 0.4, 0.5))
-EXAMPLES = [Example("make it blue", Image.new("RGB", (32, 32), (i, 9, 200))) for i in range(6)]
+MANY = [Example("make it blue", Image.new("RGB", (32, 32), (9 * i, 9, 200))) for i in range(15)]
+EXAMPLES = MANY[:6]
 LOAD = Workload(name="tiny", size=(32, 32), steps=8, auto_resize=False, text_tokens=24)
 PIPE = tiny_kontext()
 
@@ -46,8 +55,10 @@ class Pretended(Workload):
 
 
 def rung_of(pipe):
+    """Where the dial stands; None for the plain pipeline, or with the cache switched off."""
     conductor = conductor_of(pipe)
-    return DIAL.index(conductor.live[0].settings) if conductor and conductor.live else None
+    settings = conductor.live[0].settings if conductor and conductor.live else None
+    return DIAL.index(settings) if settings in DIAL else None
 
 
 def psnr(shift):
@@ -66,12 +77,14 @@ def clock(monkeypatch):
 
 
 @pytest.fixture
-def own_time(monkeypatch):
-    """Count this process's time, or whatever else runs on the machine decides what is faster."""
+def counted_time(monkeypatch):
+    """Let an edit take as long as it computes, so that no other program decides what is faster."""
 
     def timed(run):
-        began = time.process_time()
-        return run(), time.process_time() - began
+        picture, own = run(), run.func.__self__
+        runs = fluxfire.report(own.pipe).runs
+        kinds = runs[-1].step_kinds if runs else ["computed"] * own.workload.steps
+        return picture, float(kinds.count("computed"))
 
     monkeypatch.setattr(search, "timed", timed)
 
@@ -97,7 +110,7 @@ def test_the_search_finds_what_trying_everything_finds(clock, steps, least):
     assert conductor_of(PIPE) is None
 
 
-def test_what_is_found_keeps_its_budget_when_run_again(own_time, tmp_path):
+def test_what_is_found_keeps_its_budget_when_run_again(counted_time, tmp_path):
     """Judged by the saved list, a fresh pipeline and arithmetic in float64."""
     pipe = tiny_kontext()
     dial = tuple(FirstBlockCache(t) for t in (0.05, 0.2, 0.3, 0.33, 0.4, 10.0))
@@ -105,13 +118,13 @@ def test_what_is_found_keeps_its_budget_when_run_again(own_time, tmp_path):
     worst = {}
     for cache in dial:
         with fluxfire.optimized(tiny_kontext(), [cache]) as other:
-            worst[cache] = min(values(other, EXAMPLES, 0))
+            worst[cache] = min(values(other, MANY, 0))
     budget = Budget(min_psnr=sorted(set(worst.values()))[1] - 1)  # not met by all, nor by none
-    found = tune(pipe, EXAMPLES, budget, candidates=candidates, workload=LOAD)
+    found = tune(pipe, MANY, budget, candidates=candidates, workload=LOAD)
     assert found.confirmed.verdict == "within"
     found.save(tmp_path / "tuned.json")
     again = fluxfire.optimize(tiny_kontext(), str(tmp_path / "tuned.json"))
-    held_out = list(values(again, EXAMPLES[4:], 4))
+    held_out = list(values(again, MANY[10:], 10))
     assert min(held_out) >= budget.min_psnr
     assert found.confirmed.quality.worst_psnr == pytest.approx(min(held_out), abs=1e-3)
     namespace = {}
@@ -151,13 +164,13 @@ def test_lost_edits_count(clock):
         assert found.passes == (DIAL[rung],), most
         assert found.attempts == 3 - rung
         assert found.plain.quality.success == 1
-        lost = f"plain pipeline {rung} of 2 edits are lost: --max-lost {most:g} allows that"
+        lost = f"plain pipeline gets {rung} of 2 edits more right: --max-lost {most:g} allows that"
         assert (lost in str(found)) == (rung > 0)
         assert "does not limit" not in str(found)
         assert f"  {1 - rung / 2:.1%} (100.0%)  " in str(found), most
     found = tune(PIPE, examples, Budget(min_psnr=1), candidates=candidates, workload=load)
     assert (
-        "Against the plain pipeline 2 of 2 edits are lost: this budget does not limit that; "
+        "The plain pipeline gets 2 of 2 edits more right: this budget does not limit that; "
         "--max-lost 0.01 (max_lost=0.01 in Python) allows one in a hundred"
     ) in str(found)
 
@@ -208,7 +221,7 @@ def test_an_edit_that_compiled_is_not_timed(monkeypatch):
         picture = run()
         if conductor_of(PIPE) is None:
             return picture, 1.0
-        runs.append(SimpleNamespace(compiles=not runs))
+        runs.append(SimpleNamespace(compiles=not runs, tokens=None, step_kinds=["computed"] * 8))
         return picture, 50.0 if len(runs) == 1 else 0.5
 
     monkeypatch.setattr(search, "timed", timed)
@@ -289,7 +302,7 @@ def test_prices_decide_in_the_place_of_clocks():
     dear = Prices(computed=1, reused=1, hit=1, around=1)
     found = tune(pipe, EXAMPLES, Budget(min_psnr=1), candidates=lists, workload=load, prices=dear)
     assert found.passes == ()
-    assert [trial.speed for trial in found.trials] == [1, 1]
+    assert {trial.speed for trial in found.trials} == {1}
     cheap = Prices(computed=1, reused=0.25, hit=0.5, around=1)
     found = tune(pipe, EXAMPLES, Budget(min_psnr=1), candidates=lists, workload=load, prices=cheap)
     assert found.passes == lists[1].passes
@@ -299,6 +312,101 @@ def test_prices_decide_in_the_place_of_clocks():
     assert "at the prices given" in str(found)
     with pytest.raises(BenchError, match="prices: hit=0; it must be above 0, in seconds"):
         Prices(computed=1, reused=1, hit=0, around=1)
+
+
+@dataclass(frozen=True)
+class Skipping(Pretended):
+    """Each rung computes a step less; the cache's pictures and fewer steps' have their damage."""
+
+    by_steps: tuple[int, ...] = (0,) * 9  # levels of grey, by number of steps
+
+    def run(self, pipe, example, *, seed=0, steps=None):
+        rung = rung_of(pipe)
+        number = MANY.index(example)
+        shift = self.by_steps[steps or self.steps] if rung is None else self.damage[rung][number]
+        runs[:] = [run_of(8 - rung - 1 if rung is not None else steps or self.steps)]
+        return Image.new("RGB", (8, 8), (100 + shift,) * 3)
+
+
+runs = []
+
+
+def run_of(computed):
+    kinds = ["computed"] * computed + ["hit"] * (8 - computed)
+    return SimpleNamespace(compiles=0, tokens=None, step_kinds=kinds)
+
+
+@pytest.fixture
+def pretended_runs(monkeypatch):
+    """Let reports tell of the pretended runs, whose time is what they compute."""
+    monkeypatch.setattr(search.api, "report", lambda _: SimpleNamespace(runs=runs))
+
+    def timed(run):
+        picture = run()
+        return picture, float(runs[-1].step_kinds.count("computed"))
+
+    monkeypatch.setattr(search, "timed", timed)
+
+
+BLOCKS = 5  # of the tiny pipeline: a hit is a fifth of a step
+
+
+@pytest.mark.parametrize(
+    ("fewer", "examples", "rung", "said"),
+    [
+        # Rung 4 computes 3 steps and 5 hits: 4 steps of work.
+        ((0, 90, 70, 50, 30, 9, 7, 5, 0), 15, 4, "it beats num_inference_steps=4: "),
+        ((0, 90, 70, 50, 8, 4, 3, 2, 0), 15, None, "num_inference_steps=4 does the same: "),
+        ((0, 90, 70, 50, 4, 3, 2, 1, 0), 15, None, "num_inference_steps=4 does better: "),
+        ((0, 90, 70, 50, 30, 9, 7, 5, 0), 12, None, "4 examples are too few to tell"),
+    ],
+)
+def test_a_lossy_list_must_beat_plain_at_equal_work(pretended_runs, fewer, examples, rung, said):
+    """Pictures of the cache differ by 6 to 10 levels; those of fewer steps by what a table says."""
+    damage = (tuple(6 + i % 5 for i in range(15)),) * 5
+    load = Skipping(name="pretended", steps=8, damage=damage, by_steps=fewer)
+    families = [Family((DIAL[4],), DIAL[4:])]
+    budget = Budget(min_psnr=20)
+    found = tune(PIPE, MANY[:examples], budget, candidates=families, workload=load)
+    assert found.passes == ((DIAL[rung],) if rung is not None else ())
+    assert said in str(found)
+    assert ("is not recommended" in str(found)) == (rung is None)
+    data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert data["trials"][-1]["beside_fewer_steps"]["steps"] == 4
+    assert conductor_of(PIPE) is None
+
+
+def test_a_more_careful_setting_may_beat_plain_where_a_bold_one_does_not(pretended_runs):
+    """Rung 1 computes 6 steps and 2 hits, 6.4 of work: 7 plain steps, which differ by more."""
+    damage = tuple((6 + rung,) * 15 for rung in range(5))
+    by_steps = (0, 90, 90, 90, 1, 1, 1, 20, 0)
+    load = Skipping(name="pretended", steps=8, damage=damage, by_steps=by_steps)
+    family = Family((DIAL[0],), DIAL)
+    found = tune(PIPE, MANY, Budget(min_psnr=20), candidates=[family], workload=load)
+    assert found.passes == (DIAL[1],)
+    assert found.confirmed.beside.steps == 7
+    assert "At equal computed work it beats num_inference_steps=7" in str(found)
+
+
+def test_fewer_steps_may_be_the_fastest_themselves(pretended_runs, tmp_path):
+    damage = ((9,) * 15,) * 5
+    by_steps = (0, 60, 15, 12, 10, 3, 2, 1, 0)
+    load = Skipping(name="pretended", steps=8, damage=damage, by_steps=by_steps)
+    families = [fewer_steps(8), Family((DIAL[0],), DIAL)]
+    found = tune(PIPE, MANY, Budget(min_psnr=24), candidates=families, workload=load)
+    assert (found.passes, found.steps, found.speed) == ((), 2, 4)
+    assert "num_inference_steps=2: within the budget (worst PSNR at least 24 dB)" in str(found)
+    assert "steps = 2" in found.to_python()
+    assert found.to_dict()["steps"] == 2
+    found.save(tmp_path / "tuned.json")
+    assert recipes.read(tmp_path / "tuned.json") == ()
+
+
+def test_fewer_steps_are_every_number_below():
+    family = fewer_steps(4, (QKVFusion(),))
+    assert [family.steps_at(rung) for rung in range(len(family))] == [3, 2, 1]
+    assert {family.at(rung) for rung in range(3)} == {(QKVFusion(),)}
+    assert Family((QKVFusion(),)).steps_at(0) is None
 
 
 def test_a_budget_of_the_mean():
@@ -397,26 +505,28 @@ def test_a_missing_file_and_another_suffix_are_refused(pipe, tmp_path):
         recipes.write([], tmp_path / "list.txt")
 
 
-def test_the_command(own_time, tmp_path, capsys, monkeypatch):
-    """On Spark's own scenes, for a budget that only plain meets where nothing may differ."""
+def test_the_command(counted_time, tmp_path, capsys, monkeypatch):
+    """On Spark's own scenes: one step does what a cache does, and the command says so."""
     monkeypatch.setattr("fluxfire.bench.tuning.bases", list)
-    monkeypatch.setattr(
-        "fluxfire.bench.tuning.caches", lambda _: [Family((DIAL[0],), (FirstBlockCache(0.5),))]
-    )
+    bold = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
+    monkeypatch.setattr("fluxfire.bench.tuning.caches", lambda _: [Family((bold,))])
     out = tmp_path / "tuned.json"
-    command = ["tune", "-n", "3", "--steps", "6", "--out", str(out)]
+    command = ["tune", "-n", "15", "--steps", "6", "--out", str(out)]
     assert main([*command, "--min-psnr", "100"]) == 1
     shown = capsys.readouterr()
     assert "Nothing faster than the plain pipeline" in shown.out
     assert "starting [00:0" in shown.err
-    assert "plain, 1 of 3 [0" in shown.err
+    assert "plain, 1 of 15 [0" in shown.err
     assert recipes.read(out) == ()
     assert main([*command, "--min-psnr", "5", "--max-lost", "1"]) == 0
-    printed = capsys.readouterr().out
-    assert "Within the budget (worst PSNR at least 5 dB, edits right at most 100 points" in printed
-    assert "let 256 or more confirm what you publish" in printed
-    assert recipes.read(out) == (FirstBlockCache(0.5),)
-    assert main(["plan", "--model", "random-tiny", "--preset", str(out)]) == 0
+    shown = capsys.readouterr()
+    assert (
+        "num_inference_steps=1: within the budget (worst PSNR at least 5 dB, edits right at most "
+        "100 points fewer)"
+    ) in shown.out
+    assert "let 256 or more confirm what you publish" in shown.out
+    assert "no better than fewer steps" in shown.out or "does better" in shown.out
+    assert "call the pipeline with num_inference_steps=1 (--steps 1)" in shown.err
 
 
 @pytest.mark.parametrize(

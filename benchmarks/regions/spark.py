@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from fluxfire.bench.search import names
+from fluxfire.bench.trials import names
 from regions.results import Row, load, markdown, where
 
 

@@ -33,6 +33,11 @@ def write_whole(path: Path, text: str) -> None:
     scratch.replace(path)
 
 
+def count_of(count: int, noun: str) -> str:
+    """Write a number with its noun, whose plural takes an s."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def with_article(noun: str) -> str:
     """Write a noun behind `a`, or behind `an` where its first letter is a vowel."""
     return f"{'an' if noun[:1].lower() in set('aeiou') else 'a'} {noun}"

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 from diffusers import FirstBlockCacheConfig
-from rivals import STEPS, THRESHOLDS, own_class, theirs
+from other_caches import STEPS, THRESHOLDS, own_class, theirs
 
 import fluxfire
 from fluxfire.errors import PlanError
@@ -20,8 +20,9 @@ from fluxfire.testing import edit, tiny_kontext
 
 
 def ours(threshold, **settings):
-    """Hits and pixels as the others make them: they add again what was added last."""
-    cache = FirstBlockCache(threshold, predict="hold", **settings)
+    """Hits and pixels as the others make them: without limits, adding what was added last."""
+    limits = {"warmup_steps": 0, "tail_steps": 0, "max_consecutive_hits": None, "of_steps": None}
+    cache = FirstBlockCache(threshold, predict="hold", **(limits | settings))
     pipe = fluxfire.optimize(tiny_kontext(), [cache])
     made = edit(pipe, steps=STEPS)
     hits = [d.step for d in fluxfire.report(pipe).runs[-1].decisions if d.hits[0]]
@@ -89,7 +90,10 @@ def test_para_attention_compares_a_batch_as_one(para_attn):
         else:
             last = now
     assert hits == expected
-    own = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(0.31, predict="hold")])
+    cache = FirstBlockCache(
+        0.31, predict="hold", warmup_steps=0, tail_steps=0, max_consecutive_hits=None
+    )
+    own = fluxfire.optimize(tiny_kontext(), [cache])
     edit(own, steps=STEPS, prompt=prompts)
     decisions = [d.hits for d in fluxfire.report(own).runs[-1].decisions]
     assert any(len(set(samples)) > 1 for samples in decisions)
@@ -106,17 +110,17 @@ def cache_dit():
     return pytest.importorskip("cache_dit")
 
 
-@pytest.mark.parametrize("warmup", [0, 1, 4])
+@pytest.mark.parametrize(("warmup", "cap"), [(0, None), (1, None), (4, None), (4, 2), (0, 1)])
 @pytest.mark.parametrize("threshold", THRESHOLDS)
-def test_cache_dit(cache_dit, threshold, warmup):
+def test_cache_dit(cache_dit, threshold, warmup, cap):
     pipe = own_class()
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold,
-        max_warmup_steps=warmup,
+        max_warmup_steps=warmup, max_continuous_cached_steps=-1 if cap is None else cap,
     )  # fmt: skip
     cache_dit.enable_cache(pipe, cache_config=config)
     made, hits = theirs(pipe)
-    expected, ours_hit = ours(threshold, warmup_steps=warmup)
+    expected, ours_hit = ours(threshold, warmup_steps=warmup, max_consecutive_hits=cap)
     assert hits == ours_hit
     assert np.abs(made - expected).max() < 1e-6
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -17,8 +19,12 @@ from fluxfire.testing import edit, tiny_kontext
 STEPS = 12
 
 
+UNLIMITED = {"warmup_steps": 0, "tail_steps": 0, "max_consecutive_hits": None}
+"""Hits are limited by the threshold alone."""
+
+
 def cached(**settings):
-    return fluxfire.optimize(tiny_kontext(), [FirstBlockCache(**settings)])
+    return fluxfire.optimize(tiny_kontext(), [FirstBlockCache(**(UNLIMITED | settings))])
 
 
 def decisions(pipe, branch="cond"):
@@ -82,7 +88,7 @@ def test_hits_are_the_distances_below_the_threshold_from_the_last_computed_step(
     first = []
     pipe = tiny_kontext()
     block = pipe.transformer.transformer_blocks[0]
-    fluxfire.optimize(pipe, [FirstBlockCache(0.33)])
+    fluxfire.optimize(pipe, [FirstBlockCache(0.33, **UNLIMITED)])
     block.register_forward_hook(
         lambda _, __, inputs, out: first.append(out[1] - inputs["hidden_states"]), with_kwargs=True
     )
@@ -98,7 +104,7 @@ def test_hits_are_the_distances_below_the_threshold_from_the_last_computed_step(
 
 
 def test_warm_up_tail_and_cap():
-    everything = {"threshold": 1e9}
+    everything = {"threshold": 1e9, "of_steps": None} | UNLIMITED
     pipe = cached(**everything)
     edit(pipe, steps=8)
     assert hits(pipe) == [1, 2, 3, 4, 5, 6, 7]
@@ -111,9 +117,55 @@ def test_warm_up_tail_and_cap():
         ({"schedule": ()}, []),
         ({"schedule": (1, 6, 40)}, [1, 6]),
     ):
-        with fluxfire.using(pipe, FirstBlockCache(**everything, **extra)):
+        cache = FirstBlockCache(**(everything | extra))
+        with fluxfire.using(pipe, cache):
             edit(pipe, steps=8)
         assert hits(pipe) == expected, extra
+        assert cache.most_hits(8) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "tail", "steps", "expected"),
+    [(8, 2, 28, range(8, 26)), (8, 2, 14, range(4, 13)), (8, 2, 20, range(6, 18)),
+     (8, 2, 50, range(15, 46)), (6, 2, 28, range(6, 26)), (0, 0, 28, range(1, 28)),
+     (8, 2, 1, range(1, 1)), (28, 0, 28, range(28, 28))],
+)  # fmt: skip
+def test_warm_up_and_tail_are_shares_of_the_schedule(warmup, tail, steps, expected):
+    """8 of 28 steps are 4 of 14, 6 of 20 (5.7 rounded up) and 15 of 50 (14.3 rounded up)."""
+    free = {"threshold": 1e9, "max_consecutive_hits": None}
+    cache = FirstBlockCache(warmup_steps=warmup, tail_steps=tail, of_steps=28, **free)
+    assert list(cache.may_hit(steps)) == list(expected)
+    pipe = fluxfire.optimize(tiny_kontext(), [cache])
+    edit(pipe, steps=steps)
+    assert hits(pipe) == list(expected)
+
+
+@given(
+    st.integers(0, 10), st.integers(0, 5), st.none() | st.integers(1, 60),
+    st.none() | st.integers(1, 5), st.integers(1, 60),
+)  # fmt: skip
+def test_the_most_hits_are_those_of_a_threshold_without_bound(warmup, tail, of, cap, steps):
+    """Walked step by step, as a generation does."""
+    cache = FirstBlockCache(
+        1e9, warmup_steps=warmup, tail_steps=tail, of_steps=of, max_consecutive_hits=cap
+    )
+    scale = 1 if of is None else steps / of
+    first, end = (math.ceil(round(n * scale, 9)) for n in (warmup, tail))
+    streak = count = 0
+    for step in range(steps):
+        hit = step > 0 and first <= step < steps - end and (cap is None or streak < cap)
+        streak = streak + 1 if hit else 0
+        count += hit
+    assert cache.most_hits(steps) == count
+
+
+def test_the_defaults_are_careful():
+    """Within what others measured on the real model: see the docstring."""
+    cache = FirstBlockCache()
+    assert (cache.threshold, cache.predict) == (0.12, "linear")
+    assert 28 - cache.most_hits(28) == 16
+    assert cache.off().most_hits(28) == FirstBlockCache(0).most_hits(28) == 0
+    assert FirstBlockCache(schedule=[2, 5, 40]).most_hits(28) == 2
 
 
 def lagrange(points, t):
@@ -247,7 +299,8 @@ def test_nothing_is_kept_after_a_generation_that_raised():
 def test_using_changes_settings_for_a_while_and_refuses_the_rest():
     pipe = fluxfire.optimize(tiny_kontext(), [QKVFusion(), FirstBlockCache(0)])
     plain = edit(pipe, steps=6)
-    with fluxfire.using(pipe, [FirstBlockCache(1e9, tail_steps=1)]) as same:
+    free = UNLIMITED | {"of_steps": None}
+    with fluxfire.using(pipe, [FirstBlockCache(1e9, **(free | {"tail_steps": 1}))]) as same:
         assert same is pipe
         edit(pipe, steps=6)
         assert hits(pipe) == [1, 2, 3, 4]
@@ -325,7 +378,8 @@ def test_group_offloading_is_refused(pipe):
         ({"threshold": float("nan")}, "threshold=nan; it must be 0 or more"),
         ({"warmup_steps": -1}, "warmup_steps=-1; it must be 0 or more"),
         ({"tail_steps": -2}, "tail_steps=-2; it must be 0 or more"),
-        ({"max_consecutive_hits": 0}, "max_consecutive_hits=0; it must be 1 or more"),
+        ({"max_consecutive_hits": 0}, "max_consecutive_hits=0; it must be 1 or more, or None for"),
+        ({"of_steps": 0}, "of_steps=0; it must be 1 or more, or None for plain counts"),
         ({"schedule": [3, 0]}, "step 0 cannot hit"),
         ({"distance": "text"}, "distance='text'; it must be one of all, noise"),
         ({"predict": "guess"}, "predict='guess'; it must be one of hold, linear, quadratic"),

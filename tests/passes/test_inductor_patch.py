@@ -84,17 +84,17 @@ def test_overlapping_uses_in_two_threads_leave_nothing(unguarded):
     seen = []
 
     def second():
-        first_in.wait(20)
+        assert first_in.wait(600)
         with guarded():
             second_in.set()
-            first_out.wait(20)
+            assert first_out.wait(600)
             seen.append(post_grad.same_meta)
 
     thread = threading.Thread(target=second)
     thread.start()
     with guarded():
         first_in.set()
-        second_in.wait(20)
+        assert second_in.wait(600)
     first_out.set()
     thread.join()
     assert seen[0] is not unguarded

@@ -6,7 +6,7 @@ import importlib.util
 
 import numpy as np
 import pytest
-from rivals import STEPS, THRESHOLDS, own_class, theirs
+from other_caches import STEPS, THRESHOLDS, own_class, theirs
 
 import fluxfire
 from fluxfire.passes import Compile, FirstBlockCache, ParaAttention

@@ -512,7 +512,8 @@ def test_a_rehearsal_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
 
 def test_a_rehearsal_takes_every_way_once():
     """In two steps, whose noise levels lie far apart: a refresh, then a reuse, and no hit."""
-    pipe = fluxfire.optimize(tiny_kontext(), [FirstBlockCache(1e9), ReferenceCache(0.01)])
+    everything = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
+    pipe = fluxfire.optimize(tiny_kontext(), [everything, ReferenceCache(0.01)])
     fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False)
     assert fluxfire.report(pipe).runs[-1].step_kinds == ["computed", "reused"]
     edit(pipe, steps=2)

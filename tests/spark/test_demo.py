@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,7 @@ from fluxfire import spark
 from fluxfire.bench import demo, held_out
 from fluxfire.cli import main
 from fluxfire.errors import LoadError
-from fluxfire.passes import QKVFusion
+from fluxfire.passes import FirstBlockCache, QKVFusion
 from fluxfire.spark import weights
 
 pytestmark = pytest.mark.usefixtures("untrained_weights")
@@ -42,9 +44,10 @@ def test_demo_compares_on_held_out_scenes(capsys, tmp_path):
     assert lines[0].split("  ")[0] == ""
     assert [line.split()[0] for line in lines[2:4]] == ["plain", "qkv-fusion"]
     assert "of 3" in lines[2]
-    assert "%" not in out  # no cache, no steps left out
+    assert "2 of 2" in lines[3]
+    assert "num_inference_steps" not in out  # nothing lossy: no row and verdict of fewer steps
     assert str(output) in err
-    assert "8/8" in err  # the progress bar: the two of them, each applied and then three edits
+    assert "eager, edit, 2 steps: 3 of 3" in err
     with Image.open(output) as grid:
         assert grid.width == 5 * 132 + 4
         assert grid.height == 3 * 148 + 20
@@ -54,12 +57,12 @@ def test_demo_shows_a_cache_unless_told_otherwise(capsys, tmp_path):
     arguments = ["demo", "-n", "1", "--steps", "3", "-o", str(tmp_path / "grid.png")]
     assert main(arguments) == 0
     plain, cached = capsys.readouterr().out.splitlines()[2:4]
-    assert "%" not in plain
+    assert "3 of 3" in plain
     assert cached.startswith("first-block-cache")
-    assert "0%" in cached
     assert main([*arguments, "--preset", "fast"]) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "settings: FirstBlockCache(threshold=0.5, predict='quadratic')"
+    told = capsys.readouterr().out
+    own = "threshold=0.15, warmup_steps=6, max_consecutive_hits=3"
+    assert f"settings: FirstBlockCache({own})" in told
     assert main([*arguments, "--preset", "nope"]) == 1
     assert "nope" in capsys.readouterr().err
 
@@ -103,3 +106,34 @@ def test_the_difference_is_amplified_and_the_pipeline_left_plain():
     shown = np.asarray(done.grid())[20 : 20 + 128, 3 * 132 + 4 : 3 * 132 + 132]
     assert np.array_equal(shown, np.minimum(255, 8 * np.abs(plain - optimized)))
     assert [len(t.edits) for t in (done.plain, done.optimized)] == [2, 2]
+
+
+def skipping(steps):
+    return FirstBlockCache(schedule=steps)
+
+
+def test_the_demo_of_a_lossy_list_has_a_row_for_plain_with_as_many_steps():
+    """Two of four steps hit, each a block of Spark's eleven: 2.2 steps of work, 3 plain steps."""
+    pipe = spark.load(device="cpu")
+    done = demo.run(pipe, [skipping([2, 3])], held_out(5), steps=4, seed=0)
+    lines = str(done).splitlines()
+    names = ["plain", "plain, 3 steps", "first-block-cache"]
+    assert [name for name, _ in done.rows] == names
+    assert [re.split(r"  +", line)[0] for line in lines[2:5]] == names
+    assert [re.search(r"\d+ of \d+", line)[0] for line in lines[2:5]] == [
+        "4 of 4",
+        "3 of 3",
+        "2 of 4",
+    ]
+    assert any("num_inference_steps=3" in line and "dB [" in line for line in lines[5:])
+    assert done.grid().width == 6 * 132 + 4
+    wanted = pipe(
+        image=held_out(1)[0].picture, prompt=held_out(1)[0].instruction, num_inference_steps=3,
+        generator=torch.Generator().manual_seed(0),
+    ).images[0]  # fmt: skip
+    assert np.array_equal(np.asarray(done.fewer.pictures[0]), np.asarray(wanted))
+
+
+def test_one_example_tells_nothing():
+    done = demo.run(spark.load(device="cpu"), [skipping([2, 3])], held_out(1), steps=4, seed=0)
+    assert "One example does not tell whether this beats num_inference_steps=3." in str(done)

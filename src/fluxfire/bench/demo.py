@@ -1,8 +1,8 @@
-"""`fluxfire demo`: the same edits plain and with passes, side by side."""
+"""`fluxfire demo`: the same edits plain, with passes, and plain with fewer steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
 from typing import Any
@@ -11,61 +11,107 @@ from PIL import Image, ImageDraw
 
 from fluxfire.bench.contenders import EAGER, Contender
 from fluxfire.bench.examples import Example
-from fluxfire.bench.measuring import Row, measure
-from fluxfire.bench.tables import decibels
+from fluxfire.bench.measuring import measure
+from fluxfire.bench.rows import Row
+from fluxfire.bench.tables import decibels, remarks
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, difference
 from fluxfire.protocol import Pass
-from fluxfire.text import human_seconds, own_settings, settings_line, table
+from fluxfire.text import count_of, human_seconds, own_settings, settings_line, table
 
-_COLUMNS = ("reference", "plain", "optimized", f"difference x {AMPLIFIED}", "target")
 _MARGIN, _CAPTION, _HEAD = 4, 16, 20
 
 
 @dataclass(frozen=True)
 class Demo:
-    """What came of it. Prints as a table, and settings that are not the defaults."""
+    """The same edits plain and with passes. Prints as a table, with settings and a verdict.
+
+    Attributes:
+        examples: what was edited.
+        plain: the plain pipeline.
+        optimized: the pipeline with passes; the plain row if there are none.
+        fewer: plain with as many steps as the passes computed; None if they computed all.
+        notes: remarks on the measurement, such as a busy machine.
+    """
 
     examples: Sequence[Example]
     plain: Row
     optimized: Row
+    fewer: Row | None = None
+    notes: Sequence[str] = ()
+
+    @property
+    def rows(self) -> list[tuple[str, Row]]:
+        """The rows with their names, plain first."""
+        found = [("plain", self.plain)]
+        if self.fewer is not None:
+            found.append((f"plain, {count_of(self.fewer.steps, 'step')}", self.fewer))
+        if self.optimized is not self.plain:
+            found.append((self.optimized.contender.name, self.optimized))
+        return found
 
     def __str__(self) -> str:
-        rows = [("plain", *self._cells(self.plain))]
-        if self.optimized is not self.plain:
-            rows.append((self.optimized.contender.name, *self._cells(self.optimized)))
         head = (
-            "", "an edit", "speed", "first run (2 steps)", "steps left out",
-            "PSNR to plain, dB (worst)", "edits right",
+            "", "an edit", "speed", "first run (2 steps)", "steps computed",
+            "PSNR to plain, dB: mean (worst)", "inside the edit", "edits right",
         )  # fmt: skip
         told = settings_line(map(own_settings, self.optimized.contender.passes))
-        return "\n".join([table(head, rows), *told])
+        body = table(head, [(name, *self._cells(row)) for name, row in self.rows])
+        return "\n".join([body, *told, *self._verdict(), *(f"note: {n}" for n in self.notes)])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         seconds = median(e.seconds for e in row.edits)
-        near = [one.psnr for one in row.quality[EAGER].likenesses]
-        left_out = [e.hit_rate for e in row.edits if e.hit_rate is not None]
+        computed = row.steps - mean(e.work.skipped for e in row.edits)
         right = [one for one in row.right if one is not None]
         return (
             human_seconds(seconds),
             f"{median(e.seconds for e in self.plain.edits) / seconds:.2f}x",
             human_seconds(row.first[0].seconds),
-            f"{mean(left_out):.0%}" if left_out else "-",
-            "-" if row is self.plain else f"{decibels(mean(near))} ({decibels(min(near))})",
+            f"{computed:.4g} of {row.steps}",
+            *(self._near(row, measure) for measure in ("psnr", "edited")),
             f"{sum(right)} of {len(right)}" if right else "-",
         )
 
+    def _near(self, row: Row, measure: str) -> str:
+        """Write how near a row's pictures are to the plain ones."""
+        likenesses = row.quality[EAGER].likenesses
+        values = [v for one in likenesses if (v := getattr(one, measure)) is not None]
+        if row is self.plain or not values:
+            return "-"
+        return f"{decibels(mean(values))} ({decibels(min(values))})"
+
+    def _verdict(self) -> Iterator[str]:
+        """Say whether the passes beat the plain pipeline with as many steps as they computed."""
+        if self.fewer is None:
+            return
+        gap = self.optimized.quality[EAGER].minus(self.fewer.quality[EAGER])
+        steps = self.fewer.steps
+        if gap is None:
+            yield f"One example does not tell whether this beats num_inference_steps={steps}."
+            return
+        said = f"{gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
+        answers = {
+            "better": f"This beats num_inference_steps={steps}: {said}.",
+            "worse": f"num_inference_steps={steps} does better than this: {said}.",
+            "no difference shown": f"num_inference_steps={steps} does the same: {said}.",
+        }
+        yield answers.get(
+            gap.verdict, f"Beside num_inference_steps={steps}: {said}; {gap.verdict}."
+        )
+
     def grid(self) -> Image.Image:
-        """Draw one row for each edit: reference, plain, optimized, difference, target."""
+        """Draw a row for each edit: reference, what each row made, difference, target."""
         wide = max(i.width for i in self.plain.pictures.values())
         high = max(i.height for i in self.plain.pictures.values())
-        columns = _COLUMNS if any(e.target for e in self.examples) else _COLUMNS[:-1]
+        names = ["reference", *(name for name, _ in self.rows), f"difference x {AMPLIFIED}"]
+        if any(e.target for e in self.examples):
+            names.append("target")
         across, down = wide + _MARGIN, high + _MARGIN + _CAPTION
-        size = (across * len(columns) + _MARGIN, down * len(self.examples) + _HEAD)
+        size = (across * len(names) + _MARGIN, down * len(self.examples) + _HEAD)
         sheet = Image.new("RGB", size, "white")
         pen = ImageDraw.Draw(sheet)
-        for column, name in enumerate(columns):
+        for column, name in enumerate(names):
             pen.text((column * across + _MARGIN, _MARGIN), name, fill="black")
         for row, example in enumerate(self.examples):
             top = _HEAD + row * down
@@ -74,11 +120,12 @@ class Demo:
             pen.text((_MARGIN, top + high + 1), example.instruction, fill="black")
         return sheet
 
-    def _pictures(self, row: int) -> list[Image.Image]:
-        plain, optimized = self.plain.pictures[row], self.optimized.pictures[row]
-        example = self.examples[row]
+    def _pictures(self, number: int) -> list[Image.Image]:
+        plain, example = self.plain.pictures[number], self.examples[number]
         source = example.picture or plain
-        pictures = [source.resize(plain.size), plain, optimized, difference(plain, optimized)]
+        made = [row.pictures[number] for _, row in self.rows]
+        pictures = [source.resize(plain.size), *made]
+        pictures.append(difference(plain, self.optimized.pictures[number]))
         return pictures + ([example.target] if example.target else [])
 
 
@@ -91,7 +138,9 @@ def run(
     seed: int,
     on_edit: Callable[[str], None] = lambda _: None,
 ) -> Demo:
-    """Make every edit plain and with passes; the pipeline is plain again at the end.
+    """Make every edit plain, with passes, and plain with as many steps as these computed.
+
+    The pipeline is plain again at the end.
 
     Raises:
         BenchError: an edit failed.
@@ -107,4 +156,6 @@ def run(
     for row in rows:
         if row.error is not None:
             raise BenchError(f"{row.contender.name}: {row.error}")
-    return Demo(examples, rows[0], rows[-1])
+    optimized = next(row for row in rows if row.contender.name == (name or EAGER))
+    notes = list(remarks([row.to_dict() for row in rows]))
+    return Demo(examples, rows[0], optimized, optimized.beside, notes)

@@ -5,26 +5,28 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from statistics import mean, median
 from typing import Any
 
 import torch
 from PIL import Image
 
-from fluxfire import api
-from fluxfire.bench.contenders import COMPILED, EAGER, Contender, check_plain
+from fluxfire import api, kontext
+from fluxfire.bench.contenders import COMPILED, EAGER, Contender, check_plain, twin_of, with_twins
 from fluxfire.bench.examples import Example
 from fluxfire.bench.phases import phases
-from fluxfire.bench.power import Drawn, metered
+from fluxfire.bench.power import metered
 from fluxfire.bench.quality import SAME, Quality, compare
-from fluxfire.bench.timing import Sample, on_device, timed
+from fluxfire.bench.rows import Edit, Row
+from fluxfire.bench.timing import on_device, timed
+from fluxfire.bench.work import BlockCounter, equal_steps, of_run
 from fluxfire.bench.workload import Workload
 from fluxfire.conductor import rehearsal
 from fluxfire.errors import BenchError, FluxfireError
-from fluxfire.reporting.statistics import RunStatistics, StepKind
 
 _GIB = 2**30
-_CONTROLS = (EAGER, COMPILED)
 
 
 def measure(
@@ -37,36 +39,46 @@ def measure(
     warmups: int = 1,
     seed: int = 0,
     keep: int = 16,
+    fewer_steps: bool = True,
     on_edit: Callable[[str], None] = lambda _: None,
     on_rows: Callable[[list[Row]], None] = lambda _: None,
 ) -> list[Row]:
-    """Measure every contender on every workload.
+    """Measure every contender on every workload, and lossy ones beside plain with fewer steps.
 
-    Contenders take turns for some rounds, forwards and backwards, since a GPU grows slower as
-    it grows warm. In each round a contender is applied afresh, makes short runs of two steps,
-    of which the first compiles what is needed, and then edits every example once. Between
-    turns torch's compiler is reset; its cache on disk is not, so a first run is a cold start
-    only where nothing before it compiled the same.
+    Contenders take turns for some rounds, forwards and backwards, because a GPU slows down when
+    it gets warm. In each round a contender is applied anew, makes short runs of two steps, the
+    first of which compiles, and then edits every example once. Between turns torch's compiler is
+    reset. Its cache on disk is not, so a first run is a cold start only where nothing before it
+    compiled the same.
+
+    A lossy contender gets two companions. Its *twin* is the same list without what is lossy; the
+    twin's pictures are its reference. After the first round the twin also runs with fewer steps:
+    as many as the contender computed, rounded up. A method that does not beat that is worth
+    nothing, since `num_inference_steps` does the same.
+
+    The first contender runs once more at the end. If its median moved by more than 5%, something
+    else slowed the machine, and `Row.moved` says so.
 
     A contender that raises is left out from there on, and its row says why.
 
     Args:
         pipe: a plain pipeline; it is plain again at the end, also after an exception.
-        contenders: what to compare, each of another name. Quality is judged beside those
-            named `EAGER` and `COMPILED`, if these come first.
+        contenders: what to compare, each with a name of its own. Pictures are compared with those
+            of the contenders named `EAGER` and `COMPILED`, if these come first.
         workloads: what to run.
         examples: what to edit.
         rounds: whole edits of each example.
         warmups: short runs for each size before the edits that count; with 0 the first edits
-            tell what warming up costs.
-        seed: of the first example's noise; each has its own.
-        keep: of more examples than this, the controls' pictures and each contender's worst
-            alone are kept.
-        on_edit: is told what comes next, before each edit.
-        on_rows: is handed the rows so far after each turn, so that a crash loses little.
+            include the warm-up.
+        seed: of the first example's noise; each example has its own.
+        keep: with more examples than this, a contender keeps only its worst pictures; controls
+            keep all.
+        fewer_steps: run the companions; False measures exactly the given contenders.
+        on_edit: called before each edit, with what comes next.
+        on_rows: called after each turn with the rows so far, so that a crash loses little.
 
     Returns:
-        A row for each contender and workload.
+        A row for each contender and workload; a companion's rows follow the given ones.
 
     Raises:
         BenchError: nothing to compare, run or edit, or two of one name.
@@ -83,147 +95,191 @@ def measure(
     if not examples:
         raise BenchError("there is no example to edit")
     check_plain(pipe)
-    rows = [Row(c, w) for c in contenders for w in workloads]
-    table = {(row.contender.name, row.workload.name): row for row in rows}
-    for number in range(rounds):
-        for contender in contenders if number % 2 == 0 else reversed(contenders):
-            own = [table[contender.name, w.name] for w in workloads]
-            if not any(row.error for row in own):
-                said = f"round {number + 1} of {rounds}: {contender.name}"
-                turn = _Turn(examples, warmups, seed, said, on_edit)
-                with on_device(pipe):
-                    turn.take(pipe, contender, own)
-                for row in own:
-                    _judge(row, table, keep)
-            on_rows([row for row in rows if row.begun])
-    return rows
-
-
-@dataclass(frozen=True)
-class Edit:
-    """One edit that counts.
-
-    Attributes:
-        seconds: from the call to the picture.
-        steps: seconds of each step, and what caches left out of it.
-        phases: seconds by phase.
-        hit_rate: share of the cache's decisions that were hits; None without one.
-        compiles: how often torch.compile traced code; none are expected.
-        graph_breaks: places where a graph was cut in two.
-    """
-
-    seconds: float
-    steps: tuple[tuple[float, StepKind], ...]
-    phases: dict[str, float]
-    hit_rate: float | None
-    compiles: int
-    graph_breaks: int
+    if fewer_steps:
+        contenders = with_twins(contenders)
+    bench = _Bench(pipe, examples, rounds, warmups, seed, keep, on_edit, on_rows)
+    bench.rows = [Row(c, w) for c in contenders for w in workloads]
+    bench.play(0, contenders)
+    if fewer_steps:
+        contenders = [*contenders, *bench.add_fewer_steps(contenders)]
+    for number in range(1, rounds):
+        bench.play(number, contenders)
+    bench.repeat_first()
+    bench.compare_with_fewer_steps()
+    return bench.rows
 
 
 @dataclass(eq=False)
-class Row:
-    """One contender on one workload, over the rounds.
+class _Bench:
+    """One call of `measure`."""
 
-    Attributes:
-        contender: who.
-        workload: what.
-        applied: seconds and memory of applying the passes, the first time.
-        first: the first short run of each round, which compiles.
-        edits: in the order made.
-        drawn: energy of each round's edits, where the device tells.
-        pictures: what the first round made, by the example's position.
-        right: for each example, whether that is right, where a program can tell.
-        peak: GiB at most allocated in an edit.
-        weights: bytes of the transformer's weights; 0 where nobody can be sure.
-        quality: by the name of the control: how near the pictures are to its.
-        error: what it raised, if it did.
-    """
+    pipe: Any
+    examples: Sequence[Example]
+    rounds: int
+    warmups: int
+    seed: int
+    keep: int
+    on_edit: Callable[[str], None]
+    on_rows: Callable[[list[Row]], None]
+    rows: list[Row] = field(default_factory=list)
+    _latest: Contender | None = None
 
-    contender: Contender
-    workload: Workload
-    applied: dict[str, float] = field(default_factory=dict)
-    first: list[RunStatistics] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    drawn: list[Drawn] = field(default_factory=list)
-    pictures: dict[int, Image.Image] = field(default_factory=dict)
-    right: list[bool | None] = field(default_factory=list)
-    peak: float = 0.0
-    weights: int = 0
-    quality: dict[str, Quality] = field(default_factory=dict)
-    error: str | None = None
+    def play(self, number: int, contenders: Sequence[Contender]) -> None:
+        """Give every contender one turn, in odd rounds backwards."""
+        turns = _turns(contenders)
+        if number % 2 == 1:
+            turns = [turn[::-1] for turn in reversed(turns)]
+        for turn in turns:
+            names = " and ".join(contender.name for contender in turn)
+            self._play([row for c in turn for row in self._of(c)], number, names)
 
-    @property
-    def begun(self) -> bool:
-        """Whether there is anything to tell."""
-        return bool(self.edits) or self.error is not None
+    def _play(self, rows: Sequence[Row], number: int, names: str) -> None:
+        failed = {row.contender.name for row in rows if row.error}
+        rows = [row for row in rows if row.contender.name not in failed]
+        if rows:
+            self._take(rows, f"round {number + 1} of {self.rounds}: {names}")
+            for row in rows:
+                self._judge(row)
+            self._latest = rows[-1].contender
+        self._tell()
 
-    def to_dict(self) -> dict[str, Any]:
-        """The row as plain data; `src/fluxfire/bench/schema.json` describes it."""
-        settings = self.contender.settings.get(self.workload.name)
-        row: dict[str, Any] = {
-            "contender": self.contender.name,
-            "role": self.contender.role,
-            "passes": [repr(p) for p in self.contender.passes],
-            "settings": repr(settings) if settings else None,
-            "scheduled": self.contender.scheduled,
-            "workload": asdict(self.workload),
-            "error": self.error,
-            **self.applied,
-        }
-        return {**row, **self._measured()} if self.edits else row
+    def _take(self, rows: Sequence[Row], said: str) -> None:
+        turn = _Turn(self.examples, self.warmups, self.seed, said, self.on_edit)
+        with on_device(self.pipe):
+            turn.take(self.pipe, rows)
 
-    def _measured(self) -> dict[str, Any]:
-        names = dict.fromkeys(name for edit in self.edits for name in edit.phases)
-        return {
-            "first_seconds": [r.seconds for r in self.first],
-            "first_compiles": self.first[0].compiles if self.first else None,
-            "compiles": sum(e.compiles for e in self.edits),
-            "graph_breaks": sum(r.graph_breaks for r in self.first)
-            + sum(e.graph_breaks for e in self.edits),
-            "edit": Sample.of(e.seconds for e in self.edits).to_dict(),
-            **self._steps(),
-            "phases": {
-                n: Sample.of(e.phases.get(n, 0.0) for e in self.edits).to_dict() for n in names
-            },
-            "peak_gib": self.peak,
-            "joules": sum(d.joules for d in self.drawn) / len(self.edits) if self.drawn else None,
-            "utilisation": self._utilisation(),
-            "quality": {name: quality.to_dict() for name, quality in self.quality.items()},
-        }
+    def _tell(self) -> None:
+        self.on_rows([row for row in self.rows if row.begun])
 
-    def _steps(self) -> dict[str, Any]:
-        """Steps by kind; nothing of a rival that does not tell them apart."""
-        if not self.contender.tells:
-            unknown = (
-                "step", "hit_step", "hits", "reuse_step", "reuses", "weights_gb_per_second",
-            )  # fmt: skip
-            return dict.fromkeys(unknown)
-        steps = [step for edit in self.edits for step in edit.steps]
-        computed, reused, hits = (
-            [seconds for seconds, kind in steps if kind == wanted]
-            for wanted in ("computed", "reused", "hit")
-        )
-        step = Sample.of(computed) if computed else None
-        return {
-            "step": step.to_dict() if step else None,
-            "hit_step": Sample.of(hits).to_dict() if hits else None,
-            "hits": len(hits) / len(self.edits),
-            "reuse_step": Sample.of(reused).to_dict() if reused else None,
-            "reuses": len(reused) / len(self.edits),
-            "weights_gb_per_second": self.weights / step.median / 1e9
-            if step and self.weights
-            else None,
-        }
+    def add_fewer_steps(self, contenders: Sequence[Contender]) -> list[Contender]:
+        """Run the twins of lossy contenders with as many steps as those computed.
 
-    def _utilisation(self) -> float | None:
-        known = [(d.utilisation, d.seconds) for d in self.drawn if d.utilisation is not None]
-        seconds = sum(s for _, s in known)
-        return sum(u * s for u, s in known) / seconds if seconds else None
+        Returns:
+            The new contenders. They take part in all further rounds.
+        """
+        added: dict[str, Contender] = {}
+        for row in list(self.rows):
+            twin = twin_of(row.contender, contenders)
+            base = twin and self._row(twin.name, row.workload)
+            if twin is None or not base or not base.edits or not row.edits:
+                continue
+            row.twin = twin.name
+            steps = equal_steps(mean(edit.work.steps for edit in row.edits), _step_cost(row, base))
+            if steps >= base.steps:
+                continue
+            fewer = twin.with_steps(steps)
+            row.fewer = fewer.name
+            if self._row(fewer.name, row.workload) is None:
+                added[fewer.name] = fewer
+                self.rows.append(Row(fewer, row.workload))
+        self.play(0, list(added.values()))
+        return list(added.values())
+
+    def repeat_first(self) -> None:
+        """Run the first contender once more, unless it just ran: did the machine stay the same?"""
+        first = self.rows[0].contender
+        rows = [row for row in self._of(first) if row.edits and not row.error]
+        again = rows
+        if rows and (self._latest is not first or self.rounds == 1):
+            again = [Row(first, row.workload) for row in rows]
+            self._take(again, f"once more: {first.name}")
+        for row, other in zip(rows, again, strict=True):
+            row.again = [edit.seconds for edit in other.edits[-len(self.examples) :]]
+        self._tell()
+
+    def compare_with_fewer_steps(self) -> None:
+        """Tell every lossy row which row it has to beat."""
+        for row in self.rows:
+            if row.fewer is not None:
+                row.beside = self._row(row.fewer, row.workload)
+        self._tell()
+
+    def _judge(self, row: Row) -> None:
+        """Compare a row's pictures with its references', once, and keep those that are needed."""
+        if row.quality or not row.pictures:
+            return
+        numbers = sorted(row.pictures)
+        control = row.contender.name in (EAGER, COMPILED) or self._is_twin(row.contender)
+        for name in self._references(row.contender):
+            other = self._row(name, row.workload)
+            if other is row:
+                row.quality[name] = Quality((SAME,) * len(numbers), tuple(row.right))
+            elif other and sorted(other.pictures) == numbers:
+                made, wanted = ([r.pictures[n] for n in numbers] for r in (row, other))
+                sources = [self.examples[n].picture for n in numbers]
+                if not row.workload.reference:
+                    sources = [None] * len(numbers)
+                try:
+                    row.quality[name] = compare(made, wanted, row.right, sources)
+                except ValueError as error:  # pictures of other sizes
+                    row.error = str(error)
+        if len(numbers) > self.keep and not control:
+            worst = {quality.worst for quality in row.quality.values()}
+            row.pictures = {n: p for n, p in row.pictures.items() if n in worst}
+
+    def _references(self, contender: Contender) -> list[str]:
+        """Name the controls, and the twin of a lossy contender or of a list with fewer steps."""
+        names = [EAGER, COMPILED]
+        others = [row.contender for row in self.rows]
+        if contender.role == "fewer steps":
+            names += [
+                c.name for c in others if c.passes == contender.passes and _all_steps_exact(c)
+            ]
+        elif (twin := twin_of(contender, others)) is not None:
+            names.append(twin.name)
+        elif self._is_twin(contender):
+            names.append(contender.name)
+        return list(dict.fromkeys(names))
+
+    def _is_twin(self, contender: Contender) -> bool:
+        others = [row.contender for row in self.rows]
+        return any(twin_of(other, others) is contender for other in others)
+
+    def _of(self, contender: Contender) -> list[Row]:
+        return [row for row in self.rows if row.contender.name == contender.name]
+
+    def _row(self, name: str, workload: Workload) -> Row | None:
+        wanted = name, workload.name
+        found = (r for r in self.rows if (r.contender.name, r.workload.name) == wanted)
+        return next(found, None)
+
+
+def _all_steps_exact(contender: Contender) -> bool:
+    return contender.steps is None and not contender.lossy and not contender.settings
+
+
+def _turns(contenders: Sequence[Contender]) -> list[list[Contender]]:
+    """Group contenders that differ in their steps alone: their passes are applied once."""
+    turns: list[list[Contender]] = []
+    for contender in contenders:
+        for turn in turns:
+            if _same_but_for_steps(turn[0], contender):
+                turn.append(contender)
+                break
+        else:
+            turns.append([contender])
+    return turns
+
+
+def _same_but_for_steps(one: Contender, other: Contender) -> bool:
+    alike = one.passes == other.passes and not (one.settings or other.settings)
+    return alike and one.baseline is None is other.baseline and one.steps != other.steps
+
+
+def _step_cost(row: Row, twin: Row) -> float:
+    """Return what a computed step costs beside the twin's; 1 for what only skips steps."""
+    if not row.contender.cheaper_steps:
+        return 1.0
+    own, plain = (
+        [seconds for edit in one.edits for seconds, kind in edit.steps if kind == "computed"]
+        for one in (row, twin)
+    )
+    return median(own) / median(plain) if own and plain else 1.0
 
 
 @dataclass(frozen=True)
 class _Turn:
-    """One contender's turn of one round."""
+    """The turn of one applied list: of one contender, or of several that differ in steps."""
 
     examples: Sequence[Example]
     warmups: int
@@ -231,8 +287,8 @@ class _Turn:
     said: str
     on_edit: Callable[[str], None]
 
-    def take(self, pipe: Any, contender: Contender, rows: Sequence[Row]) -> None:
-        """Apply the contender and run its workloads; an error ends the turn."""
+    def take(self, pipe: Any, rows: Sequence[Row]) -> None:
+        """Apply the rows' list once and run their workloads; an error ends the turn."""
         torch.compiler.reset()
         before = _memory()
         _forget_peak()
@@ -240,7 +296,7 @@ class _Turn:
         done = 0
         self.on_edit(self.said)
         try:
-            with contender.applied(pipe) as own:
+            with rows[0].contender.applied(pipe) as own:
                 applied = {
                     "apply_seconds": time.perf_counter() - began,
                     "apply_gib": _memory() - before,
@@ -255,7 +311,7 @@ class _Turn:
             rows[done].error = f"{kind}{error}"
             for later in rows[done + 1 :]:
                 later.error = f"not run, after {rows[done].workload.name} failed"
-        gc.collect()  # a rival's pipeline lies in cycles
+        gc.collect()  # a baseline's pipeline lies in cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
@@ -276,7 +332,7 @@ class _Turn:
             with metered() as drawn:
                 for number, example in enumerate(self.examples):
                     self.on_edit(f"{self.said}, {load.name}: {number + 1} of {len(self.examples)}")
-                    edit, picture = self._edit(pipe, load, example, self.seed + number)
+                    edit, picture = self._edit(pipe, row, example, self.seed + number)
                     edits.append(edit)
                     if not row.edits:
                         pictures[number] = picture
@@ -286,39 +342,24 @@ class _Turn:
         row.pictures, row.right = row.pictures or pictures, row.right or right
         row.drawn += [drawn] if drawn is not None else []
         row.peak = max(row.peak, _peak())
-        if row.contender.rival is None:
+        if row.contender.baseline is None:
             row.weights = sum(p.nbytes for p in pipe.transformer.parameters())
 
-    def _edit(
-        self, pipe: Any, load: Workload, example: Example, seed: int
-    ) -> tuple[Edit, Image.Image]:
-        with phases(pipe) as watched:
-            picture, seconds = timed(lambda: load.run(pipe, example, seed=seed))
+    def _edit(self, pipe: Any, row: Row, example: Example, seed: int) -> tuple[Edit, Image.Image]:
+        load, baseline = row.workload, row.contender.baseline
+        counted = BlockCounter(pipe.transformer) if baseline and baseline.skips else nullcontext()
+        with phases(pipe) as watched, counted:
+            picture, seconds = timed(lambda: load.run(pipe, example, seed=seed, steps=row.steps))
         run = api.report(pipe).runs[-1]
+        if isinstance(counted, BlockCounter):
+            work = counted.work(row.steps)
+        else:
+            work = of_run(run, len(kontext.blocks(pipe.transformer)))
         spent = {**watched.seconds(), "denoising": sum(run.step_seconds)}
         spent["the rest"] = seconds - sum(spent.values())
         steps = tuple(zip(run.step_seconds, run.step_kinds, strict=True))
-        return Edit(seconds, steps, spent, run.hit_rate, run.compiles, run.graph_breaks), picture
-
-
-def _judge(row: Row, table: dict[tuple[str, str], Row], keep: int) -> None:
-    """Compare a row's pictures with the controls', once, and keep those that are needed."""
-    if row.quality or not row.pictures:
-        return
-    numbers = sorted(row.pictures)
-    for name in _CONTROLS:
-        control = table.get((name, row.workload.name))
-        if control is row:
-            row.quality[name] = Quality((SAME,) * len(numbers), tuple(row.right))
-        elif control and sorted(control.pictures) == numbers:
-            made, wanted = ([r.pictures[n] for n in numbers] for r in (row, control))
-            try:
-                row.quality[name] = compare(made, wanted, row.right)
-            except ValueError as error:  # pictures of other sizes
-                row.error = str(error)
-    if len(numbers) > keep and row.contender.name not in _CONTROLS:
-        worst = {quality.worst for quality in row.quality.values()}
-        row.pictures = {n: p for n, p in row.pictures.items() if n in worst}
+        edit = Edit(seconds, steps, spent, run.hit_rate, run.compiles, run.graph_breaks, work)
+        return edit, picture
 
 
 def _memory() -> float:

@@ -15,8 +15,8 @@ from PIL import Image
 
 from fluxfire.bench.contenders import EAGER
 from fluxfire.bench.examples import Example
-from fluxfire.bench.measuring import Row
-from fluxfire.bench.tables import decibels, tables
+from fluxfire.bench.rows import Row
+from fluxfire.bench.tables import decibels, remarks, tables
 from fluxfire.pictures import AMPLIFIED, difference
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
@@ -58,6 +58,7 @@ def page(result: dict[str, Any], rows: Sequence[Row], examples: Sequence[Example
     template = environment.from_string(_TEMPLATE.read_text(encoding="utf-8"))
     return template.render(
         result=result,
+        notes=[*result["notes"], *remarks(result["rows"])],
         tables=tables(result),
         plots=drawn,
         strips=list(_strips(rows, examples)),

@@ -60,7 +60,7 @@ def _settled() -> Iterator[None]:
 
 
 def _speed(axes: Any, rows: list[Row]) -> None:
-    """Draw a bar for each edit, with its spread."""
+    """Draw a bar for each contender's edit, with its spread."""
     edits = [row["edit"] for row in rows]
     medians = [one["median"] for one in edits]
     spread = [
@@ -68,7 +68,7 @@ def _speed(axes: Any, rows: list[Row]) -> None:
         [one["max"] - one["median"] for one in edits],
     ]
     axes.barh(_names(rows), medians, xerr=spread, color="tab:orange", ecolor="0.3")
-    axes.set(xlabel="seconds an edit: median, least and greatest")
+    axes.set(xlabel="seconds an edit: median, minimum and maximum")
     _finish(axes)
 
 
@@ -85,15 +85,27 @@ def _phases(axes: Any, rows: list[Row]) -> None:
 
 
 def _tradeoff(axes: Any, rows: list[Row]) -> None:
-    """Draw a point for each contender: how fast, and how near its worst picture is."""
+    """Draw a point for each contender, with plain at fewer steps as a line between its points."""
+    plain: list[tuple[float, float]] = []
     for row in _judged(rows):
         psnr = row["quality"][EAGER]["psnr"]
+        speed = faster(rows, row, EAGER)
+        low, high = psnr["interval"] or (psnr["mean"], psnr["mean"])
+        fewer = row["role"] == "fewer steps"
         axes.errorbar(
-            faster(rows, row, EAGER), psnr["mean"], yerr=[[psnr["mean"] - psnr["worst"]], [0]],
-            fmt="o", capsize=3, label=row["contender"],
+            speed, psnr["mean"], yerr=[[psnr["mean"] - low], [high - psnr["mean"]]],
+            fmt="s" if fewer else "o", mfc="none" if fewer else None, capsize=3,
+            label=row["contender"],
         )  # fmt: skip
+        axes.plot([speed], [psnr["worst"]], "v", color="0.5", ms=4)
+        if fewer and speed is not None and not row["passes"]:
+            plain.append((speed, psnr["mean"]))
+    axes.plot(*zip(*sorted(plain), strict=True) if plain else ([], []), ":", color="0.5", zorder=0)
     axes.legend(**_BESIDE)
-    axes.set(xlabel="times as fast as eager", ylabel="PSNR to eager, dB: mean, down to the worst")
+    axes.set(
+        xlabel="times as fast as eager",
+        ylabel="PSNR to eager, dB: mean with 95% interval, triangle: worst",
+    )
     axes.grid(visible=True, alpha=0.3)
 
 

@@ -1,105 +1,34 @@
-"""The search behind `tune`: turn dials by halving, choose, and confirm on untouched examples."""
+"""The search behind `tune`: turn knobs by halving, choose, and confirm on untouched examples.
+
+A lossy list must also beat plain with as many steps as it computed, or it is left out.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, median
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from PIL import Image
 
-from fluxfire import api
+from fluxfire import api, kontext
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import SAME, Likeness, Quality, likeness
 from fluxfire.bench.timing import on_device, timed
+from fluxfire.bench.trials import MARGIN, Beside, Candidate, Family, Part, Trial, Verdict, names
+from fluxfire.bench.work import equal_steps, of_run
 from fluxfire.bench.workload import Workload
 from fluxfire.conductor import rehearsal
 from fluxfire.protocol import Pass, configured
+from fluxfire.text import count_of
 
 _MOST = {"search": 24, "choose": 96}  # examples of each part; the rest confirms
 _TIMED = 12  # edits after which a median says that a list is too slow to matter
-_MARGIN = 1.02  # what is faster by less is not worth its risk
-Part = Literal["search", "choose", "confirm"]
-Verdict = Literal["within", "outside", "slower", "failed"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Lists of passes that differ in the settings of one.
-
-    Attributes:
-        passes: what is applied, in order.
-        dial: settings of one of these passes, from careful to fast, which `using` can change
-            at run time; none if there is nothing to turn.
-    """
-
-    passes: tuple[Pass, ...] = ()
-    dial: tuple[Pass, ...] = ()
-
-    def at(self, rung: int) -> tuple[Pass, ...]:
-        """Return the list with the dial at one of its settings."""
-        if not self.dial:
-            return self.passes
-        turned = self.dial[rung]
-        return tuple(turned if p.name == turned.name else p for p in self.passes)
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One list of passes on some of the examples.
-
-    Attributes:
-        passes: the list.
-        part: which examples.
-        verdict: whether all is within the budget. A trial ends with the first picture
-            outside, or when it is slower than what was found already.
-        why: what was outside, or what was raised; empty where all is well.
-        quality: beside the plain pipeline's pictures, example by example; None if it failed.
-        seconds: of an edit, the median; nan if it failed.
-        speed: how many times as fast as plain, the median over the same examples.
-        plain_success: how many of the same edits are right without passes; None where no
-            program can tell, or if it failed.
-    """
-
-    passes: tuple[Pass, ...]
-    part: Part
-    verdict: Verdict
-    why: str
-    quality: Quality | None
-    seconds: float
-    speed: float
-    plain_success: float | None = None
-
-    @property
-    def examples(self) -> int:
-        """How many were edited."""
-        return len(self.quality.likenesses) if self.quality else 0
-
-    @property
-    def worth(self) -> float:
-        """Its speed; what loses nothing counts for a little more, and plain for more still."""
-        exact = all(p.exactness != "lossy" for p in self.passes)
-        return self.speed * (_MARGIN if exact else 1.0) * (1.0 if self.passes else _MARGIN)
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A family with its dial at a setting, and how that did.
-
-    Attributes:
-        family: the family.
-        rung: position on its dial.
-        trial: what was seen of it.
-    """
-
-    family: Family
-    rung: int
-    trial: Trial
 
 
 @dataclass
@@ -129,7 +58,9 @@ class Search:
     _right: list[bool | None] = field(default_factory=list)
     _seconds: list[float] = field(default_factory=list)
     _offenders: list[int] = field(default_factory=list)
+    _fewer: dict[tuple[tuple[Pass, ...], int], dict[int, Likeness]] = field(default_factory=dict)
     _present: tuple[Pass, ...] = ()
+    _applied: bool = False
     _device: ExitStack = field(default_factory=ExitStack)
     _undo: ExitStack = field(default_factory=ExitStack)
 
@@ -180,28 +111,32 @@ class Search:
         self._unapply()
         return api.plan(self.pipe, family.passes).ok
 
-    def turn(self, family: Family) -> Candidate | None:
+    def turn(self, family: Family, than: float = 0.0) -> Candidate | None:
         """Turn a family's dial as far as the first examples allow, by halving.
 
-        Takes for granted that a further setting is no slower and no nearer; where one is
-        nearer after all, a faster list may be missed, but none outside the budget is taken.
+        It assumes that a further setting is no slower and no nearer. Where one is nearer after
+        all, the search may miss a faster list, but takes none outside the budget.
+
+        Args:
+            family: the family.
+            than: the speed of the best so far: a setting that is outside the budget and no faster
+                ends the search, since more careful ones are slower still.
 
         Returns:
             The furthest setting within the budget that is worth it, or None if none is.
         """
-        if not family.dial:
-            trial = self._try(family, 0, "search")
-            return Candidate(family, 0, trial) if trial.verdict == "within" else None
         best: Candidate | None = None
-        within, outside = -1, len(family.dial)
+        within, outside = -1, len(family)
         while outside - within > 1:
             middle = (within + outside) // 2
             trial = self._try(family, middle, "search")
             if trial.verdict != "within":
+                if best is None and trial.speed < than:
+                    break
                 outside = middle
                 continue
             within = middle
-            if best is None or trial.speed > _MARGIN * best.trial.speed:
+            if best is None or trial.speed > MARGIN * best.trial.speed:
                 best = Candidate(family, middle, trial)
         return best
 
@@ -226,7 +161,7 @@ class Search:
             It, or with its dial turned back as far as these examples ask, or the plain
             pipeline; and how many lists were tried on them.
         """
-        if not chosen.family.passes:
+        if chosen.is_plain:
             return self.plain("confirm"), 0
         before = len(self.trials)
         confirmed = self._turned_back(chosen, "confirm")
@@ -238,7 +173,7 @@ class Search:
             trial = self._try(candidate.family, rung, part, than)
             if trial.verdict == "within":
                 return Candidate(candidate.family, rung, trial)
-            if trial.verdict != "outside":
+            if trial.verdict not in ("outside", "no better than fewer steps"):
                 break
         return None
 
@@ -248,23 +183,27 @@ class Search:
             family.dial[rung], family.passes
         ):
             return
+        if family.steps and self._applied and self._present == family.passes:
+            return
         self._unapply()
         self.on_edit(f"compiling {names(family.passes)}")
         self._undo.enter_context(api.optimized(self.pipe, family.passes))
-        self._present = family.passes
+        self._present, self._applied = family.passes, True
         with rehearsal(self.pipe):
             self.workload.run(self.pipe, self.examples[0], steps=2)
 
     def _unapply(self) -> None:
         self._undo.close()
-        self._present = ()
+        self._present, self._applied = (), False
 
     def _try(self, family: Family, rung: int, part: Part, than: float = 0.0) -> Trial:
         """Edit a part's examples with the dial at a setting, and remember how that went."""
         try:
             self._apply(family, rung)
             with api.using(self.pipe, family.dial[rung]) if family.dial else nullcontext():
-                trial = self._tried(family.at(rung), part, than)
+                trial = self._tried(family, rung, part, than)
+            if trial.lossy and trial.verdict == "within":
+                trial = self._beside_fewer_steps(trial)
         except Exception as error:  # noqa: BLE001 - anyone's code; the search goes on
             why = f"{type(error).__name__}: {error}"
             trial = Trial(family.at(rung), part, "failed", why, None, float("nan"), 0.0)
@@ -272,18 +211,74 @@ class Search:
         self.trials.append(trial)
         return trial
 
-    def _tried(self, passes: tuple[Pass, ...], part: Part, than: float) -> Trial:
-        """Edit a part's examples until one is outside; those that failed others come first."""
+    def _beside_fewer_steps(self, trial: Trial) -> Trial:
+        """Compare a lossy list with plain at as many steps as it computed.
+
+        On the examples that confirm, the whole interval must lie above 0. Earlier, a mean above 0
+        is enough: there are fewer examples, and a list that is turned down is gone.
+        """
+        assert trial.quality is not None  # noqa: S101 - it did not fail
+        steps = equal_steps(trial.work, self._step_cost(trial))
+        if steps >= self.workload.steps:
+            return trial
+        numbers = self.numbers(trial.part)
+        exact = tuple(p for p in trial.passes if p.exactness != "lossy")
+        known = self._fewer.setdefault((exact, steps), {})
+        missing = [number for number in numbers if number not in known]
+        with self._without_loss(trial.passes) if missing else nullcontext():
+            for number in missing:
+                said = f"plain, {count_of(steps, 'step')}"
+                self.on_edit(f"{said}, {number + 1} of {len(self.examples)}")
+                known[number] = likeness(self._edit(number, steps), self._pictures[number], ())
+        fewer = Quality(tuple(known[n] for n in numbers), (None,) * len(numbers))
+        gap = trial.quality.minus(fewer)
+        beside = Beside(steps, mean(one.psnr for one in fewer.likenesses), gap)
+        if beside.beaten if trial.part == "confirm" else gap is None or gap.mean > 0:
+            return replace(trial, beside=beside)
+        verdict: Verdict = "no better than fewer steps"
+        return replace(trial, verdict=verdict, why=str(beside), beside=beside)
+
+    @contextmanager
+    def _without_loss(self, passes: tuple[Pass, ...]) -> Iterator[None]:
+        """Run the exact part of an applied list; caches are switched off, so nothing compiles."""
+        lossy = [p for p in passes if p.exactness == "lossy"]
+        if all(hasattr(p, "off") for p in lossy):
+            with api.using(self.pipe, [p.off() for p in lossy]):  # type: ignore[attr-defined]
+                yield
+            return
+        self._apply(Family(tuple(p for p in passes if p not in lossy)), 0)
+        yield
+
+    def _step_cost(self, trial: Trial) -> float:
+        """Return what a full step costs beside an exact one, where passes make each step cheaper.
+
+        An exact list of the same part tells what a step costs without what is lossy. Priced steps
+        have one cost for all lists.
+        """
+        cheaper = any(p.exactness == "lossy" and p.stage != "caching" for p in trial.passes)
+        if not cheaper or self.prices is not None:
+            return 1.0
+        exact = tuple(p for p in trial.passes if p.exactness != "lossy")
+        others = [t for t in self.trials if t.passes == exact and t.quality and t.steps is None]
+        seconds = min([t.seconds for t in others] or [self.plain(trial.part).trial.seconds])
+        return trial.seconds / seconds * self.workload.steps / trial.work
+
+    def _tried(self, family: Family, rung: int, part: Part, than: float) -> Trial:
+        """Edit a part's examples until one is outside; earlier offenders come first."""
+        passes, steps = family.at(rung), family.steps_at(rung)
+        label = names(passes) + (f", {count_of(steps, 'step')}" if steps else "")
         seen: dict[int, tuple[Likeness, bool | None]] = {}
         seconds: list[float] = []
         speeds: list[float] = []
+        works: list[float] = []
         verdict: Verdict = "within"
         why = ""
         numbers = self._hardest_first(part)
         for turn, number in enumerate(numbers, 1):
-            self.on_edit(f"{part}, {turn} of {len(numbers)}: {names(passes)}")
-            picture, spent = self._timed_edit(number)
+            self.on_edit(f"{part}, {turn} of {len(numbers)}: {label}")
+            picture, spent, work = self._timed_edit(number, steps)
             seconds.append(spent)
+            works.append(work)
             speeds.append(self._seconds[number] / spent)
             measures = ("ssim", "flip") if part == "confirm" else self.budget.measures
             near = likeness(picture, self._pictures[number], measures)
@@ -295,22 +290,32 @@ class Search:
             if len(speeds) >= _TIMED and median(speeds) < than:
                 verdict, why = "slower", "slower than what was found"
                 break
-        told = [seen[number] for number in sorted(seen)]
-        quality = Quality(tuple(near for near, _ in told), tuple(right for _, right in told))
+        ordered = [seen[number] for number in sorted(seen)]
+        quality = Quality(tuple(near for near, _ in ordered), tuple(right for _, right in ordered))
         plainly = self._plain_success(seen)
         if verdict == "within" and (lost := self.budget.fallen(quality, plainly)):
             verdict, why = "outside", lost
-        return Trial(passes, part, verdict, why, quality, median(seconds), median(speeds), plainly)
+        return Trial(
+            passes, part, verdict, why, quality, median(seconds), median(speeds), plainly, steps,
+            mean(works),
+        )  # fmt: skip
 
-    def _timed_edit(self, number: int) -> tuple[Image.Image, float]:
-        """Edit an example; again if it had to compile for its size."""
-        picture, seconds = timed(partial(self._edit, number))
+    def _timed_edit(self, number: int, steps: int | None) -> tuple[Image.Image, float, float]:
+        """Edit an example, again if it had to compile for its size.
+
+        Returns:
+            The picture, the seconds, and the computed work in full steps.
+        """
+        picture, seconds = timed(partial(self._edit, number, steps))
         runs = api.report(self.pipe).runs
+        if runs and runs[-1].compiles and self.prices is None:
+            picture, seconds = timed(partial(self._edit, number, steps))
+            runs = api.report(self.pipe).runs
+        if not runs:  # a pretended pipeline
+            return picture, seconds, float(steps or self.workload.steps)
         if self.prices is not None:
-            return picture, self.prices.of(runs[-1].step_kinds)
-        if runs and runs[-1].compiles:
-            picture, seconds = timed(partial(self._edit, number))
-        return picture, seconds
+            seconds = self.prices.of(runs[-1].step_kinds)
+        return picture, seconds, of_run(runs[-1], len(kontext.blocks(self.pipe.transformer))).steps
 
     def _hardest_first(self, part: Part) -> list[int]:
         """Order a part's examples: those that were outside the budget before, then the rest."""
@@ -322,27 +327,11 @@ class Search:
         known = [r for n in numbers if (r := self._right[n]) is not None]
         return mean(known) if known else None
 
-    def _edit(self, number: int) -> Any:
-        return self.workload.run(self.pipe, self.examples[number], seed=self.seed + number)
+    def _edit(self, number: int, steps: int | None = None) -> Any:
+        seed = self.seed + number
+        return self.workload.run(self.pipe, self.examples[number], seed=seed, steps=steps)
 
 
 def _apart_from(dial: Pass, passes: Sequence[Pass]) -> list[object]:
     """What of a list `using` could not turn into the same list with another setting."""
     return [(type(p), configured(p).fixed) if p.name == dial.name else p for p in passes]
-
-
-def names(passes: Sequence[Pass]) -> str:
-    """Write a list in short: names, and of settings those that are not the defaults."""
-    return " + ".join(map(_brief, passes)) or "plain"
-
-
-def _brief(pass_: Pass) -> str:
-    if not is_dataclass(pass_):
-        return pass_.name
-    try:
-        usual: Any = type(pass_)()
-    except TypeError:
-        return repr(pass_)
-    own = configured(pass_).settings
-    changed = [f"{k}={v!r}" for k, v in own.items() if v != getattr(usual, k)]
-    return f"{pass_.name}({', '.join(changed)})" if changed else pass_.name

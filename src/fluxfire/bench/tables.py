@@ -1,43 +1,122 @@
-"""A benchmark's result as tables for the terminal, from its JSON alone."""
+"""A benchmark's result as tables for the terminal, and as CSV, from its JSON alone."""
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
 from fluxfire.bench.contenders import COMPILED, EAGER
+from fluxfire.bench.intervals import Interval
 from fluxfire.text import human_seconds, table
 
 Row = dict[str, Any]
 Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """A title, the names of the columns, and the cells."""
 
-_LEFT_OUT = ("reuse_step", "hit_step")
-_SAME = 99.995  # dB; pictures that differ in no bit are told as 100
+BUSY = 0.05
+"""By how much the first contender's median may move from its first turn to its last."""
+_SKIPPED = ("reuse_step", "hit_step")
+_SAME = 99.995  # dB; pictures that differ in no bit have 100
 
 
 def as_text(result: dict[str, Any]) -> str:
     """Lay a whole result out."""
     parts = [f"{title}\n\n{table(head, rows)}" for title, head, rows in tables(result)]
-    parts += [f"note: {note}" for note in result["notes"]]
+    parts += [f"note: {note}" for note in (*result["notes"], *remarks(result["rows"]))]
     parts += [f"{row['contender']}: {row['error']}" for row in result["rows"] if row["error"]]
-    parts += [
-        f"{row['contender']}: compiled {row['compiles']} times within the edits that count"
-        for row in result["rows"]
-        if row.get("compiles")
-    ]
     return "\n\n".join(parts)
 
 
+def remarks(rows: Sequence[Row]) -> Iterator[str]:
+    """Say what a reader of the tables must know: a busy machine, methods that did nothing."""
+    for row in rows:
+        name, moved = row["contender"], row.get("moved")
+        if is_busy(row):
+            yield (
+                f"this machine was busy: the median edit of {name} moved by {moved:+.0%} from its "
+                f"first turn to its last; do not trust differences of that size"
+            )
+        if row.get("compiles"):
+            yield f"{name} compiled {row['compiles']} times within the edits that count"
+        if row.get("may_skip") and row.get("skipped") == 0 and not row.get("reuses"):
+            yield (
+                f"{name} never skipped a step of {row['steps']}: its row shows nothing but its "
+                f"overhead"
+            )
+
+
+def is_busy(row: Row) -> bool:
+    """Whether the first contender's row says that the machine's speed changed meanwhile."""
+    moved: float = row.get("moved") or 0.0
+    return abs(moved) > BUSY
+
+
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Return the tables of a result: speed, phases, and quality beside each control."""
+    """Return the tables of a result: speed, lossy rows beside fewer steps, phases, quality."""
     done = [row for row in result["rows"] if "edit" in row]
     if not done:
         return []
-    found = [_speed(done), _phases(done), *_qualities(done)]
+    found = [_speed(done), *_fewer_steps(done), _phases(done), *_qualities(done)]
+    if any(map(is_busy, done)):
+        found = [(f"{title} (this machine was busy)", head, lines) for title, head, lines in found]
     several = len({_load(row) for row in done}) > 1
     return found if several else [_without_workload(one) for one in found]
+
+
+def as_csv(result: dict[str, Any]) -> str:
+    """Write a result as CSV: a line for each contender and workload, seconds and dB as numbers."""
+    file = io.StringIO()
+    lines = csv.DictWriter(file, list(_CSV), lineterminator="\n")
+    lines.writeheader()
+    for row in result["rows"]:
+        lines.writerow({name: _cell(row, path) for name, path in _CSV.items()})
+    return file.getvalue()
+
+
+_CSV: dict[str, tuple[str, ...]] = {
+    "contender": ("contender",),
+    "role": ("role",),
+    "workload": ("workload", "name"),
+    "steps": ("steps",),
+    "work": ("work",),
+    "skipped": ("skipped",),
+    "edit_seconds": ("edit", "median"),
+    "edit_seconds_min": ("edit", "min"),
+    "edit_seconds_max": ("edit", "max"),
+    "step_seconds": ("step", "median"),
+    "hit_seconds": ("hit_step", "median"),
+    "reuse_seconds": ("reuse_step", "median"),
+    "first_seconds": ("first_seconds", "0"),
+    "peak_gib": ("peak_gib",),
+    "joules": ("joules",),
+    **{
+        f"{measure}_{which}": ("quality", EAGER, measure, which)
+        for measure in ("psnr", "edited", "ssim", "flip")
+        for which in ("mean", "worst")
+    },
+    "psnr_low": ("quality", EAGER, "psnr", "interval", "0"),
+    "psnr_high": ("quality", EAGER, "psnr", "interval", "1"),
+    "right": ("quality", EAGER, "success"),
+    "fewer_steps": ("beside_fewer_steps", "steps"),
+    "beside_fewer_mean": ("beside_fewer_steps", "psnr", "mean"),
+    "beside_fewer_low": ("beside_fewer_steps", "psnr", "low"),
+    "beside_fewer_high": ("beside_fewer_steps", "psnr", "high"),
+    "error": ("error",),
+}
+"""Columns of the CSV, and where each stands in a row of the JSON."""
+
+
+def _cell(row: Row, path: Sequence[str]) -> Any:
+    value: Any = row
+    for key in path:
+        if isinstance(value, list):
+            value = value[int(key)] if int(key) < len(value) else None
+        else:
+            value = (value or {}).get(key)
+    return value
 
 
 def _without_workload(one: Table) -> Table:
@@ -48,7 +127,7 @@ def _without_workload(one: Table) -> Table:
 
 
 def faster(rows: Sequence[Row], row: Row, control: str) -> float | None:
-    """How many times as fast as a control a row is: the median over the same examples."""
+    """Return how many times as fast as a control a row is: the median over the same examples."""
     base = next((r for r in rows if (r["contender"], _load(r)) == (control, _load(row))), None)
     if base is None:
         return None
@@ -88,7 +167,7 @@ def _names(row: Row) -> tuple[str, str]:
 def _speed(rows: Sequence[Row]) -> Table:
     head = (
         "contender", "workload", "edit: median (spread)", "× eager", "× compiled",
-        "computed step", "reuse", "hit", "reuses + hits", "first run, 2 steps", "peak GiB",
+        "computed step", "reuse", "hit", "steps computed", "first run, 2 steps", "peak GiB",
         "J an edit", "GPU busy",
     )  # fmt: skip
     lines: list[tuple[str, ...]] = [
@@ -98,8 +177,8 @@ def _speed(rows: Sequence[Row]) -> Table:
             _times(faster(rows, row, EAGER)),
             _times(faster(rows, row, COMPILED)),
             human_seconds(row["step"]["median"]) if row["step"] else "-",
-            *(human_seconds(row[k]["median"]) if row.get(k) else "-" for k in _LEFT_OUT),
-            _hits(row),
+            *(human_seconds(row[k]["median"]) if row.get(k) else "-" for k in _SKIPPED),
+            _computed(row),
             human_seconds(row["first_seconds"][0]) if row["first_seconds"] else "-",
             f"{row['peak_gib']:.1f}" if row["peak_gib"] else "-",
             "-" if row["joules"] is None else f"{row['joules']:.0f}",
@@ -110,14 +189,57 @@ def _speed(rows: Sequence[Row]) -> Table:
     return "Speed", head, lines
 
 
-def _hits(row: Row) -> str:
-    if row["hits"] is None:
-        return "?"  # a rival that does not tell
-    if not any(row.get(kind) for kind in _LEFT_OUT):
-        return "-"
+def _computed(row: Row) -> str:
+    """Write how many steps ran all blocks, and how many of these left the reference out."""
     mark = "*" if row["scheduled"] else ""
-    reuses = f"{row['reuses']:.1f} + " if row.get("reuse_step") else ""
-    return f"{reuses}{row['hits']:.1f}{mark} of {row['workload']['steps']}"
+    reuses = f", {row['reuses']:.1f} without the reference" if row.get("reuse_step") else ""
+    none = " (skipped none)" if row["may_skip"] and not row["skipped"] and not reuses else ""
+    return f"{row['steps'] - row['skipped']:.4g}{mark} of {row['steps']}{reuses}{none}"
+
+
+def _fewer_steps(rows: Sequence[Row]) -> Iterator[Table]:
+    """Lossy rows beside the same list without what is lossy, at as many steps as they computed."""
+    judged = [row for row in rows if row.get("twin") and row["twin"] in row["quality"]]
+    if not judged:
+        return
+    head = (
+        "contender", "workload", "steps of work", "PSNR, dB: mean [95%] (worst)",
+        "inside the edit", "plain, fewer steps", "its PSNR", "its inside",
+        "difference, dB [95%]", "than fewer steps",
+    )  # fmt: skip
+    lines = []
+    for row in judged:
+        beside = row.get("beside_fewer_steps")
+        quality = row["quality"][row["twin"]]
+        told = ["-"] * 5
+        if beside is not None:
+            other = next(
+                r for r in rows if (r["contender"], _load(r)) == (beside["contender"], _load(row))
+            )["quality"][row["twin"]]
+            gap = Interval(**beside["psnr"]) if beside["psnr"] else None
+            told = [
+                f"{beside['steps']} steps",
+                measured(other["psnr"]),
+                measured(other["edited"]),
+                f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else "-",
+                gap.verdict if gap else "one example is too few to tell",
+            ]
+        lines.append(
+            (
+                *_names(row), f"{row['work']:.1f}", measured(quality["psnr"]),
+                measured(quality["edited"]), *told,
+            )
+        )  # fmt: skip
+    yield "Lossy methods beside plain with fewer steps, at equal computed work", head, lines
+
+
+def measured(one: dict[str, Any] | None) -> str:
+    """Write a measure in dB: its mean, the mean's interval, and the worst."""
+    if one is None:
+        return "-"
+    ends = one["interval"]
+    interval = f" [{decibels(ends[0])}, {decibels(ends[1])}]" if ends else ""
+    return f"{decibels(one['mean'])}{interval} ({decibels(one['worst'])})"
 
 
 def _phases(rows: Sequence[Row]) -> Table:
@@ -136,15 +258,17 @@ def _qualities(rows: Sequence[Row]) -> Iterator[Table]:
             continue
         lines = [(*_names(row), *_quality(row["quality"][control])) for row in judged]
         head = (
-            "contender", "workload", "pictures", "PSNR, dB: mean (worst)", "SSIM", "FLIP", "right",
+            "contender", "workload", "pictures", "PSNR, dB: mean [95%] (worst)",
+            "inside the edit", "SSIM", "FLIP", "right [95%]",
         )  # fmt: skip
         yield f"Pictures beside those of {control}", head, lines
 
 
 def _quality(told: dict[str, Any]) -> tuple[str, ...]:
-    psnr, right = told["psnr"], told["success"]
-    cells = [f"{told['n']}", f"{decibels(psnr['mean'])} ({decibels(psnr['worst'])})"]
+    right, ends = told["success"], told["success_interval"]
+    cells = [f"{told['n']}", measured(told["psnr"]), measured(told["edited"])]
     for name in ("ssim", "flip"):
         one = told[name]
         cells.append(f"{one['mean']:.4f} ({one['worst']:.4f})" if one else "-")
-    return (*cells, "-" if right is None else f"{right:.1%}")
+    interval = f" [{ends[0]:.0%}, {ends[1]:.0%}]" if ends else ""
+    return (*cells, "-" if right is None else f"{right:.1%}{interval}")

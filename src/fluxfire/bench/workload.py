@@ -66,7 +66,7 @@ class Workload:
             pipe: the pipeline.
             example: what to edit.
             seed: of the noise.
-            steps: other than the workload's.
+            steps: number of denoising steps, in place of the workload's.
 
         Returns:
             The picture, as Pillow's.

@@ -1,4 +1,4 @@
-"""The command `bench`: measure passes alone and stacked, beside controls and rivals."""
+"""The command `bench`: measure passes alone and stacked, beside controls and baselines."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fluxfire.cli.options import (
     wanted,
 )
 from fluxfire.cli.pictures import check_size
-from fluxfire.cli.values import positive, size, whole
+from fluxfire.cli.values import counts, positive, size, whole
 from fluxfire.text import extra_hint
 
 
@@ -34,14 +34,15 @@ def add(commands: Commands) -> None:
         commands: the commands there are already.
     """
     parser = add_command(
-        commands, "bench", bench, "measure passes, alone and stacked, beside controls and rivals"
-    )
+        commands, "bench", bench,
+        "measure passes, alone and stacked, beside plain with fewer steps and other libraries",
+    )  # fmt: skip
     add_model(parser)
     parser.add_argument(
         "--random-full",
         action="store_const", const="random-full", dest="model",
-        help="the full architecture with random weights, as --model random-full: times and "
-        "memory are true, pictures are noise",
+        help="the full architecture with random weights, as --model random-full: time and "
+        "memory are real, pictures are noise",
     )  # fmt: skip
     add_passes(parser)
     add_examples(parser, 8)
@@ -52,13 +53,25 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--warmups", type=whole, default=1,
-        help="runs of two steps before those that count; 0 counts all (default: %(default)s)",
+        help="untimed runs of two steps before each turn; 0 times the first run too "
+        "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--only-stack", action="store_true", help="leave out each pass alone and partial stacks"
-    )
-    parser.add_argument("--no-rivals", action="store_true", help="leave out other libraries")
+        "--only-stack", action="store_true",
+        help="measure the whole list only, without each pass alone and partial lists",
+    )  # fmt: skip
+    parser.add_argument(
+        "--plain-steps", type=counts, default=[], metavar="N,N,…",
+        help="also run the plain pipeline with these numbers of steps; each lossy list gets plain "
+        "at its own work anyway",
+    )  # fmt: skip
+    parser.add_argument(
+        "--baselines", metavar="LIST",
+        help="other libraries to compare with: cache-dit, mag-cache, para-attn, torchao, separated "
+        "by commas, or none (default: all that are installed)",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("bench.json"), help="default: %(default)s")
+    parser.add_argument("--csv", type=Path, help="a line of numbers for each contender")
     parser.add_argument("--html", type=Path, help="a page with tables, plots and pictures")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to write plots (SVG)")
 
@@ -83,12 +96,9 @@ def bench(arguments: argparse.Namespace) -> int:
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     load = Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
-    contenders, notes = _contenders(
-        arguments, passes, edits=any(e.picture is not None for e in examples)
-    )
+    contenders, notes = _contenders(arguments, passes, examples)
     result = _result(arguments, len(examples), notes)
-    turns = arguments.rounds * len(contenders)
-    with edits_bar(turns * (len(examples) + 1)) as tell:
+    with edits_bar() as tell:
         rows = measure(
             pipe, contenders, [load], examples, rounds=arguments.rounds,
             warmups=arguments.warmups, seed=arguments.seed, on_edit=tell,
@@ -105,7 +115,7 @@ def _check(arguments: argparse.Namespace) -> None:
         check_size(*arguments.size)
     if arguments.warmups < 0:
         raise UsageError(f"--warmups {arguments.warmups} is negative")
-    for path in (arguments.out, arguments.html):
+    for path in (arguments.out, arguments.csv, arguments.html):
         if path is not None and not path.resolve().parent.is_dir():
             raise UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
         if path is not None and path.is_dir():
@@ -127,26 +137,41 @@ def _check(arguments: argparse.Namespace) -> None:
             )
 
 
+def _names(asked: str | None) -> list[str] | None:
+    """Read `--baselines`: None is all that are installed."""
+    if asked is None:
+        return None
+    return [] if asked == "none" else [name.strip() for name in asked.split(",")]
+
+
 def _contenders(
-    arguments: argparse.Namespace, passes: Sequence[Any], *, edits: bool
+    arguments: argparse.Namespace, passes: Sequence[Any], examples: Sequence[Any]
 ) -> tuple[list[Any], list[str]]:
-    """Return who competes, and what must be said of it."""
+    """Return what is compared, and notes that belong to the tables."""
     from fluxfire import loading
-    from fluxfire.bench import ladder, quality, rivals, schedules
+    from fluxfire.bench import Contender, baselines, ladder, quality, schedules
+    from fluxfire.bench.intervals import FEWEST
     from fluxfire.bench.power import unavailable
 
     notes = []
     contenders = ladder(passes, partial=not arguments.only_stack)
-    others = [] if arguments.no_rivals else rivals.installed()
+    contenders += [Contender("plain").with_steps(n) for n in arguments.plain_steps]
+    others = baselines.choose(_names(arguments.baselines), steps=arguments.steps)
     if arguments.model in loading.RANDOM:
         notes.append(
-            "the weights are random: pictures are noise, so what is said of them only tells exact "
-            "passes from others; quality on Kontext was not measured"
+            "the weights are random: pictures are noise, so their comparison only tells exact "
+            "passes from lossy ones; quality on Kontext was not measured"
         )
+        edits = any(e.picture is not None for e in examples)
         contenders = [schedules.scheduled(c, arguments.steps, edits=edits) for c in contenders]
         if any(c.scheduled for c in contenders):
-            notes.append("*: which steps a cache leaves out was chosen on Spark, and fixed")
-        others = [c for c in others if not rivals.decides_by_content(c)]
+            notes.append("*: the steps that a cache skips were chosen on Spark, and fixed")
+        others = [c for c in others if not baselines.decides_by_content(c)]
+    elif len(examples) < FEWEST:
+        notes.append(
+            f"{len(examples)} examples are too few to tell a method from plain with fewer steps: "
+            f"give {FEWEST} or more"
+        )
     if missing := quality.missing():
         notes.append(f"not installed: {', '.join(missing)}; {extra_hint('bench')}")
     if why := unavailable():
@@ -167,7 +192,7 @@ def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> d
     }
     return {
         "benchmark": "bench",
-        "schema": 1,
+        "schema": 2,
         **stamp(),
         "model": arguments.model,
         "random_weights": arguments.model in loading.RANDOM,
@@ -181,6 +206,11 @@ def _write(
     arguments: argparse.Namespace, result: dict[str, Any], rows: Sequence[Any], examples: Any
 ) -> None:
     note(f"the raw result is in {arguments.out}")
+    if arguments.csv is not None:
+        from fluxfire.bench import tables
+
+        arguments.csv.write_text(tables.as_csv(result), encoding="utf-8")
+        note(f"the numbers are in {arguments.csv}")
     if arguments.html is not None:
         from fluxfire.bench import page
 

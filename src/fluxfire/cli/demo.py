@@ -1,4 +1,7 @@
-"""The command `demo`: edit pictures with Spark, plain and with passes, and compare."""
+"""The command `demo`: edit pictures with Spark, plain and with passes, and compare.
+
+With lossy passes, plain with as many steps as they computed stands beside them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from fluxfire.cli.options import (
     add_examples,
     add_passes,
     add_sampling,
+    check_pair,
     edits_bar,
     examples_wanted,
     note,
@@ -29,7 +33,7 @@ def add(commands: Commands) -> None:
         commands, "demo", compare, "edit pictures with Spark, plain and with passes, and compare"
     )
     add_passes(parser, default="first-block-cache alone")
-    parser.set_defaults(passes="first-block-cache")  # its gain shows on any machine
+    parser.set_defaults(passes="first-block-cache")  # it needs no compiler and no GPU
     add_examples(parser, 8)
     parser.add_argument("-o", "--output", default="demo.png", help="default: %(default)s")
     add_sampling(parser)
@@ -44,6 +48,7 @@ def compare(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
+    check_pair(arguments)
     output = writable(arguments.output)
     passes = wanted(arguments)
     from fluxfire import api, spark
@@ -62,8 +67,7 @@ def compare(arguments: argparse.Namespace) -> int:
         planned.raise_if_bad()
     pictures = "one picture" if len(examples) == 1 else f"{len(examples)} pictures"
     note(f"editing {pictures} plain, then with passes, on {pipe.device}")
-    turns = 2 if passes else 1
-    with edits_bar(turns * (len(examples) + 1)) as tell:
+    with edits_bar() as tell:
         done = demo.run(
             pipe, passes, examples, steps=arguments.steps, seed=arguments.seed, on_edit=tell
         )

@@ -1,4 +1,4 @@
-"""The command `tune`: the fastest list of passes that keeps to a stated budget."""
+"""The command `tune`: the fastest list of passes, or number of steps, within a stated budget."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ def add(commands: Commands) -> None:
         commands: the commands there are already.
     """
     parser = add_command(
-        commands, "tune", tune, "find the fastest passes that keep to a budget on your pictures"
-    )
+        commands, "tune", tune,
+        "find the fastest passes, or number of steps, within a quality budget on your pictures",
+    )  # fmt: skip
     add_model(parser)
     add_examples(parser, _EXAMPLES)
     add_sampling(parser)
@@ -45,13 +46,13 @@ def add(commands: Commands) -> None:
     budget.add_argument("--max-flip", type=float, metavar="FLIP", help="FLIP of the worst picture")
     budget.add_argument(
         "--max-lost", type=float, metavar="SHARE",
-        help="how many of the right edits may be lost: 0.01 is one point (Spark's scenes only)",
+        help="allowed drop in right edits, as a share: 0.01 is one percentage point (Spark's "
+        "scenes only)",
     )  # fmt: skip
     parser.add_argument(
         "--prices", type=prices, metavar="KIND=SECONDS,…",
-        help="what steps take where it is to be used, in the place of what they take here: "
-        "computed, reused and hit, and around for the rest of an edit (for caches alone: other "
-        "passes are taken to cost nothing and gain nothing)",
+        help="seconds per step on the target machine: computed, reused and hit, and around for "
+        "the rest of an edit (searches caches and fewer steps only)",
     )  # fmt: skip
     parser.add_argument(
         "--out", type=Path, default=Path("tuned.json"),
@@ -66,7 +67,7 @@ def tune(arguments: argparse.Namespace) -> int:
         arguments: the command's.
 
     Returns:
-        The exit status: 1 if only the plain pipeline keeps to the budget.
+        The exit status: 1 if only the plain pipeline with all its steps keeps to the budget.
 
     Raises:
         UsageError: if nothing can be tuned so.
@@ -101,5 +102,8 @@ def tune(arguments: argparse.Namespace) -> int:
         )
     say(found)
     found.save(out)
-    note(f'saved: optimize(pipe, "{out}") applies it, and --preset {out} on the command line')
-    return 0 if found.passes else 1
+    if found.passes or not found.steps:
+        note(f'saved: optimize(pipe, "{out}") applies it, and --preset {out} on the command line')
+    if found.steps:
+        note(f"call the pipeline with num_inference_steps={found.steps} (--steps {found.steps})")
+    return 0 if found.passes or found.steps else 1

@@ -64,6 +64,21 @@ def positive(text: str) -> int:
     return number
 
 
+def counts(text: str) -> list[int]:
+    """Read whole numbers above zero, separated by commas.
+
+    Args:
+        text: the argument.
+
+    Returns:
+        The numbers, each once.
+
+    Raises:
+        argparse.ArgumentTypeError: if one of them is none.
+    """
+    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+
+
 def seed(text: str) -> int:
     """Read a number that seeds a generator.
 
