@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -11,10 +13,15 @@ from fluxfire import presets, spark
 from fluxfire.bench import held_out
 from fluxfire.passes import Compile, EncodingCache, FirstBlockCache, Float8, ReferenceCache
 from fluxfire.serve.editing import Editor
-from fluxfire.serve.levels import current, offered, usual
-from fluxfire.serve.wire import AS_APPLIED, LEVELS, PipelineRequest, RawPicture
+from fluxfire.serve.levels import current, described, offered, usual
+from fluxfire.serve.wire import AS_APPLIED, LEVELS, STEPS, PipelineRequest, RawPicture
 
 LOOSE = FirstBlockCache(0.9, predict="hold")
+PAGE = Path(__file__).parent.parent / "docs" / "pages" / "how-to" / "serve.md"
+
+
+def cache_of(level):
+    return next(p for p in presets.named(level) if isinstance(p, FirstBlockCache))
 
 
 def test_presets_offer_what_they_can():
@@ -23,8 +30,39 @@ def test_presets_offer_what_they_can():
         assert tuple(offered(presets.named(name))) == LEVELS
         assert current(presets.named(name)) == name
     assert current(presets.faithful) == "faithful"
-    assert usual("cuda") == presets.balanced
-    assert current(usual("cpu")) == "balanced"
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_by_default_nothing_is_lossy_and_requests_can_ask_for_it(device):
+    passes = usual(device)
+    assert current(passes) == "faithful"
+    assert {p.exactness for p in passes}.isdisjoint({"lossy"})
+    assert tuple(offered(passes)) == LEVELS
+    assert offered(passes)["balanced"] == (cache_of("balanced"),)
+
+
+def test_the_default_is_faithful_and_a_cache():
+    *_, cache, compiled = usual("cuda")
+    assert (*usual("cuda")[:-2], compiled) == presets.faithful
+    assert usual("cpu") == (cache,) == (cache_of("balanced").off(),)
+
+
+@pytest.mark.parametrize("applied", [usual("cuda"), (LOOSE, ReferenceCache(0.3)), presets.faithful])
+@pytest.mark.parametrize("steps", [8, STEPS, 50])
+def test_a_level_says_what_it_does(applied, steps):
+    for level, settings in offered(applied).items():
+        if level == "faithful":
+            assert described(settings, steps) == "computes every step"
+        else:
+            most = cache_of(level).most_hits(steps)
+            assert described(settings, steps) == f"lossy: skips up to {most} of {steps} steps"
+        lossy = "lossy" in {p.exactness for p in settings}
+        assert described(settings, steps).startswith("lossy") == lossy
+
+
+def test_the_page_says_what_the_levels_say():
+    said = [f"# {name}: {described(of)}" for name, of in offered(usual("cuda")).items()]
+    assert "\n".join(said) in PAGE.read_text()
 
 
 def test_what_is_lossy_otherwise_rules_all_out():
@@ -46,7 +84,7 @@ def test_a_cache_that_a_level_does_not_have_is_off():
 @pytest.fixture(scope="module")
 def editor():
     pipe = spark.load()
-    passes = (FirstBlockCache(0.27, predict="quadratic"), ReferenceCache(0.2))
+    passes = (LOOSE, ReferenceCache(0.2))
     fluxfire.optimize(pipe, passes)
     return Editor(pipe, passes, "spark")
 
@@ -77,7 +115,7 @@ def test_a_level_is_its_preset(editor, level):
     """Bit for bit, with the pipeline called as a user would."""
     example = EXAMPLES[0]
     pipe = spark.load()
-    fluxfire.optimize(pipe, [p for p in presets.named(level) if isinstance(p, FirstBlockCache)])
+    fluxfire.optimize(pipe, [] if level == "faithful" else [cache_of(level)])
     picture = pipe(
         image=example.picture, prompt=example.instruction, num_inference_steps=12,
         generator=torch.Generator().manual_seed(0),
@@ -88,6 +126,22 @@ def test_a_level_is_its_preset(editor, level):
     assert list(result.steps) == kinds
     assert result.hit_rate == pytest.approx(kinds.count("hit") / 12)
     assert ("hit" in kinds) == (level != "faithful")
+
+
+def test_a_request_that_names_no_quality_gets_every_step_computed():
+    pipe = spark.load()
+    passes = usual(pipe.device.type)
+    fluxfire.optimize(pipe, passes)
+    editor = Editor(pipe, passes, "spark")
+    assert editor.facts.level == "faithful"
+    assert editor.facts.levels["faithful"] == "computes every step"
+    assert list(editor.facts.levels) == list(LEVELS)
+    (usually,) = edit(editor, ask(0))
+    assert set(usually.steps) == {"computed"}
+    (skipping,) = edit(editor, ask(0, level="balanced"))
+    assert 0 < skipping.steps.count("hit") <= cache_of("balanced").most_hits(12)
+    (again,) = edit(editor, ask(0))
+    assert again == usually
 
 
 def test_a_batch_gives_what_each_gives_alone(editor):

@@ -28,7 +28,7 @@ COUNTS = st.integers(1, 1000)
 CHOICES = st.builds(
     Deployment,
     model=st.sampled_from(["spark", "a/b", "./folder"]),
-    preset=st.sampled_from(["faithful", "fast", "mine.json"]),
+    preset=st.sampled_from([None, "faithful", "fast", "mine.json"]),
     storage=st.none() | st.just("s3://bucket/pictures"),
     max_queue=COUNTS,
     max_batch=COUNTS,
@@ -119,6 +119,7 @@ def test_settings_have_keys_always_and_what_was_chosen():
         "max_batch": 2,
     }
     assert deployment.settings_arguments(chosen, keys, Path("p.json"))["preset"] == "p.json"
+    assert deployment.settings_arguments(Deployment(), keys)["preset"] is None
 
 
 def test_settings_arguments_are_those_that_the_server_takes(tmp_path):
@@ -269,7 +270,7 @@ def test_the_page_counts_with_the_window_that_is_deployed():
 
 def test_the_page_names_every_variable():
     text = PAGE.read_text()
-    for name in Deployment(storage="s3://bucket").variables():
+    for name in Deployment(preset="fast", storage="s3://bucket").variables():
         assert f"`{name}`" in text
 
 
@@ -382,6 +383,30 @@ def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
     passes = recipes.read(prewarm.recipe(folder, str(preset)))
     assert passes == (QKVFusion(), FirstBlockCache(0.2), MegaCache(str(file)))
     fluxfire.optimize(loading.load("spark"), str(folder / "passes-mine.json"))
+
+
+def test_by_default_containers_are_faithful_and_requests_can_ask_for_less(tmp_path):
+    from fluxfire import recipes
+    from fluxfire.serve import levels
+
+    assert Deployment().preset is None
+    prewarm.warm(tmp_path, "spark", None, sizes=[(64, 64)], _auto_resize=False)
+    file = prewarm.recipe(tmp_path, None)
+    passes = recipes.read(file)
+    assert passes[-1].name == "mega-cache"
+    assert passes[:-1] == levels.usual("cpu")
+    assert levels.current(passes) == "faithful"
+    assert set(levels.offered(passes)) == {"faithful", "balanced", "fast"}
+    assert deployment.settings_arguments(Deployment(), tmp_path, file)["preset"] == str(file)
+
+
+def test_a_wrong_preset_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
+    from fluxfire import loading
+    from fluxfire.errors import PlanError
+
+    monkeypatch.setattr(loading, "load", lambda model: pytest.fail(f"loaded {model}"))
+    with pytest.raises(PlanError, match="there is no preset 'quick'"):
+        prewarm.warm(tmp_path, "spark", "quick")
 
 
 @pytest.mark.slow

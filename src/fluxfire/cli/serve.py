@@ -23,7 +23,7 @@ def add(commands: Commands) -> None:
     """
     parser = add_command(commands, "serve", serve, "edit pictures for others, over HTTP")
     add_model(parser)
-    add_passes(parser, default="balanced, which is lossy; on a CPU its cache alone")
+    add_passes(parser, default="faithful, where requests may ask for balanced or fast")
     parser.add_argument("--host", default=Settings.host, help="default: %(default)s")
     parser.add_argument("--port", type=whole, default=Settings.port, help="default: %(default)s")
     parser.add_argument(
@@ -112,6 +112,8 @@ def serve(arguments: argparse.Namespace) -> int:
     def tell(facts: Facts) -> None:
         passes = ", ".join(facts.passes) or "no passes"
         said = f"ready: {settings.model} on {facts.device} with {passes}; quality {facts.level}"
+        if others := [level for level in facts.levels if level != facts.level]:
+            said += f", unless a request asks for {' or '.join(others)}"
         with contextlib.suppress(OSError):  # nobody may read it any more
             note(said)
 

@@ -33,13 +33,14 @@ from fluxfire.serve.schema import (
     EditRequest,
     Health,
     JobAnswer,
+    Quality,
     form_schema,
 )
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
 from fluxfire.serve.strangers import OnlyThisMachine
-from fluxfire.serve.wire import Facts
+from fluxfire.serve.wire import STEPS, Facts
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -249,12 +250,12 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
             trouble=engine().trouble,
             device=facts.device if facts else None,
             passes=list(facts.passes) if facts else [],
-            qualities=list(facts.levels) if facts else [],
+            qualities=[Quality(name=n, about=a) for n, a in facts.levels.items()] if facts else [],
             quality=facts.level if facts else None,
             key_required=app.state.keys is not None,
             max_pixels=settings.max_pixels,
             max_bytes=settings.max_bytes,
-            default_steps=EditRequest.model_fields["steps"].default,
+            default_steps=STEPS,
         )
 
     unwell = {**problems(), 503: {"model": Health, "description": "It does not."}}

@@ -26,7 +26,8 @@ class Deployment:
 
     Attributes:
         model: what `fluxfire.loading.load` takes.
-        preset: a preset's name.
+        preset: a preset's name, or a file that `fluxfire tune` wrote. None is the server's own
+            default: `faithful`, unless a request asks for a lossy quality.
         storage: where pictures are stored, as the server's own option; None sends them back.
         max_queue: requests that wait in one container.
         max_batch: requests that are edited together.
@@ -36,7 +37,7 @@ class Deployment:
     """
 
     model: str = "black-forest-labs/FLUX.1-Kontext-dev"
-    preset: str = "balanced"
+    preset: str | None = None
     storage: str | None = None
     max_queue: int = 32
     max_batch: int = 1

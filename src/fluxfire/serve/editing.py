@@ -12,7 +12,7 @@ from PIL import Image
 from fluxfire import api, kontext
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
-from fluxfire.serve.levels import current, offered
+from fluxfire.serve.levels import current, described, offered
 from fluxfire.serve.wire import Facts, Level, PipelineRequest, RawPicture, Result
 from fluxfire.text import spelled
 
@@ -30,7 +30,7 @@ class Editor:
             model,
             str(pipe.device),
             tuple(map(spelled, passes)),
-            tuple(self._levels),
+            {level: described(settings) for level, settings in self._levels.items()},
             current(passes),
         )
 

@@ -306,10 +306,9 @@ class Engine:
     def _check_level(self, level: Level | None) -> None:
         facts = self.facts  # not known while the first worker loads: then what waits is looked at
         if level is not None and facts is not None and level not in facts.levels:
-            offered = ", ".join(facts.levels) or f"none but {facts.level!r}"
+            offers = ", ".join(facts.levels) or "no choice, so leave quality out"
             raise Refused(
-                f"quality={level!r} cannot be given by the passes that are applied; "
-                f"there is {offered}",
+                f"the passes of this service cannot give quality={level!r}; it offers {offers}",
                 status=422, code="quality-not-offered",
             )  # fmt: skip
 

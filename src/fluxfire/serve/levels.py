@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fluxfire import presets
 from fluxfire.protocol import Pass, configured
-from fluxfire.serve.wire import AS_APPLIED, LEVELS, Level
+from fluxfire.serve.wire import AS_APPLIED, LEVELS, STEPS, Level
 
 
 def usual(device: str) -> tuple[Pass, ...]:
-    """Return what is applied where nothing is asked for: `balanced`; on a CPU its cache alone.
+    """Return what a service applies by default: `faithful`, and the cache of `balanced`, off.
+
+    Nothing lossy happens unless a request asks for it: the cache is there to be switched on. A CPU
+    gets the cache alone, since compiling takes longer there than it saves.
 
     Args:
-        device: `"cuda"` or `"cpu"`, where compiling takes longer than it saves.
+        device: `"cuda"` or `"cpu"`.
     """
-    return presets.balanced if device == "cuda" else tuple(filter(_is_tunable, presets.balanced))
+    passes = tuple(_set(p, None) if _is_tunable(p) else p for p in presets.balanced)
+    return passes if device == "cuda" else tuple(filter(_is_tunable, passes))
 
 
 def offered(applied: Sequence[Pass]) -> dict[Level, tuple[Pass, ...]]:
@@ -48,6 +52,17 @@ def current(applied: Sequence[Pass]) -> str:
         if settings == caches:
             return level
     return AS_APPLIED
+
+
+def described(settings: Iterable[Pass], steps: int = STEPS) -> str:
+    """Say in a few words what a level does.
+
+    Args:
+        settings: the level's, as `offered` returns them.
+        steps: how many steps the edit has.
+    """
+    most = sum(p.most_hits(steps) for p in settings if hasattr(p, "most_hits"))
+    return f"lossy: skips up to {most} of {steps} steps" if most else "computes every step"
 
 
 def _is_tunable(pass_: Any) -> bool:

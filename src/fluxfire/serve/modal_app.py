@@ -62,7 +62,7 @@ def describe(chosen: Deployment | None = None) -> dict[str, object]:
         "memory, MiB": MEMORY_MIB,
         "Python": PYTHON,
         "model": chosen.model,
-        "preset": chosen.preset,
+        "preset": chosen.preset or "faithful; balanced or fast where a request asks",
         "volume": f"{NAME} at {FOLDER}",
         "secrets": ", ".join(_secrets(chosen)),
         "containers at least": 0,

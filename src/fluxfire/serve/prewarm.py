@@ -10,18 +10,23 @@ ARTIFACTS = "kontext.megacache"
 SIZES = ((1024, 1024), (1024, 768), (768, 1024))
 
 
-def recipe(folder: Path, preset: str) -> Path:
+def recipe(folder: Path, preset: str | None) -> Path:
     """Return the file that has the passes of a preset, with the artifacts' own.
 
     Args:
         folder: where `warm` saves.
-        preset: a preset's name, or a file that `fluxfire tune` wrote.
+        preset: a preset's name, or a file that `fluxfire tune` wrote; None for a server's default.
     """
-    return folder / f"passes-{Path(preset).stem}.json"
+    return folder / (f"passes-{Path(preset).stem}.json" if preset else "passes.json")
 
 
 def warm(
-    folder: Path, model: str, preset: str, *, sizes: Iterable[tuple[int, int]] = SIZES, **call: Any
+    folder: Path,
+    model: str,
+    preset: str | None,
+    *,
+    sizes: Iterable[tuple[int, int]] = SIZES,
+    **call: Any,
 ) -> str:
     """Load a model, optimize it, warm it up, and save what a container can take over.
 
@@ -31,7 +36,7 @@ def warm(
     Args:
         folder: where to save.
         model: what `fluxfire.loading.load` takes.
-        preset: a preset's name, or a file that `fluxfire tune` wrote.
+        preset: a preset's name, or a file that `fluxfire tune` wrote; None for a server's default.
         sizes: output sizes to compile for.
         **call: further arguments of the pipeline's call, as for `fluxfire.warmup`.
 
@@ -42,11 +47,14 @@ def warm(
     from fluxfire import loading, recipes
     from fluxfire.passes import MegaCache
     from fluxfire.resolve import preset_or_file
+    from fluxfire.serve.levels import usual
 
     folder.mkdir(parents=True, exist_ok=True)
-    others = [p for p in preset_or_file(preset) if p.name != MegaCache.name]
-    passes = fluxfire.order([*others, MegaCache(folder / ARTIFACTS)])
+    named = preset_or_file(preset) if preset else ()  # a wrong name, before a model is loaded
     pipe = loading.load(model)
+    wanted = named if preset else usual(pipe.device.type)
+    others = [p for p in wanted if p.name != MegaCache.name]
+    passes = fluxfire.order([*others, MegaCache(folder / ARTIFACTS)])
     fluxfire.optimize(pipe, passes)
     fluxfire.warmup(pipe, sizes=list(sizes), **call)
     recipes.write(passes, recipe(folder, preset))

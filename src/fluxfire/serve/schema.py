@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fluxfire.serve.wire import Level
+from fluxfire.serve.wire import STEPS, Level
 
 _SCALE = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
 _SIDE = Annotated[int, Field(ge=256, le=1024, multiple_of=16)]
@@ -22,10 +22,10 @@ class EditRequest(BaseModel):
         extra="forbid",
         json_schema_extra={
             "examples": [
-                {"prompt": "make it night", "image": _PIXEL, "quality": "balanced", "seed": 7},
+                {"prompt": "make it night", "image": _PIXEL, "quality": "faithful", "seed": 7},
                 {
                     "prompt": "A majestic dragon breathing rainbow fire",
-                    "num_images": 1, "width": 1024, "height": 1024, "steps": 28,
+                    "num_images": 1, "width": 1024, "height": 1024, "steps": STEPS,
                 },
             ]
         },
@@ -52,12 +52,14 @@ class EditRequest(BaseModel):
         1024, description="With height: the shape wanted, and a wish for the size."
     )
     height: _SIDE = 1024
-    steps: int = Field(28, ge=1, le=50)
+    steps: int = Field(STEPS, ge=1, le=50)
     num_images: int = Field(1, ge=1, le=4)
     output_format: Literal["PNG", "JPG", "WEBP"] = "PNG"
     output_quality: int = Field(90, ge=1, le=100)
     quality: Level | None = Field(
-        None, description="How much may be left out; by default as the service is set."
+        None,
+        description="`faithful` computes every step; `balanced` and `fast` are lossy and skip "
+        "some. `/about` says how many, and which quality a request gets that names none.",
     )
 
     @model_validator(mode="after")
@@ -137,6 +139,13 @@ class JobAnswer(BaseModel):
     error: Problem | None
 
 
+class Quality(BaseModel):
+    """A quality that a request can ask for."""
+
+    name: Level
+    about: str = Field(description="What it does.")
+
+
 class About(BaseModel):
     """The service."""
 
@@ -146,8 +155,10 @@ class About(BaseModel):
     trouble: str | None = Field(None, description="Why there is no pipeline, if so.")
     device: str | None
     passes: list[str]
-    qualities: list[Level]
-    quality: str | None
+    qualities: list[Quality]
+    quality: str | None = Field(
+        description='What a request gets unless it asks for another; perhaps "as applied".'
+    )
     key_required: bool
     max_pixels: int
     max_bytes: int

@@ -24,8 +24,8 @@ class Settings:
 
     Attributes:
         model: as `fluxfire run --model`: spark, a folder, a hub id, random-tiny or random-full.
-        preset: a preset's name, or a file that tune wrote. None means `balanced`, of which a CPU
-            gets the cache alone.
+        preset: a preset's name, or a file that `fluxfire tune` wrote. None means `faithful`, and
+            lets each request ask for `balanced` or `fast`, which are lossy; a CPU compiles nothing.
         passes: names of passes in order, separated by commas, or none; instead of a preset.
         host: address to listen on.
         port: port to listen on; 0 for any.

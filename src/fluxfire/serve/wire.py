@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the server's process does without torch
 
 Level = Literal["faithful", "balanced", "fast"]
 LEVELS: tuple[Level, ...] = ("faithful", "balanced", "fast")
+STEPS = 28
+"""How many steps an edit has, unless its request says otherwise."""
 AS_APPLIED = "as applied"
 """The quality of passes that are set otherwise than any level."""
 
@@ -60,7 +62,7 @@ class PipelineRequest:
     picture: RawPicture | None = None
     seeds: tuple[int, ...] = (0,)
     size: tuple[int, int] | None = None
-    steps: int = 28
+    steps: int = STEPS
     guidance_scale: float = 3.5
     true_cfg_scale: float = 1.0
     level: Level | None = None
@@ -101,14 +103,14 @@ class Facts:
         model: as in the settings.
         device: where it runs.
         passes: what was applied, as text.
-        levels: the qualities that these passes can give.
-        level: which of them they are set to, or `AS_APPLIED`.
+        levels: the qualities that these passes can give, and in words what each does.
+        level: the quality that a request gets unless it asks for another, or `AS_APPLIED`.
     """
 
     model: str
     device: str
     passes: tuple[str, ...]
-    levels: tuple[Level, ...]
+    levels: Mapping[Level, str]
     level: str
 
 

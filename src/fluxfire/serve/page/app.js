@@ -96,16 +96,18 @@ async function ask() {
   if (about.state === "starting") setTimeout(ask, 1000);
 }
 
-function offer(qualities, preset) {
-  const chosen = new FormData($("form")).get("quality") ?? preset;
-  const labels = qualities.map((quality) => {
-    const label = document.createElement("label");
-    const input = document.createElement("input");
-    const name = document.createElement("span");
-    Object.assign(input, { type: "radio", name: "quality", value: quality });
-    input.checked = quality === chosen;
-    name.textContent = quality;
-    label.append(input, name);
+function offer(qualities, usual) {
+  const chosen = new FormData($("form")).get("quality") ?? usual;
+  const labels = qualities.map(({ name, about }) => {
+    const [label, input, shown, title, does] = ["label", "input", "span", "b", "small"].map((tag) =>
+      document.createElement(tag),
+    );
+    Object.assign(input, { type: "radio", name: "quality", value: name });
+    input.checked = name === chosen;
+    title.textContent = name;
+    does.textContent = about;
+    shown.append(title, " ", does);
+    label.append(input, shown);
     return label;
   });
   $("qualities").querySelectorAll("label").forEach((label) => label.remove());
