@@ -9,11 +9,18 @@ os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fluxfire-tests-")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from fluxfire.testing import edit, tiny_kontext
 
 # Tiny tensors are slower on many threads, and bits depend on their number.
 torch.set_num_threads(1)
+
+# A busy machine may take any time for an example, and to make one up.
+settings.register_profile(
+    "any-machine", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any-machine")
 
 
 @pytest.fixture(params=["edit", "inpaint"])

@@ -208,13 +208,13 @@ def test_two_threads_in_one_pipeline_get_a_clear_error(pipe, reference):
 
     def wait(_pipe, _step, _t, tensors):
         inside.set()
-        done.wait(20)
+        done.wait(600)
         return tensors
 
     result = []
     thread = threading.Thread(target=lambda: result.append(edit(pipe, callback_on_step_end=wait)))
     thread.start()
-    assert inside.wait(20)
+    assert inside.wait(600)
     try:
         with pytest.raises(BusyError, match="already generating in another thread"):
             edit(pipe)

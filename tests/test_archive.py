@@ -17,7 +17,8 @@ from fluxfire.artifacts import archive
 from fluxfire.artifacts.archive import ArchiveError, Payload
 
 ANY_FOLDER = settings(
-    max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=300,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 words = st.text(max_size=12).filter(str.isprintable)
 payloads = st.builds(

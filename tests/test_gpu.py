@@ -200,9 +200,10 @@ def test_model_offload_works_with_passes_before_and_after():
 def test_steps_are_timed_by_the_device():
     pipe = fluxfire.optimize(on_gpu(), [])
     edit(pipe, steps=5)
-    steps = fluxfire.report(pipe).runs[-1].step_seconds
-    assert len(steps) == 5
-    assert all(0 < s < 10 for s in steps)
+    run = fluxfire.report(pipe).runs[-1]
+    assert len(run.step_seconds) == 5
+    assert min(run.step_seconds) > 0
+    assert sum(run.step_seconds) < run.seconds  # by the wall clock
 
 
 @pytest.mark.slow

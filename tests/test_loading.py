@@ -58,6 +58,7 @@ def said(hub, tmp_path_factory):
     settings |= {
         "HF_ENDPOINT": hub[0], "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": "hf_mine",
         "HF_HOME": str(tmp_path_factory.mktemp("hub")),
+        "HF_HUB_ETAG_TIMEOUT": "600", "HF_HUB_DOWNLOAD_TIMEOUT": "600",
     }  # fmt: skip
     statuses = ["401", "403", "404"]
     done = subprocess.run(
@@ -66,7 +67,7 @@ def said(hub, tmp_path_factory):
         text=True,
         env=settings,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     return dict(zip(statuses, done.stdout.splitlines(), strict=True))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-import time
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +23,7 @@ class Nvml:
 
     def __init__(self, *, counter=True):
         self.open, self.asked, self.counter = 0, [], counter
+        self.now, self.sampled = 0.0, threading.Event()
 
     def nvmlInit(self):  # noqa: N802 - NVML's names
         self.open += 1
@@ -37,9 +38,10 @@ class Nvml:
     def nvmlDeviceGetTotalEnergyConsumption(self, _):  # noqa: N802
         if not self.counter:
             raise NVMLError
-        return time.perf_counter() * 100 * 1e3
+        return self.now * 100 * 1e3
 
     def nvmlDeviceGetUtilizationRates(self, _):  # noqa: N802
+        self.sampled.set()
         return SimpleNamespace(gpu=60)
 
 
@@ -48,6 +50,7 @@ def nvml(monkeypatch):
     fake = Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
     monkeypatch.setattr(power, "unavailable", lambda: None)
+    monkeypatch.setattr(power, "time", SimpleNamespace(perf_counter=lambda: fake.now))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"card-{i}")
@@ -57,11 +60,11 @@ def nvml(monkeypatch):
 
 
 def test_energy_and_utilisation(nvml):
-    began = time.perf_counter()
     with power.metered() as drawn:
-        time.sleep(0.2)
-    whole = time.perf_counter() - began
-    assert 20 <= 100 * drawn.seconds <= drawn.joules <= 100 * whole
+        nvml.now += 0.2
+        assert nvml.sampled.wait(600)
+    assert drawn.seconds == pytest.approx(0.2)
+    assert drawn.joules == pytest.approx(20)
     assert drawn.utilisation == pytest.approx(0.6)
     assert nvml.asked == ["GPU-card-1"]  # torch's card, not NVML's first
     assert nvml.open == 0

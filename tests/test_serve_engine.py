@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import idle_loop
 from fluxfire.serve import engine as engine_module
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.refusing import Refused
@@ -27,7 +28,7 @@ from fluxfire.serve.wire import (
     StepDone,
 )
 
-FACTS = Facts("spark", "cpu", (), ("faithful",), "faithful")
+FACTS = Facts("spark", "cpu", (), {"faithful": "computes every step"}, "faithful")
 GONE = Refused("gone", status=499, code="gone")
 
 
@@ -116,7 +117,7 @@ def ask(kind=0, pictures=1, **more):
 def on_a_loop(test):
     @functools.wraps(test)
     def run(*args, **kwargs):
-        asyncio.run(test(*args, **kwargs))
+        idle_loop.run(test(*args, **kwargs))
 
     return run
 
@@ -363,7 +364,7 @@ async def test_places_are_of_the_queue():
     with pytest.raises(Refused, match="2 requests wait already"):
         bench.engine.reserve(None)
     bench.engine.leave(three)
-    with pytest.raises(Refused, match="quality='fast' cannot be given"):
+    with pytest.raises(Refused, match="cannot give quality='fast'"):
         bench.engine.reserve("fast")
 
 
@@ -417,9 +418,12 @@ async def test_levels_that_are_not_offered():
     early = bench.submit(ask(level="fast"))
     await bench.ready()
     for refused in (early.done.result, lambda: bench.submit(ask(level="fast"))):
-        with pytest.raises(Refused, match="quality='fast' cannot be given.*there is faithful"):
+        with pytest.raises(Refused, match="cannot give quality='fast'; it offers faithful"):
             refused()
     bench.submit(ask(level="faithful"))
+    await bench.say(Ready(Facts("spark", "cpu", (), {}, "as applied")))
+    with pytest.raises(Refused, match="it offers no choice, so leave quality out"):
+        bench.submit(ask(level="faithful"))
 
 
 @on_a_loop

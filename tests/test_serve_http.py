@@ -27,6 +27,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from fluxfire.bench import held_out  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
+from fluxfire.serve.levels import described, offered, usual  # noqa: E402
 
 EXAMPLE = held_out(1)[0]
 HALF_A_REQUEST = (
@@ -143,14 +144,27 @@ def test_several_pictures_are_those_of_the_seeds_that_follow(client):
 
 
 def test_quality_by_request(client):
-    assert client.get("/about").json()["qualities"] == ["faithful", "balanced", "fast"]
+    assert client.get("/about").json()["qualities"] == [
+        {"name": name, "about": described(settings)}
+        for name, settings in offered(usual("cpu")).items()
+    ]
     faithful = edit(client, quality="faithful", steps=12)
     assert (faithful["quality"], set(faithful["steps"])) == ("faithful", {"computed"})
     fast = edit(client, quality="fast", steps=12)
     assert fast["quality"] == "fast"
     assert fast["hit_rate"] == pytest.approx(fast["steps"].count("hit") / 12)
     assert fast["hit_rate"] > 0
-    assert edit(client)["quality"] == "balanced"
+
+
+def test_nothing_is_skipped_unless_asked_for(client):
+    assert client.get("/about").json()["quality"] == "faithful"
+    usually = edit(client, steps=12)
+    assert (usually["quality"], usually["hit_rate"]) == ("faithful", 0)
+    assert usually["steps"] == ["computed"] * 12
+    skipping = edit(client, steps=12, quality="balanced")
+    assert skipping["quality"] == "balanced"
+    assert "hit" in skipping["steps"]
+    assert not np.array_equal(pictures(skipping)[0], pictures(usually)[0])
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPG", "WEBP"])
@@ -457,7 +471,7 @@ def test_keys_storage_and_a_deadline(tmp_path, monkeypatch):
         wrong = link[:-1] + ("0" if link[-1] != "0" else "1")
         problem(client.get(wrong), 403, "link-invalid", "")
         response = client.post("/inference", json=body(quality="fast"))
-        problem(response, 422, "quality-not-offered", "there is faithful")
+        problem(response, 422, "quality-not-offered", "it offers faithful")
         with monkeypatch.context() as patch:
             patch.setitem(vars(client.app.state.settings), "request_seconds", 0.5)
             response = client.post("/inference", json=body(steps=50, num_images=4))
@@ -506,6 +520,7 @@ def asked_while_it_is_stopped(process, url, **slow):
     said = ended(process)
     assert process.returncode in {0, -signal.SIGTERM}  # uvicorn then ends as it was told to
     assert "ready: spark on cpu with FirstBlockCache" in said
+    assert "quality faithful, unless a request asks for balanced or fast" in said
     assert "/metrics" not in said  # nor any other probe
     return answers[0]
 

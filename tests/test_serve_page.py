@@ -128,6 +128,19 @@ def test_an_edit_from_picture_to_comparison(page, photo):
     assert page.locator("#progress").is_hidden()
 
 
+def test_each_quality_says_what_it_does_and_faithful_is_chosen(page, photo, service):
+    levels = service.app.state.engine.facts.levels
+    assert list(levels) == ["faithful", "balanced", "fast"]
+    for name, does in levels.items():
+        radio = page.get_by_role("radio", name=f"{name} {does}")
+        assert radio.is_checked() == (name == "faithful")
+    fill(page, photo, steps="8")
+    page.click("#edit")
+    sync_api.expect(page.locator("#saved")).to_have_text(
+        "All 8 steps were computed in full. Quality: faithful."
+    )
+
+
 def test_the_slider_moves_what_is_seen(page, photo):
     fill(page, photo, steps="1")
     page.click("#edit")

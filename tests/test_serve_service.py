@@ -14,6 +14,7 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
+import idle_loop
 from fluxfire.serve import service as service_module
 from fluxfire.serve.engine import Place, Ticket
 from fluxfire.serve.reading import Sent, unless
@@ -31,7 +32,7 @@ class Watched(RawPicture):
 class Engine:
     """Takes one request."""
 
-    facts = Facts("spark", "cpu", (), ("faithful",), "faithful")
+    facts = Facts("spark", "cpu", (), {"faithful": "computes every step"}, "faithful")
 
     def __init__(self):
         self.place, self.ticket, self.left = Place(), None, False
@@ -55,10 +56,11 @@ class Slow:
     """A store that keeps a picture waiting."""
 
     def __init__(self):
-        self.go_on = threading.Event()
+        self.begun, self.go_on = threading.Event(), threading.Event()
 
     def put(self, name, data, kind):
-        assert self.go_on.wait(30)
+        self.begun.set()
+        assert self.go_on.wait(600)
 
     def url(self, name):
         return f"/files/{name}"
@@ -94,7 +96,7 @@ def test_a_request_that_waits_has_no_picture_but_its_pixels(kind):
         assert ticket.ask.picture.picture().size == (16, 16)
         editing.cancel()
 
-    asyncio.run(story())
+    idle_loop.run(story())
 
 
 @pytest.mark.parametrize("end", ["late", "failed", "cancelled"])
@@ -106,7 +108,6 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
         return made
 
     monkeypatch.setattr(service_module, "_decoded", decoded)
-    seconds = 0.05 if end == "late" else 300.0
 
     async def stop():
         await asyncio.Event().wait()
@@ -118,7 +119,7 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
             return refusal.status
 
     async def story():
-        service = Service(Settings(request_seconds=seconds), Engine(), None)
+        service = Service(Settings(request_seconds=300), Engine(), None)
         editing = asyncio.create_task(edit(service))
         ticket = await submitted(service)
         assert watched[0]() is not None
@@ -136,7 +137,7 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
     gc.collect()
     gc.disable()  # which would find a circle in the end, after many a large picture
     try:
-        asyncio.run(story())
+        idle_loop.run(story())
         assert watched[0]() is None
     finally:
         gc.enable()
@@ -149,7 +150,7 @@ def test_a_place_is_kept_until_the_pictures_are_stored():
         editing = asyncio.create_task(service.edit(sent_as("file")))
         ticket = await submitted(service)
         ticket.done.set_result(Result((RawPicture(16, 16, bytes(768)),), ("computed",), 0.0))
-        await asyncio.sleep(0.1)
+        assert await asyncio.to_thread(store.begun.wait, 600)
         assert not service.engine.left
         store.go_on.set()
         answer = await editing

@@ -87,7 +87,8 @@ def test_a_pipeline_built_in_inference_mode(passes):
 
 
 @settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=150,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     passes=st.lists(st.sampled_from(PASSES), max_size=5, unique_by=lambda p: p.name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import subprocess
+import runpy
 import sys
 
 import pytest
@@ -18,9 +18,10 @@ from fluxfire.spark.rendering import render
 from fluxfire.spark.sampling import draw_edits
 from fluxfire.spark.scenes import Dice
 from fluxfire.spark.scoring import Score, psnr, summarise
+from fluxfire.spark.training import __main__ as command
 from fluxfire.spark.training import lora
 from fluxfire.spark.training.average import Average, Masters, holding
-from fluxfire.spark.training.clock import Clock, Log, rate
+from fluxfire.spark.training.clock import Budget, Clock, Log, rate
 from fluxfire.spark.training.data import Encoder, pack, position_ids, rows
 from fluxfire.spark.training.flow import Flow
 from fluxfire.spark.training.vae import train_vae
@@ -137,9 +138,18 @@ def test_rates_rise_then_fall_and_clocks_resume():
     assert rate(0.0, 0) < rate(0.0, 100) < rate(0.0, 400) == 1
     assert rate(0.5, 10_000) == 0.5
     assert rate(1.0, 10_000) == 0.02
-    clock = Clock(1.0, before=45.0)
-    assert 0.75 <= clock.spent < 0.8
-    assert Clock(1.0, before=61).over
+    now = 100.0
+    clock = Clock(Budget(1, "minutes"), seconds=45.0, now=lambda: now)
+    assert (clock.seconds, clock.spent) == (45, 0.75)
+    seen = []
+    for step in clock:
+        seen.append((step, clock.seconds))
+        now += 6
+    assert seen == [(0, 45), (1, 51), (2, 57)]
+    assert (clock.steps, clock.seconds, clock.spent, clock.over) == (3, 63, 1, True)
+    clock = Clock(Budget(8, "steps"), seconds=1e9, steps=5)
+    assert [(step, clock.spent) for step in clock] == [(0, 5 / 8), (1, 6 / 8), (2, 7 / 8)]
+    assert (clock.steps, clock.spent, clock.over) == (8, 1, True)
 
 
 def test_weights_survive_the_file_and_misfits_are_refused(tmp_path):
@@ -180,30 +190,12 @@ def test_one_loss_is_not_averaged_with_other_sizes():
         score(None, [*drawings(n=1), *drawings(n=1, size=(160, 96))])
 
 
-class StepClock:
-    """Counts steps instead of seconds, so that a busy machine trains as long as an idle one."""
-
-    def __init__(self, steps):
-        self.steps = steps
-        self.seconds = 0.0
-
-    @property
-    def spent(self):
-        return min(1.0, self.seconds / self.steps)
-
-    @property
-    def over(self):
-        self.seconds += 1
-        return self.seconds > self.steps
-
-
 @pytest.mark.slow
 def test_the_vae_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr("fluxfire.spark.training.vae.Clock", StepClock)
     monkeypatch.setattr("fluxfire.spark.training.vae._stock", lambda _: 200)
     vae = model.parts()["vae"]
     log = tmp_path / "log.jsonl"
-    train_vae(vae, 40, Log(log), "cpu", batch=4)
+    train_vae(vae, Budget(40, "steps"), Log(log), "cpu", batch=4)
     first, *_, last = (json.loads(line) for line in log.read_text().splitlines())
     assert last["step"] == 40
     assert last["psnr"] > first["psnr"] + 2
@@ -212,34 +204,62 @@ def test_the_vae_learns(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_training_runs_in_small_and_resumes(tmp_path, parts):
+def test_training_runs_in_small_and_resumes(tmp_path, parts, monkeypatch):
     weights.save({"vae": parts["vae"]}, tmp_path / "vae.safetensors")  # its training has a test
-    command = [
-        sys.executable, "-m", "fluxfire.spark.training", "--out", str(tmp_path), "--pool", "60",
-        "--batch", "4", "--score", "2", "--minutes", "0.01",
-    ]  # fmt: skip
 
-    def run(minutes):
-        subprocess.run([*command, minutes], check=True, capture_output=True)
+    def run(*budget):
+        """As `python -m fluxfire.spark.training` does."""
+        small = ["--out", str(tmp_path), "--pool", "60", "--batch", "4", "--score", "2"]
+        monkeypatch.setattr(sys, "argv", ["training", *small, *budget])
+        monkeypatch.delitem(sys.modules, "fluxfire.spark.training.__main__", raising=False)
+        runpy.run_module("fluxfire.spark.training", run_name="__main__")
         return (tmp_path / "spark.safetensors").read_bytes(), (tmp_path / "log.jsonl").read_text()
 
-    once, log = run("0.05")
-    again, longer = run("0.05")
-    assert again == once, "a budget that was spent was spent again"
-    assert '"pool"' not in longer.removeprefix(log)
-    more, _ = run("0.08")
+    def spent():
+        return json.loads((tmp_path / "state.json").read_text())
+
+    once, log = run("--steps", "1", "4")
+    before = spent()
+    assert before["steps"] == 4
+    for budget in (("--steps", "1", "4"), ("--minutes", "1", str(before["seconds"] / 61))):
+        again, longer = run(*budget)
+        assert again == once, "a budget that was spent was spent again"
+        assert '"pool"' not in longer.removeprefix(log)
+    more, _ = run("--steps", "1", "6")
     assert more != once
-    assert json.loads((tmp_path / "state.json").read_text())["seconds"] >= 0.08 * 60
+    assert spent()["steps"] == 6
+    assert spent()["seconds"] > before["seconds"]
     assert (tmp_path / "test.png").is_file()
     assert not list(tmp_path.glob("*.part"))
+
+
+def test_budgets_are_minutes_unless_steps_are_asked_for(tmp_path, monkeypatch):
+    def budgets(*asked):
+        seen = []
+        monkeypatch.setattr(sys, "argv", ["training", "--out", str(tmp_path), *asked])
+        monkeypatch.setattr(command, "_vae", lambda _parts, _path, budget, *_: seen.append(budget))
+        monkeypatch.setattr(
+            command, "_flow", lambda _parts, _out, budget, *_, **__: seen.append(budget)
+        )
+        monkeypatch.setattr(command, "_score", lambda *_: None)
+        command.main()
+        return seen
+
+    assert budgets() == [Budget(4.0, "minutes"), Budget(23.0, "minutes")]
+    assert budgets("--minutes", "1", "0.5") == [Budget(1.0, "minutes"), Budget(0.5, "minutes")]
+    assert budgets("--steps", "20", "30") == [Budget(20, "steps"), Budget(30, "steps")]
+    with pytest.raises(SystemExit):
+        budgets("--steps", "20", "30", "--minutes", "1", "1")
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("untrained_weights")
 def test_a_lora_is_trained_and_loads(tmp_path, monkeypatch, capsys):
     out = tmp_path / "grey.safetensors"
-    arguments = ["lora", "--out", str(out), "--minutes", "0.03", "--pool", "40", "--batch", "2"]
+    arguments = ["lora", "--out", str(out), "--steps", "3", "--pool", "40", "--batch", "2"]
     monkeypatch.setattr(sys, "argv", arguments)
     lora.main()
-    assert "after" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert said.startswith("3 steps; error to grey: ")
+    assert "after" in said
     assert out.stat().st_size <= 2**20

@@ -1,7 +1,7 @@
 """Train Spark: one command, one GPU, half an hour.
 
     python -m fluxfire.spark.training --out runs/spark
-    python -m fluxfire.spark.training --out /tmp/try --minutes 0.2 0.2 --pool 200   # on a CPU
+    python -m fluxfire.spark.training --out /tmp/try --steps 20 20 --pool 200   # on a CPU
 
 Run again with the same `--out`, it goes on from the last minute that was saved: the VAE as it
 is, if it was done; the flow's weights and averages, while the optimizer's moments start anew.
@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -24,7 +25,7 @@ from fluxfire.spark.scenes import Dice
 from fluxfire.spark.scoring import Score, as_table, score, summarise
 from fluxfire.spark.tasks import SIZES, examples
 from fluxfire.spark.training.average import Average, Masters, parameters
-from fluxfire.spark.training.clock import Clock, Log
+from fluxfire.spark.training.clock import Budget, Clock, Log
 from fluxfire.spark.training.data import Encoder, Pool
 from fluxfire.spark.training.flow import TRAINED, Flow, train_flow
 from fluxfire.spark.training.vae import train_vae
@@ -36,9 +37,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True, help="a folder, made if needed")
-    parser.add_argument(
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument(
         "--minutes", type=float, nargs=2, default=(4.0, 23.0), metavar=("VAE", "FLOW"),
         help="budgets of the two trainings (default: %(default)s)",
+    )  # fmt: skip
+    budgets.add_argument(
+        "--steps", type=int, nargs=2, metavar=("VAE", "FLOW"),
+        help="the same in steps, which are as much training on a slow machine as on a fast one",
     )  # fmt: skip
     parser.add_argument("--pool", type=int, default=320_000, help="edits of the usual size")
     parser.add_argument("--batch", type=int, default=256)
@@ -51,43 +57,53 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     log = Log(out / "log.jsonl")
     parts = build()
-    _vae(parts, out / "vae.safetensors", arguments.minutes[0], log, device)
-    _flow(parts, out, arguments, log, device)
+    unit: Literal["minutes", "steps"] = "steps" if arguments.steps else "minutes"
+    vae, flow = (Budget(amount, unit) for amount in arguments.steps or arguments.minutes)
+    _vae(parts, out / "vae.safetensors", vae, log, device)
+    _flow(parts, out, flow, log, device, pool=arguments.pool, batch=arguments.batch)
     _score(parts, out, arguments.score, log, device)
 
 
-def _vae(parts: dict[str, Any], path: Path, minutes: float, log: Log, device: str) -> None:
+def _vae(parts: dict[str, Any], path: Path, budget: Budget, log: Log, device: str) -> None:
     vae = {"vae": parts["vae"]}
     if path.exists():
         weights.restore(vae, path)
     else:
-        train_vae(parts["vae"], minutes, log, device)
+        train_vae(parts["vae"], budget, log, device)
         weights.save(vae, path)
     parts["vae"].to(device)
 
 
 def _flow(
-    parts: dict[str, Any], out: Path, arguments: argparse.Namespace, log: Log, device: str
+    parts: dict[str, Any],
+    out: Path,
+    budget: Budget,
+    log: Log,
+    device: str,
+    *,
+    pool: int,
+    batch: int,
 ) -> None:
     """Train from the last minute saved; the averages go to spark.safetensors."""
     raw, averaged, state = out / "raw.safetensors", out / "spark.safetensors", out / "state.json"
     trained = {name: parts[name].to(device) for name in TRAINED}
     weights_ = parameters(trained.values())
-    before, start = 0.0, None
+    before: dict[str, Any] = {"seconds": 0.0, "steps": 0}
+    start = None
     if state.exists():
-        before = json.loads(state.read_text())["seconds"]
-        if before >= arguments.minutes[1] * 60:
+        before |= json.loads(state.read_text())
+        if Clock(budget, **before).over:
             weights.restore(parts, averaged)
             return
-        torch.manual_seed(int(before))
+        torch.manual_seed(before["steps"])
         weights.restore(trained, averaged)
         start = [p.detach().float().clone() for p in weights_]
         weights.restore(trained, raw)
     masters = Masters(weights_)
     average = Average(masters.values, start=start)
     encoder = Encoder(parts, device)
-    pools = _pools(encoder, arguments.pool, log)
-    clock = Clock(arguments.minutes[1], before=before)
+    pools = _pools(encoder, pool, log)
+    clock = Clock(budget, **before)
 
     def save() -> None:
         if not all(bool(value.isfinite().all()) for value in masters.values):
@@ -95,7 +111,7 @@ def _flow(
         for path, values in ((raw, masters.values), (averaged, average.values)):
             weights.save(parts, path, values=dict(zip(weights_, values, strict=True)))
         partial = state.with_suffix(".part")
-        partial.write_text(json.dumps({"seconds": clock.seconds}))
+        partial.write_text(json.dumps({"seconds": clock.seconds, "steps": clock.steps}))
         partial.replace(state)
 
     flow = Flow(parts, encoder, device)
@@ -103,7 +119,7 @@ def _flow(
         flow.compile()
     train_flow(
         flow, pools, clock, log, device,
-        masters=masters, average=average, batch=arguments.batch, on_minute=save,
+        masters=masters, average=average, batch=batch, on_minute=save,
     )  # fmt: skip
     for module in trained.values():
         module.float()
@@ -112,13 +128,14 @@ def _flow(
 
 def _pools(encoder: Encoder, n: int, log: Log) -> list[tuple[Pool, int]]:
     """Most batches are square edits; one in four another shape, one in ten words alone."""
-    clock = Clock(1)
+    began = time.perf_counter()
     chunk = 20_000
     usual = [encoder.edits(min(chunk, n), SIZES[0], Dice("pool", i)) for i in range(-(-n // chunk))]
     pools = [(_join(usual), 26)]
     pools += [(encoder.edits(n // 10, size, Dice("pool", *size)), 2) for size in SIZES[1:]]
     pools += [(encoder.captioned(n // 10, SIZES[0], Dice("captions")), 4)]
-    log.write(part="pool", edits=float(sum(len(p) for p, _ in pools)), seconds=clock.seconds)
+    seconds = time.perf_counter() - began
+    log.write(part="pool", edits=float(sum(len(p) for p, _ in pools)), seconds=seconds)
     return pools
 
 

@@ -1,35 +1,80 @@
-"""A budget of minutes that learning rates follow, and the log of what happened in it."""
+"""A budget of minutes or steps that learning rates follow, and the log of what happened in it."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 _FLOOR = 0.02  # of the learning rate, as a share of its peak
 
 
-class Clock:
-    """How much of a budget is spent; work done before an interruption counts.
+@dataclass(frozen=True)
+class Budget:
+    """What a training may spend.
 
     Attributes:
-        spent: the share in [0, 1].
+        amount: how much.
+        unit: of what. In so many minutes a slow machine trains less than a fast one; in so
+            many steps it trains as much.
+    """
+
+    amount: float
+    unit: Literal["minutes", "steps"]
+
+
+class Clock:
+    """Counts a run's steps until its budget is spent; work done before an interruption counts.
+
+    Attributes:
+        steps: finished.
+        seconds: spent.
+        spent: the share of the budget, in [0, 1].
         over: whether nothing is left.
     """
 
-    def __init__(self, minutes: float, *, before: float = 0.0) -> None:
-        self._seconds = minutes * 60
-        self._began = time.perf_counter() - before
+    def __init__(
+        self,
+        budget: Budget,
+        *,
+        seconds: float = 0.0,
+        steps: int = 0,
+        now: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Start the clock.
+
+        Args:
+            budget: what may be spent.
+            seconds: spent before an interruption.
+            steps: finished before it.
+            now: tells the time, in seconds since any moment.
+        """
+        self._budget = budget
+        self._now = now
+        self._began = now() - seconds
+        self.steps = steps
+
+    def __iter__(self) -> Iterator[int]:
+        """Number the steps of this run, from 0, while something is left."""
+        step = 0
+        while not self.over:
+            yield step
+            step += 1
+            self.steps += 1
 
     @property
     def seconds(self) -> float:
         """Seconds spent."""
-        return time.perf_counter() - self._began
+        return self._now() - self._began
 
     @property
     def spent(self) -> float:
         """The share spent."""
-        return min(1.0, self.seconds / self._seconds)
+        spent = self.steps if self._budget.unit == "steps" else self.seconds / 60
+        return min(1.0, spent / self._budget.amount)
 
     @property
     def over(self) -> bool:

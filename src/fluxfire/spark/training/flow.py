@@ -155,7 +155,7 @@ def train_flow(
     optimizer = torch.optim.AdamW(
         masters.values, lr=_PEAK, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
-    generator = torch.Generator(device).manual_seed(int(clock.seconds))
+    generator = torch.Generator(device).manual_seed(clock.steps)
     batches = [min(batch, len(pool)) for pool, _ in pools]
     feeds = [rows(pool, n, generator) for (pool, _), n in zip(pools, batches, strict=True)]
     turns = [i for i, (_, times) in enumerate(pools) for _ in range(times)]
@@ -163,8 +163,11 @@ def train_flow(
     for module in flow.modules:
         module.train()
     learn = _learners(flow, [pool for pool, _ in pools], batches, device)
-    step, losses, saved = 0, torch.zeros((), device=device), clock.seconds
-    while not clock.over:
+    losses, saved = torch.zeros((), device=device), clock.seconds
+    for step in clock:
+        if clock.seconds - saved > 60:  # noqa: PLR2004
+            on_minute()
+            saved = clock.seconds
         for group in optimizer.param_groups:
             group["lr"] = _PEAK * rate(clock.spent, step)
         which = turns[step % len(turns)]
@@ -176,13 +179,9 @@ def train_flow(
         optimizer.step()
         masters.give()
         average.update()
-        step += 1
-        if step % 100 == 0:
-            log.write(part="flow", step=step, seconds=clock.seconds, loss=float(losses) / 100)
+        if (done := step + 1) % 100 == 0:
+            log.write(part="flow", step=done, seconds=clock.seconds, loss=float(losses) / 100)
             losses.zero_()
-        if clock.seconds - saved > 60:  # noqa: PLR2004
-            on_minute()
-            saved = clock.seconds
     for module in flow.modules:
         module.eval()
     on_minute()

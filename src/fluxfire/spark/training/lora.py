@@ -22,7 +22,7 @@ from fluxfire.spark.pipeline import load
 from fluxfire.spark.scenes import Dice, Scenes, draw
 from fluxfire.spark.tasks import SIZES
 from fluxfire.spark.training.average import Masters, copy
-from fluxfire.spark.training.clock import Clock, rate
+from fluxfire.spark.training.clock import Budget, Clock, rate
 from fluxfire.spark.training.data import Encoder, Pool, rows
 from fluxfire.spark.training.flow import TRAINED, Flow
 
@@ -50,7 +50,9 @@ def main() -> None:
     """Train the LoRA, save it, and say what it does."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=1.0)
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument("--minutes", type=float, default=1.0)
+    budgets.add_argument("--steps", type=int, help="train for so many steps instead")
     parser.add_argument("--pool", type=int, default=4000)
     parser.add_argument("--batch", type=int, default=32)
     arguments = parser.parse_args()
@@ -58,15 +60,18 @@ def main() -> None:
     torch.manual_seed(0)
     pipe = load(dtype=torch.float32)
     before = _distance(pipe)
-    steps = _train(pipe, arguments.minutes, arguments.pool, arguments.batch)
+    budget = Budget(arguments.minutes, "minutes")
+    if arguments.steps is not None:
+        budget = Budget(arguments.steps, "steps")
+    steps = _train(pipe, budget, arguments.pool, arguments.batch)
     _save(pipe, arguments.out)
     pipe = load(dtype=torch.float32)  # as its users will load it
     pipe.load_lora_weights(arguments.out)
     print(f"{steps} steps; error to grey: {before:.4f} before, {_distance(pipe):.4f} after")  # noqa: T201
 
 
-def _train(pipe: Any, minutes: float, n: int, batch: int) -> int:
-    """Train for so long, and return how many steps that were."""
+def _train(pipe: Any, budget: Budget, n: int, batch: int) -> int:
+    """Train until a budget is spent, and return how many steps that were."""
     from peft import LoraConfig
 
     device = pipe.device.type
@@ -86,19 +91,18 @@ def _train(pipe: Any, minutes: float, n: int, batch: int) -> int:
     masters = Masters(learned)
     optimizer = torch.optim.AdamW(masters.values, lr=3e-3, weight_decay=0.0)
     feed = rows(pool, batch, torch.Generator(device).manual_seed(0))
-    step, clock = 0, Clock(minutes)
-    while not clock.over:
+    clock = Clock(budget)
+    for step in clock:
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * rate(clock.spent, step, warmup=20)
         flow.backward(pool, next(feed), 0.0)
         masters.take_gradients()
         optimizer.step()
         masters.give()
-        step += 1
     for module in flow.modules:
         module.float()
     copy(masters.values, learned)
-    return step
+    return clock.steps
 
 
 def _save(pipe: Any, path: Path) -> None:

@@ -10,7 +10,7 @@ from fluxfire.spark.scenes import Dice
 from fluxfire.spark.scoring import psnr
 from fluxfire.spark.tasks import SIZES
 from fluxfire.spark.training.average import Average, copy, holding
-from fluxfire.spark.training.clock import Clock, Log, rate
+from fluxfire.spark.training.clock import Budget, Clock, Log, rate
 from fluxfire.spark.training.data import pictures
 
 _KL = 1e-4
@@ -18,8 +18,8 @@ _KL = 1e-4
 _PEAK = 2e-3  # of the learning rate
 
 
-def train_vae(vae: Any, minutes: float, log: Log, device: str, *, batch: int = 96) -> None:
-    """Train a VAE in place for some minutes, then set its scale and shift."""
+def train_vae(vae: Any, budget: Budget, log: Log, device: str, *, batch: int = 96) -> None:
+    """Train a VAE in place until a budget is spent, then set its scale and shift."""
     held = pictures(_stock(device) // 100, SIZES[0], Dice("vae", "held out"), device)
     stock = {size: pictures(_stock(device), size, Dice("vae", *size), device) for size in SIZES}
     vae.to(device=device, memory_format=torch.channels_last).train()
@@ -27,8 +27,8 @@ def train_vae(vae: Any, minutes: float, log: Log, device: str, *, batch: int = 9
     optimizer = torch.optim.AdamW(
         vae.parameters(), lr=_PEAK, betas=(0.9, 0.95), weight_decay=1e-3, fused=device == "cuda"
     )
-    step, dice, clock = 0, Dice("vae", "order"), Clock(minutes)
-    while not clock.over:
+    dice, clock = Dice("vae", "order"), Clock(budget)
+    for step in clock:
         for group in optimizer.param_groups:
             group["lr"] = _PEAK * rate(clock.spent, step)
         some = stock[SIZES[step % 8] if step % 8 < len(SIZES) else SIZES[0]]
@@ -51,10 +51,9 @@ def train_vae(vae: Any, minutes: float, log: Log, device: str, *, batch: int = 9
                     part="vae", step=step, seconds=clock.seconds, loss=float(loss.detach()),
                     divergence=float(divergence.detach()), psnr=round_trip(vae, held),
                 )  # fmt: skip
-        step += 1
     vae.eval()
     copy(average.values, list(vae.parameters()))
-    log.write(part="vae", step=step, seconds=clock.seconds, psnr=round_trip(vae, held))
+    log.write(part="vae", step=clock.steps, seconds=clock.seconds, psnr=round_trip(vae, held))
     _normalise(vae, stock[SIZES[0]][:1024])
 
 
