@@ -22,6 +22,7 @@ PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*/*.md")))
 
 REGIONS: dict[str, Callable[[], str]] = {
     "summary": edits.summary,
+    "lossy": edits.lossy,
     "edits": lambda: edits.edits_detail("edits.json"),
     "hits": lambda: edits.hits("edits.json"),
     "article": lambda: edits.edits_detail("article.json"),
@@ -47,14 +48,9 @@ REGIONS: dict[str, Callable[[], str]] = {
     ),
     "reference on spark": reference.reference_on_spark,
     "frontier": reference.frontier,
-    "worst cases": spark.worst_cases,
     "spark": spark.spark,
     "vocabulary": spark.vocabulary,
     "passes on spark": spark.passes_on_spark,
-    "passes on spark, emulated": lambda: spark.passes_on_spark("passes_on_spark_cpu.json"),
-    "caches": spark.caches,
-    "caches in brief": spark.caches_brief,
-    "presets": spark.tuned,
     "serving": serving.serving,
     "deployment": serving.deployment,
     "claims": claims.table,

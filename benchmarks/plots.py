@@ -36,65 +36,51 @@ def loss() -> Any:
     return figure
 
 
-def thresholds() -> Any:
-    """What a cache leaves out against how near its pictures stay, on Spark, by settings."""
-    rows = json.loads((RESULTS / "caches.json").read_text())["rows"]
-    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True, layout="constrained")
-    for axes, steps in zip(panels, (20, 28), strict=True):
-        for distance, line in (("all", "-"), ("noise", "--")):
-            for predict, colour in _COLOURS.items():
-                some = [
-                    r for r in rows
-                    if (r["steps"], r["distance"], r["predict"]) == (steps, distance, predict)
-                    and r["kind"] == "edit"
-                ]  # fmt: skip
-                if not some:
-                    continue
-                hits = [100 * r["hits"] for r in some]
-                worst = [r["psnr_to_plain"]["min"] for r in some]
-                label = f"{predict}, {distance} tokens"
-                axes.plot(hits, worst, line, marker="o", ms=3, color=colour, label=label)
-        axes.set(xlabel="steps left out, %", title=f"{steps} steps")
-        axes.grid(visible=True, alpha=0.3)
-    panels[0].set(ylabel="PSNR of the worst picture, dB")
-    panels[0].legend(fontsize="small")
-    return figure
-
-
 def frontier() -> Any:
-    """Quality against speed on Spark's edits: ours in lines, others in hollow marks."""
+    """Quality against computed work on Spark: plain with fewer steps is the line to beat."""
     result = json.loads((RESULTS / "frontier.json").read_text())
-    rows = result["rows"]
-    figure, panels = plt.subplots(1, 2, figsize=(9.5, 4.2), sharex=True, layout="constrained")
-    families = dict.fromkeys(row["family"] for row in rows if row["family"] != "plain")
-    for axes, which in zip(panels, ("mean", "worst"), strict=True):
-        for number, family in enumerate(families):
-            some = sorted((r for r in rows if r["family"] == family), key=lambda r: r["speed"])
-            x, y = ([r["speed"] for r in some], [r["psnr"][which] for r in some])
-            ours = family in ("FirstBlockCache", "ReferenceCache", "both")
-            style = {"color": f"C{number}", "label": family}
-            if family in ("balanced", "fast"):
-                axes.plot(x, y, "*", ms=9, **style)
-            elif ours:
-                axes.plot(x, y, "o-", ms=5, **style)
-            else:  # hollow: two that do the same are seen around each other
-                marker, size = ("s", 10) if family == "para-attn" else ("^", 5)
-                axes.plot(x, y, ":", marker=marker, ms=size, mfc="none", **style)
-        axes.set(xlabel="times as fast as compiled alone", ylabel=f"PSNR to plain, dB: {which}")
+    rows = [row for row in result["rows"] if row["contender"] != "eager"]
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
+    for axes, measure in zip(panels, ("psnr", "edited"), strict=True):
+        points: dict[str, list[tuple[float, dict[str, Any]]]] = {}
+        for row in rows:
+            family = result["families"].get(row["contender"], "plain, fewer steps")
+            points.setdefault(family, []).append((row["work"], row["quality"]["eager"][measure]))
+        for number, (family, some) in enumerate(points.items()):
+            some.sort(key=lambda point: point[0])
+            x, y = [work for work, _ in some], [one["mean"] for _, one in some]
+            ends = [one["interval"] or (one["mean"], one["mean"]) for _, one in some]
+            errors = [
+                [mean - low for mean, (low, _) in zip(y, ends, strict=True)],
+                [high - mean for mean, (_, high) in zip(y, ends, strict=True)],
+            ]
+            plain = family == "plain, fewer steps"
+            axes.errorbar(
+                x, y, yerr=errors, label=family, color="0.35" if plain else f"C{number}",
+                fmt="-" if plain else _MARKS.get(family, "o"), ms=9 if family in _STARS else 5,
+                mfc=None if family in _OURS else "none", lw=1.5 if plain else 0.8, capsize=2,
+            )  # fmt: skip
+        axes.set(xlabel=f"computed work, in steps of {result['steps']}")
+        axes.set_title(
+            "whole picture" if measure == "psnr" else "inside the edit", fontsize="medium"
+        )
         axes.grid(visible=True, alpha=0.3)
-    panels[1].legend(fontsize="x-small")
+    panels[0].set(ylabel="PSNR to plain, dB: mean, 95% interval")
+    panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
     figure.suptitle(f"{result['examples']} held-out edits by Spark", fontsize="medium")
     return figure
 
 
-_COLOURS = {"hold": "tab:blue", "linear": "tab:orange", "quadratic": "tab:green"}
+_STARS = ("balanced", "fast")
+_OURS = (*_STARS, "FirstBlockCache", "ReferenceCache", "0.1.0's presets")
+_MARKS = {"balanced": "*", "fast": "*", "para-attn": "s", "MagCache": "D", "0.1.0's presets": "x"}
 
 
 def main() -> None:
     """Draw every plot; the same results give the same bytes."""
     mpl.use("svg")
     mpl.rcParams["svg.hashsalt"] = "fluxfire"
-    plots = {"spark_loss": loss, "thresholds": thresholds, "frontier": frontier}
+    plots = {"spark_loss": loss, "frontier": frontier}
     for name, plot in plots.items():
         plot().savefig(ASSETS / f"{name}.svg", metadata={"Date": None})
 

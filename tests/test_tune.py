@@ -90,7 +90,9 @@ def counted_time(monkeypatch):
 
 
 @settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=100,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
     st.lists(st.lists(st.integers(0, 60), min_size=6, max_size=6), min_size=5, max_size=5),

@@ -1,42 +1,79 @@
-"""Whole edits: stacks of passes beside eager and rivals."""
+"""Whole edits: stacks of passes beside eager."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from regions.results import Row, find, load, markdown, name_of, ratio, spread, where
 
+_SIZES = ("presets.json", "presets_512.json")
+"""What one run on one GPU measured, at each of two sizes."""
+
 
 def summary() -> str:
-    """Steps and whole edits, in brief."""
-    result = load("presets.json")
-    rows = result["rows"]
-    loads = list(dict.fromkeys(row["workload"]["name"] for row in rows))
+    """A step and whole edits of the lists that compute every step."""
+    rows = [row for row in load(_SIZES[0])["rows"] if not row["skipped"]]
+    listed = [(name_of(row),) * 2 for row in rows if row["role"] != "fewer steps"]
+    return _both_sizes("a step (1024 / 512)", _step, [[pair] for pair in listed])
+
+
+def lossy() -> str:
+    """Whole edits of what is lossy, each beside `faithful` at as many steps as it computed."""
+    big, small = (
+        {name_of(row): row["beside_fewer_steps"] for row in load(name)["rows"] if row["lossy"]}
+        for name in _SIZES
+    )
+    listed = [[(name, name), (big[name]["contender"], small[name]["contender"])] for name in big]
+    return _both_sizes("steps computed (1024 / 512)", _computed, listed)
+
+
+def _both_sizes(
+    what: str, cell: Callable[[Row], str], listed: Sequence[Sequence[tuple[str, str]]]
+) -> str:
+    """Lay out rows of both sizes.
+
+    Args:
+        what: the head of the first column.
+        cell: what stands there.
+        listed: names of contenders at the first size and at the second; a second pair of an item
+            is the list with fewer steps.
+    """
+    results = [load(name) for name in _SIZES]
+    loads = [result["rows"][0]["workload"]["name"] for result in results]
     table = []
-    for stack in dict.fromkeys(map(name_of, rows)):
-        some = [find(rows, stack, workload) for workload in loads]
-        first = some[0]
-        left_out = " and ".join(f"{row['hits']:.0f}" for row in some) if first["hits"] else "0"
-        table.append(
-            [
-                stack,
-                f"{first['step']['median'] * 1e3:.0f} ms ({ratio(rows, first, 'step')})",
-                left_out,
-                *(f"{row['edit']['median']:.2f} s ({ratio(rows, row, 'edit')})" for row in some),
-                f"{first['peak_gib']:.1f} GiB",
+    for pairs in listed:
+        for names in pairs:
+            pair = [
+                find(result["rows"], name, load_name)
+                for result, name, load_name in zip(results, names, loads, strict=True)
             ]
-        )
-    head = ("", "a step computed", "steps left out", *loads, "peak memory")
+            steps = " / ".join(f"{row['steps']}" for row in pair)
+            name = names[0] if names[0] == names[1] else f"faithful with {steps} steps"
+            edits = [
+                f"{row['edit']['median']:.2f} s ({ratio(result['rows'], row, 'edit')})"
+                for row, result in zip(pair, results, strict=True)
+            ]
+            peak = f"{pair[0]['peak_gib']:.1f} GiB"
+            table.append([name, " / ".join(map(cell, pair)), *edits, peak])
+    rows = [row for result in results for row in result["rows"]]
     apart = max(
         max(row["edit"]["max"] / middle, middle / row["edit"]["min"]) - 1
         for row in rows
         if (middle := row["edit"]["median"])
     )
-    times = len(rows[0]["edit"]["seconds"])
+    (times,) = {len(row["edit"]["seconds"]) for row in rows}
     return (
-        f"{markdown(head, table)}\n\nMedian of {times} edits, which lay within {apart:.1%} of "
-        f"it. {where(result)}."
+        f"{markdown(('', what, *loads, 'peak memory'), table)}\n\nMedian of {times} edits, all "
+        f"within {apart:.1%} of it. Random weights of FLUX's size. {where(results[0])}."
     )
+
+
+def _step(row: Row) -> str:
+    return f"{row['step']['median'] * 1e3:.0f} ms"
+
+
+def _computed(row: Row) -> str:
+    return f"{row['steps'] - row['skipped']:.0f}"
 
 
 def edits_detail(name: str) -> str:
@@ -92,18 +129,17 @@ def hits(name: str) -> str:
                 f"{without * 1e3:.0f}",
                 f"{row['step']['median'] * 1e3:.0f}",
                 f"{hit['median'] * 1e3:.1f} ({hit['median'] / without:.1%})" if hit else "",
-                f"{row['edit']['median']:.2f} ({ratio(rows, row, 'edit')})",
             )
         )
     head = (
         "stack", "workload", "hits", "step without a cache, ms", "computed step, ms",
-        "hit, ms (of a step)", "edit, s (× eager)",
+        "hit, ms (of a step)",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."
 
 
 def ladder() -> str:
-    """Each pass alone and the stack, with memory and energy, beside a rival."""
+    """Each pass alone and the stack, with memory and energy, beside another library."""
     result = load("bench.json")
     rows = [row for row in result["rows"] if not row["error"]]
     table = [

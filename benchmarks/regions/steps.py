@@ -8,7 +8,7 @@ from regions.results import load, markdown, ratio, spread, where
 
 
 def steps() -> str:
-    """A step with each pass, beside eager, compilation alone and a rival."""
+    """A step with each pass, beside eager, compilation alone and another library."""
     result = load("steps.json")
     rows = [row for row in result["rows"] if not row["error"]]
     table = [

@@ -20,7 +20,7 @@ __all__ = ["article", "balanced", "faithful", "fast", "named"]
 faithful: tuple[Pass, ...] = (InductorPatch(), FusedBlocks(), Compile())
 """Nothing lossy: all steps, all tokens, the plain precision. What `optimize(pipe)` applies.
 
-Measured on an H100, random weights: 1.36 times as fast as eager for an edit at 1024 x 1024 in 28
+Measured on an H100, random weights: 1.37 times as fast as eager for an edit at 1024 x 1024 in 28
 steps. Compiled kernels round differently, and on the real model that alone moves a picture: others'
 pictures of FLUX.1-dev, compiled beside eager, differ by 22 to 28 dB. The edit is as good, but it is
 not pixel for pixel the eager one.
@@ -39,6 +39,9 @@ balanced: tuple[Pass, ...] = _cached(
 )
 """Lossy: skips up to 12 of 28 steps, so it computes 16 or more.
 
+Measured on an H100, random weights, with all 12 skipped: 2.32 times as fast as eager. `faithful`
+with 17 steps is as much work, and 2.22 times as fast.
+
 Evidence from the real model, by others: cache-dit's F1B0 at these settings, holding the last value
 where this extends a line, computed 16 of 28 steps of one FLUX.1 Kontext edit and kept 38.2 dB to
 the plain picture, 28.5 dB inside the edited region (our measurement on their published pictures).
@@ -53,6 +56,9 @@ fast: tuple[Pass, ...] = _cached(
     )
 )
 """Lossy, more so than `balanced`: skips up to 15 of 28 steps, so it computes 13 or more.
+
+Measured on an H100, random weights, with all 15 skipped: 2.80 times as fast as eager. `faithful`
+with 14 steps is as much work, and 2.66 times as fast.
 
 Evidence from the real model, by others: cache-dit's F1B0 at 0.15 with 2 warm-up steps and at most 2
 hits in a row computed 13 of 28 steps of one FLUX.1 Kontext edit and kept 32.5 dB to the plain

@@ -237,6 +237,8 @@ def measured(one: dict[str, Any] | None) -> str:
     """Write a measure in dB: its mean, the mean's interval, and the worst."""
     if one is None:
         return "-"
+    if one["worst"] > _SAME:
+        return "same"
     ends = one["interval"]
     interval = f" [{decibels(ends[0])}, {decibels(ends[1])}]" if ends else ""
     return f"{decibels(one['mean'])}{interval} ({decibels(one['worst'])})"

@@ -1,9 +1,9 @@
 """Spark: a small trained Kontext that ships with fluxfire.
 
 A FLUX.1 Kontext in small, every part diffusers' own, trained to edit scenes of flat shapes by
-instruction. Real weights of FLUX.1 Kontext are gated and large; Spark is neither, and it
-denoises as a trained model does, so what a cache does to it says something. What it says,
-and what not, is on its model card in the documentation.
+instruction. Real weights of FLUX.1 Kontext are gated and large; Spark is neither. It shows whether
+an edit works. It is no yardstick for the real model: one plain step nearly solves it. The model
+card in the documentation says more.
 
 Importing this package loads nothing heavy; the first use of a name does.
 """
