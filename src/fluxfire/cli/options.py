@@ -98,7 +98,8 @@ def add_passes(parser: argparse.ArgumentParser, default: str = "faithful") -> No
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--preset",
-        help=f"faithful, balanced, fast or article, or a file that tune wrote (default: {default})",
+        help="faithful (nothing lossy), balanced or fast (both skip steps: lossy), article, or a "
+        f"file that tune wrote (default: {default})",
     )
     which.add_argument("--passes", help="names in order, separated by commas, or none")
 
