@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -37,6 +39,28 @@ def pipe():
 def reference():
     """What the plain tiny pipeline makes of the fixed picture."""
     return edit(tiny_kontext())
+
+
+@contextlib.contextmanager
+def _held(pid):
+    def go_on():
+        with contextlib.suppress(ProcessLookupError):  # the test may have ended it
+            os.kill(pid, signal.SIGCONT)
+
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield go_on
+    finally:
+        go_on()
+
+
+@pytest.fixture(scope="session")
+def held():
+    """Hold a process by its id, so that nothing that it does is over too early for a test.
+
+    A context manager, which gives what lets it go on before its end.
+    """
+    return _held
 
 
 def pytest_collection_modifyitems(items):

@@ -173,7 +173,9 @@ def _add_many(file, first):
         archive.add(file, [Payload({"n": str(i)}, (), 0.0, "", str(i).encode())], None)
 
 
-def test_writers_at_the_same_time_lose_nothing(file):
+def test_writers_at_the_same_time_lose_nothing(file, monkeypatch):
+    # The last of them waits for all others, which may take a minute on a busy machine.
+    monkeypatch.setattr(archive, "_LOCK_SECONDS", 600)
     fork = multiprocessing.get_context("fork")
     writers = [fork.Process(target=_add_many, args=(file, first)) for first in (0, 20, 40)]
     for writer in writers:

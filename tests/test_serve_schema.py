@@ -18,6 +18,8 @@ from fluxfire.serve import engine as engine_module  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
 from fluxfire.serve.wire import LEVELS, Batch, Done, Facts, RawPicture, Ready, Result  # noqa: E402
 
+PATIENCE = 600
+"""Seconds for an answer, on a busy machine; only one that never comes needs so many."""
 UNSAID = checks.positive_data_acceptance
 """No schema says what a picture is: most strings that a schema admits are none."""
 UNWELL = {("/health", "503"), ("/ready", "503")}
@@ -59,29 +61,30 @@ def service(tmp_path_factory):
     keys.write_text(line)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "WorkerProcess", InstantWorker)
-        app = create_app(Settings(max_jobs=1000, keys_file=keys))
+        app = create_app(Settings(max_jobs=1000, keys_file=keys, request_seconds=PATIENCE))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
+            assert thread.is_alive()
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
         yield app, f"http://127.0.0.1:{port}", {"Authorization": f"Bearer {key}"}
         server.should_exit = True
-        thread.join(30)
+        thread.join(PATIENCE)
 
 
 def test_answers_are_as_described(service):
     """The plugin that schemathesis brings needs an older pytest, so this asks by itself."""
     _, url, key = service
     tried = set()
-    described = schemathesis.openapi.from_url(f"{url}/openapi.json")
+    described = schemathesis.openapi.from_url(f"{url}/openapi.json", timeout=PATIENCE)
     for operation in (found.ok() for found in described.get_all_operations()):
 
         @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
         @given(case=operation.as_strategy())
         def check(case):
-            case.call_and_validate(headers=key, excluded_checks=[UNSAID])
+            case.call_and_validate(headers=key, excluded_checks=[UNSAID], timeout=PATIENCE)
             tried.add((case.method, case.path))
 
         check()

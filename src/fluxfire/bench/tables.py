@@ -240,8 +240,8 @@ def measured(one: dict[str, Any] | None) -> str:
     if one["worst"] > _SAME:
         return "same"
     ends = one["interval"]
-    interval = f" [{decibels(ends[0])}, {decibels(ends[1])}]" if ends else ""
-    return f"{decibels(one['mean'])}{interval} ({decibels(one['worst'])})"
+    interval = f" [{ends[0]:.1f}, {ends[1]:.1f}]" if ends else ""
+    return f"{one['mean']:.1f}{interval} ({one['worst']:.1f})"
 
 
 def _phases(rows: Sequence[Row]) -> Table:

@@ -99,16 +99,19 @@ class FirstBlockCache:
             raise TypeError(f"threshold={self.threshold!r}; it must be a number")
         if not self.threshold >= 0:
             raise ValueError(f"threshold={self.threshold!r}; it must be 0 or more")
-        for name in ("warmup_steps", "tail_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)!r}; it must be 0 or more")
-        for name, without in (
-            ("of_steps", "for plain counts"),
-            ("max_consecutive_hits", "for no limit"),
+        for name, least, without in (
+            ("warmup_steps", 0, ""),
+            ("tail_steps", 0, ""),
+            ("of_steps", 1, ", or None for plain counts"),
+            ("max_consecutive_hits", 1, ", or None for no limit"),
         ):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value!r}; it must be 1 or more, or None {without}")
+            if value is None and without:
+                continue
+            if not isinstance(value, int) or value < least:
+                raise ValueError(
+                    f"{name}={value!r}; it must be a whole number, {least} or more{without}"
+                )
         for name, known in (("distance", ("all", "noise")), ("predict", tuple(_POINTS))):
             if getattr(self, name) not in known:
                 raise ValueError(
