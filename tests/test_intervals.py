@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxfire.bench import Interval, bootstrap
-from fluxfire.bench.intervals import FEWEST
+from fluxfire.bench.intervals import FEWEST, expanded_tail, of_share
 from fluxfire.bench.quality import Likeness, Quality
 
 
@@ -17,20 +17,35 @@ def test_the_interval_is_that_of_scipy(n):
     stats = pytest.importorskip("scipy.stats")
     values = np.random.default_rng(n).normal(3, 2, n)
     found = bootstrap(values)
+    tail = stats.norm.cdf(-stats.t.ppf(0.975, n - 1) * np.sqrt(n / (n - 1)))
     theirs = stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=20_000, random_state=1
-    ).confidence_interval
+        (values,), np.mean, method="percentile", n_resamples=40_000, random_state=1,
+        confidence_level=1 - 2 * tail,
+    ).confidence_interval  # fmt: skip
+    assert expanded_tail(n) == pytest.approx(tail, rel=0.05)
     spread = values.std() / np.sqrt(n)
     assert found.mean == pytest.approx(values.mean())
     assert found.low == pytest.approx(theirs.low, abs=0.15 * spread)
     assert found.high == pytest.approx(theirs.high, abs=0.15 * spread)
 
 
-def test_it_covers_the_truth_about_as_often_as_it_says():
+@pytest.mark.parametrize("n", [5, 30])
+def test_it_covers_the_truth_about_as_often_as_it_says(n):
+    """A plain percentile interval of 5 values covers 85%."""
     rng = np.random.default_rng(0)
-    found = [bootstrap(rng.normal(1, 1, 30)) for _ in range(300)]
+    found = [bootstrap(rng.normal(1, 1, n)) for _ in range(400)]
     covered = np.mean([one.low <= 1 <= one.high for one in found])
-    assert 0.88 < covered < 0.99
+    assert 0.91 < covered < 0.99
+
+
+@pytest.mark.parametrize(("right", "n"), [(5, 5), (0, 7), (3, 8), (23, 24)])
+def test_the_interval_of_a_share_is_that_of_scipy(right, n):
+    stats = pytest.importorskip("scipy.stats")
+    theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
+    assert of_share([True] * right + [False] * (n - right)) == pytest.approx(
+        (theirs.low, theirs.high)
+    )
+    assert of_share([]) is None
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))

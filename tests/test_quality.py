@@ -190,5 +190,5 @@ def test_every_mean_has_an_interval(picture):
     told = compare(made, [picture] * 4, [True, False, None, True]).to_dict()
     low, high = told["psnr"]["interval"]
     assert told["psnr"]["worst"] <= low < told["psnr"]["mean"] < high
-    assert told["success_interval"] == [0, 1]
+    assert told["success_interval"] == pytest.approx([0.2077, 0.9385], abs=1e-4)  # 2 of 3
     assert compare(made[:1], [picture]).to_dict()["psnr"]["interval"] is None

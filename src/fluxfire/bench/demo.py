@@ -92,11 +92,12 @@ class Demo:
         if gap is None:
             yield f"One example does not tell whether this beats num_inference_steps={steps}."
             return
-        said = f"{gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
+        said = f"this list has {gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
         answers = {
             "better": f"This beats num_inference_steps={steps}: {said}.",
             "worse": f"num_inference_steps={steps} does better than this: {said}.",
-            "no difference shown": f"num_inference_steps={steps} does the same: {said}.",
+            "no difference shown": f"num_inference_steps={steps} does the same, as far as {gap.n} "
+            f"edits show: {said}.",
         }
         yield answers.get(
             gap.verdict, f"Beside num_inference_steps={steps}: {said}; {gap.verdict}."

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
 CONFIDENCE = 0.95
 FEWEST = 5
-"""Examples that a claim needs. If chance decides, all of 5 examples are better in one of 32 cases;
-with 4 examples it is one of 16, which is no evidence at 95%."""
-_RESAMPLES = 2000
+"""Examples that a claim needs: with fewer, chance alone makes all of them better too often."""
+_RESAMPLES = 10_000
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,14 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float]) -> Interval | None:
-    """Return the mean of values with its percentile bootstrap interval (Efron, 1979).
+    """Return the mean of values with its bootstrap interval.
 
     To compare two methods on the same examples, pass the differences example by example: that is
     the paired interval. The same values always give the same interval.
+
+    A plain percentile interval is too narrow for few values: of 5 it covers 85% instead of 95%. So
+    the percentiles are widened as Student's t is wider than the normal distribution (the expanded
+    percentile interval of Hesterberg, 2014, https://arxiv.org/abs/1411.5279).
 
     Args:
         values: one for each example.
@@ -57,10 +61,45 @@ def bootstrap(values: Sequence[float]) -> Interval | None:
     Returns:
         None for fewer than two values: one value says nothing about the spread.
     """
-    if len(values) < 2:  # noqa: PLR2004 - a spread needs two
+    n = len(values)
+    if n < 2:  # noqa: PLR2004 - a spread needs two
         return None
     found = np.asarray(values, dtype=np.float64)
-    picks = np.random.default_rng(0).integers(0, len(found), (_RESAMPLES, len(found)))
-    tail = 100 * (1 - CONFIDENCE) / 2
+    picks = np.random.default_rng(0).integers(0, n, (_RESAMPLES, n))
+    tail = 100 * expanded_tail(n)
     low, high = np.percentile(found[picks].mean(axis=1), [tail, 100 - tail])
-    return Interval(float(found.mean()), float(low), float(high), len(found))
+    return Interval(float(found.mean()), float(low), float(high), n)
+
+
+def expanded_tail(n: int) -> float:
+    """Return the share of resampled means to cut off at each end, for n values.
+
+    It is 0.025 for many values, and 0.001 for 5. Student's quantile comes from its expansion in
+    1 / (n - 1) (Abramowitz and Stegun, 26.7.5), which errs by less than 1% from 5 values on.
+    """
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    student, power = z, 1.0
+    for numerator, divisor in (
+        (z**3 + z, 4),
+        (5 * z**5 + 16 * z**3 + 3 * z, 96),
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z, 384),
+    ):
+        power /= n - 1
+        student += numerator / divisor * power
+    return NormalDist().cdf(-student * (n / (n - 1)) ** 0.5)
+
+
+def of_share(right: Sequence[bool]) -> tuple[float, float] | None:
+    """Return the 95% interval of a share (Wilson, 1927); None for no values.
+
+    Args:
+        right: one for each example. 5 right of 5 give 57% to 100%.
+    """
+    n = len(right)
+    if not n:
+        return None
+    z = NormalDist().inv_cdf((1 + CONFIDENCE) / 2)
+    share = sum(right) / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxfire.bench.intervals import Interval, bootstrap
+from fluxfire.bench.intervals import Interval, bootstrap, of_share
 from fluxfire.spark import checking
 from fluxfire.spark.scoring import psnr
 
@@ -86,12 +86,12 @@ class Quality:
 
     def to_dict(self) -> dict[str, Any]:
         """Mean, interval and worst of each measure, and every value."""
-        right = [float(one) for one in self.right if one is not None]
+        right = of_share([one for one in self.right if one is not None])
         return {
             "n": len(self.likenesses),
             **{name: self._summary(name, of) for name, of in _WORST.items()},
             "success": self.success,
-            "success_interval": _ends(bootstrap(right)),
+            "success_interval": list(right) if right else None,
             "worst": self.worst,
             "each": [
                 {**asdict(one), "right": right}

@@ -70,11 +70,12 @@ class Beside:
         if self.difference is None:
             return f"one example does not tell it from num_inference_steps={self.steps}"
         gap = self.difference
-        said = f"{gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
+        said = f"this list has {gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
         answers = {
             "better": f"beats num_inference_steps={self.steps}: {said}",
             "worse": f"num_inference_steps={self.steps} does better: {said}",
-            "no difference shown": f"num_inference_steps={self.steps} does the same: {said}",
+            "no difference shown": f"num_inference_steps={self.steps} does the same, as far as "
+            f"{gap.n} examples show: {said}",
         }
         unsure = f"beside num_inference_steps={self.steps}: {said}; {gap.verdict}"
         return answers.get(gap.verdict, unsure)
