@@ -36,11 +36,10 @@ class Float8:
     memory 33.5 → 25.5 GiB. Beside torchao's float8, and with `Attention("fa3-fp8")`: docs, "To the
     floor".
 
-    Try it before a cache: others' results on models like FLUX say that eight bits by row cost about
-    as much as compiling does (LPIPS 0.02 to 0.09), and less than a cache that skips more than 40%
-    of the steps (docs, "What others measured on the real model"). We measured no quality on FLUX.1
-    Kontext, so no preset holds it. On Spark plain with 21 steps, which take as long on an H100,
-    keeps 6 dB more.
+    Others report LPIPS 0.02 to 0.09 for eight bits on FLUX.1-dev and FLUX.2, beside 0.123 for plain
+    with about 16 of 28 steps of Kontext (docs, "What others measured on the real model"). Nobody
+    published this kind of rounding on Kontext, and we measured none, so no preset holds it. On
+    Spark plain with 21 steps, which take as long on an H100, keeps 6 dB more.
 
     Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
