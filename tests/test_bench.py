@@ -13,6 +13,7 @@ from PIL import Image
 
 import fluxfire
 from doubles import SkipBlock
+from fluxfire import kontext
 from fluxfire.bench import (
     Contender,
     Example,
@@ -29,9 +30,10 @@ from fluxfire.bench import (
 )
 from fluxfire.bench.phases import phases
 from fluxfire.bench.tables import as_csv, as_text
+from fluxfire.bench.work import BlockCounter
 from fluxfire.errors import BenchError, PlanError
-from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
-from fluxfire.testing import edit
+from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, QKVFusion
+from fluxfire.testing import edit, tiny_kontext
 
 LOAD = Workload(name="tiny", size=(32, 32), steps=3, auto_resize=False, text_tokens=24)
 
@@ -416,3 +418,64 @@ def test_as_csv(pipe):
     assert lines[0]["fewer_steps"] == lines[0]["hit_seconds"] == ""
     beside = result["rows"][1]["beside_fewer_steps"]["psnr"]
     assert float(lines[1]["beside_fewer_low"]) == beside["low"]
+
+
+def test_a_twin_that_stands_later_runs_first(pipe):
+    load = replace(LOAD, steps=8)
+    contenders = [
+        Contender("eager", (), "control"),
+        Contender("cached", (QKVFusion(), SKIPPING)),
+        Contender("fused", (QKVFusion(),)),
+    ]
+    rows = measure(pipe, contenders, [load], EXAMPLES, rounds=1)
+    assert [r.contender.name for r in rows[:3]] == ["eager", "fused", "cached"]
+    assert rows[2].to_dict()["beside_fewer_steps"]["contender"] == "plain, 4 steps (fused)"
+
+
+def test_a_companion_is_never_another_contender_of_its_name(pipe):
+    load = replace(LOAD, steps=8)
+    impostor = Contender("plain, 4 steps", (SkipBlock(),))
+    contenders = [Contender("eager", (), "control"), Contender("cached", (SKIPPING,)), impostor]
+    rows = measure(pipe, contenders, [load], EXAMPLES, rounds=1)
+    cached = next(r for r in rows if r.contender.name == "cached")
+    assert cached.fewer == "plain, 4 steps of eager"
+    assert (cached.beside.contender.passes, cached.beside.steps) == ((), 4)
+
+
+def test_work_that_rounds_up_to_all_steps_stands_beside_one_step_less(pipe):
+    """7 steps and a hit of one block in five: 7.2 steps of work."""
+    one = Contender("cached", (FirstBlockCache(schedule=[5]),))
+    rows = measure(pipe, [Contender("eager"), one], [replace(LOAD, steps=8)], EXAMPLES, rounds=1)
+    assert rows[1].fewer == "plain, 7 steps"
+
+
+def test_an_error_on_leaving_a_contender_is_its_own(pipe):
+    class BadUndo(SkipBlock):
+        def apply(self, tx):
+            def fail():
+                raise RuntimeError("cannot undo")
+
+            tx.on_undo(fail)
+            return super().apply(tx)
+
+    contenders = [Contender("eager"), Contender("bad", (BadUndo(),))]
+    _, bad = measure(pipe, contenders, [LOAD], EXAMPLES, rounds=1, fewer_steps=False)
+    assert "cannot undo" in bad.error
+
+
+def test_counting_blocks_leaves_passes_at_work_and_no_trace():
+    """A hook on a norm would make FusedBlocks step aside."""
+    pipe = tiny_kontext()
+    with fluxfire.optimized(pipe, [FusedBlocks()]):
+        expected = edit(pipe)
+        before = [dict(vars(b)) for b in kontext.blocks(pipe.transformer)]
+        with BlockCounter(pipe.transformer) as counter:
+            assert np.array_equal(edit(pipe), expected)
+        assert [dict(vars(b)) for b in kontext.blocks(pipe.transformer)] == before
+    assert counter.work(4).steps == expected_steps(counter)
+
+
+def expected_steps(counter):
+    """Every block ran equally often."""
+    (runs,) = set(counter._runs)
+    return runs

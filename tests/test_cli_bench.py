@@ -134,6 +134,7 @@ def test_a_contender_that_fails_is_told_and_the_status_says_so(tmp_path, lines, 
         (["--passes", "nonsense"], "there is no pass 'nonsense'"),
         (["--csv", "/nowhere/bench.csv"], "there is no folder /nowhere"),
         (["--baselines", "cache-dot"], "there is no baseline 'cache-dot'"),
+        (["--csv", "x.json", "--html", "x.json"], "must name different files"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, arguments, said):

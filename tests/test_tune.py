@@ -302,11 +302,11 @@ def test_prices_decide_in_the_place_of_clocks():
     lists = [Family((FirstBlockCache(schedule=[1]),)), Family((ReferenceCache(schedule=[0]),))]
     pipe, load = tiny_kontext(), replace(LOAD, steps=3)
     dear = Prices(computed=1, reused=1, hit=1, around=1)
-    found = tune(pipe, EXAMPLES, Budget(min_psnr=1), candidates=lists, workload=load, prices=dear)
+    found = tune(pipe, MANY, Budget(min_psnr=1), candidates=lists, workload=load, prices=dear)
     assert found.passes == ()
     assert {trial.speed for trial in found.trials} == {1}
     cheap = Prices(computed=1, reused=0.25, hit=0.5, around=1)
-    found = tune(pipe, EXAMPLES, Budget(min_psnr=1), candidates=lists, workload=load, prices=cheap)
+    found = tune(pipe, MANY, Budget(min_psnr=1), candidates=lists, workload=load, prices=cheap)
     assert found.passes == lists[1].passes
     assert found.speed == 4 / (1 + 1 + 2 * 0.25)
     assert {trial.speed for trial in found.trials} == {4 / 3.5, 4 / 2.5}
@@ -381,6 +381,29 @@ def test_a_lossy_list_must_beat_plain_at_equal_work(pretended_runs, fewer, examp
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["trials"][-1]["beside_fewer_steps"]["steps"] == 4
     assert conductor_of(PIPE) is None
+
+
+def test_work_that_rounds_up_to_all_steps_has_a_control_too(pretended_runs):
+    """7 steps and a hit are 7.2 of work: 7 plain steps take as long, and do better."""
+    by_steps = (0, 90, 90, 90, 90, 90, 90, 1, 0)
+    load = Skipping(name="pretended", steps=8, damage=((6,) * 15,) * 5, by_steps=by_steps)
+    family = Family((DIAL[0],), DIAL[:1])
+    found = tune(PIPE, MANY, Budget(min_psnr=20), candidates=[family], workload=load)
+    assert found.passes == ()
+    assert "num_inference_steps=7 does better" in str(found)
+
+
+def test_a_failed_setting_does_not_end_the_search_of_its_family(clock):
+    class Failing(Pretended):
+        def run(self, pipe, example, **rest):
+            if rung_of(pipe) == 2:
+                raise RuntimeError("out of something")
+            return super().run(pipe, example, **rest)
+
+    load = Failing(name="pretended", damage=((0,) * 6,) * 5)
+    families = [Family((QKVFusion(),)), Family((DIAL[0],), DIAL)]
+    found = tune(PIPE, EXAMPLES, Budget(min_psnr=28), candidates=families, workload=load)
+    assert found.passes == (DIAL[1],)
 
 
 def test_a_more_careful_setting_may_beat_plain_where_a_bold_one_does_not(pretended_runs):

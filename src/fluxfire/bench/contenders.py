@@ -193,7 +193,13 @@ def with_twins(contenders: Sequence[Contender]) -> list[Contender]:
     """
     found = list(contenders)
     for contender in contenders:
-        if contender.lossy and _twin_among(contender, found) is None:
+        if not contender.lossy:
+            continue
+        if (twin := _twin_among(contender, found)) is not None:
+            if found.index(twin) > found.index(contender):  # its pictures are needed first
+                found.remove(twin)
+                found.insert(found.index(contender), twin)
+        else:
             twin, taken = contender.twin, {one.name for one in found}
             if twin.name in taken:  # a list of the same names with other settings
                 twin = replace(twin, name=f"{twin.name} (of {contender.name})")

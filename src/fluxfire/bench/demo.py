@@ -18,7 +18,7 @@ from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, difference
 from fluxfire.protocol import Pass
-from fluxfire.text import count_of, human_seconds, own_settings, settings_line, table
+from fluxfire.text import human_seconds, own_settings, settings_line, table
 
 _MARGIN, _CAPTION, _HEAD = 4, 16, 20
 
@@ -46,7 +46,7 @@ class Demo:
         """The rows with their names, plain first."""
         found = [("plain", self.plain)]
         if self.fewer is not None:
-            found.append((f"plain, {count_of(self.fewer.steps, 'step')}", self.fewer))
+            found.append((self.fewer.contender.name, self.fewer))
         if self.optimized is not self.plain:
             found.append((self.optimized.contender.name, self.optimized))
         return found

@@ -6,7 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import mean, median
 from typing import Any
 
@@ -164,16 +164,25 @@ class _Bench:
             if twin is None or not base or not base.edits or not row.edits:
                 continue
             row.twin = twin.name
-            steps = equal_steps(mean(edit.work.steps for edit in row.edits), _step_cost(row, base))
-            if steps >= base.steps:
-                continue
-            fewer = twin.with_steps(steps)
+            work, cost = mean(edit.work.steps for edit in row.edits), _step_cost(row, base)
+            if work * cost >= base.steps or base.steps == 1:
+                continue  # it saves nothing
+            fewer = self._companion(twin, min(equal_steps(work, cost), base.steps - 1))
             row.fewer = fewer.name
             if self._row(fewer.name, row.workload) is None:
                 added[fewer.name] = fewer
                 self.rows.append(Row(fewer, row.workload))
         self.play(0, list(added.values()))
         return list(added.values())
+
+    def _companion(self, twin: Contender, steps: int) -> Contender:
+        """Return a twin with fewer steps: one of those measured, or a new one with a new name."""
+        wanted, known = twin.with_steps(steps), [row.contender for row in self.rows]
+        for one in known:
+            if (one.passes, one.steps) == (wanted.passes, steps) and _plain(one):
+                return one
+        taken = any(one.name == wanted.name for one in known)
+        return replace(wanted, name=f"{wanted.name} of {twin.name}") if taken else wanted
 
     def repeat_first(self) -> None:
         """Run the first contender once more, unless it just ran: did the machine stay the same?"""
@@ -244,6 +253,10 @@ class _Bench:
         return next(found, None)
 
 
+def _plain(contender: Contender) -> bool:
+    return contender.baseline is None and not contender.settings
+
+
 def _all_steps_exact(contender: Contender) -> bool:
     return contender.steps is None and not contender.lossy and not contender.settings
 
@@ -308,9 +321,10 @@ class _Turn:
                     done += 1
         except Exception as error:  # noqa: BLE001 - anyone's code; the other contenders go on
             kind = "" if isinstance(error, FluxfireError) else f"{type(error).__name__}: "
-            rows[done].error = f"{kind}{error}"
+            failed = rows[min(done, len(rows) - 1)]  # or leaving it failed, after the last
+            failed.error = f"{kind}{error}"
             for later in rows[done + 1 :]:
-                later.error = f"not run, after {rows[done].workload.name} failed"
+                later.error = f"not run, after {failed.workload.name} failed"
         gc.collect()  # a baseline's pipeline lies in cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -59,6 +59,8 @@ class Search:
     _seconds: list[float] = field(default_factory=list)
     _offenders: list[int] = field(default_factory=list)
     _fewer: dict[tuple[tuple[Pass, ...], int], dict[int, Likeness]] = field(default_factory=dict)
+    _twins: dict[tuple[Pass, ...], dict[int, Image.Image]] = field(default_factory=dict)
+    _made: dict[int, Image.Image] = field(default_factory=dict)
     _present: tuple[Pass, ...] = ()
     _applied: bool = False
     _device: ExitStack = field(default_factory=ExitStack)
@@ -131,7 +133,7 @@ class Search:
             middle = (within + outside) // 2
             trial = self._try(family, middle, "search")
             if trial.verdict != "within":
-                if best is None and trial.speed < than:
+                if best is None and trial.verdict != "failed" and trial.speed < than:
                     break
                 outside = middle
                 continue
@@ -218,20 +220,26 @@ class Search:
         is enough: there are fewer examples, and a list that is turned down is gone.
         """
         assert trial.quality is not None  # noqa: S101 - it did not fail
-        steps = equal_steps(trial.work, self._step_cost(trial))
-        if steps >= self.workload.steps:
-            return trial
+        cost = self._step_cost(trial)
+        if trial.work * cost >= self.workload.steps or self.workload.steps == 1:
+            return trial  # it saves nothing
+        steps = min(equal_steps(trial.work, cost), self.workload.steps - 1)
         numbers = self.numbers(trial.part)
         exact = tuple(p for p in trial.passes if p.exactness != "lossy")
         known = self._fewer.setdefault((exact, steps), {})
+        # Both are compared with the same list at all steps, so that compiling cancels out.
+        twin = self._twins.setdefault(exact, {} if exact else dict(enumerate(self._pictures)))
         missing = [number for number in numbers if number not in known]
         with self._without_loss(trial.passes) if missing else nullcontext():
             for number in missing:
                 said = f"plain, {count_of(steps, 'step')}"
                 self.on_edit(f"{said}, {number + 1} of {len(self.examples)}")
-                known[number] = likeness(self._edit(number, steps), self._pictures[number], ())
+                if exact and number not in twin:
+                    twin[number] = self._edit(number)
+                known[number] = likeness(self._edit(number, steps), twin[number], ())
         fewer = Quality(tuple(known[n] for n in numbers), (None,) * len(numbers))
-        gap = trial.quality.minus(fewer)
+        mine = tuple(likeness(self._made[n], twin[n], ()) for n in numbers)
+        gap = Quality(mine, (None,) * len(numbers)).minus(fewer)
         beside = Beside(steps, mean(one.psnr for one in fewer.likenesses), gap)
         if beside.beaten if trial.part == "confirm" else gap is None or gap.mean > 0:
             return replace(trial, beside=beside)
@@ -277,6 +285,7 @@ class Search:
         for turn, number in enumerate(numbers, 1):
             self.on_edit(f"{part}, {turn} of {len(numbers)}: {label}")
             picture, spent, work = self._timed_edit(number, steps)
+            self._made[number] = picture
             seconds.append(spent)
             works.append(work)
             speeds.append(self._seconds[number] / spent)

@@ -280,8 +280,9 @@ def tune(
     on the confirming examples the whole interval of the paired difference must lie above 0. Where
     it does not, `num_inference_steps` does the same, and the result says so.
 
-    All pictures are compared with those of the eager pipeline. On the real model compiling alone
-    moves a picture by 20 to 30 dB, so a budget of the PSNR must leave room for it.
+    The budget compares with the eager pictures. On the real model compiling alone moves a picture
+    to 20 to 30 dB, so a budget of the PSNR must leave room for it. The comparison with fewer steps
+    is with the same list at all steps, so there compiling cancels out.
 
     Args:
         pipe: a plain pipeline, with trained weights; it is plain again at the end, also after

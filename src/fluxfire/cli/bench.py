@@ -120,6 +120,9 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
         if path is not None and path.is_dir():
             raise UsageError(f"cannot write {path}: it is a folder")
+    given = [p.resolve() for p in (arguments.out, arguments.csv, arguments.html) if p is not None]
+    if len(set(given)) < len(given):
+        raise UsageError("--out, --csv and --html must name different files")
     if arguments.plots is not None:
         if arguments.plots.exists() and not arguments.plots.is_dir():
             raise UsageError(f"cannot write plots to {arguments.plots}: it is no folder")
