@@ -479,3 +479,23 @@ def expected_steps(counter):
     """Every block ran equally often."""
     (runs,) = set(counter._runs)
     return runs
+
+
+def test_in_a_shared_turn_one_contender_s_failure_is_its_own(pipe):
+    class Failing(Workload):
+        def run(self, pipe, example, *, steps=None, **rest):
+            if steps == 3:
+                raise RuntimeError("three")
+            return super().run(pipe, example, steps=steps, **rest)
+
+    facts = {f: getattr(LOAD, f) for f in ("size", "auto_resize", "text_tokens")}
+    loads = [Failing(name=name, steps=4, **facts) for name in ("one", "two")]
+    plain = Contender("eager", (), "control")
+    contenders = [plain.with_steps(3), plain, plain.with_steps(2)]
+    rows = measure(pipe, contenders, loads, EXAMPLES, rounds=2)
+    told = {(r.contender.name, r.workload.name): (r.error, len(r.edits)) for r in rows}
+    assert told["plain, 3 steps", "one"] == ("RuntimeError: three", 0)
+    assert told["plain, 3 steps", "two"] == ("not run, after one failed", 0)
+    for name in ("eager", "plain, 2 steps"):
+        for load in ("one", "two"):
+            assert told[name, load] == (None, 4)

@@ -301,7 +301,16 @@ class _Turn:
     on_edit: Callable[[str], None]
 
     def take(self, pipe: Any, rows: Sequence[Row]) -> None:
-        """Apply the rows' list once and run their workloads; an error ends the turn."""
+        """Apply the rows' list and run their workloads.
+
+        An error ends the turn of its contender alone: the list is applied anew for the others.
+        """
+        while rows:
+            rows = self._take(pipe, rows)
+
+    def _take(self, pipe: Any, rows: Sequence[Row]) -> list[Row]:
+        """Apply the list once; return the rows that an error of another contender left out."""
+        left: list[Row] = []
         torch.compiler.reset()
         before = _memory()
         _forget_peak()
@@ -324,10 +333,14 @@ class _Turn:
             failed = rows[min(done, len(rows) - 1)]  # or leaving it failed, after the last
             failed.error = f"{kind}{error}"
             for later in rows[done + 1 :]:
-                later.error = f"not run, after {failed.workload.name} failed"
+                if later.contender.name == failed.contender.name:
+                    later.error = f"not run, after {failed.workload.name} failed"
+                else:
+                    left.append(later)
         gc.collect()  # a baseline's pipeline lies in cycles
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        return left
 
     def _run(self, pipe: Any, row: Row) -> None:
         """Warm up, and edit every example; the row gets all of it, or nothing."""

@@ -44,7 +44,7 @@ class ParaAttention:
         threshold: para-attn's `residual_diff_threshold`; at 0 nothing hits.
         alter_threshold: that of the unconditional branch; None for the same.
         warmup_steps: first steps that are always computed.
-        downsample_factor: compare only every so-manieth channel.
+        downsample_factor: compare only every n-th channel.
         taylorseer: predict what is added by para-attn's TaylorSeer.
         derivatives: TaylorSeer's highest order.
 
