@@ -89,11 +89,12 @@ class Demo:
         reference = self.optimized.twin or EAGER
         gap = self.optimized.quality[reference].minus(self.fewer.quality[reference])
         steps = self.fewer.steps
-        work = mean(edit.work.steps for edit in self.optimized.edits)
-        yield (
-            f"{self.optimized.contender.name} computed {work:.1f} steps of work, because a skipped "
-            f"step still runs some blocks. Plain gets the next whole number of steps."
-        )
+        if self.optimized.contender.may_skip:
+            work = mean(edit.work.steps for edit in self.optimized.edits)
+            yield (
+                f"{self.optimized.contender.name} computed {work:.1f} steps of work, because a "
+                f"skipped step still runs some blocks. Plain gets the next whole number of steps."
+            )
         if gap is None:
             yield f"One example does not tell whether this beats num_inference_steps={steps}."
             return
