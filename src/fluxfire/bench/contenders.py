@@ -86,6 +86,11 @@ class Contender:
         return self.baseline is not None or any(p.exactness == "lossy" for p in own)
 
     @property
+    def bare(self) -> bool:
+        """Whether its passes are all that it is, but for the number of steps."""
+        return self.baseline is None and not self.settings
+
+    @property
     def may_skip(self) -> bool:
         """Whether it may skip steps, or blocks of a step."""
         if self.baseline is not None:
@@ -211,8 +216,7 @@ def _twin_among(contender: Contender, others: Sequence[Contender]) -> Contender 
     """Return the exact contender with the same passes and all steps, or None."""
     exact = contender.twin.passes
     for other in others:
-        plain = other.baseline is None and other.steps is None and not other.settings
-        if plain and other.passes == exact:
+        if other.bare and other.steps is None and other.passes == exact:
             return other
     return None
 

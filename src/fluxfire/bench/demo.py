@@ -14,6 +14,7 @@ from fluxfire.bench.examples import Example
 from fluxfire.bench.measuring import measure
 from fluxfire.bench.rows import Row
 from fluxfire.bench.tables import decibels, remarks
+from fluxfire.bench.trials import Beside
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, difference
@@ -98,16 +99,8 @@ class Demo:
         if gap is None:
             yield f"One example does not tell whether this beats num_inference_steps={steps}."
             return
-        said = f"this list has {gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
-        answers = {
-            "better": f"This beats num_inference_steps={steps}: {said}.",
-            "worse": f"num_inference_steps={steps} does better than this: {said}.",
-            "no difference shown": f"num_inference_steps={steps} does the same, as far as {gap.n} "
-            f"edits show: {said}.",
-        }
-        yield answers.get(
-            gap.verdict, f"Beside num_inference_steps={steps}: {said}; {gap.verdict}."
-        )
+        near = mean(one.psnr for one in self.fewer.quality[reference].likenesses)
+        yield f"At equal computed work {Beside(steps, near, gap)}."
 
     def grid(self) -> Image.Image:
         """Draw a row for each edit: reference, what each row made, difference, target."""

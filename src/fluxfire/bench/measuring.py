@@ -179,7 +179,7 @@ class _Bench:
         """Return a twin with fewer steps: one of those measured, or a new one with a new name."""
         wanted, known = twin.with_steps(steps), [row.contender for row in self.rows]
         for one in known:
-            if (one.passes, one.steps) == (wanted.passes, steps) and _plain(one):
+            if one.bare and (one.passes, one.steps) == (wanted.passes, steps):
                 return one
         taken = any(one.name == wanted.name for one in known)
         return replace(wanted, name=f"{wanted.name} of {twin.name}") if taken else wanted
@@ -232,7 +232,7 @@ class _Bench:
         others = [row.contender for row in self.rows]
         if contender.role == "fewer steps":
             names += [
-                c.name for c in others if c.passes == contender.passes and _all_steps_exact(c)
+                c.name for c in others if c.bare and not c.steps and c.passes == contender.passes
             ]
         elif (twin := twin_of(contender, others)) is not None:
             names.append(twin.name)
@@ -253,14 +253,6 @@ class _Bench:
         return next(found, None)
 
 
-def _plain(contender: Contender) -> bool:
-    return contender.baseline is None and not contender.settings
-
-
-def _all_steps_exact(contender: Contender) -> bool:
-    return contender.steps is None and not contender.lossy and not contender.settings
-
-
 def _turns(contenders: Sequence[Contender]) -> list[list[Contender]]:
     """Group contenders that differ in their steps alone: their passes are applied once."""
     turns: list[list[Contender]] = []
@@ -275,8 +267,7 @@ def _turns(contenders: Sequence[Contender]) -> list[list[Contender]]:
 
 
 def _same_but_for_steps(one: Contender, other: Contender) -> bool:
-    alike = one.passes == other.passes and not (one.settings or other.settings)
-    return alike and one.baseline is None is other.baseline and one.steps != other.steps
+    return one.bare and other.bare and one.passes == other.passes and one.steps != other.steps
 
 
 def _step_cost(row: Row, twin: Row) -> float:

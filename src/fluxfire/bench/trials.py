@@ -72,7 +72,7 @@ class Beside:
         gap = self.difference
         said = f"this list has {gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
         answers = {
-            "better": f"beats num_inference_steps={self.steps}: {said}",
+            "better": f"it beats num_inference_steps={self.steps}: {said}",
             "worse": f"num_inference_steps={self.steps} does better: {said}",
             "no difference shown": f"num_inference_steps={self.steps} does the same, as far as "
             f"{gap.n} examples show: {said}",

@@ -146,7 +146,7 @@ class Tuned:
             )
         lines = [f"{said}."]
         if self.confirmed.beside is not None:
-            lines.append(f"At equal computed work it {self.confirmed.beside}.")
+            lines.append(f"At equal computed work {self.confirmed.beside}.")
         return "\n".join([*lines, *self._turned_down()])
 
     def _turned_down(self) -> list[str]:
