@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,7 +13,6 @@ from fluxfire.applying import (
     apply_passes,
     finish_warmup,
     known_conductor,
-    record_of,
     undo,
 )
 from fluxfire.conductor import rehearsal
@@ -25,7 +24,14 @@ from fluxfire.protocol import Pass
 from fluxfire.reporting.report import Report
 from fluxfire.resolve import Passes
 from fluxfire.rules import malformed
-from fluxfire.warming import Progress, Size, blank_calls, check_call, check_sizes
+from fluxfire.warming import (
+    Progress,
+    Sizes,
+    blank_calls,
+    check_call,
+    output_sizes,
+    reference_sizes,
+)
 
 __all__ = ["optimize", "optimized", "plan", "report", "restore", "using", "warmup"]
 
@@ -139,7 +145,7 @@ def using(pipe: P, settings: Passes | Pass) -> Iterator[P]:
     if conductor is None:
         raise PlanError("using() needs an optimized pipeline; call optimize(pipe) first")
     wanted = [settings] if malformed(settings) is None else settings
-    swaps = retuned(conductor.live, record_of(conductor).passes, wanted)  # type: ignore[arg-type]
+    swaps = retuned(conductor.live, conductor.record.passes, wanted)  # type: ignore[arg-type]
     before = [live.settings for live, _ in swaps]
     with conductor.idle("change settings"):
         for live, pass_ in swaps:
@@ -166,7 +172,7 @@ def report(pipe: Any) -> Report:
     conductor = known_conductor(pipe)
     if conductor is None:
         return Report()
-    record = record_of(conductor)
+    record = conductor.record
     passes = tuple(
         replace(one, facts=dict(record.facts[one.name]())) if one.name in record.facts else one
         for one in record.reports
@@ -174,21 +180,22 @@ def report(pipe: Any) -> Report:
     return Report(passes, record.warmup_seconds, tuple(record.statistics.runs))
 
 
-def warmup(
-    pipe: P, sizes: Sequence[Size], references: Sequence[Size] | None = None, **call: Any
-) -> P:
+def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) -> P:
     """Run the pipeline once for each output size, so that later calls find all compiled.
 
     Two denoising steps each, unless `call` says otherwise. The global random state is left
     alone. A progress bar tells sizes and phases, unless the pipeline's bars are disabled.
+    Everything is checked before the first run.
 
     Args:
         pipe: an optimized pipeline.
         sizes: output sizes as (width, height) in pixels, multiples of 16; run exactly so,
-            without Kontext's own rescaling to one megapixel.
-        references: sizes of the reference pictures, each run with each output size. None
-            means one blank picture of the size that the pipeline gives a reference of the
-            output's shape; an empty list means text-to-image only.
+            without Kontext's own rescaling to one megapixel. A list or any other iterable of
+            pairs of whole numbers, which is read once: a generator or a NumPy array too.
+        references: sizes of the reference pictures, each run with each output size; as
+            `sizes`, but any whole numbers of 16 or more. None means one blank picture of the
+            size that the pipeline gives a reference of the output's shape; an empty list
+            means text-to-image only.
         **call: further arguments of the pipeline's call. Those that change shapes, such as
             the number of prompts or `max_sequence_length`, must be as they will be used.
 
@@ -196,18 +203,20 @@ def warmup(
         The same pipeline.
 
     Raises:
-        PlanError: the pipeline is not optimized, or a size cannot be run.
+        PlanError: the pipeline is not optimized, there is no size or one that cannot be run,
+            or an argument in `call` would overrule sizes or references. Nothing was run.
         PassError: a pass's `after_warmup` failed; what it did was rolled back.
         BusyError: the pipeline is generating.
     """
     conductor = known_conductor(pipe)
     if conductor is None:
         raise PlanError("warmup needs an optimized pipeline; call optimize(pipe) first")
-    check_sizes(pipe, sizes, references or ())
-    check_call(call)
-    record = record_of(conductor)
+    outputs = output_sizes(pipe, sizes)
+    pictures = reference_sizes(pipe, references)
+    check_call(call, pictures)
+    record = conductor.record
     began = time.perf_counter()
-    calls = [(size, a) for size in sizes for a in blank_calls(pipe, size, references, call)]
+    calls = [(size, a) for size in outputs for a in blank_calls(pipe, size, pictures, call)]
     progress = Progress(pipe, len(calls))
     generate: Any = pipe
     with progress.shown(conductor), rehearsal(pipe):

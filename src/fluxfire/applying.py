@@ -6,45 +6,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from fluxfire import kontext
-from fluxfire.conductor import Conductor, conductor_of
+from fluxfire.conductor import Conductor, TransformerCall, conductor_of, private_class
+from fluxfire.copies import copier
 from fluxfire.dry_run import Plan
-from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
+from fluxfire.errors import PassError, PlanError, RestoreError
 from fluxfire.planning import make_plan
 from fluxfire.protocol import Change, Pass, configured
+from fluxfire.record import Application
 from fluxfire.reporting.report import PassReport
-from fluxfire.reporting.statistics import Statistics
 from fluxfire.resolve import Passes
 from fluxfire.transaction import Transaction
 
 MakeTransaction = Callable[[Any, Conductor], Transaction]
 _one_at_a_time = threading.RLock()  # planned and applied without another thread in between
-
-
-@dataclass
-class Record:
-    """What was applied to one pipeline; kept on its conductor.
-
-    Attributes:
-        statistics: of its generations.
-        passes: in order.
-        reports: what each of them did.
-        facts: by the name of a pass, what makes the facts that it tells the report.
-        transactions: in order; undone, they give the plain pipeline back.
-        warmup_seconds: of all warm-ups; None before the first.
-    """
-
-    statistics: Statistics = field(default_factory=Statistics)
-    passes: list[Pass] = field(default_factory=list)
-    reports: list[PassReport] = field(default_factory=list)
-    facts: dict[str, Callable[[], Mapping[str, object]]] = field(default_factory=dict)
-    transactions: list[Transaction] = field(default_factory=list)
-    warmup_seconds: float | None = None
 
 
 def known_conductor(pipe: object) -> Conductor | None:
@@ -58,22 +37,10 @@ def known_conductor(pipe: object) -> Conductor | None:
     return conductor_of(pipe)
 
 
-def record_of(conductor: Conductor) -> Record:
-    """Return what was applied to a conductor's pipeline.
-
-    Raises:
-        FluxfireError: somebody took the record away.
-    """
-    record = conductor.record
-    if not isinstance(record, Record):
-        raise FluxfireError("this pipeline's record is gone; reload the pipeline")
-    return record
-
-
 def applied_passes(pipe: object) -> list[Pass]:
     """Return the passes that a pipeline carries, in order; none of a plain one."""
     conductor = conductor_of(pipe)
-    return record_of(conductor).passes if conductor else []
+    return conductor.record.passes if conductor else []
 
 
 def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Transaction) -> None:
@@ -98,19 +65,22 @@ def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Trans
 def undo(conductor: Conductor) -> None:
     """Undo everything that was done to a conductor's pipeline; see `fluxfire.restore`.
 
+    An interrupt leaves what is not undone yet for the next call.
+
     Raises:
         PlanError: a pass let go of what it would need; nothing was changed.
         BusyError: the pipeline is generating.
         RestoreError: some edits could not be undone; all others were.
     """
     with conductor.idle("restore"), _editing():
-        transactions = record_of(conductor).transactions
-        if gone := [why for tx in transactions for why in tx.irreversible]:
+        record = conductor.record
+        if gone := record.irreversible:
             raise PlanError(
                 f"{'; '.join(gone)}. Nothing was changed; to have it back, load the pipeline again"
             )
-        failures = [e for tx in reversed(transactions) for e in tx.rollback()]
-        transactions.clear()
+        conductor.changing = True
+        failures = [e for tx in reversed(record.transactions) for e in tx.rollback()]
+        record.applied.clear()
     if failures:
         said = "; ".join(f"{type(e).__name__}: {e}" for e in failures)
         raise RestoreError(
@@ -134,31 +104,27 @@ def finish_warmup(pipe: Any) -> None:
     conductor = conductor_of(pipe)
     if conductor is None:
         raise PlanError("only an optimized pipeline can finish a warm-up; call optimize(pipe)")
-    record = record_of(conductor)
     with conductor.idle("finish the warm-up"), _editing():
         tx = Transaction(pipe, conductor)
-        with _all_or_nothing(tx):
-            for pass_ in record.passes:
+        with _all_or_nothing(conductor, Application(tx)):
+            for pass_ in conductor.record.passes:
                 if (after := getattr(pass_, "after_warmup", None)) is not None:
                     with _naming(pass_.name):
                         after(tx)
-        record.transactions.append(tx)
 
 
 def _carry_out(pipe: Any, planned: Plan, transaction: MakeTransaction) -> None:
-    conductor = conductor_of(pipe) or Conductor()
+    known = conductor_of(pipe)
+    conductor = known or Conductor(pipe)
     with conductor.idle("optimize"), _editing():
-        record = conductor.record = conductor.record or Record()
         tx = transaction(pipe, conductor)
+        done = Application(tx)
         reports: list[PassReport] = []
         facts: dict[str, Callable[[], Mapping[str, object]]] = {}
-        with _all_or_nothing(tx):
-            if conductor_of(pipe) is None:
+        with _all_or_nothing(conductor, done):
+            if known is None:
                 with _naming("fluxfire"):
-                    tx.set_class(pipe, conductor.pipeline_class(pipe))
-                    call = conductor.transformer_call(pipe)
-                    tx.setattr(pipe.transformer, kontext.CALL_SLOT, call)
-                    tx.listen(record.statistics)
+                    _take_over(tx, conductor)
             for step in planned.steps:
                 began, tx.facts = time.perf_counter(), None
                 with _naming(step.pass_.name):
@@ -167,11 +133,20 @@ def _carry_out(pipe: Any, planned: Plan, transaction: MakeTransaction) -> None:
                 reports.append(PassReport.of(step.pass_, change, seconds, step.findings))
                 if tx.facts is not None:
                     facts[step.pass_.name] = tx.facts
-        record.transactions.append(tx)
-        record.passes += [step.pass_ for step in planned.steps]
-        record.reports += reports
-        record.facts |= facts
-        conductor.passes = tuple(map(configured, record.passes))
+            done.reports, done.facts = tuple(reports), facts
+            done.passes = tuple(step.pass_ for step in planned.steps)
+
+
+def _take_over(tx: Transaction, conductor: Conductor) -> None:
+    """Have the conductor hear of the pipeline's calls, and see to its copies."""
+    pipe, record = tx.pipe, conductor.record
+    # First of all: from now on restore(pipe) finds the record, also after an interrupt.
+    tx.set_class(pipe, private_class(pipe, conductor))
+    tx.place(TransformerCall(conductor, pipe))
+    for _, component in kontext.modules(pipe):
+        for override in copier(component, record):
+            tx.place(override)
+    tx.listen(record.statistics)
 
 
 @contextmanager
@@ -182,12 +157,26 @@ def _editing() -> Iterator[None]:
 
 
 @contextmanager
-def _all_or_nothing(tx: Transaction) -> Iterator[None]:
-    """Roll the transaction back if anything is raised, interrupts included."""
+def _all_or_nothing(conductor: Conductor, application: Application) -> Iterator[None]:
+    """Roll an application back if anything is raised, interrupts included.
+
+    It is on record from the start. If another interrupt cuts the roll-back short, `restore` finds
+    there what is left to do.
+    """
+    applied = conductor.record.applied
+    conductor.changing = True
     try:
+        applied.append(application)
         yield
+        conductor.passes = tuple(map(configured, conductor.record.passes))
+        conductor.changing = False
     except BaseException as error:
-        failures = tx.rollback()
+        application.passes = ()
+        failures = application.transaction.rollback()
+        if application in applied:
+            applied.remove(application)
+        conductor.passes = tuple(map(configured, conductor.record.passes))
+        conductor.changing = False
         for failure in failures:
             error.add_note(f"rolling back also failed: {failure!r} {failure.__notes__}")
         if not isinstance(error, PassError):

@@ -113,12 +113,13 @@ class BlockStack:
             return out.text, out.image
 
         own = vars(transformer)  # past Module.__setattr__, which would drop the real lists
-        own["transformer_blocks"] = [stack]
-        own["single_transformer_blocks"] = []
         try:
+            own["transformer_blocks"] = [stack]
+            own["single_transformer_blocks"] = []
             yield inputs
         finally:
-            del own["transformer_blocks"], own["single_transformer_blocks"]
+            own.pop("transformer_blocks", None)
+            own.pop("single_transformer_blocks", None)
 
     def _wrapped(self, run: Run, call: Call) -> Run:
         for wrapper in reversed(self.wrappers):

@@ -2,25 +2,30 @@
 
 Python looks `__call__` up on the class, so an instance attribute would be ignored, and a
 patch of the class would reach every other pipeline. The conductor therefore turns this one
-pipeline into an instance of a private subclass of its own class, which carries the same name
-and pickles as the plain class. The transformer keeps its class (diffusers compares it when
-components are shared): torch's own slot for how a module instance is called serves there.
+pipeline into an instance of a private subclass of its own class, which carries the same name,
+and which others do not see (`StandIn`). Instances made by it are of the plain class, and so are
+copies. The transformer keeps its class (diffusers compares it when components are
+shared): torch's own slot for how a module instance is called serves there.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
+from fluxfire import copies
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.generation import Generation, Listener, Live
-from fluxfire.kontext import CALL_SLOT
+from fluxfire.override import CALL_SLOT, Override
 from fluxfire.protocol import Configured
+from fluxfire.record import Record
+from fluxfire.stand_in import StandIn
 
 _CONDUCTOR = "_fluxfire_conductor"
 
@@ -31,42 +36,33 @@ class Conductor:
     Attributes:
         listeners: who hears of generations, in the order of the passes.
         stack: the run through the blocks.
-        run_transformer: what a call of the transformer comes down to; compiling the whole
-            model replaces it.
+        calls: what a call of the transformer comes down to, the last counts; with none it is the
+            transformer's own. Compiling the whole model adds one.
         live: the run-time settings of the passes that have some.
         passes: what is applied, as data.
         rehearsing: whether generations are rehearsals.
-        record: what `fluxfire.applying` keeps here.
+        changing: whether the pipeline is being changed, or an interrupt left it half changed.
+        record: what was applied.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pipe: Any) -> None:
         self.listeners: list[Listener] = []
         self.live: list[Live[Any]] = []
         self.passes: tuple[Configured, ...] = ()
         self.rehearsing = False
+        self.changing = False
         self.stack = BlockStack()
-        self.run_transformer: Callable[..., Any] | None = None
-        self.record: Any = None
-        self._lock = threading.Lock()
-        self._generation: Generation | None = None
+        self.calls: list[Callable[..., Any]] = []
+        self.record = Record()
+        self._pipe = weakref.ref(pipe)
+        self._transformer = weakref.ref(pipe.transformer)
+        self._guard = threading.Lock()
+        self._holder: weakref.ref[Generation | _Change] | None = None
         self._count = 0
-        self._transformer: Any = None
 
-    def pipeline_class(self, pipe: Any) -> type:
-        """Make the class that this one pipeline becomes an instance of."""
-
-        def call_pipeline(plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with self._run(pipe):
-                return plain(*args, **kwargs)
-
-        return _subclass(type(pipe), call_pipeline, self)
-
-    def transformer_call(self, pipe: Any) -> TransformerCall:
-        """Make what goes into the transformer's call slot."""
-        transformer = self._transformer = pipe.transformer
-        plain = transformer._call_impl  # noqa: SLF001 - what __call__ runs
-        self.run_transformer = vars(transformer).get(CALL_SLOT) or plain
-        return TransformerCall(self, pipe)
+    def owns(self, pipe: object) -> bool:
+        """Whether this is the pipeline that it conducts."""
+        return self._pipe() is pipe
 
     @contextmanager
     def idle(self, wish: str) -> Iterator[None]:
@@ -75,13 +71,16 @@ class Conductor:
         Raises:
             BusyError: if a generation is running.
         """
-        if not self._lock.acquire(blocking=False):
-            doing = "generating" if self._generation else "being changed by another thread"
-            raise BusyError(f"cannot {wish}: the pipeline is {doing}; wait for it to finish")
+        change = _Change()
         try:
+            holder = self._held_by(change)
+            if holder is not change:
+                generating = isinstance(holder, Generation)
+                doing = "generating" if generating else "being changed by another thread"
+                raise BusyError(f"cannot {wish}: the pipeline is {doing}; wait for it to finish")
             yield
         finally:
-            self._lock.release()
+            self._leave(change)
 
     def prepare(self) -> None:
         """Have every listener put its affairs in order before the models are used."""
@@ -90,7 +89,12 @@ class Conductor:
 
     def disturbed(self, pipe: Any) -> str | None:
         """Say what was done to the pipeline that fluxfire cannot live with, or None."""
-        if pipe.transformer is not self._transformer:
+        if self.changing:
+            return (
+                "optimize() or restore() was interrupted and left the pipeline half changed; "
+                "call restore(pipe), which finishes what is left to do"
+            )
+        if pipe.transformer is not self._transformer():
             return (
                 "pipe.transformer was replaced after optimize(); "
                 "put it back, or call restore(pipe) and optimize(pipe) again"
@@ -102,38 +106,30 @@ class Conductor:
             )
         return None
 
-    def _why_busy(self) -> str:
-        running = self._generation
-        if running is None:
-            return "this pipeline is being optimized or restored; generate when that is done"
-        here = running.thread == threading.get_ident()
-        where = "in this call's own thread" if here else "in another thread"
-        return (
-            f"this pipeline is already generating {where}; a diffusers pipeline runs one "
-            f"generation at a time: queue the calls, or give each thread a pipeline of its own"
-        )
-
     @contextmanager
-    def _run(self, pipe: Any) -> Iterator[None]:
-        if not self._lock.acquire(blocking=False):
-            raise BusyError(self._why_busy())
+    def run(self, pipe: Any) -> Iterator[None]:
+        """Be entered around a whole call of the pipeline."""
+        generation = Generation(self._count + 1, self.passes, self.rehearsing)
         try:
+            holder = self._held_by(generation)
+            if holder is not generation:
+                raise BusyError(_why_busy(holder))
             if (why := self.disturbed(pipe)) is not None:
                 raise FluxfireError(why)
             self.prepare()
             self._count += 1
-            generation = self._generation = Generation(self._count, self.passes, self.rehearsing)
             with ExitStack() as entered:
                 for listener in self.listeners:
                     entered.enter_context(listener.during(generation))
                 yield
         finally:
-            self._generation = None
-            self._lock.release()
+            self._leave(generation)
 
     @contextmanager
-    def _step(self, pipe: Any, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        generation = self._generation
+    def step(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Be entered around a call of the transformer; give the arguments to call it with."""
+        holder = None if self._holder is None else self._holder()
+        generation = holder if isinstance(holder, Generation) else None
         if generation is not None and generation.thread != threading.get_ident():
             raise BusyError(
                 "this transformer is generating in another thread, for the pipeline that "
@@ -144,38 +140,76 @@ class Conductor:
             self.prepare()
             yield inputs
             return
-        call = generation.advance(pipe, inputs)
+        call = generation.advance(self._pipe(), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:
                 entered.enter_context(listener.around(call))
-            yield entered.enter_context(self.stack.mounted(self._transformer, call, inputs))
+            yield entered.enter_context(self.stack.mounted(self._transformer(), call, inputs))
+
+    def _held_by(self, wants: Generation | _Change) -> Generation | _Change:
+        """Give the pipeline to whoever wants it, unless somebody has it; return who has it.
+
+        Only a weak reference is kept: if an interrupt keeps a holder from giving it back, the end
+        of its frame does.
+        """
+        with self._guard:
+            holder = None if self._holder is None else self._holder()
+            if holder is None:
+                self._holder, holder = weakref.ref(wants), wants
+            return holder
+
+    def _leave(self, holder: Generation | _Change) -> None:
+        with self._guard:
+            if self._holder is not None and self._holder() is holder:
+                self._holder = None
 
 
-@dataclass(frozen=True, eq=False)
-class TransformerCall:
+class _Change:
+    """Has the pipeline while it is being changed."""
+
+
+def _why_busy(holder: Generation | _Change) -> str:
+    if isinstance(holder, _Change):
+        return "this pipeline is being optimized or restored; generate when that is done"
+    here = holder.thread == threading.get_ident()
+    where = "in this call's own thread" if here else "in another thread"
+    return (
+        f"this pipeline is already generating {where}; a diffusers pipeline runs one "
+        f"generation at a time: queue the calls, or give each thread a pipeline of its own"
+    )
+
+
+class TransformerCall(Override):
     """Stands in an optimized transformer's call slot."""
 
-    conductor: Conductor
-    pipe: Any
+    def __init__(self, conductor: Conductor, pipe: Any) -> None:
+        self.conductor = conductor
+        super().__init__(pipe.transformer, CALL_SLOT, self._call_as_step)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __bool__(self) -> bool:
+        """Whether the transformer is compiled: PEFT takes the slot's truth for that."""
+        return bool(self.conductor.calls or self.inner)
+
+    def _call_as_step(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Call the transformer as the step of a generation that it is."""
-        run = self.conductor.run_transformer
-        assert run is not None  # noqa: S101 - set before this was put into the slot
-        with self.conductor._step(self.pipe, kwargs) as inputs:  # noqa: SLF001
+        run = self.conductor.calls[-1] if self.conductor.calls else plain
+        with self.conductor.step(kwargs) as inputs:
             return run(*args, **inputs)
 
 
 def conductor_of(pipe: object) -> Conductor | None:
     """Return the conductor of an optimized pipeline, or None."""
     found: Conductor | None = vars(type(pipe)).get(_CONDUCTOR)
-    return found
+    return found if found is not None and found.owns(pipe) else None
 
 
 @contextmanager
 def rehearsal(pipe: object) -> Iterator[None]:
     """Make a pipeline's generations within a `with` block rehearsals."""
-    conductor = conductor_of(pipe) or Conductor()
+    conductor = conductor_of(pipe)
+    if conductor is None:  # a plain pipeline has nothing to rehearse
+        yield
+        return
     before, conductor.rehearsing = conductor.rehearsing, True
     try:
         yield
@@ -189,24 +223,43 @@ def shared_conductor(transformer: object) -> Conductor | None:
     return call.conductor if isinstance(call, TransformerCall) else None
 
 
-def _subclass(plain: type, call: Callable[..., Any], conductor: Conductor) -> type:
-    """Make a subclass that differs from `plain` only in how it is called."""
+def private_class(pipe: Any, conductor: Conductor) -> type:
+    """Make the class that this one pipeline becomes an instance of.
+
+    It differs from the plain class only in how an instance is called and copied.
+    """
+    plain: Any = type(pipe)
+
+    def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
+        if cls is made:  # somebody builds another pipeline by this one's class
+            return plain(*args, **kwargs)
+        return plain.__new__(cls)
 
     @functools.wraps(plain.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        return call(functools.partial(plain.__call__, self), *args, **kwargs)
+        with conductor.run(self):
+            return plain.__call__(self, *args, **kwargs)
+
+    def __copy__(self: Any) -> Any:  # noqa: N807
+        return copies.shallow_copy(self, plain, conductor.record)
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
+        return copies.deep_copy(self, plain, conductor.record, memo)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
-        # Pickles and copies are of the plain class: the conductor stays with this object.
-        _, _, *state = plain.__reduce_ex__(self, protocol)  # type: ignore[call-arg, str-unpack]
-        return (object.__new__, (plain,), *state)
+        twin = copy.deepcopy(self)
+        return plain.__reduce_ex__(twin, protocol)
 
-    namespace = {
+    namespace: dict[str, Any] = {
         "__module__": plain.__module__,
         "__qualname__": plain.__qualname__,
         "__doc__": plain.__doc__,
+        "__new__": __new__,
         "__call__": __call__,
+        "__copy__": __copy__,
+        "__deepcopy__": __deepcopy__,
         "__reduce_ex__": __reduce_ex__,
         _CONDUCTOR: conductor,
     }
-    return type(plain.__name__, (plain,), namespace)
+    made = type(plain.__name__, (StandIn, plain), namespace)
+    return made

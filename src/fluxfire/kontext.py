@@ -15,13 +15,12 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTrans
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
+from fluxfire.override import CALL_SLOT
 from fluxfire.text import with_article
 
 PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
 """Traits of pipelines whose weights are swapped layer by layer while they run."""
-CALL_SLOT = "_compiled_call_impl"
-"""Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
 QKV = ("to_q", "to_k", "to_v")
 """What makes an attention's queries, keys and values; fused, diffusers calls it `to_qkv`."""
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")

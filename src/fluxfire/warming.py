@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from PIL import Image
@@ -17,32 +18,47 @@ from fluxfire.generation import Generation, Listener
 from fluxfire.reporting.compile_counts import hearing
 
 Size = tuple[int, int]
+Sizes = Iterable[tuple[SupportsIndex, SupportsIndex]]
+_PICTURES = {"image", "image_reference"}  # arguments of a call that stand for references
 
 
-def check_sizes(pipe: Any, sizes: Sequence[Size], references: Sequence[Size]) -> None:
-    """Refuse output sizes that the pipeline cannot run exactly, and what is no size.
+def output_sizes(pipe: Any, sizes: Sizes) -> list[Size]:
+    """Read output sizes, once. Refuse what is no size, and what the pipeline cannot run exactly.
 
     Raises:
-        PlanError: naming the size and what it must be.
+        PlanError: naming the size and what it must be, or there is no size.
     """
-    multiple = pipe.vae_scale_factor * 2
-    if not sizes or not all(isinstance(size, Sequence) for size in sizes):
-        raise PlanError(f"warmup needs a list of sizes, such as [(1024, 1024)], not {sizes!r}")
-    for size in sizes:
-        if not _is_size(size, multiple):
-            raise PlanError(
-                f"warmup cannot run size {size!r}: it must be (width, height), "
-                f"both positive multiples of {multiple}"
-            )
-    for size in references:
-        if not _is_size(size, 1):
-            raise PlanError(
-                f"warmup cannot use a reference of size {size!r}: it must be (width, height), "
-                f"both positive"
-            )
+    multiple = _multiple(pipe)
+    read = _read(
+        sizes,
+        "an output",
+        lambda n: n > 0 and n % multiple == 0,
+        f"positive multiples of {multiple}",
+    )
+    if not read:
+        raise PlanError(
+            f"warmup found no size of an output in {sizes!r}; "
+            f"give one or more, such as [(1024, 1024)]"
+        )
+    return read
 
 
-def check_call(call: dict[str, Any]) -> None:
+def reference_sizes(pipe: Any, references: Sizes | None) -> list[Size] | None:
+    """Read sizes of references, once, and round them down as the pipeline does.
+
+    Raises:
+        PlanError: naming what is no size, or too small, and what it must be.
+    """
+    if references is None:
+        return None
+    multiple = _multiple(pipe)
+    read = _read(
+        references, "a reference", lambda n: n >= multiple, f"whole numbers of {multiple} or more"
+    )
+    return [(w // multiple * multiple, h // multiple * multiple) for w, h in read]
+
+
+def check_call(call: dict[str, Any], references: list[Size] | None) -> None:
     """Refuse arguments that would overrule the sizes.
 
     Raises:
@@ -51,18 +67,63 @@ def check_call(call: dict[str, Any]) -> None:
     overruling = sorted(call.keys() & {"width", "height", "max_area"})
     if overruling:
         raise PlanError(f"warmup takes sizes=[(width, height)] instead of {', '.join(overruling)}")
+    pictures = sorted(call.keys() & _PICTURES)
+    if references is not None and pictures:
+        raise PlanError(
+            f"warmup would not use references={references!r} beside {' and '.join(pictures)}; "
+            f"leave one out"
+        )
 
 
-def _is_size(size: object, multiple: int) -> bool:
-    return (
-        isinstance(size, Sequence)
-        and len(size) == 2  # noqa: PLR2004 - width and height
-        and all(isinstance(n, int) and n > 0 and n % multiple == 0 for n in size)
-    )
+def _multiple(pipe: Any) -> int:
+    """Return what the sides of all pictures in a pipeline are multiples of, in pixels."""
+    multiple: int = pipe.vae_scale_factor * 2
+    return multiple
+
+
+def _read(given: Any, role: str, fits: Callable[[int], bool], must: str) -> list[Size]:
+    """Read the sizes that something in this role may have, once; each side must fit."""
+    if isinstance(given, Iterator):
+        given = list(given)
+        if not given:
+            raise PlanError(
+                f"warmup cannot use an iterator with no size of {role} left in it; "
+                f"an iterator can be read only once, so give a list"
+            )
+    read = []
+    for one in _items(given):
+        size = _pair(one)
+        if size is None or not all(map(fits, size)):
+            hint = "" if size else f", in a list such as [(1024, 1024)], not {given!r}"
+            raise PlanError(
+                f"warmup cannot use {role} of size {one!r}: "
+                f"it must be (width, height), both {must}{hint}"
+            )
+        read.append(size)
+    return read
+
+
+def _items(given: Any) -> Iterator[Any]:
+    """Go through what may be a list; through nothing but itself if it is none."""
+    try:
+        return iter([given] if isinstance(given, str | bytes) else given)
+    except TypeError:
+        return iter([given])
+
+
+def _pair(size: Any) -> Size | None:
+    """Return a size as two numbers; None if it is not two whole numbers in order."""
+    if isinstance(size, set | frozenset | Mapping | bytes):
+        return None
+    try:
+        width, height = size
+        return operator.index(width), operator.index(height)
+    except (TypeError, ValueError):
+        return None
 
 
 def blank_calls(
-    pipe: Any, size: Size, references: Sequence[Size] | None, call: dict[str, Any]
+    pipe: Any, size: Size, references: list[Size] | None, call: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments of one generation for each reference.
 
@@ -85,7 +146,7 @@ def blank_calls(
     inpaints = hasattr(pipe, "mask_processor")
     if inpaints:  # the output has the picture's size
         arguments |= {"image": _blank(size), "mask_image": _blank(size)}
-    if "image" in call or "image_reference" in call:
+    if call.keys() & _PICTURES:
         yield arguments | call
         return
     resized = call.get("_auto_resize", True)

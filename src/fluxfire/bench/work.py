@@ -11,7 +11,8 @@ from typing import Any, Self
 from torch import nn
 
 from fluxfire import kontext
-from fluxfire.kontext import CALL_SLOT, Tokens
+from fluxfire.kontext import Tokens
+from fluxfire.override import CALL_SLOT
 from fluxfire.reporting.statistics import RunStatistics, StepKind
 
 _ROUNDING = 1e-6

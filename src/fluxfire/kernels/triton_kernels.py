@@ -186,3 +186,20 @@ def rows_float8(
     to = batch * tl.num_programs(0) + row
     begin = to * (BESIDE + WIDTH)
     store_float8(left + right, out + begin, scale_out + to, at, inside)
+
+
+@triton.jit
+def sample_sums(table, sums, MIX: tl.constexpr, BLOCK: tl.constexpr):
+    """Add up words of many tensors, each times a number of its place: a block of one a program.
+
+    `table` has a row for each tensor: its address, how many words it has, and how many to read.
+    """
+    tensor = tl.program_id(0)
+    words, count = tl.load(table + 3 * tensor + 1), tl.load(table + 3 * tensor + 2)
+    i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = i < count
+    start, end = i * words // tl.maximum(count, 1), (i + 1) * words // tl.maximum(count, 1)
+    at = start + ((i * MIX >> 33) & 0x3FFFFFFF) % tl.maximum(end - start, 1)
+    address = tl.load(table + 3 * tensor).to(tl.pointer_type(tl.int32))
+    word = tl.load(address + at, mask=inside, other=0).to(tl.int64)
+    tl.atomic_add(sums + tensor, tl.sum(word * (i * MIX | 1), 0))

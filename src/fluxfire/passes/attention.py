@@ -19,7 +19,14 @@ from fluxfire import kontext
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
-from fluxfire.toolkit.joint_attention import FlashAttnProcessor, Float8AttnProcessor, bound
+from fluxfire.toolkit.joint_attention import (
+    SCALES,
+    FlashAttnProcessor,
+    Float8AttnProcessor,
+    HeadScales,
+    Processors,
+    bound,
+)
 from fluxfire.transaction import Transaction
 
 FLOAT8 = "fa3-fp8"
@@ -110,15 +117,18 @@ class Attention:
         elif backend == FLOAT8 and _device(tx.pipe).type != "cuda":
             what += ", emulated without a GPU"
         attentions = kontext.attentions(tx.pipe.transformer)
-        for attention in attentions:
-            if backend in _OWN:
-                tx.setattr(attention, "processor", _OWN[backend]())
-            else:
+        if backend in _OWN:
+            processors = Processors(tx.pipe.transformer, _OWN[backend])
+            tx.on_undo(processors.give_back)
+            processors.prepare()
+            tx.listen(processors)
+        else:
+            for attention in attentions:
                 tx.setattr(attention.processor, "_attention_backend", AttentionBackendName(backend))
         if backend == FLOAT8:
-            scales = _Scales(attentions)
-            scales.prepare()
-            tx.listen(scales)
+            for attention in attentions:
+                tx.setattr(attention, SCALES, _scales(attention))
+            tx.listen(_Scales(attentions))
         return Change(len(attentions), what)
 
     def _measure(self, tx: Transaction) -> tuple[str, str]:
@@ -204,15 +214,19 @@ class _Scales(Listener):
     def prepare(self) -> None:
         """Compute them anew: weights may have been loaded, or moved, in between."""
         for attention in self._attentions:
-            processor = attention.processor
-            if isinstance(processor, Float8AttnProcessor):  # an IP-adapter brings its own
-                joint = getattr(attention, "norm_added_q", None) is not None
-                of_query = ("norm_q", "norm_added_q") if joint else ("norm_q",)
-                of_key = ("norm_k", "norm_added_k") if joint else ("norm_k",)
-                processor.query_scale, processor.key_scale = (
-                    bound([getattr(attention, name).weight for name in names], attention.head_dim)
-                    for names in (of_query, of_key)
-                )
+            scales, now = getattr(attention, SCALES), _scales(attention)
+            scales.query, scales.key = now.query, now.key
+
+
+def _scales(attention: Any) -> HeadScales:
+    joint = getattr(attention, "norm_added_q", None) is not None
+    of_query = ("norm_q", "norm_added_q") if joint else ("norm_q",)
+    of_key = ("norm_k", "norm_added_k") if joint else ("norm_k",)
+    query, key = (
+        bound([getattr(attention, name).weight for name in names], attention.head_dim)
+        for names in (of_query, of_key)
+    )
+    return HeadScales(query, key)
 
 
 def _device(pipe: Any) -> torch.device:

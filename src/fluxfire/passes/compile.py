@@ -29,6 +29,7 @@ Region = Literal["blocks", "transformer"]
 # dynamo's own limit is 8. With ReferenceCache a single block has graphs for refreshes, mixed ones,
 # what is between, and none, each for one sample and more, fixed sizes and any, after both kinds.
 _GRAPHS = 64
+_CUTTING = kontext.SWAPPED | {"native-cache"}
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ class Compile:
                 'use Compile(region="blocks")',
                 instead=replace(self, region="blocks"),
             )
-        hooked = target.traits & {"sequential-offload", "group-offload", "native-cache"}
+        hooked = target.traits & _CUTTING
         if self.region == "transformer":
             hooked |= target.traits & {"model-offload"}
         if hooked and self.fullgraph:
@@ -137,8 +138,13 @@ class Compile:
         if not _takes_limit():
             tx.listen(_Limit())
         targets = self._targets(tx.pipe)
+        compiled: list[_Compiled] = []
         for group in targets:
-            _compile_alike(tx, group, settings, clone=self._cuda_graphs())
+            compiled += _compiled_alike(group, settings, clone=self._cuda_graphs())
+        for one in compiled:
+            tx.set_call(one.module, one)
+        if self.fullgraph:
+            tx.listen(_Hooks(compiled))
         where = "blocks" if self.region == "blocks" else "whole models"
         return Change(sum(map(len, targets)), f"{where} set to compile at their first call")
 
@@ -243,16 +249,41 @@ def _takes_limit() -> bool:
     return "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
-def _compile_alike(
-    tx: Transaction, modules: list[nn.Module], settings: dict[str, Any], *, clone: bool
-) -> None:
+class _Compiled:
+    """What calling a module runs: its graph, or, while it steps aside, the module itself."""
+
+    def __init__(self, module: nn.Module, graph: Callable[..., Any]) -> None:
+        self.module, self.graph, self.aside = module, graph, False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        run: Any = self.module._call_impl if self.aside else self.graph  # noqa: SLF001
+        return run(*args, **kwargs)
+
+
+class _Hooks(Listener):
+    """Looks for hooks that would cut the graphs in two: they may come at any time."""
+
+    def __init__(self, compiled: list[_Compiled]) -> None:
+        self._compiled = compiled
+
+    @override
+    def prepare(self) -> None:
+        """Have modules that have some run as they are."""
+        for one in self._compiled:
+            traits = {t for part in one.module.modules() for t in kontext.module_traits(part)}
+            one.aside = bool(traits & _CUTTING)
+
+
+def _compiled_alike(
+    modules: list[nn.Module], settings: dict[str, Any], *, clone: bool
+) -> Iterator[_Compiled]:
     """Compile modules of one class through one private function, so that they share graphs."""
     call = _private(_call)
     if _takes_limit():
         settings = {**settings, "recompile_limit": _GRAPHS}
     for module in modules:
-        compiled = torch.compile(types.MethodType(call, module), **settings)
-        tx.set_call(module, _cloned(compiled) if clone else compiled)
+        graph = torch.compile(types.MethodType(call, module), **settings)
+        yield _Compiled(module, _cloned(graph) if clone else graph)
 
 
 def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

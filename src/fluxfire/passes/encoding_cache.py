@@ -2,38 +2,40 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
 
+from fluxfire.freshness import Watch, heard_by_others, rounding
+from fluxfire.override import CALL_SLOT
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.toolkit.method_override import Shadow
 from fluxfire.transaction import Transaction
-
-_SAMPLED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingCache:
-    """Keeps embeddings of prompts and latents of reference pictures from earlier calls.
+    """Keeps what the text encoders made of prompts, and the VAE of reference pictures.
 
-    Editing means one picture and many prompts, or one prompt and many pictures. A prompt is known
-    by its text and all else that an encoder is asked with; a picture by its every pixel, as the
-    VAE gets it. The least recently used go first.
+    Editing means one picture and many prompts, or one prompt and many pictures. An encoder that is
+    asked again with the same tokens, or the same pixels, answers from memory. All around it runs as
+    ever: tokenizers, the scaling of latents, the drawing of samples. The least recently used goes
+    first.
 
-    What was encoded by other weights does not count: each time the encoder is looked at, which
-    modules and parameters it has, and eight numbers of each of these, so a component put in its
-    place, a cast, or a LoRA merged into it are noticed, whichever way they came. With a LoRA's
-    layers in an encoder nothing of it is kept, since their scales change from call to call.
+    The answers of an encoder go as soon as anything about it changed: its weights, whichever way
+    they were changed, its layers, its settings (such as tiling), torch's ways of rounding (autocast
+    among them). `fluxfire.freshness` looks each time. An encoder answers itself where somebody
+    hears of what it computes (a forward hook), where it carries a LoRA, whose scale changes from
+    call to call, and while gradients are on. It is not kept alive by this, nor are its weights.
 
-    Kontext takes the mode of what the VAE says of a picture, not a sample, so nothing random is
-    left out, and pictures are bitwise the same. Measured on an H100 (docs, "Passes"): encoding a
-    known prompt and picture 113 → 5 ms.
+    Pictures are bitwise the same. Measured on an H100 (docs, "Passes"): encoding a known prompt and
+    picture 113 → 5 ms.
 
     Attributes:
         prompts: how many results of a text encoder to keep; each prompt has one of CLIP and one
@@ -64,156 +66,127 @@ class EncodingCache:
         """Say where weights cannot be looked at."""
         if "sequential-offload" in target.traits:
             yield Finding(
-                "warning",
-                "sequential offloading leaves no weights to look at, so nothing will be kept",
-                "use enable_model_cpu_offload() or none",
+                "info",
+                "weights that are offloaded layer by layer cannot be looked at; what they encode "
+                "is not kept",
             )
 
     def apply(self, tx: Transaction) -> Change:
-        """Shadow what encodes, on this pipeline alone."""
+        """Stand in the place of the encoders' calls."""
         pipe, prompts, pictures = tx.pipe, _Kept(self.prompts), _Kept(self.pictures)
-        encoders = _Encoders(pipe, prompts, pictures)
-        shadows: dict[str, Callable[..., Any]] = {}
+        places: list[tuple[nn.Module, str, _Kept]] = []
         if self.prompts:
-            shadows["_get_clip_prompt_embeds"] = partial(encoders.prompt, "")
-            shadows["_get_t5_prompt_embeds"] = partial(encoders.prompt, "_2")
-        if self.pictures:
-            shadows["_encode_vae_image"] = encoders.picture
-        for method, call in shadows.items():
-            shadow = Shadow(pipe, method, partial(call, getattr(pipe, method)))
-            tx.setattr(pipe, method, shadow)
-        kept = {"prompts": prompts, "pictures": pictures}
+            encoders = (pipe.text_encoder, pipe.text_encoder_2)
+            places += [(one, CALL_SLOT, prompts) for one in encoders if one is not None]
+        if self.pictures and pipe.vae is not None:
+            places.append((pipe.vae, "encode", pictures))
+        for encoder, name, kept in places:
+            tx.override(encoder, name, _Encoder(encoder, name, kept).ask)
+        kinds = {"prompts": prompts, "pictures": pictures}
         tx.report_facts(
-            lambda: {f"{k}_{n}": v for k, of in kept.items() for n, v in of.facts().items()}
+            lambda: {f"{k}_{n}": v for k, of in kinds.items() for n, v in of.facts().items()}
         )
-        return Change(len(shadows), "encoders asked only for what is new")
+        return Change(len(places), "encoders asked only for what is new")
 
 
 @dataclass(eq=False)
 class _Kept:
-    """Results by key, the least recently used first.
+    """Answers by key, the least recently used first.
 
     Attributes:
         room: how many to keep.
-        entries: by key: what was asked with, if it must be compared, and the result.
+        entries: by key: the tensors that were asked with, and the answer.
     """
 
     room: int
     hits: int = 0
     misses: int = 0
-    entries: OrderedDict[Hashable, tuple[Tensor | None, Tensor]] = field(
-        default_factory=OrderedDict
-    )
+    entries: OrderedDict[Hashable, tuple[list[Tensor], Any]] = field(default_factory=OrderedDict)
 
-    def take(self, key: Hashable) -> Tensor:
+    def find(self, alike: Hashable, asked: list[Tensor]) -> Hashable | None:
+        """Return the key under which the answer to this is kept, or None."""
+        for key, (before, _) in reversed(self.entries.items()):
+            same = isinstance(key, tuple) and key[0] == alike
+            if same and all(map(torch.equal, before, asked)):
+                return key
+        return None
+
+    def take(self, key: Hashable) -> Any:
         """Hand out a copy, so that nobody can spoil what is kept."""
         self.hits += 1
         self.entries.move_to_end(key)
-        return self.entries[key][1].clone()
+        return _copy(self.entries[key][1])
 
-    def put(self, key: Hashable, asked: Tensor | None, made: Tensor) -> None:
-        """Keep a copy of a result, and make room for it."""
+    def put(self, alike: Hashable, asked: list[Tensor], answer: Any) -> None:
+        """Keep a copy of an answer, and make room for it."""
         self.misses += 1
-        self.entries[key] = (None if asked is None else asked.clone(), made.clone())
+        self.entries[alike, object()] = [x.clone() for x in asked], _copy(answer)
         while len(self.entries) > self.room:
             self.entries.popitem(last=False)
 
+    def drop(self, encoder: int) -> None:
+        """Let go of one encoder's answers."""
+        for key in [key for key in self.entries if key[0][0] == encoder]:  # type: ignore[index]
+            del self.entries[key]
+
     def facts(self) -> dict[str, int]:
         """Say what the report wants to know."""
-        tensors = [t for pair in self.entries.values() for t in pair if t is not None]
-        size = sum(t.nbytes for t in tensors)
+        kept = [x for of in self.entries.values() for x in _tensors(of)]
+        size = sum(x.nbytes for x in kept)
         return {"hits": self.hits, "misses": self.misses, "kept": len(self.entries), "bytes": size}
 
 
-@dataclass(eq=False)
-class _Stamps:
-    """Tells one state of a module from another: by its parts, and eight numbers of each weight.
+class _Encoder:
+    """One encoder, as far as its answers may stand for it."""
 
-    Taking the numbers' places afresh at each call cost 27 ms for both text encoders, on an H100's
-    host, nearly as much as encoding does; so that is done only where weights have moved.
-    """
+    def __init__(self, encoder: nn.Module, name: str, kept: _Kept) -> None:
+        number = id(self)
+        self._encoder = weakref.ref(encoder, lambda _: kept.drop(number))
+        self._kept, self._watch = kept, Watch([encoder], apart_from=(name, "decode"))
 
-    _places: dict[int, tuple[Hashable, list[Tensor]]] = field(default_factory=dict)
-
-    def of(self, module: nn.Module | None) -> Hashable | None:
-        """Return a stamp; None if nothing can be said.
-
-        That is where there is no module, its weights are elsewhere, it carries a LoRA, or
-        gradients are on, which go with a result.
-        """
-        if module is None or torch.is_grad_enabled():
-            return None
-        if any(hasattr(part, "lora_A") for part in module.modules()):
-            return None
-        weights = list(module.parameters())
-        if any(weight.is_meta for weight in weights):
-            return None
-        parts = (*map(id, weights), *(weight.data_ptr() for weight in weights))
-        known, places = self._places.get(id(module), (None, []))
-        if known != parts:
-            places = [_sampled(weight.detach()) for weight in weights]
-            self._places[id(module)] = parts, places
-        by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for place in places:
-            by_dtype.setdefault(place.dtype, []).append(place)
-        numbers = tuple(tuple(torch.cat(of).float().tolist()) for of in by_dtype.values())
-        rounding = (torch.is_autocast_enabled("cuda"), torch.get_float32_matmul_precision())
-        return (id(module), tuple(map(id, weights)), tuple(by_dtype), numbers, rounding)
-
-
-def _sampled(weight: Tensor) -> Tensor:
-    """View eight numbers of a weight, far from each other."""
-    return weight.flatten()[:: max(1, weight.numel() // _SAMPLED)][:_SAMPLED]
-
-
-@dataclass(eq=False)
-class _Encoders:
-    """What encodes for one pipeline, and what is kept of it."""
-
-    pipe: Any
-    prompts: _Kept
-    pictures: _Kept
-    stamps: _Stamps = field(default_factory=_Stamps)
-
-    def prompt(self, part: str, encode: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
-        """Encode a prompt by one of the text encoders, unless that was done before."""
-        stamp = self.stamps.of(getattr(self.pipe, f"text_encoder{part}"))
-        tokenizer = getattr(self.pipe, f"tokenizer{part}")
-        asked = _hashable((args, sorted(kwargs.items())))
-        if stamp is None or asked is None or tokenizer is None:
+    def ask(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Answer from memory, or have the encoder answer."""
+        encoder = self._encoder()
+        asked = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        if encoder is None or not asked or not _keepable(encoder):
             return encode(*args, **kwargs)
-        key = (part, stamp, id(tokenizer), len(tokenizer), asked)
-        if key in self.prompts.entries:
-            return self.prompts.take(key)
-        made = encode(*args, **kwargs)
-        self.prompts.put(key, None, made)
-        return made
-
-    def picture(self, encode: Callable[..., Tensor], image: Tensor, generator: Any) -> Tensor:
-        """Encode a picture, unless the very same was encoded before."""
-        vae = self.pipe.vae
-        stamp = self.stamps.of(vae)
-        if stamp is None:
-            return encode(image=image, generator=generator)
-        ways = tuple(getattr(vae, f"use_{way}", False) for way in ("tiling", "slicing"))
-        drawn = isinstance(generator, list)  # picture by picture, which may round otherwise
-        alike = (stamp, ways, drawn, image.shape, image.dtype, image.device)
-        for key, (asked, _) in self.pictures.entries.items():
-            if asked is None or not isinstance(key, tuple) or key[0] != alike:
-                continue
-            if torch.equal(asked, image):
-                return self.pictures.take(key)
-        made = encode(image=image, generator=generator)
-        self.pictures.put((alike, object()), image, made)
-        return made
+        if self._watch.changed():
+            self._kept.drop(id(self))
+        alike = id(self), rounding(asked[0].device), *_shape_of((args, kwargs))
+        if (key := self._kept.find(alike, asked)) is not None:
+            return self._kept.take(key)
+        answer = encode(*args, **kwargs)
+        self._kept.put(alike, asked, answer)
+        return answer
 
 
-def _hashable(value: Any) -> Hashable | None:
-    """Make lists tuples; None for what cannot be a key."""
-    if isinstance(value, list | tuple):
-        parts = tuple(_hashable(part) for part in value)
-        plain = all(
-            made is not None or part is None for made, part in zip(parts, value, strict=True)
-        )
-        return parts if plain else None
-    return value if isinstance(value, str | int | float | torch.device | torch.dtype) else None
+def _keepable(encoder: nn.Module) -> bool:
+    """Whether an encoder's answer depends on its weights and settings alone, and can be kept."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or heard_by_others(encoder):
+        return False
+    if any(hasattr(part, "lora_A") for part in encoder.modules()):
+        return False
+    return not any(weight.is_meta for weight in encoder.parameters())
+
+
+def _shape_of(asked: Any) -> tuple[Hashable, ...]:
+    """Describe arguments but for the numbers in their tensors."""
+    leaves, tree = tree_flatten(asked)
+    shown = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in leaves]
+    return str(tree), *shown
+
+
+def _copy(answer: Any) -> Any:
+    """Copy an answer with its tensors. The VAE's is a distribution, which torch does not open."""
+
+    def fresh(x: Any) -> Any:
+        if isinstance(x, DiagonalGaussianDistribution):
+            return DiagonalGaussianDistribution(x.parameters.clone(), x.deterministic)
+        return x.clone() if isinstance(x, Tensor) else x
+
+    return tree_map(fresh, answer)
+
+
+def _tensors(kept: tuple[list[Tensor], Any]) -> list[Tensor]:
+    leaves = (getattr(x, "parameters", x) for x in tree_flatten(kept)[0])
+    return [x for x in leaves if isinstance(x, Tensor)]

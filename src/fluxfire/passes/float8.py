@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,9 +13,12 @@ from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.errors import FluxfireError
+from fluxfire.freshness import Watch
 from fluxfire.generation import Listener
 from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
+from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.stand_in import StandIn
 from fluxfire.toolkit.host_weights import HostWeights
 from fluxfire.transaction import Transaction
 
@@ -44,8 +48,10 @@ class Float8:
     Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
     A layer that carries a LoRA or a hook keeps its weights. A LoRA loaded afterwards is refused by
-    name at the next generation, and so is a hook that the stacked products would not call. On a
-    CPU the arithmetic is emulated, for quality's sake, and slow.
+    name at the next generation, and so is a hook that the stacked products would not call. Weights
+    that changed (a LoRA was fused, a state dict loaded) are quantized anew before the next
+    generation. Gradients pass through: those of the product without rounding. On a CPU the
+    arithmetic is emulated, for quality's sake, and slow.
 
     Attributes:
         originals: `"host"` keeps the original weights in host memory, for `restore` to bring back
@@ -106,32 +112,32 @@ class Float8:
 
     def apply(self, tx: Transaction) -> Change:
         """Quantise layer by layer, so that no more than one is there twice."""
-        transformer = tx.pipe.transformer
+        transformer, freed = tx.pipe.transformer, 0
         host = HostWeights()
         tx.on_undo(host.bring_back)
         layers = list(_linears(transformer))
         plain = {linear for *_, linear in layers}
+        products: list[Float8Product] = []
         stacked: list[tuple[str, Any]] = []
-        gained = freed = 0
         for attention in kontext.attentions(transformer):
             if (groups := _stackable(attention, plain)) is None:
                 continue
             for stack, names, parts in groups:
-                product = Float8Product(parts)
+                products.append(Float8Product(parts))
                 stacked += zip(names, parts, strict=True)
-                tx.setattr(attention, stack, product)
-                gained += product.nbytes
+                tx.setattr(attention, stack, products[-1])
                 freed += sum(map(host.take, parts))
             tx.setattr(attention, "fused_projections", True)
         alone = plain - {linear for _, linear in stacked}
         for linear in (linear for *_, linear in layers if linear in alone):
-            product = Float8Product([linear])
+            products.append(Float8Product([linear]))
+            tx.setattr(linear, "product", products[-1])
             tx.set_class(linear, Float8Linear)
-            tx.setattr(linear, "product", product)
-            gained += product.nbytes
             freed += host.take(linear)
-        tx.listen(_Watch(tx, layers, stacked, host, drop=self.originals == "drop"))
+        watch = _Watch(tx, layers, stacked, products, host, drop=self.originals == "drop")
+        tx.listen(watch)
         tx.listen(host)
+        gained = sum(product.nbytes for product in products)
         return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
 
 
@@ -142,6 +148,8 @@ class Float8Product(nn.Module):
         weight: (width out, width), float8.
         scale: (width out, 1), float32.
         bias: (width out,), or None.
+        dtype: of its results.
+        linears: the layers, outside the module tree.
     """
 
     takes_float8 = True
@@ -151,14 +159,20 @@ class Float8Product(nn.Module):
 
     def __init__(self, linears: list[Any]) -> None:
         super().__init__()
-        with kontext.as_made(linears[0].weight):
-            made = [quantised_weight(linear.weight.detach()) for linear in linears]
-            biases = [linear.bias.detach() for linear in linears if linear.bias is not None]
-            self.register_buffer("weight", torch.cat([w for w, _ in made]), persistent=False)
-            self.register_buffer("scale", torch.cat([s for _, s in made]), persistent=False)
-            bias = torch.cat(biases) if biases else None
-            self.register_buffer("bias", bias, persistent=False)
-        self.dtype = linears[0].weight.dtype
+        self.linears = tuple(linears)
+        for name in ("weight", "scale", "bias"):
+            self.register_buffer(name, None, persistent=False)
+        self.quantize(linears[0].weight.device)
+
+    def quantize(self, device: torch.device) -> None:
+        """Quantize the layers' weights as they are now, on a device."""
+        with kontext.as_made(self.linears[0].weight):
+            made = [quantised_weight(x.weight.detach().to(device)) for x in self.linears]
+            biases = [x.bias.detach().to(device) for x in self.linears if x.bias is not None]
+            self.weight = torch.cat([w for w, _ in made])
+            self.scale = torch.cat([s for _, s in made])
+            self.bias = torch.cat(biases) if biases else None
+        self.dtype = self.linears[0].weight.dtype
 
     @property
     def nbytes(self) -> int:
@@ -166,9 +180,33 @@ class Float8Product(nn.Module):
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def forward(self, x: Tensor | Rows) -> Tensor:
-        """Multiply (batch, tokens, width), quantised already or to be quantised."""
-        rows = x if isinstance(x, Rows) else Rows(*float8_rows(x))
-        return float8_linear(rows, self.weight, self.scale, self.bias, self.dtype)
+        """Multiply (batch, tokens, width), quantized already or to be quantized.
+
+        With gradients on, they are those of the same product without rounding. Under autocast the
+        result has autocast's dtype, as a linear layer's has.
+        """
+        if isinstance(x, Rows):
+            return self.multiply(x, self.dtype)
+        device, dtype = x.device.type, self.dtype
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            with torch.autocast(device, enabled=False):
+                return self._multiply_tensor(x.to(dtype), dtype)
+        return self._multiply_tensor(x, dtype)
+
+    def _multiply_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.multiply(Rows(*float8_rows(x)), dtype)
+        apply: Any = _WithGradients.apply
+        made: Tensor = apply(
+            self, dtype, x, *(layer.weight for layer in self.linears),
+            *(layer.bias for layer in self.linears if layer.bias is not None),
+        )  # fmt: skip
+        return made
+
+    def multiply(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+        """Multiply quantized rows; return (batch, tokens, width out)."""
+        return float8_linear(rows, self.weight, self.scale, self.bias, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ARG002 - torch's signature
         """Follow `.to()`: to a device as it is; a cast is one of the results."""
@@ -189,7 +227,45 @@ class Float8Product(nn.Module):
         self.weight = self.weight.view(FLOAT8)
 
 
-class Float8Linear(nn.Linear):
+class _WithGradients(torch.autograd.Function):
+    """The float8 product, whose gradients pass through rounding as if there were none.
+
+    The weight in eight bits is all that it needs for its input's gradient, so none in full is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, product: Float8Product, dtype: torch.dtype, x: Tensor, *of: Any
+    ) -> Tensor:
+        """Multiply (batch, tokens, width); `of` are the layers' weights, then their biases."""
+        ctx.product, ctx.own = product, of
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
+        return product.multiply(Rows(*float8_rows(x.detach())), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Return the gradients of the input, the weights and the biases."""
+        (grad,), product = grads, ctx.product
+        weight = product.weight.to(grad.dtype) * product.scale.to(grad.dtype)
+        widths = [layer.weight.shape[0] for layer in product.linears]
+        (x,) = ctx.saved_tensors
+        by_layer = grad.split(widths, dim=-1)
+        with_bias = [
+            g for g, of in zip(by_layer, product.linears, strict=True) if of.bias is not None
+        ]
+        made: list[Tensor | None] = []
+        for index, (own, part) in enumerate(zip(ctx.own, (*by_layer, *with_bias), strict=True)):
+            if not ctx.needs_input_grad[3 + index]:
+                made.append(None)
+                continue
+            rows = part.flatten(0, -2)
+            full = rows.t() @ x.flatten(0, -2).to(rows) if index < len(widths) else rows.sum(0)
+            made.append(full.to(own))
+        of_input = grad @ weight if ctx.needs_input_grad[2] else None
+        return None, None, of_input, *made
+
+
+class Float8Linear(StandIn, nn.Linear):
     """A linear layer whose product is another's; its own weight waits in host memory."""
 
     takes_float8 = True
@@ -197,7 +273,7 @@ class Float8Linear(nn.Linear):
 
     @override
     def forward(self, x: Tensor | Rows) -> Tensor:
-        """Multiply (batch, tokens, width), quantised already or to be quantised."""
+        """Multiply (batch, tokens, width), quantized already or to be quantized."""
         out: Tensor = self.product(x)
         return out
 
@@ -210,21 +286,38 @@ class _Watch(Listener):
         tx: Transaction,
         layers: list[tuple[Any, str, Any]],
         stacked: list[tuple[str, Any]],
+        products: list[Float8Product],
         host: HostWeights,
         *,
         drop: bool,
     ) -> None:
         self._tx, self._layers, self._stacked = tx, layers, stacked
-        self._host, self._drop = host, drop
+        self._products, self._host, self._drop = products, host, drop
+        self._watch = Watch(linear for *_, linear in layers)
 
     @override
     def prepare(self) -> None:
-        """Refuse layers put in the place of ours; let go of weights that are to be dropped.
+        """Quantize weights that changed; let go of those that are to be dropped.
 
         Raises:
             FluxfireError: a layer was replaced, as loading a LoRA does; or one that is not called
                 has a hook, as offloading layer by layer puts it.
         """
+        self._refuse_what_is_not_called()
+        if self._watch.changed():
+            for product in self._products:
+                self._quantize(product)
+            self._watch.changed()
+        if self._drop:
+            self._let_go()
+
+    @override
+    def around(self, call: Call) -> AbstractContextManager[object]:
+        """Look for replaced layers at each step: a callback may load a LoRA between two."""
+        self._refuse_what_is_not_called()
+        return nullcontext()
+
+    def _refuse_what_is_not_called(self) -> None:
         for owner, name, linear in self._layers:
             if getattr(owner, name) is not linear:
                 raise FluxfireError(
@@ -237,9 +330,23 @@ class _Watch(Listener):
                     f"{name} has a hook that came after Float8 (offloading was enabled?), which "
                     f"its product with others would not call; take it off, or restore(pipe)"
                 )
-        if self._drop and self._host.linears:
+
+    def _quantize(self, product: Float8Product) -> None:
+        gone = [linear.weight.is_meta for linear in product.linears]
+        if not any(gone):
+            product.quantize(product.weight.device)
+        elif not all(gone) or product.weight.is_meta:
+            raise FluxfireError(
+                "some of the weights that Float8(originals='drop') let go of were loaded again, "
+                "and others that share a product with them were not; load all of them"
+            )
+
+    def _let_go(self) -> None:
+        with_numbers = [x for product in self._products for x in product.linears]
+        if any(not linear.weight.is_meta for linear in with_numbers):
             self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
+            self._watch.changed()
 
 
 def _stackable(

@@ -21,6 +21,7 @@ from fluxfire.generation import Listener
 from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.stand_in import StandIn
 from fluxfire.toolkit.joint_attention import (
     Kept,
     attend,
@@ -55,9 +56,9 @@ class FusedBlocks:
     The kernels are Triton's on CUDA. Elsewhere the same arithmetic runs in torch, no faster than
     diffusers' own. A block runs as diffusers' own does while gradients are on, in float16 (whose
     overflow diffusers clips), with an attention processor or attention arguments other than plain
-    Flux's, without rotary embeddings, and where a hook is on any of its layers: layers are read
-    past here, and not called. A layer that is more than a plain `nn.Linear` (it carries a LoRA,
-    it is quantised) is called as it is.
+    Flux's, without rotary embeddings, under autocast, and where a hook is on any of its layers:
+    layers are read past here, and not called. A layer that is more than a plain `nn.Linear` (it
+    carries a LoRA, it is quantised) is called as it is.
     """
 
     name: ClassVar[str] = "fused-blocks"
@@ -96,7 +97,7 @@ class FusedBlocks:
         return Change(len(blocks), "blocks run with fused kernels")
 
 
-class _FusedBlock(nn.Module):
+class _FusedBlock(StandIn, nn.Module):
     """What both kinds of block begin with."""
 
     attn: Any
@@ -191,6 +192,7 @@ def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
         not set(arguments or ()) - {"reference"}
         and not getattr(block, _HOOKED)
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
         and x.dtype is not torch.float16
         and attends_as_flux(processor)
         and getattr(processor, "_parallel_config", None) is None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +14,12 @@ from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.blocks import Run, Streams
+from fluxfire.freshness import heard_by_others
 from fluxfire.generation import Generation, Listener
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.stand_in import StandIn
 from fluxfire.toolkit.host_weights import HostWeights
-from fluxfire.toolkit.method_override import Shadow
 from fluxfire.toolkit.modulation import COLUMNS, modulations
 from fluxfire.transaction import Transaction
 
@@ -39,8 +39,9 @@ class ModulationTable:
     33.5 → 27.6 GiB.
 
     A table holds for one generation and branch (cond and uncond have one each): 2 MB a step and
-    sample for FLUX in bfloat16. Where the scheduler's time steps are not those that the pipeline
-    goes through, a generation is computed without.
+    sample for FLUX in bfloat16. Where weights change between two steps, it is made anew. A
+    generation is computed without where the scheduler's time steps are not those that the pipeline
+    goes through, under autocast, and where a LoRA or a hook is on what makes the modulations.
 
     Attributes:
         host: keep those weights in host memory, pinned, and bring them to the GPU one by one
@@ -97,10 +98,9 @@ class ModulationTable:
             tx.on_undo(host.bring_back)
             freed = sum(map(host.take, linears))
             tx.listen(host)
-        table = _Table(tx.pipe, norms)
+        table = _Table(tx.pipe)
         embed = transformer.time_text_embed
-        asked_once = Shadow(embed, "forward", partial(table.temb, embed.forward))
-        tx.setattr(embed, "forward", asked_once)
+        tx.override(embed, "forward", table.temb)
         tx.listen(table)
         tx.wrap_blocks(table)
         tx.report_facts(table.facts)
@@ -114,12 +114,14 @@ class _Rows:
     Attributes:
         planned: the scheduler's time steps that it was made of.
         pooled: the pooled text embedding that it was made of.
+        stamp: of the weights that it was made of.
         temb: one for each step: (batch, width).
         blocks: one for each block: (steps, batch, modulations of its norms).
     """
 
     planned: Tensor
     pooled: Tensor
+    stamp: list[int]
     temb: list[Tensor]
     blocks: list[Tensor]
 
@@ -129,10 +131,10 @@ class _Table(Listener):
     """Makes and holds the tables of one generation."""
 
     pipe: Any
-    norms: list[list[Any]]
     made: int = 0
     declined: int = 0
     _call: Call | None = None
+    _norms: list[list[Any]] = field(default_factory=list)
     _rows: dict[str, _Rows | None] = field(default_factory=dict)
 
     @override
@@ -148,8 +150,17 @@ class _Table(Listener):
     @override
     @contextmanager
     def around(self, call: Call) -> Iterator[None]:
-        """Take note of which call this is."""
-        self._call = call
+        """Take note of which call this is, and of the blocks that there are now.
+
+        Blocks may be taken out or put in another order at any time. While they run they cannot be
+        seen, so this looks before.
+        """
+        norms = [list(_norms(block)) for block in kontext.blocks(self.pipe.transformer)]
+        if norms != self._norms:
+            self._norms = norms
+            self._rows.clear()
+        if not torch.is_autocast_enabled(call.timestep.device.type):
+            self._call = call
         try:
             yield
         finally:
@@ -171,9 +182,10 @@ class _Table(Listener):
         """Look a step's embedding up, or have it computed; the first of a branch makes a table."""
         call = self._call
         if call is not None and not torch.is_grad_enabled():
-            rows = self._rows.get(call.branch)
-            if call.branch not in self._rows or (rows and rows.pooled is not others[-1]):
-                self._rows[call.branch] = self._make(embed, call, timestep, others)
+            rows, stamp = self._rows.get(call.branch), self._stamp()
+            fits = rows and rows.pooled is others[-1] and rows.stamp == stamp
+            if call.branch not in self._rows or (rows and not fits):
+                self._rows[call.branch] = self._make(embed, call, stamp, timestep, others)
             elif rows and not self._follows(rows.planned, call):
                 self._rows[call.branch] = None
                 self.declined += 1
@@ -187,11 +199,34 @@ class _Table(Listener):
         now = self.pipe.current_timestep
         return call.step < len(planned) and now.data_ptr() == planned[call.step].data_ptr()
 
+    def _stamp(self) -> list[int]:
+        """Tell the weights of this step from others: a callback may change them between two."""
+        linears = [norm.linear for of_block in self._norms for norm in of_block]
+        weights = [linear.weight for linear in linears if not kontext.is_hooked(linear)]
+        for part in self.pipe.transformer.time_text_embed.modules():
+            if not kontext.is_hooked(part):
+                weights += [weight for weight in part._parameters.values() if weight is not None]  # noqa: SLF001
+        counters = [-1 if w.is_inference() else w._version for w in weights]  # noqa: SLF001
+        return [*map(id, linears), *map(id, weights), *counters]
+
+    def _settled(self) -> bool:
+        """Whether nothing but weights and time decides what the norms compute.
+
+        A LoRA's scale can change from step to step, and a hook wants to hear of every step.
+        """
+        norms = [norm for of_block in self._norms for norm in of_block]
+        if any(not isinstance(norm, _TabledZero | _TabledZeroSingle) for norm in norms):
+            return False
+        makers = (*norms, *self.pipe.transformer.time_text_embed.children())
+        if any(hasattr(part, "lora_A") for maker in makers for part in maker.modules()):
+            return False
+        return not any(map(heard_by_others, makers))
+
     def _make(
-        self, embed: Any, call: Call, timestep: Tensor, others: tuple[Tensor, ...]
+        self, embed: Any, call: Call, stamp: list[int], timestep: Tensor, others: tuple[Tensor, ...]
     ) -> _Rows | None:
         planned = self.pipe.scheduler.timesteps[-call.steps :]
-        times = self._times(planned, call, timestep)
+        times = self._times(planned, call, timestep) if self._settled() else None
         if times is None:
             self.declined += 1
             return None
@@ -199,10 +234,10 @@ class _Table(Listener):
         temb = [embed(time, *others) for time in times]
         rows = torch.cat(temb)
         blocks = []
-        for norms in self.norms:
+        for norms in self._norms:
             parts = [modulations(norm, rows) for norm in norms]
             blocks.append(torch.cat(parts, dim=1).view(len(times), len(temb[0]), -1))
-        return _Rows(planned, others[-1], temb, blocks)
+        return _Rows(planned, others[-1], stamp, temb, blocks)
 
     def _times(self, planned: Tensor, call: Call, timestep: Tensor) -> list[Tensor] | None:
         """Return what each step's embedding is asked for, each (batch,); None if unknown.
@@ -219,7 +254,7 @@ class _Table(Listener):
         return times if torch.equal(times[call.step], timestep) else None
 
 
-class _TabledZero(AdaLayerNormZero):  # type: ignore[misc]
+class _TabledZero(StandIn, AdaLayerNormZero):  # type: ignore[misc]
     """Six modulations, computed or looked up."""
 
     def forward(self, x: Tensor, *_: Any, emb: Tensor, **__: Any) -> tuple[Tensor, ...]:
@@ -228,7 +263,7 @@ class _TabledZero(AdaLayerNormZero):  # type: ignore[misc]
         return (self.norm(x) * (1 + scale[:, None]) + shift[:, None], *rest)
 
 
-class _TabledZeroSingle(AdaLayerNormZeroSingle):  # type: ignore[misc]
+class _TabledZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[misc]
     """Three modulations, computed or looked up."""
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:

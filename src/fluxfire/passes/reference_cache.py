@@ -25,6 +25,7 @@ from fluxfire.toolkit.joint_attention import (
     Float8AttnProcessor,
     KeepingAttnProcessor,
     Kept,
+    Processors,
     attends_as_flux,
 )
 from fluxfire.transaction import Transaction
@@ -140,11 +141,10 @@ class ReferenceCache:
     def apply(self, tx: Transaction) -> Change:
         """Have attentions keep the reference, and wrap the run through the blocks."""
         attentions = kontext.attentions(tx.pipe.transformer)
-        for attention in attentions:
-            if not isinstance(attention.processor, KeepingAttnProcessor):
-                keeping: Any = KeepingAttnProcessor()
-                keeping.__dict__.update(vars(attention.processor))
-                tx.setattr(attention, "processor", keeping)
+        processors = Processors(tx.pipe.transformer, KeepingAttnProcessor)
+        tx.on_undo(processors.give_back)
+        processors.prepare()
+        tx.listen(processors)
         engine = ReferenceEngine(tx.live(self), tx.pipe)
         tx.wrap_blocks(engine)
         tx.listen(engine)
@@ -268,6 +268,8 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
         if call.tokens.reference == 0 or self.settings.exactness == "bitwise":
             return False
         if torch.is_grad_enabled() or streams.attention_kwargs:
+            return False
+        if torch.is_autocast_enabled(streams.image.device.type):
             return False
         memory = self._memories.get(call.branch)
         cut = streams.image.shape[1] == call.tokens.noise  # by ourselves, earlier in this step

@@ -297,7 +297,8 @@ class FaultyTransaction(Transaction):
         self.edits = 0
         self._fail_at = fail_at
 
-    def _recorded(self, label: str) -> None:
+    def recorded(self, label: str) -> None:
+        """Count the edit, and fail if it is the one."""
         self.edits += 1
         if self.edits - 1 == self._fail_at:
             raise InjectedFailureError(f"injected after: {label}")

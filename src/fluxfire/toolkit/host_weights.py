@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from typing_extensions import override
 from fluxfire import kontext
 from fluxfire.errors import FluxfireError
 from fluxfire.generation import Listener
+
+_Module: Any = nn.Module  # these of its methods have no types
 
 
 @dataclass(eq=False)
@@ -58,13 +61,18 @@ class HostWeights(Listener):
     def drop(self) -> None:
         """Let go of them: what is left has a shape and no numbers."""
         for linear in self.linears:
-            linear.weight = nn.Parameter(
-                torch.empty_like(linear.weight, device="meta"), requires_grad=False
-            )
-        self.linears.clear()
+            weight = linear.weight
+            if not weight.is_meta:
+                empty = torch.empty_like(weight, device="meta")
+                linear.weight = nn.Parameter(empty, requires_grad=False)
+            if not isinstance(linear, Emptied):
+                cls: Any = type(linear)
+                linear.__class__ = _emptied(cls)
 
     def _send(self, linear: Any) -> int:
         weight = linear.weight
+        if isinstance(linear, Emptied):
+            return 0
         if weight.is_meta:
             raise FluxfireError(
                 "weights that fluxfire keeps in host memory are moved by something else, too "
@@ -76,3 +84,47 @@ class HostWeights(Listener):
         with kontext.as_made(weight):
             weight.data = weight.data.cpu().pin_memory()
         return int(weight.nbytes)
+
+
+class Emptied(_Module):  # type: ignore[misc]
+    """A layer that let go of its weight, while something else computes in its place."""
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Follow `.to()` with what there is; of the weight, the dtype."""
+        weight = self._parameters["weight"]
+        if weight is None or not weight.is_meta:
+            return super()._apply(fn, recurse)
+        try:
+            self._parameters["weight"] = None
+            super()._apply(fn, recurse)
+        finally:
+            dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
+            self._parameters["weight"] = nn.Parameter(weight.data.to(dtype), requires_grad=False)
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        """Refuse to save what is not there.
+
+        Raises:
+            FluxfireError: the weight is gone.
+        """
+        if self._parameters["weight"].is_meta:
+            raise FluxfireError(
+                f"{prefix}weight was let go of (originals='drop'), so there is nothing to save; "
+                f"save the pipeline before optimize(), or keep the weights (originals='host')"
+            )
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, *rest: Any) -> None:
+        """Take a weight in, which torch would otherwise drop without a word."""
+        weight = self._parameters["weight"]
+        given = state_dict.get(f"{prefix}weight")
+        if given is not None and weight is not None and weight.is_meta:
+            made = torch.empty_like(weight, device="cpu")
+            self._parameters["weight"] = nn.Parameter(made, requires_grad=False)
+        super()._load_from_state_dict(state_dict, prefix, local, *rest)
+
+
+@cache
+def _emptied(cls: type) -> type:
+    return type(cls.__name__, (Emptied, cls), {})

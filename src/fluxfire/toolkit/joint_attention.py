@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -12,10 +13,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire import kontext
+from fluxfire.generation import Listener
 from fluxfire.kernels import in_heads, joint_heads
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.float8 import FLOAT8, LARGEST, Rows, in_float8, scale_for
 from fluxfire.kernels.heads import Pair, Stream, Triple, dequantised
+from fluxfire.stand_in import StandIn, own_class
 
 
 class Kept(NamedTuple):
@@ -45,7 +48,7 @@ class Kept(NamedTuple):
         return None if self.key.dtype == dtype else (self.key_scale, self.value_scale)
 
 
-class KeepingAttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
+class KeepingAttnProcessor(StandIn, FluxAttnProcessor):  # type: ignore[misc]
     """Attends as diffusers' processor does, bit for bit, and can keep the reference."""
 
     @override
@@ -72,7 +75,9 @@ class KeepingAttnProcessor(FluxAttnProcessor):  # type: ignore[misc]
             As diffusers: image and text, projected; of a single block both, unprojected.
         """
         rotary = image_rotary_emb
-        if rotary is None or attention_mask is not None or torch.is_grad_enabled():
+        device = hidden_states.device.type
+        plainly = torch.is_grad_enabled() or torch.is_autocast_enabled(device)
+        if rotary is None or attention_mask is not None or plainly:
             plain: Tensor | Pair = super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary
             )
@@ -121,15 +126,48 @@ class FlashAttnProcessor(KernelAttnProcessor):
 
 
 class Float8AttnProcessor(KernelAttnProcessor):
-    """Attends in float8.
+    """Attends in float8, by the `HeadScales` that the attention has under the name `SCALES`."""
+
+
+SCALES = "_fluxfire_scales"
+
+
+@dataclass(eq=False)
+class HeadScales:
+    """What an attention's queries and keys in float8 are multiplied by.
 
     Attributes:
-        query_scale: (1,), float32: what a query in float8 is multiplied by.
-        key_scale: (1,), float32: likewise.
+        query: (1,), float32.
+        key: (1,), float32.
     """
 
-    query_scale: Tensor
-    key_scale: Tensor
+    query: Tensor
+    key: Tensor
+
+
+class Processors(Listener):
+    """Has the attentions of a transformer run through a stand-in for Flux's processor.
+
+    Processors may be replaced at any time: loading an IP-adapter does it, and taking it off, too.
+    New ones of Flux's kind are turned into stand-ins before the next generation; others stay as
+    they are.
+    """
+
+    def __init__(self, transformer: Any, cls: type[KeepingAttnProcessor]) -> None:
+        self._transformer, self._cls = transformer, cls
+
+    @override
+    def prepare(self) -> None:
+        """Turn all that are diffusers' own."""
+        for attention in kontext.attentions(self._transformer):
+            if type(attention.processor) is FluxAttnProcessor:
+                attention.processor.__class__ = self._cls
+
+    def give_back(self) -> None:
+        """Turn them back."""
+        for attention in kontext.attentions(self._transformer):
+            if type(attention.processor) is self._cls:
+                attention.processor.__class__ = own_class(attention.processor)
 
 
 def attends_as_flux(processor: Any) -> bool:
@@ -206,7 +244,7 @@ def _attend(attention: Any, streams: list[Stream], rotary: Pair, kept: Kept | No
     old = None if kept is None or kept.fresh else (kept.key, kept.value)
     scales = None
     if isinstance(processor, Float8AttnProcessor):
-        scales = _scales(processor, streams, attention.head_dim, kept)
+        scales = _scales(getattr(attention, SCALES), streams, attention.head_dim, kept)
     dtype = streams[0].projected[0].dtype
     kept_scales = kept.scales(FLOAT8 if scales else dtype) if old and kept else None
     query, key, value = joint_heads(
@@ -266,15 +304,13 @@ def _chosen(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
     return torch.where(mask, one, other)
 
 
-def _scales(
-    processor: Float8AttnProcessor, streams: list[Stream], width: int, kept: Kept | None
-) -> Triple:
+def _scales(fixed: HeadScales, streams: list[Stream], width: int, kept: Kept | None) -> Triple:
     """What query, key and value are divided by for float8; nothing bounds the last.
 
     Values kept are in float8 already: so new ones share their scale, and are cut off at it.
     """
     device = streams[0].projected[0].device  # under offloading the first two were made elsewhere
-    of_heads = processor.query_scale.to(device), processor.key_scale.to(device)
+    of_heads = fixed.query.to(device), fixed.key.to(device)
     if kept is not None and not kept.fresh:
         return *of_heads, kept.value_scale
     largest = [in_heads(s.projected[2], width).abs().amax(dim=(1, 3)).float() for s in streams]

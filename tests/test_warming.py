@@ -1,0 +1,166 @@
+"""Which sizes warmup runs, and which it refuses before anything runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image
+
+import fluxfire
+from doubles import Listen
+from fluxfire.errors import PlanError
+from fluxfire.testing import tiny_kontext
+
+TINY = {"max_sequence_length": 24, "_auto_resize": False}
+PAIRS = [(32, 32), (64, 48)]
+
+# Each makes something anew from a list of pairs, because some can be read only once.
+ITERABLES = {
+    "list": list,
+    "tuple": tuple,
+    "set": set,
+    "keys": dict.fromkeys,
+    "counter": Counter,
+    "iterator": iter,
+    "generator": lambda pairs: (p for p in pairs),
+    "zip": lambda pairs: zip(*zip(*pairs, strict=True), strict=True),
+    "array": np.array,
+    "narrow array": lambda pairs: np.array(pairs, dtype=np.uint8),
+    "tensor": torch.tensor,
+    "lists": lambda pairs: [list(p) for p in pairs],
+    "torch sizes": lambda pairs: [torch.Size(p) for p in pairs],
+    "numpy integers": lambda pairs: [tuple(map(np.int64, p)) for p in pairs],
+}
+# What is no list of sizes, and what the error must name of it.
+NO_SIZES = {
+    "one size": ((64, 48), "size 64: it must be .*, not (64, 48)"),
+    "one size in an array": (np.array([64, 48]), "not array([64, 48])"),
+    "a number": (64, "size 64: it must be"),
+    "text": ("64x48", "size '64x48': it must be"),
+    "bytes": (b"00", "size b'00': it must be"),
+    "no text": ("", "size '': it must be"),
+    "texts": (["64x48"], "size '64x48': it must be"),
+    "pairs of digits": (["64"], "size '64': it must be"),
+    "a pair of texts": ([("64", "48")], "size ('64', '48'): it must be"),
+    "pairs of bytes": ([b"00"], "size b'00': it must be"),
+    "width by height": ({64: 48}, "not {64: 48}"),
+    "sides without an order": ([{64, 48}], "it must be (width, height)"),
+    "one side": ([(64,)], "size (64,): it must be"),
+    "three sides": ([(64, 48, 3)], "size (64, 48, 3): it must be"),
+    "floats": ([(64.0, 48.0)], "size (64.0, 48.0): it must be"),
+    "float array": (np.array([[64.0, 48.0]]), "it must be (width, height)"),
+    "bools": ([(True, True)], "size (True, True): it must be"),
+    "numpy bools": (np.array([[True, True]]), "it must be (width, height)"),
+    "nothing": ([None], "size None: it must be"),
+    "a picture": ([Image.new("RGB", (64, 48))], "it must be (width, height)"),
+    "zero": ([(64, 0)], "size (64, 0): it must be"),
+    "negative": ([(-64, 48)], "size (-64, 48): it must be"),
+    "a bad one behind a good one": ([(64, 48), 7], "size 7: .*, not [(64, 48), 7]"),
+    "a scalar array": (np.array(64), "size array(64): it must be"),
+    "a spent iterator": (iter(()), "an iterator with no size of .* left in it"),
+}
+
+
+def literal(words):
+    """Write a pattern in which only `.*` is special."""
+    for special in "()[]{}":
+        words = words.replace(special, f"\\{special}")
+    return words
+
+
+@pytest.fixture
+def listen():
+    return Listen()
+
+
+@pytest.fixture
+def pipe(pipe, listen):
+    return fluxfire.optimize(pipe, [listen])
+
+
+def tokens(listen):
+    """Tell the tokens of each generation, which had two steps."""
+    return [(c.tokens.noise, c.tokens.reference) for c in listen.tallies[-1].calls[::2]]
+
+
+@pytest.mark.parametrize("made", ITERABLES.values(), ids=ITERABLES)
+def test_warmup_runs_sizes_and_references_from_any_iterable(pipe, listen, made):
+    fluxfire.warmup(pipe, sizes=made(PAIRS), references=made(PAIRS), **TINY)
+    assert sorted(tokens(listen)) == [(64, 64), (64, 192), (192, 64), (192, 192)]
+
+
+@pytest.mark.parametrize("role", ["sizes", "references"])
+@pytest.mark.parametrize(("given", "named"), NO_SIZES.values(), ids=NO_SIZES)
+def test_warmup_refuses_what_are_no_sizes(pipe, given, named, role):
+    with pytest.raises(PlanError, match=literal(named)):
+        fluxfire.warmup(pipe, **{"sizes": PAIRS, role: given}, **TINY)
+    assert fluxfire.report(pipe).runs == ()
+
+
+@pytest.mark.parametrize("nothing", [[], (), {}, np.zeros((0, 2), dtype=int), iter(())])
+def test_warmup_needs_an_output_size(pipe, nothing):
+    with pytest.raises(PlanError, match="no size of an output"):
+        fluxfire.warmup(pipe, sizes=nothing, **TINY)
+
+
+@pytest.mark.parametrize("nothing", [[], (), {}, np.zeros((0, 2), dtype=int)])
+def test_warmup_without_references_is_text_to_image_only(pipe, listen, nothing):
+    fluxfire.warmup(pipe, sizes=PAIRS, references=nothing, max_sequence_length=24)
+    assert tokens(listen) == [(64, 0), (192, 0)]
+
+
+def test_warmup_reads_an_iterator_once(pipe):
+    pairs = iter(PAIRS)
+    with pytest.raises(PlanError, match="no size of a reference left .* so give a list"):
+        fluxfire.warmup(pipe, sizes=pairs, references=pairs, **TINY)
+
+
+def test_warmup_tells_what_an_iterator_held(pipe):
+    with pytest.raises(PlanError, match=literal("size 64: .*, not [64, 48]")):
+        fluxfire.warmup(pipe, sizes=iter((64, 48)), **TINY)
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError])
+def test_warmup_lets_through_what_a_generator_raises(pipe, error):
+    def broken():
+        yield 32, 32
+        raise error("of the user's own")
+
+    with pytest.raises(error, match="of the user's own"):
+        fluxfire.warmup(pipe, sizes=broken(), **TINY)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3, 400), (400, 3)])
+@pytest.mark.parametrize("resize", [False, True])
+def test_warmup_refuses_references_too_small_for_the_pipeline(pipe, size, resize):
+    with pytest.raises(PlanError, match="both whole numbers of 4 or more$"):
+        fluxfire.warmup(pipe, PAIRS, [size], **TINY | {"_auto_resize": resize})
+    assert fluxfire.report(pipe).runs == ()
+
+
+# The pipeline takes (47, 32) for (44, 32), whose shape is nearest to (64, 48), not to (48, 32).
+@pytest.mark.parametrize("size", [(4, 4), (7, 400), (400, 7), (47, 32), (33, 63), (64, 41)])
+@pytest.mark.parametrize("resize", [False, True])
+def test_warmup_resizes_references_as_the_pipeline_does(monkeypatch, pipe, listen, size, resize):
+    preferred = [(16, 64), (32, 48), (32, 32), (64, 48), (48, 32), (64, 16)]
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", preferred)
+    call = TINY | {"_auto_resize": resize, "num_inference_steps": 2}
+    fluxfire.warmup(pipe, [(32, 32)], [size], **call)
+    pipe(Image.new("RGB", size), "", height=32, width=32, max_area=1024, **call)
+    warmed, real = tokens(listen)
+    assert warmed == real
+
+
+def test_warmup_refuses_references_beside_a_picture(pipe):
+    with pytest.raises(PlanError, match=r"not use references=\[\(32, 32\)\] beside image;"):
+        fluxfire.warmup(pipe, PAIRS, [(32, 32)], image=Image.new("RGB", (32, 32)), **TINY)
+
+
+def test_warmup_of_an_inpainting_pipeline_runs_each_reference(listen):
+    pipe = fluxfire.optimize(tiny_kontext("inpaint"), [listen])
+    fluxfire.warmup(pipe, iter(PAIRS), np.array([(32, 32), (401, 7)]), **TINY)
+    assert tokens(listen) == [(64, 64), (64, 100), (192, 64), (192, 100)]
