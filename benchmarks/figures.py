@@ -39,6 +39,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "profile fused": lambda: steps.profile("profile_fused.json"),
     "profile float8": lambda: steps.profile("profile_float8.json"),
     "around": steps.around,
+    "freshness": steps.freshness,
     "cold": compiling.cold,
     "literal": compiling.literal,
     "symfloat": compiling.symfloat,

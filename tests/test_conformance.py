@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -258,6 +259,112 @@ class KeepsState(Wrapping):
         return Change(1, "runs")
 
 
+class Prepared(Broken):
+    """Multiplies with weights as they were when it was applied."""
+
+    def apply(self, tx):
+        out = tx.pipe.transformer.proj_out
+        weight, bias = out.weight.detach().clone(), out.bias.detach().clone()
+        tx.set_call(out, lambda x: torch.nn.functional.linear(x, weight, bias))
+        return Change(1, "products")
+
+
+class CopiesKeepIt(Broken):
+    exactness = "lossy"
+
+    def apply(self, tx):
+        bias = tx.pipe.transformer.proj_out.bias
+        _Doubled.biases.append((bias, bias.data))
+        tx.on_undo(_Doubled.undo)
+        bias.data = bias.data * 2
+        return Change(1, "biases")
+
+
+class _Doubled:
+    """Knows what to undo from elsewhere, so that a copy's undoing reaches the original."""
+
+    biases: ClassVar[list] = []
+
+    @classmethod
+    def undo(cls):
+        bias, data = cls.biases.pop() if cls.biases else (None, None)
+        if bias is not None:
+            bias.data = data
+
+
+class Slower(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * self.factor
+
+
+class KeptForward(Broken):
+    exactness = "lossy"
+
+    def apply(self, tx):
+        tx.setattr(tx.pipe.transformer.proj_out, "factor", 1.01)
+        tx.set_class(tx.pipe.transformer.proj_out, Slower)
+        return Change(2, "things of the last layer")
+
+
+class PutsBackWhatWas(Broken):
+    """Undoes to the numbers that were, whatever became of them since."""
+
+    exactness = "lossy"
+
+    def apply(self, tx):
+        weight = tx.pipe.transformer.single_transformer_blocks[0].proj_out.weight
+        tx.on_undo(functools.partial(setattr, weight, "data", weight.data))
+        weight.data = weight.data + 0.01
+        return Change(1, "weights")
+
+
+class UndoesOnce(Broken):
+    exactness = "lossy"
+
+    def apply(self, tx):
+        bias = tx.pipe.transformer.proj_out.bias
+        old = [bias.data]
+        tx.on_undo(lambda: setattr(bias, "data", old.pop()))
+        bias.data = bias.data * 2
+        return Change(1, "biases")
+
+
+class FailsUnderAutocast(Broken):
+    def apply(self, tx):
+        out = tx.pipe.transformer.proj_out
+        plain = out.forward
+
+        def call(x):
+            return torch.ops.aten.addmm(out.bias, x.flatten(0, 1), out.weight.t()).view(
+                *x.shape[:2], -1
+            )
+
+        tx.set_call(out, lambda x: call(x) if x.dtype is out.weight.dtype else plain(x) * 2)
+        return Change(1, "products")
+
+
+class CutsGradients(Broken):
+    def apply(self, tx):
+        block = tx.pipe.transformer.single_transformer_blocks[0]
+        plain = block._call_impl
+
+        def call(*args, **kwargs):
+            with torch.no_grad():
+                return plain(*args, **kwargs)
+
+        tx.set_call(block, call)
+        return Change(1, "blocks")
+
+
+class Hoards(Broken):
+    kept: ClassVar[list] = []
+
+    def apply(self, tx):
+        self.kept.append(torch.zeros(1000))
+        tx.setattr(tx.pipe.transformer, "hoarded", len(self.kept))
+        return Change(1, "attributes")
+
+
 def list_rest(streams):
     return streams.temb, streams.rotary, streams.attention_kwargs
 
@@ -299,6 +406,14 @@ def _flags_back():
         (RecordsTooLate(), "a failure at edit"),
         (KeepsState(), "nothing is kept from one generation to the next"),
         (Broken, "it has the members of fluxfire.Pass"),
+        (Prepared(), "weights that change after optimize"),
+        (CopiesKeepIt(), r"copies are plain \(deepcopy\)"),
+        (KeptForward(), "it raises nothing. It raised TypeError: super"),
+        (PutsBackWhatWas(), "restore leaves what others did since"),
+        (UndoesOnce(), "it raises nothing. It raised RestoreError: .*pop from empty list"),
+        (FailsUnderAutocast(), "it is right under autocast"),
+        (CutsGradients(), "gradients through the transformer are true"),
+        (Hoards(), "nothing grows from one optimize to the next"),
     ],
 )
 def test_each_broken_promise_is_found(broken, promise):

@@ -224,3 +224,18 @@ def test_inductor_patch_rescues_the_failing_case():
     torch.compiler.reset()
     with uncached, guarded():
         assert torch.allclose(compiled()(x, 0.3), torch.pow(4.0, x.abs()) * 0.3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_float8_products_with_a_bias_in_every_dtype_of_the_result(dtype):
+    x, weight = torch.randn(1, 32, 64), torch.randn(48, 64)
+    bias = torch.randn(48, dtype=dtype)
+    kept = float8.quantised_weight(weight)
+    made = []
+    for device in ("cpu", "cuda"):
+        rows = float8.Rows(*float8.float8_rows(x.to(device, dtype)))
+        made.append(
+            float8.float8_linear(rows, *(t.to(device) for t in kept), bias.to(device), dtype)
+        )
+    assert made[1].dtype == dtype
+    assert torch.allclose(made[0].float(), made[1].cpu().float(), atol=0.05, rtol=0.02)

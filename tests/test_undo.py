@@ -28,7 +28,8 @@ from fluxfire.passes import (
     ReferenceCache,
 )
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
-from fluxfire.testing.conformance import FaultyTransaction, InjectedFailureError
+from fluxfire.testing.conformance import FaultyTransaction
+from fluxfire.testing.promises import InjectedFailureError
 
 PASSES = [
     InductorPatch(),

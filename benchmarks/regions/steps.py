@@ -91,6 +91,34 @@ def profile(name: str = "profile.json") -> str:
     return f"{markdown(('kernels', 'of one step'), rows)}\n\nWith {passes}. {where(result)}."
 
 
+def freshness() -> str:
+    """What a look costs, and which writes past torch's counter it sees."""
+    result = load("freshness.json")
+    costs = [
+        (name, f"{took['median']:.1f}", f"{took['least']:.1f} to {took['most']:.1f}")
+        for name, took in result["milliseconds"].items()
+    ]
+    saw = [(name, "yes" if found else "no") for name, found in result["seen"].items()]
+    plain, known = (result["encoding"][name]["median"] for name in ("plain", "known"))
+    grown = [name for name, of in result["allocated"].items() if max(of[2:]) > min(of[2:])]
+    memory = "more in: " + ", ".join(grown) if grown else "the same, in all of them"
+    said = (
+        f"Encoding a prompt and a picture: {plain:.0f} ms; when `EncodingCache` knows both, "
+        f"{known:.1f} ms. Quantizing all of `Float8`'s weights anew: "
+        f"{result['requantize_seconds']:.2f} s. GPU memory after 50 rounds of optimize, edit and "
+        f"restore, after 50 edits, and after 20 pipelines one after another, for each pass, beside "
+        f"that after the first few: {memory}."
+    )
+    return "\n\n".join(
+        (
+            markdown(("a look", "median, ms", "least to most"), costs),
+            markdown(("a write through `.data`", "seen"), saw),
+            said,
+            f"{where(result)}.",
+        )
+    )
+
+
 def around() -> str:
     """What surrounds the loop, from the second prompt on."""
     result = load("around.json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,9 +20,10 @@ from fluxfire.record import Application
 from fluxfire.reporting.report import PassReport
 from fluxfire.resolve import Passes
 from fluxfire.transaction import Transaction
+from fluxfire.turns import Turns
 
 MakeTransaction = Callable[[Any, Conductor], Transaction]
-_one_at_a_time = threading.RLock()  # planned and applied without another thread in between
+_one_at_a_time = Turns()  # planned and applied without another thread in between
 
 
 def known_conductor(pipe: object) -> Conductor | None:
@@ -56,7 +56,7 @@ def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Trans
         PassError: a pass failed; everything this call did was rolled back.
         BusyError: the pipeline is generating.
     """
-    with _one_at_a_time:
+    with _one_at_a_time.wait():
         planned = make_plan(pipe, passes, applied_passes(pipe))
         planned.raise_if_bad()
         _carry_out(pipe, planned, transaction)
@@ -144,7 +144,7 @@ def _take_over(tx: Transaction, conductor: Conductor) -> None:
     tx.set_class(pipe, private_class(pipe, conductor))
     tx.place(TransformerCall(conductor, pipe))
     for _, component in kontext.modules(pipe):
-        for override in copier(component, record):
+        for override in copier(component, pipe, record):
             tx.place(override)
     tx.listen(record.statistics)
 
@@ -164,8 +164,8 @@ def _all_or_nothing(conductor: Conductor, application: Application) -> Iterator[
     there what is left to do.
     """
     applied = conductor.record.applied
-    conductor.changing = True
     try:
+        conductor.changing = True
         applied.append(application)
         yield
         conductor.passes = tuple(map(configured, conductor.record.passes))

@@ -28,6 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from fluxfire import kontext
+from fluxfire.errors import FluxfireError
 from fluxfire.kontext import Call
 
 __all__ = ["BlockStack", "BlockWrapper", "Run", "Streams"]
@@ -90,10 +91,16 @@ class BlockStack:
 
         Yields:
             The keyword arguments to call the model with.
+
+        Raises:
+            FluxfireError: another library put its cache in the place of the blocks.
         """
         if not self.wrappers:
             yield inputs
             return
+        if "foreign-cache" in kontext.cache_traits(transformer):
+            why, remedy = kontext.FOREIGN_CACHE
+            raise FluxfireError(f"{why}, since optimize(), in the place of its blocks; {remedy}")
         inputs = dict(inputs)
         run = self._wrapped(_plain_run(transformer, inputs), call)
         everything = range(len(kontext.blocks(transformer)))

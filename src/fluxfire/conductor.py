@@ -21,11 +21,12 @@ from typing import Any
 from fluxfire import copies
 from fluxfire.blocks import BlockStack
 from fluxfire.errors import BusyError, FluxfireError
-from fluxfire.generation import Generation, Listener, Live
+from fluxfire.generation import Generation, Listener, Live, may_change
 from fluxfire.override import CALL_SLOT, Override
 from fluxfire.protocol import Configured
 from fluxfire.record import Record
 from fluxfire.stand_in import StandIn
+from fluxfire.turns import Turns
 
 _CONDUCTOR = "_fluxfire_conductor"
 
@@ -56,8 +57,7 @@ class Conductor:
         self.record = Record()
         self._pipe = weakref.ref(pipe)
         self._transformer = weakref.ref(pipe.transformer)
-        self._guard = threading.Lock()
-        self._holder: weakref.ref[Generation | _Change] | None = None
+        self._turns = Turns()
         self._count = 0
 
     def owns(self, pipe: object) -> bool:
@@ -73,14 +73,14 @@ class Conductor:
         """
         change = _Change()
         try:
-            holder = self._held_by(change)
+            holder = self._turns.take(change)
             if holder is not change:
                 generating = isinstance(holder, Generation)
                 doing = "generating" if generating else "being changed by another thread"
                 raise BusyError(f"cannot {wish}: the pipeline is {doing}; wait for it to finish")
             yield
         finally:
-            self._leave(change)
+            self._turns.leave(change)
 
     def prepare(self) -> None:
         """Have every listener put its affairs in order before the models are used."""
@@ -107,11 +107,16 @@ class Conductor:
         return None
 
     @contextmanager
-    def run(self, pipe: Any) -> Iterator[None]:
-        """Be entered around a whole call of the pipeline."""
-        generation = Generation(self._count + 1, self.passes, self.rehearsing)
+    def run(self, pipe: Any, *, calls_back: bool) -> Iterator[None]:
+        """Be entered around a whole call of the pipeline.
+
+        Args:
+            pipe: the pipeline.
+            calls_back: whether it calls the user between steps.
+        """
+        generation = Generation(self._count + 1, self.passes, self.rehearsing, calls_back)
         try:
-            holder = self._held_by(generation)
+            holder = self._turns.take(generation)
             if holder is not generation:
                 raise BusyError(_why_busy(holder))
             if (why := self.disturbed(pipe)) is not None:
@@ -123,12 +128,12 @@ class Conductor:
                     entered.enter_context(listener.during(generation))
                 yield
         finally:
-            self._leave(generation)
+            self._turns.leave(generation)
 
     @contextmanager
     def step(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
         """Be entered around a call of the transformer; give the arguments to call it with."""
-        holder = None if self._holder is None else self._holder()
+        holder = self._turns.holder
         generation = holder if isinstance(holder, Generation) else None
         if generation is not None and generation.thread != threading.get_ident():
             raise BusyError(
@@ -140,28 +145,13 @@ class Conductor:
             self.prepare()
             yield inputs
             return
+        if generation.calls_back:
+            self.prepare()  # a callback may have done anything since the last step
         call = generation.advance(self._pipe(), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:
                 entered.enter_context(listener.around(call))
             yield entered.enter_context(self.stack.mounted(self._transformer(), call, inputs))
-
-    def _held_by(self, wants: Generation | _Change) -> Generation | _Change:
-        """Give the pipeline to whoever wants it, unless somebody has it; return who has it.
-
-        Only a weak reference is kept: if an interrupt keeps a holder from giving it back, the end
-        of its frame does.
-        """
-        with self._guard:
-            holder = None if self._holder is None else self._holder()
-            if holder is None:
-                self._holder, holder = weakref.ref(wants), wants
-            return holder
-
-    def _leave(self, holder: Generation | _Change) -> None:
-        with self._guard:
-            if self._holder is not None and self._holder() is holder:
-                self._holder = None
 
 
 class _Change:
@@ -237,7 +227,7 @@ def private_class(pipe: Any, conductor: Conductor) -> type:
 
     @functools.wraps(plain.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        with conductor.run(self):
+        with conductor.run(self, calls_back=may_change(kwargs.get("callback_on_step_end"))):
             return plain.__call__(self, *args, **kwargs)
 
     def __copy__(self: Any) -> Any:  # noqa: N807

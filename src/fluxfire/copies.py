@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from fluxfire.edits import AttributeEdit, Memo
+from fluxfire import kontext
+from fluxfire.edits import AttributeEdit, Memo, PartialMemo
 from fluxfire.errors import FluxfireError
 from fluxfire.override import Override
 from fluxfire.record import Record
@@ -39,9 +40,11 @@ def deep_copy(pipe: Any, plain: type, record: Record, memo: Memo) -> Any:
     _refuse_irreversible(record)
     twin: Any = object.__new__(plain)
     memo[id(pipe)] = twin
+    undoing = id(record) in memo  # on a copy of one model: an inverse came across the pipeline
     memo[id(record)] = record  # tells its models that they need not undo anything themselves
     vars(twin).update(copy.deepcopy(vars(pipe), memo))
-    _undo(record, memo)
+    if not undoing:
+        _undo(record, memo)
     return twin
 
 
@@ -60,16 +63,19 @@ def shallow_copy(pipe: Any, plain: type, record: Record) -> Any:
     return twin
 
 
-def copier(component: Any, record: Record) -> list[Override]:
+def copier(component: Any, pipe: Any, record: Record) -> list[Override]:
     """Make the overrides by which copies of one of a pipeline's models are plain."""
-    original = weakref.ref(component)
+    original, owner = weakref.ref(component), weakref.ref(pipe)
 
     def deep(plain: Callable[[Memo], Any], memo: Memo) -> Any:
         if id(record) in memo:
             return plain(memo)
         _refuse_irreversible(record)
         twin = plain(memo)
-        _undo(record, memo)
+        pipe = owner()
+        copied = PartialMemo(memo, _parts(pipe), pipe)
+        copied[id(record)] = record
+        _undo(record, copied)
         return twin
 
     def reduced(*_: Any) -> Any:
@@ -85,6 +91,14 @@ def _undo(record: Record, memo: Memo) -> None:
     with torch.inference_mode(mode=False), torch.no_grad():
         for transaction in reversed(record.transactions):
             transaction.undo_on_copies(memo)
+
+
+def _parts(pipe: Any) -> dict[int, Any]:
+    """Return what a pipeline's models consist of, by id; nothing once it is gone."""
+    parts: list[Any] = []
+    for _, component in kontext.modules(pipe) if pipe is not None else ():
+        parts += [*component.modules(), *component.parameters(), *component.buffers()]
+    return {id(part): part for part in parts}
 
 
 def _refuse_irreversible(record: Record) -> None:

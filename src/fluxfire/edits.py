@@ -18,6 +18,7 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from types import CellType, FunctionType
 from typing import Any, Protocol
 
@@ -32,9 +33,10 @@ __all__ = [
     "InverseCall",
     "ListEdit",
     "Memo",
+    "PartialMemo",
 ]
 
-Memo = dict[int, Any]
+Memo = dict[Any, Any]
 """What `copy.deepcopy` keeps: the copy of each object, by the object's id."""
 _MISSING = object()
 _OF_MODULES = ("_parameters", "_buffers", "_modules")
@@ -208,19 +210,19 @@ class InverseCall:
         """Call it."""
         self.inverse()
 
-    def copied(self, memo: Memo) -> InverseCall:
-        """Return the same call on the copies.
+    def copied(self, memo: Memo) -> InverseCall | None:
+        """Return the same call on the copies; None if it comes across none of their originals.
 
-        `copy.deepcopy` follows a bound method to its object and a partial to its arguments. But it
-        takes a closure as it is, which would undo the edit on the original.
+        It may undo something of another model, or of the whole process.
         """
-        inverse = self.inverse
-        if isinstance(inverse, FunctionType) and inverse.__closure__:
-            cells = (CellType(copy.deepcopy(c.cell_contents, memo)) for c in inverse.__closure__)
-            code, known, name = inverse.__code__, inverse.__globals__, inverse.__name__
-            twin: Any = FunctionType(code, known, name, inverse.__defaults__, tuple(cells))
+        trial = _Trial(memo)
+        twin = _copied_call(self.inverse, trial)
+        if not trial.met_copied:
+            return None
+        if trial.met_others:  # it undoes something of several models, and not all were copied
+            twin = _copied_call(self.inverse, memo)
         else:
-            twin = copy.deepcopy(inverse, memo)
+            trial.keep()
         return InverseCall(twin, self.label)
 
 
@@ -236,8 +238,12 @@ class EditLog:
         self._edits: list[Edit] = []
 
     def __deepcopy__(self, memo: Memo) -> EditLog:
-        """Return itself: an inverse may refer to it, and a copy's edits are not on record."""
-        return self
+        """Return one without edits: an inverse may refer to it, and a copy's are not on record."""
+        twin = memo[id(self)] = copy.copy(self)
+        twin.irreversible, twin._edits = [], []  # noqa: SLF001 - its own
+        if "pipe" in vars(self):
+            vars(twin)["pipe"] = copy.deepcopy(vars(self)["pipe"], memo)
+        return twin
 
     def record(self, edit: Any, make: Callable[[], object] | None = None) -> None:
         """Record an edit, then make it: by `make`, or by its own method of that name."""
@@ -280,6 +286,93 @@ class EditLog:
         for edit in self.newest_first():
             if (twin := edit.copied(memo)) is not None:
                 twin.undo()
+
+
+class PartialMemo(dict[Any, Any]):
+    """The copies of one model's objects, for edits of a whole pipeline to be undone on.
+
+    What is copied besides stays here, so that other copies of it are made in their own right.
+
+    Attributes:
+        others: what belongs to other models, by id.
+        whole: the pipeline, through which all of them can be reached; None once it is gone.
+    """
+
+    def __init__(self, memo: Memo, others: Memo, whole: object) -> None:
+        super().__init__(memo, torch=dict(memo.get("torch", {})))  # torch's copies of storages
+        self.others, self.whole = others, whole
+
+
+class _Trial(dict[Any, Any]):
+    """A memo of one copying, which says what it came across.
+
+    Other models than those that were copied are not copied here.
+
+    Attributes:
+        met_copied: whether it came across something that had been copied before.
+        met_others: whether it came across other models.
+    """
+
+    def __init__(self, memo: Memo) -> None:
+        super().__init__(torch=dict(memo.get("torch", {})))
+        self._memo = memo
+        self._others: Memo = memo.others if isinstance(memo, PartialMemo) else {}
+        self._whole = memo.whole if isinstance(memo, PartialMemo) else None
+        self.met_copied = self.met_others = False
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """Answer as `copy.deepcopy` asks."""
+        self.met_copied |= (copied := key in self._memo)
+        if copied or key in self:
+            return self._memo[key] if copied else self[key]
+        if self._whole is not None and key == id(self._whole):
+            self.met_copied = self.met_others = True
+            return self._whole
+        self.met_others |= key in self._others
+        return self._others.get(key, default)
+
+    def keep(self) -> None:
+        """Put what was copied into the memo."""
+        alive = self.pop(id(self), [])  # what `copy.deepcopy` keeps alive, so that ids stay true
+        self._memo.setdefault(id(self._memo), []).extend(alive)
+        self._memo.update(self)
+
+
+def _copied_call(call: Any, memo: Memo) -> Any:
+    """Copy a call with what it is bound to.
+
+    `copy.deepcopy` follows a bound method to its object, but takes a function as it is, with what
+    it holds: so it would do on the original what it is to do on the copy.
+    """
+    if isinstance(call, partial):
+        args = (_copied_call(arg, memo) for arg in call.args)
+        known = {name: _copied_call(arg, memo) for name, arg in call.keywords.items()}
+        return partial(_copied_call(call.func, memo), *args, **known)
+    if not isinstance(call, FunctionType):
+        return copy.deepcopy(call, memo)
+    if not (call.__closure__ or call.__defaults__ or call.__kwdefaults__):
+        return call
+    if (known_twin := memo.get(id(call))) is not None:
+        return known_twin
+    cells = tuple(CellType() for _ in call.__closure__ or ())
+    twin: Any = FunctionType(call.__code__, call.__globals__, call.__name__, None, cells)
+    memo[id(call)] = twin  # before its contents: a function may hold itself
+    for cell, old in zip(cells, call.__closure__ or (), strict=True):
+        if not _is_empty(old):
+            cell.cell_contents = _copied_call(old.cell_contents, memo)
+    if call.__defaults__:
+        twin.__defaults__ = tuple(_copied_call(of, memo) for of in call.__defaults__)
+    if (by_name := call.__kwdefaults__) is not None:
+        twin.__kwdefaults__ = {name: _copied_call(of, memo) for name, of in by_name.items()}
+    return twin
+
+
+def _is_empty(cell: CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return True
+    return False
 
 
 def _on_copies(edit: Any, memo: Memo) -> Any:

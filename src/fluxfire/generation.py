@@ -14,9 +14,11 @@ from typing import Any, Generic, TypeVar
 from fluxfire.kontext import Call, Tokens
 from fluxfire.protocol import Configured
 
-__all__ = ["Decision", "Generation", "Listener", "Live", "Refresh"]
+__all__ = ["Decision", "Generation", "Listener", "Live", "Refresh", "may_change", "only_watches"]
 
+C = TypeVar("C")
 P = TypeVar("P")
+_ONLY_WATCHES = "_fluxfire_only_watches"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,17 @@ class Refresh:
     drifts: tuple[float, ...] = ()
 
 
+def only_watches(callback: C) -> C:
+    """Mark a step callback as one that changes nothing, so that passes need not look after it."""
+    setattr(callback, _ONLY_WATCHES, True)
+    return callback
+
+
+def may_change(callback: object) -> bool:
+    """Whether a step callback may change the pipeline, as anybody's may."""
+    return callback is not None and not getattr(callback, _ONLY_WATCHES, False)
+
+
 @dataclass(eq=False)
 class Generation:
     """One call of the pipeline.
@@ -64,6 +77,8 @@ class Generation:
         passes: what is applied, as data; the same object until that changes.
         rehearsal: whether this one only makes ready what will be used: a cache then takes each
             of its ways at least once.
+        calls_back: whether a callback may change the pipeline between its steps; True where that
+            is not known.
         step: the current step, from 0; -1 before the first.
         calls: how often the transformer ran.
         decisions: what a cache decided, call by call; empty without one.
@@ -73,6 +88,7 @@ class Generation:
     number: int
     passes: tuple[Configured, ...] = ()
     rehearsal: bool = False
+    calls_back: bool = True
     thread: int = field(default_factory=threading.get_ident)
     step: int = -1
     calls: int = 0

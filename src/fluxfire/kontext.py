@@ -15,12 +15,17 @@ from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTrans
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from fluxfire.override import CALL_SLOT
+from fluxfire.override import CALL_SLOT, Override
 from fluxfire.text import with_article
 
 PIPELINES = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 SWAPPED = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
 """Traits of pipelines whose weights are swapped layer by layer while they run."""
+FOREIGN_CACHE = (
+    "another library's cache (ParaAttention or cache-dit) is on the transformer",
+    "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
+)
+"""Why the trait `foreign-cache` is in the way, and what to do about it."""
 QKV = ("to_q", "to_k", "to_v")
 """What makes an attention's queries, keys and values; fused, diffusers calls it `to_qkv`."""
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
@@ -88,7 +93,8 @@ def unsupported(pipe: object) -> str | None:
             f"not a FluxTransformer2DModel{hint}"
         )
     for name, component in modules(pipe):
-        on_meta = next((n for n, p in component.named_parameters() if p.is_meta), None)
+        weights = component.named_parameters()  # a subclass keeps its numbers in its own way
+        on_meta = next((n for n, p in weights if p.is_meta and type(p) is nn.Parameter), None)
         if on_meta is not None and not any("_hf_hook" in vars(m) for m in component.modules()):
             return (
                 f"the {name}'s weights are on the meta device ({on_meta} has no data); "
@@ -176,6 +182,21 @@ def traits(pipe: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+def swapped(component: nn.Module) -> frozenset[str]:
+    """Find out which of the traits `SWAPPED` a component has now: they may come at any time."""
+    hooked = (m for m in parts(component) if "_hf_hook" in vars(m) or "_diffusers_hook" in vars(m))
+    return SWAPPED.intersection(trait for module in hooked for trait in module_traits(module))
+
+
+def parts(module: nn.Module) -> list[nn.Module]:
+    """List a module and all below it, in a fraction of the time that `modules()` takes."""
+    found = [module]
+    for part in found:  # it grows meanwhile
+        if children := part.__dict__["_modules"]:
+            found += [child for child in children.values() if child is not None]
+    return found
+
+
 def cache_traits(transformer: Any) -> set[str]:
     """Find out whose caches are on a transformer: `native-cache`, `foreign-cache`."""
     found = set()
@@ -189,7 +210,7 @@ def cache_traits(transformer: Any) -> set[str]:
 def module_traits(module: nn.Module) -> Iterator[str]:
     """Find out what is true of one module, its children aside: some of what `traits` lists."""
     own = vars(module)
-    if hasattr(own.get(CALL_SLOT), "_torchdynamo_orig_callable"):
+    if is_compiled(module):
         yield "compiled"
     if own.get("fused_projections") and _is_fused(module):
         yield "fused-qkv"
@@ -218,6 +239,14 @@ def _is_fused(attention: Any) -> bool:
     """
     unused = isinstance(attention, Attention) and "Fused" not in type(attention.processor).__name__
     return not unused and getattr(attention.to_qkv, "weight", None) is not None
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether somebody called `compile` on a module: what an override may stand before."""
+    call: Any = vars(module).get(CALL_SLOT)
+    while isinstance(call, Override):
+        call = call.inner
+    return hasattr(call, "_torchdynamo_orig_callable")
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,13 +48,15 @@ def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
 def _disturbed(pipe: Any) -> str | None:
     """Say what keeps fluxfire from working on this pipeline now, or None."""
     owner = conductor_of(pipe)
-    if owner is not None:
-        return owner.disturbed(pipe)
-    if shared_conductor(pipe.transformer) is not None:
+    if owner is not None and (why := owner.disturbed(pipe)) is not None:
+        return why
+    if owner is None and shared_conductor(pipe.transformer) is not None:
         return (
             "this pipeline's transformer is already optimized through another pipeline; "
             "restore that one first"
         )
+    if "foreign-cache" in kontext.cache_traits(pipe.transformer):
+        return "; ".join(kontext.FOREIGN_CACHE)  # it patches the class, and calls blocks itself
     return None
 
 
@@ -67,9 +69,21 @@ def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list
         others = (*applied, *wanted[:index])
         twin = any(p.name == pass_.name for p in others)  # complained of already
         target = Target(pipe, environment(), data, traits)
-        steps.append(Step(pass_, () if twin else _findings(pass_, target)))
+        findings = () if twin else (*_findings(pass_, target), *_in_one_graph(pass_, pipe))
+        steps.append(Step(pass_, findings))
         traits |= provided_traits(pass_)
     return steps
+
+
+def _in_one_graph(pass_: Pass, pipe: Any) -> Iterator[Finding]:
+    """Refuse what decides between the blocks where the user compiled the whole transformer."""
+    if "wraps-blocks" in provided_traits(pass_) and kontext.is_compiled(pipe.transformer):
+        yield Finding(
+            "error",
+            "the whole transformer is compiled, outside fluxfire, and one graph of it cannot hold "
+            "what decides between the blocks",
+            "leave that compile() out, and use Compile()",
+        )
 
 
 def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:

@@ -7,6 +7,8 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+from torch._guards import TracingContext
+
 __all__ = ["StandIn", "own_class"]
 
 _CLASS: Any = vars(object)["__class__"]
@@ -15,6 +17,14 @@ _CLASS: Any = vars(object)["__class__"]
 def own_class(obj: object) -> type:
     """Return the class that an object has when nothing stands in for it."""
     return next(cls for cls in type(obj).__mro__ if not issubclass(cls, StandIn))
+
+
+def _shown(obj: object) -> type:
+    """Return the class that others see: the own one, but for torch's compiler.
+
+    That looks methods up by `__class__`, and would trace the plain ones.
+    """
+    return type(obj) if TracingContext.try_get() is not None else own_class(obj)
 
 
 def _turn(obj: object, cls: type) -> None:
@@ -34,7 +44,7 @@ class StandIn:
     """
 
     # A bare `super()` in a method of this class would take the name `__class__` for itself.
-    __class__ = property(own_class, _turn)
+    __class__ = property(_shown, _turn)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super(StandIn, cls).__init_subclass__(**kwargs)  # noqa: UP008 - see above

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +100,135 @@ def test_dropped_originals(generate, reference):
         fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), picture)
     assert [p.name for p in fluxfire.report(pipe).passes] == ["float8"]
+
+
+@pytest.fixture
+def dropped(pipe):
+    fluxfire.optimize(pipe, [Float8("drop")])
+    edit(pipe)
+    return pipe
+
+
+GONE = r"let go of"
+
+
+def doubled():
+    return {k: v * 2 for k, v in tiny_kontext().transformer.state_dict().items()}
+
+
+def quantised_afresh(state):
+    pipe = tiny_kontext()
+    pipe.transformer.load_state_dict(state)
+    return edit(fluxfire.optimize(pipe, [Float8()]))
+
+
+def test_dropped_weights_move_and_cast(dropped):
+    before = edit(dropped)
+    assert np.array_equal(edit(dropped.to("cpu")), before)
+    dropped.to(torch.bfloat16)
+    cast = fluxfire.optimize(tiny_kontext(), [Float8()])
+    cast.to(torch.bfloat16)
+    products = (m for m in dropped.transformer.modules() if isinstance(m, Float8Product))
+    assert all(product.dtype is torch.bfloat16 for product in products)
+    assert {p.dtype for p in dropped.transformer.parameters()} == {torch.bfloat16}
+    assert np.abs(edit(dropped) - edit(cast)).max() < 0.02
+    dropped.to(torch.float32)
+    assert np.abs(edit(dropped) - before).max() < 0.05
+    dropped.transformer.half().float()
+
+
+def test_what_would_need_dropped_weights_is_refused(dropped, tmp_path):
+    before = edit(dropped)
+    transformer = dropped.transformer
+    block = transformer.single_transformer_blocks[0]
+    weight = block.proj_mlp.weight
+    for wish in (
+        transformer.state_dict,
+        lambda: dropped.save_pretrained(tmp_path / "pipe"),
+        lambda: transformer.save_pretrained(tmp_path / "model"),
+        lambda: torch.save(transformer, tmp_path / "model.pt"),
+        lambda: copy.deepcopy(dropped),
+        lambda: copy.deepcopy(transformer),
+        lambda: copy.deepcopy(block),
+        lambda: pickle.dumps(dropped),
+        lambda: pickle.dumps(block),
+        weight.sum,
+        lambda: weight.data.add_(1),
+        weight.detach,
+        lambda: weight.T,
+        lambda: weight[0],
+        lambda: setattr(weight, "data", torch.ones(192, 48)),
+        lambda: transformer.requires_grad_(True),
+    ):
+        with pytest.raises(FluxfireError, match=GONE):
+            wish()
+    assert np.array_equal(edit(dropped), before)
+
+
+def test_what_is_known_of_dropped_weights(dropped):
+    transformer, plain = dropped.transformer, tiny_kontext().transformer
+    shapes = {name: p.shape for name, p in plain.named_parameters()}
+    assert {name: p.shape for name, p in transformer.named_parameters()} == shapes
+    assert transformer.num_parameters() == plain.num_parameters()
+    assert (transformer.dtype, transformer.device) == (plain.dtype, plain.device)
+    transformer.requires_grad_(False)
+    transformer.zero_grad()
+    gone = transformer.single_transformer_blocks[0].proj_mlp.weight
+    assert repr(gone) == "Gone(shape=(192, 48), dtype=torch.float32)"
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_dropped_weights_are_loaded_again(dropped, assign):
+    dropped.transformer.load_state_dict(doubled(), assign=assign)
+    assert np.array_equal(edit(dropped), quantised_afresh(doubled()))
+    assert dropped.transformer.single_transformer_blocks[0].proj_mlp.weight.is_meta
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_dropped_weights_are_loaded_in_part(dropped, assign):
+    """Those of a product go together; others, and all that is not quantised, need not."""
+    state = doubled()
+    parts = ("blocks.1.", "proj_mlp", "norm.linear", "x_embedder", "bias")
+    part = {k: v for k, v in state.items() if any(x in k for x in parts)}
+    dropped.transformer.load_state_dict(part, strict=False, assign=assign)
+    expected = tiny_kontext().transformer.state_dict() | part
+    assert np.array_equal(edit(dropped), quantised_afresh(expected))
+    alone = {k: v for k, v in state.items() if "blocks.0.attn.to_q" in k}
+    dropped.transformer.load_state_dict(alone, strict=False, assign=assign)
+    with pytest.raises(FluxfireError, match="others that share a product with them were not"):
+        edit(dropped)
+
+
+def test_a_state_of_another_shape_leaves_dropped_weights_alone(dropped):
+    before = edit(dropped)
+    wrong = {k: v for k, v in doubled().items() if "proj_mlp.weight" in k}
+    wrong = {k: v[:, :-1] for k, v in wrong.items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        dropped.transformer.load_state_dict(wrong, strict=False)
+    assert np.array_equal(edit(dropped), before)
+
+
+def test_a_lora_beside_dropped_weights(dropped):
+    """On what is not quantised it works; on what is it is refused, and can be taken off."""
+
+    def add(pipe, target):
+        torch.manual_seed(0)
+        config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        pipe.transformer.add_adapter(config)
+
+    plain, before = tiny_kontext(), edit(dropped)
+    for one in (plain, dropped):
+        add(one, "norm.linear")
+    assert np.abs(edit(plain) - before).max() > 0.05
+    assert np.abs(edit(plain) - edit(dropped)).max() < 0.05
+    dropped.transformer.unload_lora()
+    add(dropped, "proj_mlp")
+    with pytest.raises(FluxfireError, match="proj_mlp of .* was replaced after Float8"):
+        edit(dropped)
+    with pytest.raises(FluxfireError, match=GONE):
+        dropped.transformer.fuse_lora()
+    dropped.transformer.unload_lora()
+    assert np.array_equal(edit(dropped), before)
 
 
 def test_a_layer_with_a_lora_keeps_its_weights(reference):

@@ -108,10 +108,13 @@ def float8_linear(
     if not rows.data.is_cuda:
         made = F.linear(rows.data.float() * rows.scale, weight.float() * weight_scale)
         return (made if bias is None else made + bias.float()).to(dtype)
+    within = None if dtype is torch.float32 else bias  # cuBLAS adds none to float32
     made = torch._scaled_mm(  # noqa: SLF001 - torch has no public name for it yet
         rows.data.flatten(0, -2), weight.t(), rows.scale.flatten(0, -2), weight_scale.t(),
-        bias=bias, out_dtype=dtype, use_fast_accum=True,
+        bias=within, out_dtype=dtype, use_fast_accum=True,
     )  # fmt: skip
+    if bias is not None and within is None:
+        made = made + bias
     return made.view(shape)
 
 

@@ -189,17 +189,24 @@ def rows_float8(
 
 
 @triton.jit
-def sample_sums(table, sums, MIX: tl.constexpr, BLOCK: tl.constexpr):
+def sample_sums(
+    table, sums, MIX: tl.constexpr, MIX_AGAIN: tl.constexpr, STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     """Add up words of many tensors, each times a number of its place: a block of one a program.
 
-    `table` has a row for each tensor: its address, how many words it has, and how many to read.
+    `table` has a row for each tensor: its address, how many words it has, how many to read, and
+    how many of each of its rows.
     """
     tensor = tl.program_id(0)
-    words, count = tl.load(table + 3 * tensor + 1), tl.load(table + 3 * tensor + 2)
+    words, count = tl.load(table + 4 * tensor + 1), tl.load(table + 4 * tensor + 2)
+    of_row = tl.load(table + 4 * tensor + 3)
     i = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = i < count
     start, end = i * words // tl.maximum(count, 1), (i + 1) * words // tl.maximum(count, 1)
-    at = start + ((i * MIX >> 33) & 0x3FFFFFFF) % tl.maximum(end - start, 1)
-    address = tl.load(table + 3 * tensor).to(tl.pointer_type(tl.int32))
+    at = start + i // of_row * STEP % tl.maximum(end - start, 1)
+    address = tl.load(table + 4 * tensor).to(tl.pointer_type(tl.int32))
     word = tl.load(address + at, mask=inside, other=0).to(tl.int64)
-    tl.atomic_add(sums + tensor, tl.sum(word * (i * MIX | 1), 0))
+    mixed = i * MIX
+    mixed = (mixed ^ (mixed >> 29)) * MIX_AGAIN
+    tl.atomic_add(sums + tensor, tl.sum(word * ((mixed ^ (mixed >> 32)) | 1), 0))

@@ -13,9 +13,11 @@ from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor,
     FluxIPAdapterAttnProcessor,
 )
+from torch import nn
 from typing_extensions import override
 
 from fluxfire import kontext
+from fluxfire.freshness import Watch
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.toolkit.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
@@ -209,13 +211,27 @@ class _Scales(Listener):
 
     def __init__(self, attentions: list[Any]) -> None:
         self._attentions = attentions
+        self._watched: list[nn.Module] = []
+        self._watch = Watch([])
 
     @override
     def prepare(self) -> None:
-        """Compute them anew: weights may have been loaded, or moved, in between."""
+        """Compute them anew where weights were loaded, changed or moved in between."""
+        there = [norm for attention in self._attentions for norm in _norms(attention)]
+        devices = {getattr(attention, SCALES).query.device for attention in self._attentions}
+        moved = devices != {norm.weight.device for norm in there}
+        if there != self._watched:
+            self._watched, self._watch = there, Watch(there)
+        elif not self._watch.changed() and not moved:
+            return
         for attention in self._attentions:
             scales, now = getattr(attention, SCALES), _scales(attention)
             scales.query, scales.key = now.query, now.key
+
+
+def _norms(attention: Any) -> list[Any]:
+    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    return [norm for name in names if (norm := getattr(attention, name, None)) is not None]
 
 
 def _scales(attention: Any) -> HeadScales:

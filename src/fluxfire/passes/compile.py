@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.util
 import inspect
 import shutil
 import sysconfig
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -140,11 +141,12 @@ class Compile:
         targets = self._targets(tx.pipe)
         compiled: list[_Compiled] = []
         for group in targets:
-            compiled += _compiled_alike(group, settings, clone=self._cuda_graphs())
+            call = tx.enter(_private(_call))
+            compiled += _compiled_alike(group, call, settings, clone=self._cuda_graphs())
         for one in compiled:
             tx.set_call(one.module, one)
         if self.fullgraph:
-            tx.listen(_Hooks(compiled))
+            tx.listen(_Hooks(tx.pipe, compiled))
         where = "blocks" if self.region == "blocks" else "whole models"
         return Change(sum(map(len, targets)), f"{where} set to compile at their first call")
 
@@ -263,22 +265,21 @@ class _Compiled:
 class _Hooks(Listener):
     """Looks for hooks that would cut the graphs in two: they may come at any time."""
 
-    def __init__(self, compiled: list[_Compiled]) -> None:
-        self._compiled = compiled
+    def __init__(self, pipe: Any, compiled: list[_Compiled]) -> None:
+        self._pipe, self._compiled = pipe, compiled
 
     @override
     def prepare(self) -> None:
         """Have modules that have some run as they are."""
+        cached = not _CUTTING.isdisjoint(kontext.cache_traits(self._pipe.transformer))
         for one in self._compiled:
-            traits = {t for part in one.module.modules() for t in kontext.module_traits(part)}
-            one.aside = bool(traits & _CUTTING)
+            one.aside = cached or bool(kontext.swapped(one.module))
 
 
 def _compiled_alike(
-    modules: list[nn.Module], settings: dict[str, Any], *, clone: bool
+    modules: list[nn.Module], call: Any, settings: dict[str, Any], *, clone: bool
 ) -> Iterator[_Compiled]:
-    """Compile modules of one class through one private function, so that they share graphs."""
-    call = _private(_call)
+    """Compile modules of one class through one function of their own, so that they share graphs."""
     if _takes_limit():
         settings = {**settings, "recompile_limit": _GRAPHS}
     for module in modules:
@@ -302,11 +303,22 @@ def _cloned(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _private(function: types.FunctionType | Any) -> Any:
-    """Copy a function together with its code.
+@contextmanager
+def _private(function: types.FunctionType | Any) -> Iterator[Any]:
+    """Copy a function together with its code; its graphs go with it.
 
     Dynamo keeps graphs, and counts recompilations against a limit of eight, per code object.
     Compiled the usual way, the eighth optimize-and-restore would raise, and the user's
     own compiled FLUX would share the count.
+
+    Dynamo also puts each graph among the function's globals, and keeps it for as long as the
+    process lives. So this one has globals of its own, and dynamo is told when it is done with.
     """
-    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__)
+    known = {"__name__": __name__, "__builtins__": builtins}
+    code = function.__code__.replace()
+    try:
+        yield types.FunctionType(code, known, function.__name__)
+    finally:
+        from torch._C._dynamo.eval_frame import reset_code
+
+        reset_code(code)

@@ -32,7 +32,8 @@ class EncodingCache:
     they were changed, its layers, its settings (such as tiling), torch's ways of rounding (autocast
     among them). `fluxfire.freshness` looks each time. An encoder answers itself where somebody
     hears of what it computes (a forward hook), where it carries a LoRA, whose scale changes from
-    call to call, and while gradients are on. It is not kept alive by this, nor are its weights.
+    call to call, in training mode, where dropout draws anew, and while gradients are on. It is not
+    kept alive by this, nor are its weights.
 
     Pictures are bitwise the same. Measured on an H100 (docs, "Passes"): encoding a known prompt and
     picture 113 → 5 ms.
@@ -142,13 +143,14 @@ class _Encoder:
     def __init__(self, encoder: nn.Module, name: str, kept: _Kept) -> None:
         number = id(self)
         self._encoder = weakref.ref(encoder, lambda _: kept.drop(number))
-        self._kept, self._watch = kept, Watch([encoder], apart_from=(name, "decode"))
+        self._kept, self._name = kept, name
+        self._watch = Watch([encoder], apart_from=(name, "decode"))
 
     def ask(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Answer from memory, or have the encoder answer."""
         encoder = self._encoder()
         asked = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        if encoder is None or not asked or not _keepable(encoder):
+        if encoder is None or not asked or not self._keepable(encoder, encode):
             return encode(*args, **kwargs)
         if self._watch.changed():
             self._kept.drop(id(self))
@@ -159,21 +161,29 @@ class _Encoder:
         self._kept.put(alike, asked, answer)
         return answer
 
+    def _keepable(self, encoder: nn.Module, encode: Callable[..., Any]) -> bool:
+        """Whether an answer depends on the encoder's weights and settings alone, and can be kept.
 
-def _keepable(encoder: nn.Module) -> bool:
-    """Whether an encoder's answer depends on its weights and settings alone, and can be kept."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or heard_by_others(encoder):
-        return False
-    if any(hasattr(part, "lora_A") for part in encoder.modules()):
-        return False
-    return not any(weight.is_meta for weight in encoder.parameters())
+        Whoever stands around this hears of every call; whoever this stands around would not.
+        """
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        if self._name == "encode" and getattr(encode, "__self__", None) is not encoder:
+            return False
+        if heard_by_others(encoder, apart_from=(self._name, "decode")):
+            return False
+        if any(part.training or hasattr(part, "lora_A") for part in encoder.modules()):
+            return False
+        return not any(weight.is_meta for weight in encoder.parameters())
 
 
 def _shape_of(asked: Any) -> tuple[Hashable, ...]:
     """Describe arguments but for the numbers in their tensors."""
     leaves, tree = tree_flatten(asked)
-    shown = [(x.shape, x.dtype, x.device) if isinstance(x, Tensor) else repr(x) for x in leaves]
-    return str(tree), *shown
+    return str(tree), *(
+        (x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else repr(x)
+        for x in leaves
+    )
 
 
 def _copy(answer: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, ClassVar, Literal
 
@@ -16,10 +15,10 @@ from fluxfire.errors import FluxfireError
 from fluxfire.freshness import Watch
 from fluxfire.generation import Listener
 from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
-from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.stand_in import StandIn
-from fluxfire.toolkit.host_weights import HostWeights
+from fluxfire.stand_in import StandIn, own_class
+from fluxfire.toolkit.fused_attention import put_products
+from fluxfire.toolkit.host_weights import Gone, HostWeights
 from fluxfire.transaction import Transaction
 
 Originals = Literal["host", "drop"]
@@ -48,14 +47,15 @@ class Float8:
     Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
     A layer that carries a LoRA or a hook keeps its weights. A LoRA loaded afterwards is refused by
-    name at the next generation, and so is a hook that the stacked products would not call. Weights
-    that changed (a LoRA was fused, a state dict loaded) are quantized anew before the next
-    generation. Gradients pass through: those of the product without rounding. On a CPU the
-    arithmetic is emulated, for quality's sake, and slow.
+    name at the next step, and so is a hook that the stacked products would not call. Weights that
+    changed (a LoRA was fused, a state dict loaded) are quantized anew before the next step, also
+    where a step callback changed them. Gradients pass through: those of the product without
+    rounding. On a CPU the arithmetic is emulated, for quality's sake, and slow.
 
     Attributes:
         originals: `"host"` keeps the original weights in host memory, for `restore` to bring back
-            bit for bit and for `save_pretrained`; `"drop"` lets go of them, and `restore` refuses.
+            bit for bit and for `save_pretrained`; `"drop"` lets go of them. Then `restore` refuses,
+            and so does whatever else would need them: saving, copying, fusing a LoRA.
 
     Raises:
         ValueError: `originals` is neither.
@@ -119,22 +119,26 @@ class Float8:
         plain = {linear for *_, linear in layers}
         products: list[Float8Product] = []
         stacked: list[tuple[str, Any]] = []
+        places: list[tuple[Any, str, Any]] = []
         for attention in kontext.attentions(transformer):
             if (groups := _stackable(attention, plain)) is None:
                 continue
+            made: dict[str, nn.Module] = {}
             for stack, names, parts in groups:
                 products.append(Float8Product(parts))
+                made[stack] = products[-1]
                 stacked += zip(names, parts, strict=True)
-                tx.setattr(attention, stack, products[-1])
+                places.append((attention, stack, products[-1]))
                 freed += sum(map(host.take, parts))
-            tx.setattr(attention, "fused_projections", True)
+            put_products(tx, attention, made)
         alone = plain - {linear for _, linear in stacked}
         for linear in (linear for *_, linear in layers if linear in alone):
             products.append(Float8Product([linear]))
             tx.setattr(linear, "product", products[-1])
             tx.set_class(linear, Float8Linear)
             freed += host.take(linear)
-        watch = _Watch(tx, layers, stacked, products, host, drop=self.originals == "drop")
+        places += layers
+        watch = _Watch(tx, places, stacked, products, host, drop=self.originals == "drop")
         tx.listen(watch)
         tx.listen(host)
         gained = sum(product.nbytes for product in products)
@@ -168,11 +172,16 @@ class Float8Product(nn.Module):
         """Quantize the layers' weights as they are now, on a device."""
         with kontext.as_made(self.linears[0].weight):
             made = [quantised_weight(x.weight.detach().to(device)) for x in self.linears]
-            biases = [x.bias.detach().to(device) for x in self.linears if x.bias is not None]
             self.weight = torch.cat([w for w, _ in made])
             self.scale = torch.cat([s for _, s in made])
-            self.bias = torch.cat(biases) if biases else None
+        self.take_biases(device)
         self.dtype = self.linears[0].weight.dtype
+
+    def take_biases(self, device: torch.device) -> None:
+        """Take the layers' biases as they are now, to a device."""
+        with kontext.as_made(self.weight):
+            biases = [x.bias.detach().to(device) for x in self.linears if x.bias is not None]
+            self.bias = torch.cat(biases) if biases else None
 
     @property
     def nbytes(self) -> int:
@@ -284,16 +293,18 @@ class _Watch(Listener):
     def __init__(
         self,
         tx: Transaction,
-        layers: list[tuple[Any, str, Any]],
+        places: list[tuple[Any, str, Any]],
         stacked: list[tuple[str, Any]],
         products: list[Float8Product],
         host: HostWeights,
         *,
         drop: bool,
     ) -> None:
-        self._tx, self._layers, self._stacked = tx, layers, stacked
+        self._tx, self._places, self._stacked = tx, places, stacked
         self._products, self._host, self._drop = products, host, drop
-        self._watch = Watch(linear for *_, linear in layers)
+        self._watch = Watch(
+            (x for product in products for x in product.linears), apart_from=("product",)
+        )
 
     @override
     def prepare(self) -> None:
@@ -306,23 +317,17 @@ class _Watch(Listener):
         self._refuse_what_is_not_called()
         if self._watch.changed():
             for product in self._products:
-                self._quantize(product)
-            self._watch.changed()
+                _quantize(product)
         if self._drop:
             self._let_go()
 
-    @override
-    def around(self, call: Call) -> AbstractContextManager[object]:
-        """Look for replaced layers at each step: a callback may load a LoRA between two."""
-        self._refuse_what_is_not_called()
-        return nullcontext()
-
     def _refuse_what_is_not_called(self) -> None:
-        for owner, name, linear in self._layers:
-            if getattr(owner, name) is not linear:
+        for owner, name, layer in self._places:
+            if getattr(owner, name, None) is not layer:
                 raise FluxfireError(
-                    f"{name} of {type(owner).__name__} was replaced after Float8 quantised it "
-                    f"(a LoRA was loaded?); restore(pipe), load it, and optimize(pipe) again"
+                    f"{name} of {own_class(owner).__name__} was replaced after Float8 quantised it "
+                    f"(a LoRA was loaded, or projections were fused?); restore(pipe), do that, and "
+                    f"optimize(pipe) again"
                 )
         for name, linear in self._stacked:
             if kontext.is_hooked(linear):
@@ -331,22 +336,31 @@ class _Watch(Listener):
                     f"its product with others would not call; take it off, or restore(pipe)"
                 )
 
-    def _quantize(self, product: Float8Product) -> None:
-        gone = [linear.weight.is_meta for linear in product.linears]
-        if not any(gone):
-            product.quantize(product.weight.device)
-        elif not all(gone) or product.weight.is_meta:
-            raise FluxfireError(
-                "some of the weights that Float8(originals='drop') let go of were loaded again, "
-                "and others that share a product with them were not; load all of them"
-            )
-
     def _let_go(self) -> None:
         with_numbers = [x for product in self._products for x in product.linears]
-        if any(not linear.weight.is_meta for linear in with_numbers):
+        if any(not isinstance(linear.weight, Gone) for linear in with_numbers):
             self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
             self._watch.changed()
+
+
+def _quantize(product: Float8Product) -> None:
+    """Quantize a product's weights anew; of weights that are gone, only biases can have changed.
+
+    Raises:
+        FluxfireError: some of them are gone, or are another layer's.
+    """
+    weights = [linear.weight for linear in product.linears]
+    if not any(isinstance(weight, Gone) for weight in weights):
+        product.quantize(product.weight.device)
+        return
+    own = (isinstance(x.weight, Gone) and x.weight.layer() is x for x in product.linears)
+    if product.weight.is_meta or not all(own):
+        raise FluxfireError(
+            "some of the weights that Float8(originals='drop') let go of were loaded again, "
+            "and others that share a product with them were not; load all of them"
+        )
+    product.take_biases(product.weight.device)
 
 
 def _stackable(

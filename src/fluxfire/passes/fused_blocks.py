@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from diffusers.models.activations import GELU
 from diffusers.models.transformers.transformer_flux import (
     FluxSingleTransformerBlock,
     FluxTransformerBlock,
@@ -36,7 +37,7 @@ from fluxfire.transaction import Transaction
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 
-_HOOKED = "_fluxfire_hooked"
+_ASIDE = "_fluxfire_aside"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,11 +55,13 @@ class FusedBlocks:
     clocks lower where less waiting for memory lets it compute more.
 
     The kernels are Triton's on CUDA. Elsewhere the same arithmetic runs in torch, no faster than
-    diffusers' own. A block runs as diffusers' own does while gradients are on, in float16 (whose
+    diffusers' own.
+
+    A block runs as diffusers' own does while gradients are on, under autocast, in float16 (whose
     overflow diffusers clips), with an attention processor or attention arguments other than plain
-    Flux's, without rotary embeddings, under autocast, and where a hook is on any of its layers:
-    layers are read past here, and not called. A layer that is more than a plain `nn.Linear` (it
-    carries a LoRA, it is quantised) is called as it is.
+    Flux's, and without rotary embeddings. It does so, too, where a hook is on any of its layers or
+    one of its small parts is not Flux's any more, since the kernels read past them. A layer that is
+    more than a plain `nn.Linear` (it carries a LoRA, it is quantized) is called as it is.
     """
 
     name: ClassVar[str] = "fused-blocks"
@@ -90,10 +93,12 @@ class FusedBlocks:
     def apply(self, tx: Transaction) -> Change:
         """Turn every block into an instance of a subclass with another forward."""
         blocks = kontext.blocks(tx.pipe.transformer)
+        look = _Look(blocks)
+        tx.on_undo(look.forget)
+        look.prepare()
         for block in blocks:
-            tx.setattr(block, _HOOKED, False)
             tx.set_class(block, _FUSED[type(block)])
-        tx.listen(_Look(blocks))
+        tx.listen(look)
         return Change(len(blocks), "blocks run with fused kernels")
 
 
@@ -172,17 +177,39 @@ _FUSED = {FluxTransformerBlock: FusedDoubleBlock, FluxSingleTransformerBlock: Fu
 
 
 class _Look(Listener):
-    """Looks for hooks before each generation, since anything may be done in between."""
+    """Looks at the blocks before each generation, since anything may be done in between."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self._blocks = blocks
 
     @override
     def prepare(self) -> None:
-        """Mark the blocks that have any, as offloading and casting layer by layer put them."""
+        """Mark the blocks that have any, and those that compute something else by now."""
         for block in self._blocks:
-            hooked = any(kontext.is_hooked(m) for m in block.modules() if m is not block)
-            setattr(block, _HOOKED, hooked)
+            hooked = any(map(kontext.is_hooked, kontext.parts(block)[1:]))
+            setattr(block, _ASIDE, hooked or not _is_usual(block))
+
+    def forget(self) -> None:
+        """Take the marks off again."""
+        for block in self._blocks:
+            vars(block).pop(_ASIDE, None)
+
+
+def _is_usual(block: Any) -> bool:
+    """Whether a block's small parts, which the kernels stand for, are those of Flux."""
+    attn = block.attn
+    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    norms = [norm for name in names if (norm := getattr(attn, name, None)) is not None]
+    if hasattr(block, "ff"):
+        mlps = (block.ff, block.ff_context)
+        gelus = [mlp.net[0] for mlp in mlps]
+        drops = any(mlp.net[1].training and mlp.net[1].p for mlp in mlps)
+        plain = all(type(gelu) is GELU for gelu in gelus)
+    else:
+        gelus, drops = [block.act_mlp], False
+        plain = type(block.act_mlp) is nn.GELU
+    approximate = {getattr(gelu, "approximate", None) for gelu in gelus}
+    return plain and approximate == {"tanh"} and not drops and len({n.eps for n in norms}) == 1
 
 
 def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
@@ -190,7 +217,7 @@ def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
     processor = block.attn.processor
     return (
         not set(arguments or ()) - {"reference"}
-        and not getattr(block, _HOOKED)
+        and not getattr(block, _ASIDE)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and x.dtype is not torch.float16

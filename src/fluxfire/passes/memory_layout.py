@@ -8,10 +8,11 @@ from functools import partial
 from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fluxfire import kontext
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.toolkit.parameters import change_storage
 from fluxfire.transaction import Transaction
 
 _DIMENSIONS = 4
@@ -46,28 +47,28 @@ class MemoryLayout:
     def apply(self, tx: Transaction) -> Change:
         """Lay out every 4-D weight that is not channels-last yet; strides are restored."""
         count = 0
-        for weight in _convolutions(tx.pipe):
+        for module, name, weight in _convolutions(tx.pipe):
             if weight.is_contiguous(memory_format=torch.channels_last):
                 continue
-            tx.on_undo(partial(_lay_out, weight, weight.stride()))
+            tx.on_undo(partial(change_storage, module, name, partial(_laid_out, weight.stride())))
             with kontext.as_made(weight):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             count += 1
         return Change(count, "convolution weights made channels-last")
 
 
-def _convolutions(pipe: object) -> Iterator[nn.Parameter]:
+def _convolutions(pipe: object) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+    """Iterate over the 4-D weights: (module, name in it, weight)."""
     for _, component in kontext.modules(pipe):
-        for weight in component.parameters():
-            if weight.ndim == _DIMENSIONS and not kontext.is_quantised(weight):
-                yield weight
+        for module in component.modules():
+            for name, weight in module.named_parameters(recurse=False):
+                if weight.ndim == _DIMENSIONS and not kontext.is_quantised(weight):
+                    yield module, name, weight
 
 
-def _lay_out(weight: nn.Parameter, strides: tuple[int, ...]) -> None:
+def _laid_out(strides: tuple[int, ...], old: Tensor) -> Tensor:
     """Give a weight the strides it had, wherever and in whichever dtype it is now."""
-    if weight.stride() != strides:
-        old = weight.data
-        with kontext.as_made(weight):
-            weight.data = torch.empty_strided(
-                old.shape, strides, dtype=old.dtype, device=old.device
-            ).copy_(old)
+    if old.stride() == strides:
+        return old
+    made = torch.empty_strided(old.shape, strides, dtype=old.dtype, device=old.device)
+    return made.copy_(old)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.blocks import Run, Streams
-from fluxfire.freshness import heard_by_others
+from fluxfire.freshness import Watch, heard_by_others
 from fluxfire.generation import Generation, Listener
 from fluxfire.kontext import Call
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -114,14 +114,12 @@ class _Rows:
     Attributes:
         planned: the scheduler's time steps that it was made of.
         pooled: the pooled text embedding that it was made of.
-        stamp: of the weights that it was made of.
         temb: one for each step: (batch, width).
         blocks: one for each block: (steps, batch, modulations of its norms).
     """
 
     planned: Tensor
     pooled: Tensor
-    stamp: list[int]
     temb: list[Tensor]
     blocks: list[Tensor]
 
@@ -135,12 +133,15 @@ class _Table(Listener):
     declined: int = 0
     _call: Call | None = None
     _norms: list[list[Any]] = field(default_factory=list)
+    _watch: Watch | None = None
+    _again: bool = True
     _rows: dict[str, _Rows | None] = field(default_factory=dict)
 
     @override
     @contextmanager
     def during(self, generation: Generation) -> Iterator[None]:
         """Begin and end without tables."""
+        self._watch, self._again = None, generation.calls_back
         self._rows.clear()
         try:
             yield
@@ -155,11 +156,13 @@ class _Table(Listener):
         Blocks may be taken out or put in another order at any time. While they run they cannot be
         seen, so this looks before.
         """
-        norms = [list(_norms(block)) for block in kontext.blocks(self.pipe.transformer)]
+        there = kontext.blocks(self.pipe.transformer)
+        norms = [list(_norms(block)) for block in there]
         if norms != self._norms:
-            self._norms = norms
+            self._norms, self._watch = norms, None
+        if any(map(_shows_others, there)):
             self._rows.clear()
-        if not torch.is_autocast_enabled(call.timestep.device.type):
+        elif not torch.is_autocast_enabled(call.timestep.device.type):
             self._call = call
         try:
             yield
@@ -182,10 +185,14 @@ class _Table(Listener):
         """Look a step's embedding up, or have it computed; the first of a branch makes a table."""
         call = self._call
         if call is not None and not torch.is_grad_enabled():
-            rows, stamp = self._rows.get(call.branch), self._stamp()
-            fits = rows and rows.pooled is others[-1] and rows.stamp == stamp
+            if self._watch is None or (self._again and self._watch.changed()):
+                self._rows.clear()
+                self._watch = self._watch or Watch(self._layers(), apart_from=(COLUMNS,))
+            rows = self._rows.get(call.branch)
+            settled = not self._again or self._settled()
+            fits = rows and settled and rows.pooled is others[-1]
             if call.branch not in self._rows or (rows and not fits):
-                self._rows[call.branch] = self._make(embed, call, stamp, timestep, others)
+                self._rows[call.branch] = self._make(embed, call, timestep, others)
             elif rows and not self._follows(rows.planned, call):
                 self._rows[call.branch] = None
                 self.declined += 1
@@ -199,15 +206,12 @@ class _Table(Listener):
         now = self.pipe.current_timestep
         return call.step < len(planned) and now.data_ptr() == planned[call.step].data_ptr()
 
-    def _stamp(self) -> list[int]:
-        """Tell the weights of this step from others: a callback may change them between two."""
-        linears = [norm.linear for of_block in self._norms for norm in of_block]
-        weights = [linear.weight for linear in linears if not kontext.is_hooked(linear)]
-        for part in self.pipe.transformer.time_text_embed.modules():
-            if not kontext.is_hooked(part):
-                weights += [weight for weight in part._parameters.values() if weight is not None]  # noqa: SLF001
-        counters = [-1 if w.is_inference() else w._version for w in weights]  # noqa: SLF001
-        return [*map(id, linears), *map(id, weights), *counters]
+    def _layers(self) -> list[Any]:
+        """Return the layers whose weights make the table, but for those that offloading moves."""
+        makers = [norm for of_block in self._norms for norm in of_block]
+        makers.append(self.pipe.transformer.time_text_embed)
+        parts = [part for maker in makers for part in maker.modules()]
+        return [p for p in parts if not p._modules and not kontext.is_hooked(p)]  # noqa: SLF001
 
     def _settled(self) -> bool:
         """Whether nothing but weights and time decides what the norms compute.
@@ -217,13 +221,13 @@ class _Table(Listener):
         norms = [norm for of_block in self._norms for norm in of_block]
         if any(not isinstance(norm, _TabledZero | _TabledZeroSingle) for norm in norms):
             return False
-        makers = (*norms, *self.pipe.transformer.time_text_embed.children())
+        makers = (*norms, self.pipe.transformer.time_text_embed)
         if any(hasattr(part, "lora_A") for maker in makers for part in maker.modules()):
             return False
         return not any(map(heard_by_others, makers))
 
     def _make(
-        self, embed: Any, call: Call, stamp: list[int], timestep: Tensor, others: tuple[Tensor, ...]
+        self, embed: Any, call: Call, timestep: Tensor, others: tuple[Tensor, ...]
     ) -> _Rows | None:
         planned = self.pipe.scheduler.timesteps[-call.steps :]
         times = self._times(planned, call, timestep) if self._settled() else None
@@ -237,7 +241,7 @@ class _Table(Listener):
         for norms in self._norms:
             parts = [modulations(norm, rows) for norm in norms]
             blocks.append(torch.cat(parts, dim=1).view(len(times), len(temb[0]), -1))
-        return _Rows(planned, others[-1], stamp, temb, blocks)
+        return _Rows(planned, others[-1], temb, blocks)
 
     def _times(self, planned: Tensor, call: Call, timestep: Tensor) -> list[Tensor] | None:
         """Return what each step's embedding is asked for, each (batch,); None if unknown.
@@ -270,6 +274,13 @@ class _TabledZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[misc]
         """Return the modulated norm and the gate, as diffusers does."""
         shift, scale, gate = modulations(self, emb).chunk(3, dim=1)
         return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate
+
+
+def _shows_others(block: Any) -> bool:
+    """Whether somebody sees, and may change, what a block is given: an embedding, not rows."""
+    own = vars(block)
+    patched = "forward" in own and not {"_hf_hook", "_diffusers_hook"} & own.keys()
+    return bool(patched or own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
 _TABLED = {AdaLayerNormZero: _TabledZero, AdaLayerNormZeroSingle: _TabledZeroSingle}

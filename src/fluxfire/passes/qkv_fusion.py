@@ -8,13 +8,23 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
 from torch import nn
 from typing_extensions import override
 
 from fluxfire import kontext
 from fluxfire.generation import Listener
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.stand_in import StandIn
+from fluxfire.toolkit.fused_attention import put_products
+from fluxfire.toolkit.parameters import change_storage
 from fluxfire.transaction import Transaction
+
+_TOGETHER = 3  # projections of one storage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +107,18 @@ class QKVFusion:
         """Fuse every self-attention's projections and share the storage."""
         fused: list[FusedProjection] = []
         for attention in self._attentions(tx.pipe):
-            for names in _groups(attention):
-                projection = FusedProjection(attention, names)
+            projections = [FusedProjection(attention, names) for names in _groups(attention)]
+            for projection in projections:
                 tx.on_undo(projection.separate)
                 if projection.fusible:
                     projection.share()
-                tx.setattr(attention, projection.attribute, projection)
-                fused.append(projection)
-            tx.setattr(attention, "fused_projections", True)
-            if (processor := _fused_processor(attention)) is not None:
-                tx.setattr(attention, "processor", processor)
-        tx.listen(_KeepShared(fused))
+            if isinstance(attention, Attention):
+                tx.setattr(attention, "to_qkv", projections[0])
+                tx.set_class(attention.processor, FusedVaeProcessor)
+            else:
+                put_products(tx, attention, {p.attribute: p for p in projections})
+            fused += projections
+        tx.listen(_KeepShared(tx.pipe, fused))
         shared = sum(projection.shared for projection in fused)
         return Change(shared, "query-key-value triples fused, storage shared")
 
@@ -121,15 +132,23 @@ class QKVFusion:
                     yield module
         if self.vae and pipe.vae is not None:
             for module in pipe.vae.modules():
-                if _fused_processor(module) is not None and not module.is_cross_attention:
+                if not isinstance(module, Attention) or module.is_cross_attention:
+                    continue
+                if type(module.processor) is AttnProcessor2_0:
                     yield module
 
 
 class FusedProjection(nn.Module):
     """Stands where diffusers looks for a fused linear: `attn.to_qkv` or `attn.to_added_qkv`.
 
-    Holds the fused weight and bias as buffers outside the state dict, and the attention
-    (outside the module tree, which must not become a circle) to find the projections.
+    Holds the fused weight and bias, and the attention to find the projections. All are outside
+    the module tree: it must not become a circle, and what is a buffer others move and keep.
+
+    Attributes:
+        names: of the projections.
+        attribute: where it stands.
+        weight: (3 · inner width, width), or None while each projection has a storage of its own.
+        bias: likewise.
     """
 
     weight: torch.Tensor | None
@@ -140,8 +159,7 @@ class FusedProjection(nn.Module):
         self.names = names
         self.attribute = "to_qkv" if names == kontext.QKV else "to_added_qkv"
         self._attention = (attention,)
-        self.register_buffer("weight", None, persistent=False)
-        self.register_buffer("bias", None, persistent=False)
+        self.weight = self.bias = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Project (batch, tokens, width) to (batch, tokens, 3 · inner width)."""
@@ -153,8 +171,9 @@ class FusedProjection(nn.Module):
 
     @property
     def fusible(self) -> bool:
-        """Whether calling a projection means nothing but its matrix product."""
-        return all(map(_is_plain, self._projections()))
+        """Whether calling a projection means nothing but its matrix product, and this is called."""
+        called = getattr(self._attention[0], self.attribute, self) in (self, None)
+        return called and all(map(_is_plain, self._projections()))
 
     def share(self) -> None:
         """Copy the projections into one storage and make them views of it."""
@@ -169,23 +188,24 @@ class FusedProjection(nn.Module):
 
     @property
     def shared(self) -> bool:
-        """Whether the projections still are views of the fused weight."""
+        """Whether the projections, plain ones, still are views of the fused weight."""
         return self.weight is not None and all(
-            parameter.data_ptr() == view.data_ptr() and parameter.dtype == view.dtype
+            parameter.data_ptr() == fused.data_ptr() + part * (fused.nbytes // 3)
+            and parameter.dtype == fused.dtype
+            and parameter.is_contiguous()
             for fused, parameters in self._parts(self._linears())
-            for parameter, view in zip(parameters, fused.chunk(3), strict=True)
+            for part, parameter in enumerate(parameters)
         )
 
     def separate(self) -> None:
-        """Give each projection a storage of its own again."""
-        storages = [
-            t.untyped_storage().data_ptr() for t in (self.weight, self.bias) if t is not None
-        ]
-        linears = self._linears()
-        with kontext.as_made(linears[0].weight):
-            for parameter in (p for m in linears for p in (m.weight, m.bias) if p is not None):
-                if parameter.untyped_storage().data_ptr() in storages:
-                    parameter.data = parameter.data.clone()
+        """Give each projection a storage of its own again.
+
+        Offloading keeps weights elsewhere, and brings back the shared storage's parts when it is
+        taken off. So this goes by what a part looks like, and not by what is remembered.
+        """
+        for linear in self._linears():
+            for name in ("weight", "bias"):
+                change_storage(linear, name, _alone)
         self.weight = self.bias = None
 
     def _projections(self) -> list[Any]:
@@ -208,25 +228,52 @@ class FusedProjection(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the shared storage out: a copy projects one by one, correctly."""
-        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        state["_buffers"] = dict.fromkeys(state["_buffers"])
-        return state
+        return {**super().__getstate__(), "weight": None, "bias": None}  # type: ignore[no-untyped-call]
+
+
+class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
+    """Attends as diffusers' processor does, with the fused projection where there is one."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend; arguments as in diffusers."""
+        plain = encoder_hidden_states is not None
+        if plain or not isinstance(getattr(attn, "to_qkv", None), FusedProjection):
+            run: Any = super().__call__
+            return run(attn, hidden_states, encoder_hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
+        fused: Any = FusedAttnProcessor2_0.__call__
+        return fused(self, attn, hidden_states, None, *args, **kwargs)  # type: ignore[no-any-return]
 
 
 class _KeepShared(Listener):
     """Fuses anew what was replaced (a merged LoRA, a loaded state), and lets go of the rest."""
 
-    def __init__(self, fused: list[FusedProjection]) -> None:
-        self._fused = fused
+    def __init__(self, pipe: Any, fused: list[FusedProjection]) -> None:
+        self._pipe, self._fused = pipe, fused
 
     @override
     def prepare(self) -> None:
         """Look at every projection, since anything may have been done to it in between."""
+        apart: set[nn.Module] = set()
+        for _, component in kontext.optimizable(self._pipe):
+            if kontext.swapped(component):  # block by block, a projection has no hook
+                apart.update(component.modules())
         for projection in self._fused:
-            if not projection.fusible:
+            if projection in apart or not projection.fusible:
                 projection.separate()
             elif not projection.shared:
                 projection.share()
+
+
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    shares = part.untyped_storage().nbytes() == _TOGETHER * part.nbytes
+    return part.clone() if shares else part
 
 
 def _groups(attention: Any) -> Iterator[tuple[str, str, str]]:
@@ -248,15 +295,3 @@ def _is_plain(projection: Any) -> bool:
 def _base(linear: Any) -> Any:
     """Look under a PEFT adapter."""
     return getattr(linear, "base_layer", linear)
-
-
-def _fused_processor(module: Any) -> Any:
-    """Return diffusers' fused twin of a VAE attention's processor, or None if it has none."""
-    from diffusers.models import attention_processor as diffusers_attention
-
-    if not isinstance(module, diffusers_attention.Attention):
-        return None
-    fused = diffusers_attention.FusedAttnProcessor2_0
-    if type(module.processor) not in (diffusers_attention.AttnProcessor2_0, fused):
-        return None
-    return fused()

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fluxfire import api, kontext
+from fluxfire.generation import only_watches
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
 from fluxfire.serve.levels import current, described, offered
@@ -84,6 +85,7 @@ class Editor:
         first = samples[0][0]
         size = self._size(first.picture, first.size)
 
+        @only_watches
         def step_made(_pipe: Any, step: int, _timestep: Any, _state: Any) -> dict[str, Any]:
             on_step(step + 1, first.steps)
             return {}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fluxfire.models.random_kontext import tiny_kontext
-from fluxfire.testing.conformance import ConformanceError, check_pass, edit
+from fluxfire.testing.conformance import check_pass
 from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import forward_errors
+from fluxfire.testing.promises import ConformanceError, edit
 
 __all__ = [
     "ConformanceError",

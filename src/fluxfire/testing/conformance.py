@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
 from dataclasses import FrozenInstanceError, fields, is_dataclass
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from PIL import Image as Pictures
 
 from fluxfire import api, kontext
 from fluxfire.applying import apply_passes, finish_warmup
@@ -21,57 +17,24 @@ from fluxfire.errors import PassError
 from fluxfire.models.random_kontext import tiny_kontext
 from fluxfire.protocol import Change, Finding, Pass, Target, configured, provided_traits
 from fluxfire.rules import malformed
-from fluxfire.testing.fingerprints import differences, fingerprint
+from fluxfire.testing import surroundings
+from fluxfire.testing.fingerprints import fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
+from fluxfire.testing.promises import (
+    OTHER_SIZE,
+    ROUNDING,
+    SIZE,
+    ConformanceError,
+    Edit,
+    Image,
+    InjectedFailureError,
+    MakePipe,
+    edit,
+    fail,
+    same,
+    worst,
+)
 from fluxfire.transaction import Transaction
-
-Image = npt.NDArray[np.float32]
-MakePipe = Callable[[], Any]
-Edit = Callable[..., Image]
-
-_SIZE, _OTHER = (32, 32), (48, 32)
-_ROUNDING = 1e-4  # of a picture in [0, 1]: what "close" may differ by between two graphs
-
-
-class ConformanceError(AssertionError):
-    """A pass breaks a promise; the message says which, and where to look."""
-
-
-class InjectedFailureError(Exception):
-    """What `check_pass` raises in the middle of things, on purpose."""
-
-
-def edit(pipe: Any, size: tuple[int, int] = _SIZE, *, steps: int = 3, **call: Any) -> Image:
-    """Edit a small fixed picture.
-
-    Args:
-        pipe: a tiny Kontext pipeline, editing or inpainting.
-        size: (width, height) of the result and of the reference.
-        steps: denoising steps.
-        **call: further arguments of the pipeline.
-
-    Returns:
-        (1, height, width, 3), float32 in [0, 1].
-    """
-    width, height = size
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    picture = Pictures.fromarray(pixels)
-    arguments: dict[str, Any] = {
-        "image": picture,
-        "prompt": "make it night",
-        **kontext.exact_size(width, height),
-        "num_inference_steps": steps,
-        "max_sequence_length": 24,
-        "generator": torch.Generator().manual_seed(1),
-        "output_type": "np",
-        "_auto_resize": False,
-    }
-    if hasattr(pipe, "mask_processor"):
-        mask = Pictures.new("L", size)
-        mask.paste(255, (0, 0, width // 2, height))
-        arguments |= {"mask_image": mask, "image_reference": picture}
-    result: Image = pipe(**(arguments | call)).images
-    return result
 
 
 def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = edit) -> None:
@@ -81,6 +44,11 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = e
     truthful `Change`; the declared exactness; output and structure given back by
     `restore`; a roll-back after a failure at each recorded edit; a second pipeline that
     never notices; and no state across generations, sizes and exceptions.
+
+    Also what others do besides: weights that change between generations; deep, shallow and
+    pickled copies; hooks, and layerwise casting, that come between `optimize` and `restore`; an
+    interrupted `restore`; autocast and gradients; and that applying again and again leaves nothing
+    in memory. There a pass may refuse, by a `FluxfireError`.
 
     Args:
         pass_: the pass, configured.
@@ -101,36 +69,37 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = e
         _check_exactness(pass_, make_pipe, reference, run)
         _check_no_state(pass_, make_pipe, run)
         _check_neighbour(pass_, make_pipe, run)
+        surroundings.check_changed_weights(pass_, make_pipe, run)
+        surroundings.check_copies(pass_, make_pipe, reference, run)
+        surroundings.check_later_hooks(pass_, make_pipe, reference, run)
+        surroundings.check_interrupts(pass_, plain, before, reference, run)
+        surroundings.check_modes(pass_, make_pipe, reference, run)
+        surroundings.check_memory(pass_, plain, run)
     except ConformanceError:
         raise
     except Exception as error:  # noqa: BLE001 - anyone's code; the message must name it
-        _fail(pass_, "it raises nothing", f"It raised {type(error).__name__}: {error}", error)
-
-
-def _fail(pass_: Pass, promise: str, detail: str, cause: BaseException | None = None) -> NoReturn:
-    name = getattr(pass_, "name", repr(pass_))
-    raise ConformanceError(f"{name} breaks a promise: {promise}. {detail}") from cause
+        fail(pass_, "it raises nothing", f"It raised {type(error).__name__}: {error}", error)
 
 
 def _check_configuration(pass_: Pass) -> None:
     if (why := malformed(pass_)) is not None:
-        _fail(pass_, "it has the members of fluxfire.Pass", why)
+        fail(pass_, "it has the members of fluxfire.Pass", why)
     if not is_dataclass(pass_):
-        _fail(pass_, "its configuration is a frozen dataclass", f"{type(pass_)} is no dataclass")
+        fail(pass_, "its configuration is a frozen dataclass", f"{type(pass_)} is no dataclass")
     for field in fields(pass_):
         try:
             setattr(pass_, field.name, getattr(pass_, field.name))
         except FrozenInstanceError:
             continue
-        _fail(pass_, "its configuration is frozen", f"field {field.name!r} could be set")
+        fail(pass_, "its configuration is frozen", f"field {field.name!r} could be set")
     cls = type(pass_)
     known = vars(sys.modules[cls.__module__]) | {cls.__name__: cls}
     try:
         rebuilt = eval(repr(pass_).removeprefix(_outer(cls)), known)  # noqa: S307 - its own repr
     except Exception as error:  # noqa: BLE001 - whatever it is, the repr caused it
-        _fail(pass_, "its repr rebuilds it", f"{pass_!r} raised {type(error).__name__}: {error}")
+        fail(pass_, "its repr rebuilds it", f"{pass_!r} raised {type(error).__name__}: {error}")
     if rebuilt != pass_:
-        _fail(pass_, "its repr rebuilds it", f"{pass_!r} gave {rebuilt!r}")
+        fail(pass_, "its repr rebuilds it", f"{pass_!r} gave {rebuilt!r}")
     _check_keywords(pass_)
 
 
@@ -142,7 +111,7 @@ def _outer(cls: type) -> str:
 def _check_keywords(pass_: Any) -> None:
     positional = [f.name for f in fields(pass_) if f.init and not f.kw_only]
     if len(positional) > 1:
-        _fail(
+        fail(
             pass_,
             "its fields are keyword-only, but for at most one leading field",
             f"{', '.join(positional)} can be given by position",
@@ -153,10 +122,10 @@ def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
     target = Target(pipe, environment(), (configured(pass_),), kontext.traits(pipe))
     findings = list(pass_.check(target))
     if strangers := [f for f in findings if not isinstance(f, Finding)]:
-        _fail(pass_, "check yields Findings", f"it gave {strangers[0]!r}")
+        fail(pass_, "check yields Findings", f"it gave {strangers[0]!r}")
     if errors := [f for f in findings if f.level == "error"]:
-        _fail(pass_, "it can be applied to the pipeline of make_pipe", str(errors[0]))
-    _same(pass_, "check changes nothing", before, pipe)
+        fail(pass_, "it can be applied to the pipeline of make_pipe", str(errors[0]))
+    same(pass_, "check changes nothing", before, pipe)
 
 
 def _check_change_and_restore(
@@ -167,7 +136,7 @@ def _check_change_and_restore(
     change = api.report(pipe).passes[0].change
     grown = kontext.storage_bytes(pipe) - bytes_before
     if change.bytes + change.host_bytes != grown:
-        _fail(
+        fail(
             pass_,
             "Change.bytes is what weights and buffers grew by",
             f"it says {change.bytes}, but they grew by {grown}",
@@ -175,7 +144,7 @@ def _check_change_and_restore(
     conductor = conductor_of(pipe)
     wraps = conductor is not None and conductor.stack.wrappers
     if wraps and "wraps-blocks" not in provided_traits(pass_):
-        _fail(
+        fail(
             pass_,
             "what it provides is declared",
             'it wraps the blocks: say provides = frozenset({"wraps-blocks"})',
@@ -184,9 +153,9 @@ def _check_change_and_restore(
     finish_warmup(pipe)
     run(pipe)
     api.restore(pipe)
-    _same(pass_, "restore gives the structure back", before, pipe)
+    same(pass_, "restore gives the structure back", before, pipe)
     if not np.array_equal(run(pipe), reference):
-        _fail(pass_, "restore gives the output back bit for bit", "the picture changed")
+        fail(pass_, "restore gives the output back bit for bit", "the picture changed")
 
 
 def _check_rollback(
@@ -195,7 +164,7 @@ def _check_rollback(
     edits, (change,) = _try_out([pass_], pipe)
     own = edits - _try_out([], pipe)[0]
     if (change.count > 0) != (own > 0):
-        _fail(
+        fail(
             pass_,
             "Change.count is 0 exactly when nothing was changed",
             f"it says {change.count}, and {own} edits were recorded",
@@ -206,27 +175,27 @@ def _check_rollback(
             apply_passes(pipe, [pass_], transaction)
         except PassError as error:
             if not isinstance(error.__cause__, InjectedFailureError):
-                _fail(pass_, "it can be applied twice", str(error))
+                fail(pass_, "it can be applied twice", str(error))
         else:
-            _fail(pass_, "a failure is not swallowed", f"the one at edit {fail_at} was")
-        _same(pass_, f"a failure at edit {fail_at} of {edits} rolls back", before, pipe)
+            fail(pass_, "a failure is not swallowed", f"the one at edit {fail_at} was")
+        same(pass_, f"a failure at edit {fail_at} of {edits} rolls back", before, pipe)
     if not np.array_equal(run(pipe), reference):
-        _fail(pass_, "a failure rolls back bit for bit", "the picture changed")
+        fail(pass_, "a failure rolls back bit for bit", "the picture changed")
 
 
 def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Edit) -> None:
     optimized = api.optimize(make_pipe(), [pass_])
     if pass_.exactness == "bitwise":
-        worst = float(np.abs(run(optimized) - reference).max())
-        if worst != 0:
-            _fail(pass_, "it is bitwise", f"a pixel differs by {worst:.3g}")
+        off = worst(run(optimized), reference)
+        if off != 0:
+            fail(pass_, "it is bitwise", f"a pixel differs by {off:.3g}")
     elif pass_.exactness == "close":
         for what, (ours, eager) in (
             ("the transformer's", forward_errors(make_pipe(), optimized, run)),
             ("the VAE's", decoding_errors(make_pipe(), optimized)),
         ):
             if not ours <= 2 * eager:
-                _fail(
+                fail(
                     pass_,
                     "it is close: at most twice plain eager's error against float64",
                     f"{what} error is {ours:.3g}, eager's {eager:.3g}",
@@ -234,21 +203,21 @@ def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Ed
 
 
 def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
-    fresh = {size: run(api.optimize(make_pipe(), [pass_]), size) for size in (_SIZE, _OTHER)}
+    fresh = {size: run(api.optimize(make_pipe(), [pass_]), size) for size in (SIZE, OTHER_SIZE)}
     used = api.optimize(make_pipe(), [pass_])
-    for size in (_SIZE, _OTHER, _SIZE):
-        worst = float(np.abs(run(used, size) - fresh[size]).max())
-        if worst > (_ROUNDING if pass_.exactness == "close" else 0):
-            _fail(
+    for size in (SIZE, OTHER_SIZE, SIZE):
+        off = worst(run(used, size), fresh[size])
+        if off > (ROUNDING if pass_.exactness == "close" else 0):
+            fail(
                 pass_,
                 "nothing is kept from one generation to the next",
-                f"at {size} a pixel differs by {worst:.3g} from a fresh pipeline's",
+                f"at {size} a pixel differs by {off:.3g} from a fresh pipeline's",
             )
         try:
             run(used, size, callback_on_step_end=_raise)
         except InjectedFailureError:
             continue
-        _fail(pass_, "exceptions of a generation reach the caller", "one was swallowed")
+        fail(pass_, "exceptions of a generation reach the caller", "one was swallowed")
 
 
 def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
@@ -257,18 +226,10 @@ def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
     before = fingerprint(neighbour)
     api.optimize(pipe, [pass_])
     run(pipe)
-    _same(pass_, "a second pipeline is left alone", before, neighbour)
+    same(pass_, "a second pipeline is left alone", before, neighbour)
     if not np.array_equal(run(neighbour), reference):
-        _fail(pass_, "a second pipeline is left alone", "its picture changed")
+        fail(pass_, "a second pipeline is left alone", "its picture changed")
     api.restore(pipe)
-
-
-def _same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
-    changed = differences(before, fingerprint(pipe))
-    if changed:
-        shown = "\n  ".join(changed[:10])
-        hint = "change the pipeline through the transaction alone"
-        _fail(pass_, promise, f"{len(changed)} things differ ({hint}):\n  {shown}")
 
 
 def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:

@@ -14,6 +14,7 @@ from fluxfire import kontext
 
 # Dynamo replaces these of torch.nn.Module at the process's first compilation, for good.
 _DYNAMOS_OWN = ("__init__", "__setstate__", "___needs_generation_tag_patch")
+_COPYREGS_OWN = ("__slotnames__",)  # kept on a class whose instance was copied
 _LOADED = "if loaded: "
 # What pytest, and torch's compiler at its first use, put into the environment.
 _OTHERS_VARIABLES = (
@@ -69,7 +70,7 @@ def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
             classes.update(dict.fromkeys(type(component).__mro__))
     for cls in classes:
         for attribute, value in vars(cls).items():
-            if attribute not in _DYNAMOS_OWN:
+            if attribute not in (*_DYNAMOS_OWN, *_COPYREGS_OWN):
                 yield f"class {cls.__qualname__}.{attribute}", id(value)
     yield from _environment()
     yield from _functions()

@@ -23,9 +23,7 @@ def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> 
         ‖Δ‖/‖exact‖ of the optimized call, and of plain eager on the same inputs. Only the
         tokens that the optimized call returns are compared, noise first.
     """
-    with _first_call(optimized.transformer) as seen:
-        run(optimized)
-    inputs, output = seen[0]
+    inputs, output = first_call(optimized, run)
     with torch.no_grad():
         eager = plain.transformer(**_map(inputs, torch.Tensor.clone))[0]
         double = copy.deepcopy(plain.transformer).double()
@@ -33,6 +31,13 @@ def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> 
             exact = double(**_map(inputs, _to_double))[0]
     tokens = output.shape[1]
     return _error(output, exact[:, :tokens]), _error(eager[:, :tokens], exact[:, :tokens])
+
+
+def first_call(pipe: Any, run: Callable[[Any], object]) -> tuple[dict[str, Any], torch.Tensor]:
+    """Return the arguments, and the output, of the transformer's first call in a run."""
+    with _first_call(pipe.transformer) as seen:
+        run(pipe)
+    return seen[0]
 
 
 def decoding_errors(plain: Any, optimized: Any) -> tuple[float, float]:

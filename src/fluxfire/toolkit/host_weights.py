@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from fluxfire import kontext
@@ -61,10 +63,8 @@ class HostWeights(Listener):
     def drop(self) -> None:
         """Let go of them: what is left has a shape and no numbers."""
         for linear in self.linears:
-            weight = linear.weight
-            if not weight.is_meta:
-                empty = torch.empty_like(weight, device="meta")
-                linear.weight = nn.Parameter(empty, requires_grad=False)
+            if not isinstance(linear.weight, Gone):
+                linear.weight = Gone.like(linear.weight, linear)
             if not isinstance(linear, Emptied):
                 cls: Any = type(linear)
                 linear.__class__ = _emptied(cls)
@@ -86,20 +86,73 @@ class HostWeights(Listener):
         return int(weight.nbytes)
 
 
+class Gone(nn.Parameter):
+    """A weight that was let go of: it has a shape, a dtype, and no numbers.
+
+    Torch takes writes to a tensor without numbers, such as that of a LoRA merged, without a word.
+    This refuses them, and all else that would need numbers.
+
+    Attributes:
+        layer: whose weight it was, weakly.
+    """
+
+    layer: weakref.ref[nn.Module]
+
+    @classmethod
+    def like(cls, weight: Tensor, layer: nn.Module, dtype: torch.dtype | None = None) -> Gone:
+        """Make one in a weight's place."""
+        empty = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
+        made: Gone = Tensor._make_subclass(cls, empty, False)  # noqa: SLF001
+        made.layer = weakref.ref(layer)
+        return made
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        """Say that it is gone."""
+        return f"Gone(shape={tuple(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Tell what is still known.
+
+        Raises:
+            FluxfireError: numbers are asked for, or given.
+        """
+        name = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property
+        tells = func.__name__ == "__get__" and name not in _OF_NUMBERS
+        clears = func.__name__ == "requires_grad_" or name in ("requires_grad", "grad")
+        if not (tells or func.__name__ in _KNOWN or (clears and args[1:] in ((False,), (None,)))):
+            raise FluxfireError(
+                "a weight that Float8(originals='drop') let go of was read or written (a LoRA is "
+                "fused, or weights are edited?); do that before optimize(), or keep the weights "
+                "(originals='host')"
+            )
+        function: Any = super().__torch_function__  # untyped
+        return function(func, types, args, kwargs or {})
+
+
+_OF_NUMBERS = {"data", "T", "mT", "H", "mH", "real", "imag", "__cuda_array_interface__"}
+_KNOWN = {
+    "size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
+    "is_contiguous", "is_inference", "storage_offset", "__len__", "__hash__",
+}  # fmt: skip
+
+
 class Emptied(_Module):  # type: ignore[misc]
     """A layer that let go of its weight, while something else computes in its place."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Follow `.to()` with what there is; of the weight, the dtype."""
         weight = self._parameters["weight"]
-        if weight is None or not weight.is_meta:
+        if not isinstance(weight, Gone):
             return super()._apply(fn, recurse)
         try:
             self._parameters["weight"] = None
             super()._apply(fn, recurse)
         finally:
             dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
-            self._parameters["weight"] = nn.Parameter(weight.data.to(dtype), requires_grad=False)
+            self._parameters["weight"] = Gone.like(weight, self, dtype)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -108,7 +161,7 @@ class Emptied(_Module):  # type: ignore[misc]
         Raises:
             FluxfireError: the weight is gone.
         """
-        if self._parameters["weight"].is_meta:
+        if isinstance(self._parameters["weight"], Gone):
             raise FluxfireError(
                 f"{prefix}weight was let go of (originals='drop'), so there is nothing to save; "
                 f"save the pipeline before optimize(), or keep the weights (originals='host')"
@@ -119,8 +172,8 @@ class Emptied(_Module):  # type: ignore[misc]
         """Take a weight in, which torch would otherwise drop without a word."""
         weight = self._parameters["weight"]
         given = state_dict.get(f"{prefix}weight")
-        if given is not None and weight is not None and weight.is_meta:
-            made = torch.empty_like(weight, device="cpu")
+        if isinstance(weight, Gone) and given is not None and given.shape == weight.shape:
+            made = torch.empty(weight.shape, dtype=weight.dtype)
             self._parameters["weight"] = nn.Parameter(made, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, local, *rest)
 

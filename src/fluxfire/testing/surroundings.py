@@ -1,0 +1,306 @@
+"""What a pass must live with: everything that others do to a pipeline besides."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import gc
+import pickle
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fluxfire import api, kontext
+from fluxfire.applying import apply_passes
+from fluxfire.conductor import conductor_of
+from fluxfire.errors import FluxfireError
+from fluxfire.protocol import Pass
+from fluxfire.testing.fingerprints import fingerprint
+from fluxfire.testing.oracle import first_call
+from fluxfire.testing.promises import ROUNDING, Edit, Image, MakePipe, fail, same, worst
+from fluxfire.transaction import Transaction
+
+_INTERRUPTS = 6
+_CYCLES = 3
+_LITTLE = 1024  # bytes a round that are no leak worth a word
+_ALIGNED = 0.3  # cosine between a lossy pass's gradient and the plain one: of rounding alone 0.98
+_WRONG = 1e-3  # relative error of another pass's gradient
+
+
+def check_changed_weights(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
+    """Weights change between two generations: the next one uses them, or refuses by name.
+
+    Not asked of a pass that edits the weights' numbers: the order of its edit and theirs counts.
+    """
+    used, twin = api.optimize(make_pipe(), [pass_]), make_pipe()
+    run(used)
+    if not _alike(used, twin):
+        return
+    for how, change in _CHANGES.items():
+        for pipe in (used, twin):
+            _each_model(pipe, change)
+        fresh = make_pipe()
+        for name, component in kontext.modules(twin):
+            fresh.components[name].load_state_dict(component.state_dict())
+        promise = "weights that change after optimize() count"
+        try:
+            off = worst(run(used), run(api.optimize(fresh, [pass_])))
+        except FluxfireError:
+            return
+        if off > _tolerance(pass_):
+            detail = f"a pixel differs by {off:.3g} from a fresh pipeline's with the same weights"
+            fail(pass_, promise, f"After {how}, {detail}")
+
+
+def check_copies(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Edit) -> None:
+    """Deep copies and pickles are plain; what shares the models claims no passes."""
+    pipe = api.optimize(make_pipe(), [pass_])
+    run(pipe)
+    for what, make in (("deepcopy", copy.deepcopy), ("pickle", _pickled)):
+        made = make(pipe)
+        promise = f"copies are plain ({what})"
+        if left := _leftovers(made):
+            fail(pass_, promise, f"of fluxfire's it still has {', '.join(left[:5])}")
+        if not np.array_equal(run(made), reference):
+            fail(pass_, promise, "its picture is not the plain one's")
+    for what, sharing in (
+        ("copy.copy", copy.copy(pipe)),
+        ("type(pipe)(**pipe.components)", type(pipe)(**pipe.components)),
+    ):
+        if conductor_of(sharing) is not None or api.report(sharing).passes:
+            fail(pass_, "what shares the models claims no passes", f"{what} claims some")
+        run(sharing)
+        api.restore(sharing)
+    api.restore(pipe)
+    if not np.array_equal(run(pipe), reference):
+        fail(pass_, "restore gives the output back bit for bit", "after copies it does not")
+
+
+def check_later_hooks(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Edit) -> None:
+    """Hooks that came after `optimize` stay and work after `restore`."""
+    pipe = make_pipe()
+    run(pipe)
+    before = fingerprint(pipe)
+    api.optimize(pipe, [pass_])
+    wrapped = [part for _, component in kontext.modules(pipe) for part in component.modules()]
+    for part in wrapped:
+        part.forward = functools.partial(_through, part.forward)
+    _generates(pipe, run)
+    api.restore(pipe)
+    promise = "a forward that a hook kept works after restore"
+    if not np.array_equal(run(pipe), reference):
+        fail(pass_, promise, "the picture changed")
+    for part in wrapped:
+        vars(part).pop("forward", None)
+    same(pass_, promise, before, pipe)
+
+    pipe, twin = make_pipe(), make_pipe()
+    api.optimize(pipe, [pass_])
+    for one in (pipe, twin):
+        _cast_by_layer(one.transformer)
+    _generates(pipe, run)
+    api.restore(pipe)
+    if not np.array_equal(run(pipe), run(twin)):
+        promise = "restore leaves what others did since"
+        fail(pass_, promise, "with layerwise casting enabled in between, the picture differs")
+
+
+def check_interrupts(
+    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
+) -> None:
+    """An interrupted `restore` leaves the rest for the next one."""
+    counted: list[_Interrupted] = []
+    _apply(pipe, pass_, lambda *args: counted.append(_Interrupted(*args)) or counted[0])  # type: ignore[func-returns-value]
+    api.restore(pipe)
+    undone = counted[0].undone_edits
+    for at in sorted({round(i * (undone - 1) / (_INTERRUPTS - 1)) for i in range(_INTERRUPTS)}):
+        _apply(pipe, pass_, functools.partial(_Interrupted, interrupt_at=at))
+        with contextlib.suppress(KeyboardInterrupt):
+            api.restore(pipe)
+        promise = f"an interrupt at edit {at} of {undone} leaves restore something to finish"
+        if conductor_of(pipe) is not None and _generates(pipe, run):
+            fail(pass_, promise, "the half-restored pipeline generated all the same")
+        api.restore(pipe)
+        same(pass_, promise, before, pipe)
+    if not np.array_equal(run(pipe), reference):
+        fail(pass_, "an interrupted restore can be finished", "the picture changed")
+
+
+def check_modes(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Edit) -> None:
+    """Under autocast and with gradients on a pass is right, steps aside, or refuses by name."""
+    plain, optimized = make_pipe(), api.optimize(make_pipe(), [pass_])
+    device = plain.transformer.device.type
+    with torch.autocast(device, dtype=torch.bfloat16):
+        cast = run(plain)
+        try:
+            made = run(optimized)
+        except FluxfireError:
+            made = cast
+    moved = max(worst(cast, reference), worst(run(optimized), reference))  # by rounding
+    allowed = {"bitwise": 0.0, "close": 2 * moved + ROUNDING, "lossy": np.inf}
+    off = worst(made, cast)
+    if not (np.isfinite(made).all() and off <= allowed[pass_.exactness]):
+        fail(
+            pass_, "it is right under autocast", f"a pixel differs by {off:.3g} from the plain one"
+        )
+
+    inputs, _ = first_call(plain, run)
+    true = _gradient(plain.transformer, inputs)
+    try:
+        ours = _gradient(optimized.transformer, inputs)
+    except FluxfireError:
+        return
+    cosine = float(torch.cosine_similarity(ours.flatten(), true.flatten(), dim=0))
+    wrong = float((ours - true).norm() / true.norm())
+    if cosine < _ALIGNED or (pass_.exactness != "lossy" and wrong > _WRONG):
+        detail = f"cosine {cosine:.3f} to the plain transformer's, relative error {wrong:.3g}"
+        fail(pass_, "gradients through the transformer are true", detail)
+
+
+def check_memory(pass_: Pass, pipe: Any, run: Edit) -> None:
+    """Applying and restoring again and again leaves no tensors and no modules behind."""
+    alive = []
+    for _ in range(_CYCLES):
+        api.optimize(pipe, [pass_])
+        run(pipe)
+        api.restore(pipe)
+        alive.append(_alive())
+    (modules, size), (modules_then, size_then) = alive[0], alive[-1]
+    if modules_then > modules or size_then > size + _CYCLES * _LITTLE:
+        detail = f"modules, and bytes of tensors, after each of {_CYCLES} rounds: {alive}"
+        fail(pass_, "nothing grows from one optimize to the next", detail)
+
+
+def _alive() -> tuple[int, int]:
+    """Count the modules and the bytes of tensors that anybody in this process keeps."""
+    gc.collect()
+    modules, sizes = 0, {}
+    for of in gc.get_objects():
+        # Asked of the type: some objects of torch warn where their `__class__` is looked at.
+        if issubclass(type(of), nn.Module):
+            modules += 1
+        elif type(of) in (torch.Tensor, nn.Parameter) and not of.is_meta and not of.is_sparse:
+            storage = of.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+    return modules, sum(sizes.values())
+
+
+class _Interrupted(Transaction):
+    """Is interrupted in its undoing, once, right after its n-th edit was undone."""
+
+    def __init__(self, pipe: Any, conductor: Any, interrupt_at: int | None = None) -> None:
+        super().__init__(pipe, conductor)
+        self.undone_edits = 0
+        self._interrupt_at = interrupt_at
+
+    def undone(self, label: str) -> None:  # noqa: ARG002 - what it overrides
+        """Count, and interrupt."""
+        self.undone_edits += 1
+        if self.undone_edits - 1 == self._interrupt_at:
+            raise KeyboardInterrupt
+
+
+def _apply(pipe: Any, pass_: Pass, transaction: Callable[..., Transaction]) -> None:
+    apply_passes(pipe, [pass_], transaction)
+
+
+def _tolerance(pass_: Pass) -> float:
+    return ROUNDING if pass_.exactness == "close" else 0.0
+
+
+def _generates(pipe: Any, run: Edit) -> bool:
+    """Run, and return whether that was not refused by name."""
+    try:
+        run(pipe)
+    except FluxfireError:
+        return False
+    return True
+
+
+def _each_model(pipe: Any, change: Callable[[nn.Module], None]) -> None:
+    for _, component in kontext.modules(pipe):
+        with torch.no_grad():
+            change(component)
+
+
+def _alike(pipe: Any, other: Any) -> bool:
+    """Whether two pipelines' weights are the same numbers."""
+    for name, component in kontext.modules(pipe):
+        state, others = component.state_dict(), other.components[name].state_dict()
+        if not all(torch.equal(value, others[key].to(value)) for key, value in state.items()):
+            return False
+    return True
+
+
+def _weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    for weight in model.parameters():
+        if weight.is_floating_point() and not weight.is_meta:
+            yield weight
+
+
+def _in_place(model: nn.Module) -> None:
+    for weight in _weights(model):
+        if not weight.is_inference():
+            weight.mul_(1.02)
+
+
+def _past_the_counter(model: nn.Module) -> None:
+    for weight in _weights(model):
+        weight.data *= 0.97
+
+
+def _loaded(model: nn.Module) -> None:
+    state = model.state_dict()
+    model.load_state_dict({k: v * 1.03 if v.is_floating_point() else v for k, v in state.items()})
+
+
+_CHANGES = {
+    "an edit of every weight in place": _in_place,
+    "a write through .data, as PEFT merges a LoRA": _past_the_counter,
+    "load_state_dict()": _loaded,
+}
+
+
+def _pickled(pipe: Any) -> Any:
+    return pickle.loads(pickle.dumps(pipe))  # noqa: S301 - just made
+
+
+def _leftovers(pipe: Any) -> list[str]:
+    """Name what a copy has of fluxfire's: classes, and attributes of its modules."""
+    own = [f"class {type(pipe).__name__}"] if conductor_of(pipe) is not None else []
+    for name, component in kontext.modules(pipe):
+        for path, part in component.named_modules():
+            where = f"{name}.{path}".rstrip(".")
+            values = (part, *vars(part).values())
+            own += [
+                f"{where}: {type(of).__qualname__}"
+                for of in values
+                if type(of).__module__.startswith("fluxfire.passes")
+                or type(of).__module__ in ("fluxfire.override", "fluxfire.toolkit")
+            ]
+            own += [f"{where}.{key}" for key in vars(part) if key.startswith("_fluxfire")]
+    return own
+
+
+def _through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return forward(*args, **kwargs)
+
+
+def _cast_by_layer(transformer: Any) -> None:
+    transformer.enable_layerwise_casting(
+        storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype
+    )
+
+
+def _gradient(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+    x = inputs["hidden_states"].detach().clone().requires_grad_()
+    with torch.enable_grad():
+        out = transformer(**{**inputs, "hidden_states": x})[0]
+        if not out.requires_grad:
+            return torch.zeros_like(x)
+        (gradient,) = torch.autograd.grad(out.square().sum(), x, allow_unused=True)
+    return torch.zeros_like(x) if gradient is None else gradient.detach()

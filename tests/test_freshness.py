@@ -1,0 +1,666 @@
+"""Whatever is done to a model behind a pass's back, no picture is of what was before.
+
+A case is a change that shows in the plain pipeline's picture. It is made to an optimized pipeline
+after a generation, or by a callback during one; the picture must be that of a pipeline to which the
+same was done first, or the change or the generation is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import gc
+import itertools
+import subprocess
+import sys
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from torch import nn
+
+import fluxfire
+from fluxfire.errors import FluxfireError
+from fluxfire.freshness import Watch, heard_by_others
+from fluxfire.kernels import checksum
+from fluxfire.passes import (
+    Attention,
+    EncodingCache,
+    FirstBlockCache,
+    Float8,
+    FusedBlocks,
+    MemoryLayout,
+    ModulationTable,
+    QKVFusion,
+    ReferenceCache,
+)
+from fluxfire.testing import edit, tiny_kontext
+
+CLOSE = 2e-5
+tiny = functools.partial(tiny_kontext, double_blocks=1, single_blocks=2)
+
+
+def single(pipe, index=0):
+    return pipe.transformer.single_transformer_blocks[index]
+
+
+def double(pipe, index=0):
+    return pipe.transformer.transformer_blocks[index]
+
+
+def add_lora(pipe, *targets, name="style"):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        config = LoraConfig(r=2, target_modules=list(targets), init_lora_weights=False)
+        pipe.transformer.add_adapter(config, adapter_name=name)
+
+
+EVERYWHERE = ("to_q", "to_v", "add_q_proj", "to_out.0", "net.2", "proj_mlp", "proj_out", "linear")
+
+
+def lora(pipe):
+    add_lora(pipe, "to_q", "proj_mlp", "linear")
+
+
+def lora_fused_and_unloaded(pipe, **how):
+    add_lora(pipe, *EVERYWHERE)
+    pipe.transformer.fuse_lora(**how)
+    pipe.transformer.unload_lora()
+
+
+def lora_fused_safely(pipe):
+    """Into weights that are new, where else it is added to the old ones."""
+    lora_fused_and_unloaded(pipe, safe_fusing=True)
+
+
+def others(part="", by=1.5):
+    """A state dict of other numbers."""
+    state = tiny().transformer.state_dict()
+    return {k: v * by for k, v in state.items() if part in k}
+
+
+def loaded(pipe):
+    pipe.transformer.load_state_dict(others())
+
+
+def assigned(pipe):
+    pipe.transformer.load_state_dict(others(), assign=True)
+
+
+def loaded_in_part(pipe):
+    pipe.transformer.load_state_dict(others("blocks.1"), strict=False)
+
+
+def assigned_in_part(pipe):
+    pipe.transformer.load_state_dict(others("blocks.1"), strict=False, assign=True)
+
+
+def edited_in_place(pipe):
+    with torch.no_grad():
+        single(pipe).proj_mlp.weight.mul_(1.5)
+        single(pipe).norm.linear.weight.mul_(1.5)
+
+
+def edited_through_data(pipe):
+    for weight in pipe.transformer.parameters():
+        weight.data += 0.01
+
+
+def new_data(pipe):
+    for weight in pipe.transformer.parameters():
+        weight.data = weight.data * 1.05
+
+
+def one_row(pipe):
+    for linear in (single(pipe).proj_mlp, single(pipe).norm.linear):
+        linear.weight.data[3] += 1
+
+
+def one_column(pipe):
+    for linear in (double(pipe).attn.to_out[0], double(pipe).norm1.linear):
+        linear.weight.data[:, 5] += 1
+
+
+def one_bias(pipe):
+    for linear in (single(pipe).proj_mlp, single(pipe).attn.to_v, single(pipe).norm.linear):
+        linear.bias.data[2] += 1
+
+
+def one_table_bias(pipe):
+    pipe.transformer.time_text_embed.guidance_embedder.linear_2.bias.data[3] += 1
+
+
+def transposed(pipe):
+    """The same numbers in the same place, read otherwise."""
+    for linear in (double(pipe).attn.to_out[0], single(pipe).attn.to_q):
+        linear.weight.data = linear.weight.data.clone().t()
+
+
+def weights_swapped(pipe):
+    one, other = single(pipe).proj_mlp, single(pipe, 1).proj_mlp
+    one.weight, other.weight = other.weight, one.weight
+
+
+def numbers_swapped(pipe):
+    one, other = single(pipe).proj_mlp.weight, single(pipe, 1).proj_mlp.weight
+    one.data, other.data = other.data, one.data
+
+
+def new_parameter(pipe):
+    for linear in (single(pipe).proj_mlp, single(pipe).attn.to_v, single(pipe).norm.linear):
+        twice = torch.randn(linear.weight.shape, generator=torch.Generator().manual_seed(0))
+        linear.weight = nn.Parameter(twice)
+
+
+def of_another(linear, seed=7):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return nn.Linear(linear.in_features, linear.out_features)
+
+
+def new_layer(pipe):
+    single(pipe).proj_mlp = of_another(single(pipe).proj_mlp)
+
+
+def new_modulation(pipe):
+    single(pipe).norm.linear = of_another(single(pipe).norm.linear)
+
+
+def new_embedder(pipe):
+    embedder = pipe.transformer.time_text_embed.timestep_embedder
+    embedder.linear_1 = of_another(embedder.linear_1)
+
+
+def norm_weight(pipe):
+    single(pipe).attn.norm_q.weight.data *= 3
+
+
+def epsilon(pipe):
+    single(pipe).norm.norm.eps = double(pipe).norm2.eps = 0.5
+
+
+def another_activation(pipe):
+    single(pipe).norm.silu = nn.Tanh()
+
+
+def hook(pipe):
+    single(pipe).proj_mlp.register_forward_hook(lambda _, inputs, out: out * 2)
+
+
+def hook_on_modulations(pipe):
+    single(pipe).norm.linear.register_forward_hook(lambda _, inputs, out: out * 2)
+
+
+def hook_on_embedding(pipe):
+    pipe.transformer.time_text_embed.register_forward_hook(lambda _, inputs, out: out * 2)
+
+
+def hook_below_embedding(pipe):
+    embedder = pipe.transformer.time_text_embed.timestep_embedder
+    embedder.linear_1.register_forward_pre_hook(lambda _, inputs: (inputs[0] * 2,))
+
+
+def patched(pipe):
+    linear = single(pipe).norm.linear
+    plain = linear.forward
+    linear.forward = lambda x: plain(x) * 2
+
+
+def a_block_less(pipe):
+    del pipe.transformer.single_transformer_blocks[1]
+
+
+def blocks_swapped(pipe):
+    blocks = pipe.transformer.single_transformer_blocks
+    blocks[0], blocks[1] = blocks[1], blocks[0]
+
+
+CHANGES = [
+    lora, lora_fused_and_unloaded, lora_fused_safely, loaded, assigned, loaded_in_part,
+    assigned_in_part, edited_in_place, edited_through_data, new_data, one_row, one_column, one_bias,
+    one_table_bias, transposed, weights_swapped, numbers_swapped, new_parameter, new_layer,
+    new_modulation, new_embedder, norm_weight, epsilon, another_activation, hook,
+    hook_on_modulations, hook_on_embedding, hook_below_embedding, patched, a_block_less,
+    blocks_swapped,
+]  # fmt: skip
+LISTS = {
+    "float8": [Float8()],
+    "float8-drop": [Float8("drop")],
+    "table": [ModulationTable()],
+    "table-host": [ModulationTable(host=True)],
+    "qkv": [QKVFusion()],
+    "layout": [MemoryLayout()],
+    "fused": [FusedBlocks()],
+    "fa3-fp8": [Attention("fa3-fp8")],
+    "encodings": [EncodingCache()],
+    "reference": [ReferenceCache()],
+    "first-block": [FirstBlockCache(0.5, warmup_steps=0, tail_steps=0)],
+    "float8-fused-table": [Float8(), FusedBlocks(), ModulationTable()],
+}
+REFUSES = {  # what cannot be used and cannot go unheard
+    "float8": {lora, new_layer},
+    "float8-fused-table": {lora, new_layer},
+    "float8-drop": {
+        lora, new_layer, lora_fused_and_unloaded, lora_fused_safely, edited_in_place, new_data,
+        edited_through_data, one_row, one_column, transposed, weights_swapped, numbers_swapped,
+        new_parameter,
+    },
+}  # fmt: skip
+ROUNDS_OTHERWISE = {hook}  # a hooked layer is not quantized where the hook was there first
+
+
+@functools.cache
+def plain_picture(change):
+    pipe = tiny()
+    change(pipe)
+    return edit(pipe, steps=1)
+
+
+def changed_first(passes, change):
+    """What the passes make of a pipeline that was changed before them."""
+    if all(p.exactness != "lossy" for p in passes):
+        return plain_picture(change)
+    pipe = tiny()
+    change(pipe)
+    return edit(fluxfire.optimize(pipe, passes), steps=1)
+
+
+DERIVE = ("float8", "float8-drop", "table", "fused")
+FEW = [lora, lora_fused_and_unloaded, assigned_in_part, edited_through_data, transposed, hook]
+CASES = [(of, change) for of in LISTS for change in (CHANGES if of in DERIVE else FEW)]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_each_change_shows(change, reference_of_one_step):
+    assert np.abs(plain_picture(change) - reference_of_one_step).max() > 10 * CLOSE
+
+
+@pytest.fixture(scope="module")
+def reference_of_one_step():
+    return edit(tiny(), steps=1)
+
+
+@pytest.mark.parametrize(("of", "change"), CASES, ids=lambda x: getattr(x, "__name__", x))
+def test_between_two_generations(of, change):
+    passes = LISTS[of]
+    pipe = fluxfire.optimize(tiny(), passes)
+    edit(pipe, steps=1)
+    if change in REFUSES.get(of, ()):
+        with pytest.raises(FluxfireError, match="LoRA|load"):
+            change(pipe)
+            edit(pipe, steps=1)
+        return
+    change(pipe)
+    apart = np.abs(edit(pipe, steps=1) - changed_first(passes, change)).max()
+    rounds = change in ROUNDS_OTHERWISE and "float8" in of
+    bitwise = any(p.exactness == "lossy" for p in passes) or of == "encodings"
+    assert apart <= (0.005 if rounds else 0 if bitwise else CLOSE)
+
+
+def at_first_step(change):
+    """Return the arguments of a call during which a change is made."""
+
+    def callback(pipe, step, timestep, kwargs):
+        if step == 0:
+            change(pipe)
+        return kwargs
+
+    return {"callback_on_step_end": callback, "steps": 3}
+
+
+@functools.cache
+def plain_picture_changed_half_way(change, before):
+    pipe = tiny()
+    before(pipe)
+    return edit(pipe, **at_first_step(change))
+
+
+def nothing(pipe):
+    pass
+
+
+def scaled_down(pipe):
+    pipe.transformer.set_adapters(["style"], [0.1])
+
+
+def switched_off(pipe):
+    pipe.transformer.disable_lora()
+
+
+def scaled_by_arguments(pipe):
+    pipe._joint_attention_kwargs = {"scale": 0.1}
+
+
+BEFORE = dict.fromkeys([scaled_down, switched_off, scaled_by_arguments], lora)
+HALF_WAY = [
+    lora, lora_fused_and_unloaded, lora_fused_safely, loaded, assigned, edited_in_place,
+    edited_through_data, one_column, one_bias, transposed, new_parameter, new_layer, new_modulation,
+    hook, hook_on_modulations, hook_on_embedding, patched, *BEFORE,
+]  # fmt: skip
+LATE = [(of, change) for of in ("float8", "table") for change in HALF_WAY]
+LATE += [(of, c) for of in ("float8-drop", "float8-fused-table", "encodings") for c in FEW]
+
+
+@pytest.mark.parametrize(("of", "change"), LATE, ids=lambda x: getattr(x, "__name__", x))
+def test_by_a_step_callback(of, change):
+    before = BEFORE.get(change, nothing)
+    pipe = tiny()
+    before(pipe)
+    fluxfire.optimize(pipe, LISTS[of])
+    if change in REFUSES.get(of, ()):
+        with pytest.raises(FluxfireError, match="LoRA|load"):
+            edit(pipe, **at_first_step(change))
+        return
+    expected = plain_picture_changed_half_way(change, before)
+    shows = np.abs(expected - plain_picture_changed_half_way(nothing, before)).max()
+    assert shows > 10 * CLOSE
+    apart = np.abs(edit(pipe, **at_first_step(change)) - expected).max()
+    assert apart < (max(0.2 * shows, 0.005) if "float8" in of else CLOSE)
+
+
+def dtypes():
+    return st.sampled_from(
+        [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.int8, torch.bool,
+         torch.int64, torch.float64, torch.complex64]
+    )  # fmt: skip
+
+
+@st.composite
+def tensors(draw, most=4096):
+    """Tensors of random bytes: of odd sizes, in other orders, with gaps, with offsets."""
+    dtype = draw(dtypes())
+    shape = draw(st.lists(st.integers(0, 9), max_size=4).filter(lambda s: np.prod(s) <= most))
+    offset, gap = draw(st.integers(0, 3)), draw(st.integers(0, 2))
+    order = draw(st.permutations(range(len(shape))))
+    inner = shape[order[-1]] + gap if shape else 1
+    sizes = [*(shape[i] for i in order[:-1]), *([inner] if shape else [])]
+    numbers = int(np.prod(sizes))
+    seed = draw(st.integers(0, 9))
+    count = max(offset + numbers, 1) * dtype.itemsize
+    raw = np.random.default_rng(seed).integers(0, 2 if dtype is torch.bool else 256, count)
+    flat = torch.from_numpy(raw.astype(np.uint8)).view(dtype)
+    made = flat[offset : offset + numbers].view(sizes)
+    if shape:
+        made = made[..., : shape[order[-1]]].permute([order.index(i) for i in range(len(shape))])
+    return made
+
+
+def bits(tensor):
+    """The bytes of each number: (numbers, bytes)."""
+    flat = tensor.contiguous().clone().reshape(-1)
+    return flat.view(torch.uint8).view(len(flat), tensor.itemsize)
+
+
+@given(tensors(), st.data())
+def test_any_number_that_changes_is_seen(tensor, data):
+    before = checksum.of([tensor])
+    assert checksum.of([tensor]) == before
+    if tensor.numel() == 0:
+        return
+    was = bits(tensor)
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = tuple(data.draw(st.integers(0, n - 1)) for n in tensor.shape)
+        number = data.draw(st.sampled_from([0, 1, 2, -1]))
+        tensor[at] = torch.tensor(number).to(tensor.dtype)
+    assert (checksum.of([tensor]) == before) == torch.equal(bits(tensor), was)
+
+
+def test_changes_do_not_cancel_out():
+    """Small whole numbers side by side: a sum linear in the place misses +1, 0, -2, 0, +1."""
+    tensor = torch.ones(8, dtype=torch.int32)
+    before, plain = checksum.of([tensor]), tensor.clone()
+    for deltas in itertools.product(range(-2, 3), repeat=5):
+        tensor[1:6] = plain[1:6] + torch.tensor(deltas)
+        assert (checksum.of([tensor]) == before) == (not any(deltas)), deltas
+
+
+def oracle(tensor):
+    """The checksum in plain whole numbers of Python, as its words say."""
+    dense = tensor if checksum.is_dense(tensor) else tensor.contiguous()
+    order = sorted(range(dense.ndim), key=lambda i: -dense.stride(i))
+    raw = bits(dense.permute(order)).flatten().tolist()
+    words, count, of_row = checksum.plan(dense)
+    if len(raw) % 4 == 0:
+        raw = np.array(raw, np.uint8).view(np.int32).tolist()
+    assert len(raw) == words
+    total = 0
+    for i in range(count):
+        start, end = i * words // count, (i + 1) * words // count
+        word = raw[start + i // of_row * checksum.STEP % (end - start)]
+        mixed = signed(i * checksum.MIX[0])
+        mixed = signed((mixed ^ mixed >> 29) * checksum.MIX[1])
+        total += word * ((mixed ^ mixed >> 32) | 1)
+    return signed(total)
+
+
+def signed(number):
+    return (number + 2**63) % 2**64 - 2**63
+
+
+@settings(max_examples=50)
+@given(tensors(most=512))
+def test_the_sum_is_that_of_plain_arithmetic(tensor):
+    assert checksum.of([tensor]) == [oracle(tensor)]
+
+
+LARGE = [
+    (torch.float32, (300, 700)),
+    (torch.bfloat16, (400, 1200)),
+    (torch.bfloat16, (20000, 8)),
+    (torch.float8_e4m3fn, (300, 1024)),
+    (torch.float16, (40000, 6)),
+    (torch.float32, (2, 300, 500)),
+    (torch.bfloat16, (33000, 3)),
+]
+
+
+@pytest.mark.parametrize("dense", [True, False], ids=["in rows", "in columns"])
+@pytest.mark.parametrize(("dtype", "shape"), LARGE, ids=str)
+def test_rows_and_columns_of_larger_ones(dtype, shape, dense):
+    numbers = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor = numbers if dense else numbers.transpose(-1, -2).contiguous().transpose(-1, -2)
+    assert tensor.nbytes > 128 * 1024
+    before = checksum.of([tensor])
+    raw = tensor.view(torch.uint8) if dense else tensor.mT.view(torch.uint8)
+    of_rows, of_columns = (raw, raw.mT) if dense else (raw.mT, raw)
+    rng = np.random.default_rng(0)
+    for whole in (of_rows, of_columns):
+        count = whole.shape[-2]
+        size = dtype.itemsize if (whole is of_columns) == dense else 1
+        for number in rng.choice(count // size, min(count // size, 40), replace=False):
+            part = whole[..., number * size : (number + 1) * size, :]
+            part ^= 1
+            assert checksum.of([tensor]) != before, (number, size)
+            part ^= 1
+    assert checksum.of([tensor]) == before
+
+
+def test_every_row_and_column_is_read():
+    """Of the shapes of FLUX's own matrices, by the places alone."""
+    for rows, columns in ((32128, 2048), (49408, 384), (3072, 1536), (3072, 7680), (9216, 1536)):
+        plan = checksum.plan(torch.empty(rows, columns, device="meta"))
+        places, _ = checksum._places(plan, torch.device("cpu"))
+        assert len(set((places // columns).tolist())) == rows
+        assert len(set((places % columns).tolist())) == columns
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(4, 4, 3), nn.GroupNorm(2, 4), nn.Linear(8, 8))
+        self.register_buffer("counts", torch.arange(4))
+        self.settings = {"tile": 3, "sizes": [1, 2]}
+        self.config = type("Config", (), {})()
+        self.config.eps = 0.5
+        self.scale = torch.ones(2)  # neither a parameter nor a buffer
+
+
+def doubled(weight):
+    weight.data *= 2
+
+
+def to_channels_last(net):
+    weight = net.layers[0].weight
+    weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def settings_replaced(net):
+    """Twice, so that the third may get the first one's address."""
+    for tile in (4, 5):
+        net.settings = {"tile": tile, "sizes": [1, 2]}
+
+
+IN_A_NET = {
+    "weight": lambda net: doubled(net.layers[2].weight),
+    "bias": lambda net: doubled(net.layers[2].bias),
+    "buffer": lambda net: net.counts.add_(1),
+    "buffer replaced": lambda net: setattr(net, "counts", net.counts.clone()),
+    "tensor beside": lambda net: doubled(net.scale),
+    "counter alone": lambda net: net.counts.add_(0),
+    "transposed": lambda net: setattr(net.layers[2].weight, "data", net.layers[2].weight.data.t()),
+    "order in memory": to_channels_last,
+    "dtype": lambda net: net.layers[2].half(),
+    "setting": lambda net: setattr(net.layers[1], "eps", 0.1),
+    "new setting": lambda net: setattr(net, "more", None),
+    "setting in a dict": lambda net: net.settings.update(tile=4),
+    "dict replaced": settings_replaced,
+    "setting in a list": lambda net: net.settings["sizes"].append(3),
+    "setting of a configuration": lambda net: setattr(net.config, "eps", 0.1),
+    "mode": lambda net: net.layers[1].eval(),
+    "layer": lambda net: setattr(net.layers, "2", copy.deepcopy(net.layers[2])),
+    "layers swapped": lambda net: net.layers.__setitem__(0, net.layers[1]),
+    "layer gone": lambda net: net.layers.pop(1),
+    "class": lambda net: setattr(net.layers[1], "__class__", type("Mine", (nn.GroupNorm,), {})),
+    "hook": lambda net: net.layers[1].register_forward_hook(lambda *_: None),
+    "pre-hook": lambda net: net.layers[1].register_forward_pre_hook(lambda *_: None),
+    "forward": lambda net: setattr(net.layers[1], "forward", lambda x: x),
+}
+
+
+@pytest.mark.parametrize("change", IN_A_NET)
+def test_a_watch_sees(change):
+    net = Net()
+    watch = Watch([net])
+    IN_A_NET[change](net)
+    assert watch.changed()
+    assert not watch.changed()
+
+
+def test_a_watch_sees_nothing_where_there_is_nothing(pipe):
+    models = [pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2, Net()]
+    edit(pipe, steps=1)  # a first call leaves its marks
+    watch = Watch(models)
+    for _ in range(3):
+        assert not watch.changed()
+    edit(pipe, steps=1)
+    for model in models:
+        model.to("cpu", torch.float32)
+        for weight in model.parameters():
+            weight.data = weight.data.clone()  # as moving elsewhere and back does
+    assert not watch.changed()
+
+
+def test_what_does_not_count():
+    net = Net()
+    watch = Watch([net], apart_from=["settings", "layers"])
+    net.settings, net.layers[1].eps = None, 0.1
+    doubled(net.layers[2].weight)
+    assert not watch.changed()
+    net.scale = None
+    assert watch.changed()
+
+
+def test_a_watch_keeps_nothing_alive():
+    net = Net()
+    things = [net, *net.modules(), *net.parameters(), *net.buffers(), net.scale, net.config]
+    alive = [weakref.ref(thing) for thing in things]
+    watch = Watch([net])
+    net.layers[1].register_forward_hook(lambda *_: None)
+    watch.changed()
+    del net, things
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+    assert watch.changed()
+    assert not watch.changed()
+
+
+def test_what_stands_where_something_gone_stood_is_another():
+    """Python gives an address anew; another hook or layer may get it."""
+    net, watch = Net(), None
+    for _ in range(20):
+        handle = net.register_forward_hook(lambda *_: None)
+        if watch is None:
+            watch = Watch([net])
+        else:
+            assert watch.changed()
+        handle.remove()
+
+
+def test_quantized_weights_are_read():
+    class Packed(nn.Parameter):
+        """As GGUF's and bitsandbytes' are: plain bytes under another class."""
+
+    net = Net()
+    packed = torch.Tensor._make_subclass(Packed, torch.zeros(64, dtype=torch.uint8), False)
+    net.layers[2].weight = packed
+    watch = Watch([net])
+    packed.data[5] = 1
+    assert watch.changed()
+
+
+@pytest.mark.parametrize("how", ["hook", "pre-hook", "global", "forward", "another method"])
+def test_who_hears(how):
+    net = Net()
+    assert not heard_by_others(net)
+    layer, handle = net.layers[0], None
+    if how == "hook":
+        handle = layer.register_forward_hook(lambda *_: None)
+    elif how == "pre-hook":
+        handle = layer.register_forward_pre_hook(lambda *_: None)
+    elif how == "global":
+        handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    else:
+        name = "forward" if how == "forward" else "_conv_forward"
+        setattr(layer, name, getattr(layer, name))
+    try:
+        assert heard_by_others(net)
+        assert how != "another method" or not heard_by_others(net, apart_from=["_conv_forward"])
+    finally:
+        if handle is not None:
+            handle.remove()
+
+
+FLAGS = {
+    "default dtype": "torch.set_default_dtype(torch.float64)",
+    "threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
+    "precision": "torch.set_float32_matmul_precision('high')",
+    "precision, by its new name": "torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+    "precision of convolutions": "torch.backends.mkldnn.conv.fp32_precision = 'bf16'",
+    "half sums": "torch.backends.cuda.matmul.allow_fp16_accumulation = True",
+    "deterministic": "torch.use_deterministic_algorithms(True)",
+    "kernels": "torch.backends.cuda.enable_flash_sdp(False)",
+    "onednn": "torch.backends.mkldnn.set_flags(False)",
+}
+
+
+def test_rounding_flags():
+    """In a process of its own, since torch does not undo all of them."""
+    script = """
+import torch
+from fluxfire.freshness import rounding
+cpu = torch.device("cpu")
+for line in FLAGS:
+    before = rounding(cpu)
+    assert rounding(cpu) == before
+    exec(line)
+    assert rounding(cpu) != before, line
+before = rounding(cpu)
+with torch.autocast("cpu", torch.bfloat16):
+    assert rounding(cpu) != before
+"""
+    script = script.replace("FLAGS", repr(list(FLAGS.values())))
+    subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
