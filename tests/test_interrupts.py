@@ -6,6 +6,8 @@ import contextlib
 import os
 import random
 import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from fluxfire.passes import FirstBlockCache
 from fluxfire.reporting.report import Report
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from fluxfire.transaction import Transaction
+from fluxfire.turns import Turns
 from test_undo import PASSES
 
 OURS = str(Path(fluxfire.__file__).parent)
@@ -208,3 +211,45 @@ def test_an_interrupted_generation(shop, pass_):
         shop.check(pass_)
         fluxfire.optimize(shop.pipe, [pass_])
     fluxfire.restore(shop.pipe)
+
+
+def test_turns_are_one_after_the_other():
+    turns, inside, most = Turns(), [], []
+
+    def work():
+        for _ in range(50):
+            with turns.wait():
+                inside.append(1)
+                most.append(len(inside))
+                time.sleep(0)
+                inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1] * 200
+
+
+def test_a_turn_within_a_turn_and_one_whose_holder_is_gone():
+    turns = Turns()
+    with turns.wait():
+        outer = turns.holder
+        with turns.wait():
+            assert turns.holder is outer
+        assert turns.holder is outer
+    assert turns.holder is None
+    one, other = Holder(), Holder()
+    assert turns.take(one) is one
+    assert turns.take(other) is one
+    turns.leave(other)  # has none to end
+    assert turns.holder is one
+    del one  # as the end of its frame does
+    assert turns.take(other) is other
+    turns.leave(other)
+    assert turns.holder is None
+
+
+class Holder:
+    """Anything that a weak reference can be made to."""

@@ -24,6 +24,15 @@ each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], i
 OF_A_RUN = ("RunStatistics", "Compilations", "Tokens", "Decision", "Refresh")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_there_before():
+    """Have Python's collector leave it out: looking through all that torch made takes long."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 # Numbers must be equal, so a leak shows at once. By hand 50 were tried with every pass.
 TIMES = int(os.environ.get("FLUXFIRE_TEST_CYCLES", "3"))
 
