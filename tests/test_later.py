@@ -445,7 +445,7 @@ def test_a_thing_done_later_and_undone(passes, thing):
     try_later(lists()[passes], THINGS[thing], take_off=True)
 
 
-# Each pass with every fifth thing, and each thing with every fifth pass: all pairs take ten minutes.
+# Each pass with every fifth thing, each thing with every fifth pass: all pairs take ten minutes.
 PAIRS = [
     (pass_, thing)
     for row, pass_ in enumerate(ALONE)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from fluxfire import kontext
+from fluxfire.blocks import unmount
 from fluxfire.conductor import Conductor, TransformerCall, conductor_of, private_class
 from fluxfire.copies import copier
 from fluxfire.dry_run import Plan
@@ -142,6 +144,7 @@ def _take_over(tx: Transaction, conductor: Conductor) -> None:
     pipe, record = tx.pipe, conductor.record
     # First of all: from now on restore(pipe) finds the record, also after an interrupt.
     tx.set_class(pipe, private_class(pipe, conductor))
+    tx.on_undo(partial(unmount, pipe.transformer))
     tx.place(TransformerCall(conductor, pipe))
     for _, component in kontext.modules(pipe):
         for override in copier(component, pipe, record):

@@ -31,7 +31,7 @@ from fluxfire import kontext
 from fluxfire.errors import FluxfireError
 from fluxfire.kontext import Call
 
-__all__ = ["BlockStack", "BlockWrapper", "Run", "Streams"]
+__all__ = ["BlockStack", "BlockWrapper", "Run", "Streams", "unmount"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,13 +125,18 @@ class BlockStack:
             own["single_transformer_blocks"] = []
             yield inputs
         finally:
-            own.pop("transformer_blocks", None)
-            own.pop("single_transformer_blocks", None)
+            unmount(transformer)
 
     def _wrapped(self, run: Run, call: Call) -> Run:
         for wrapper in reversed(self.wrappers):
             run = functools.partial(_through, wrapper, run, call)
         return run
+
+
+def unmount(transformer: Any) -> None:
+    """Give a transformer its blocks back; an interrupt may have kept a call from doing so."""
+    for name in ("transformer_blocks", "single_transformer_blocks"):
+        vars(transformer).pop(name, None)
 
 
 def _through(

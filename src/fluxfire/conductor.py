@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from fluxfire import copies
-from fluxfire.blocks import BlockStack
+from fluxfire.blocks import BlockStack, unmount
 from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.generation import Generation, Listener, Live, may_change
 from fluxfire.override import CALL_SLOT, Override
@@ -121,6 +121,7 @@ class Conductor:
                 raise BusyError(_why_busy(holder))
             if (why := self.disturbed(pipe)) is not None:
                 raise FluxfireError(why)
+            unmount(pipe.transformer)
             self.prepare()
             self._count += 1
             with ExitStack() as entered:

@@ -29,7 +29,7 @@ from torch.nn.modules import module as torch_module
 from fluxfire.kernels import checksum
 from fluxfire.override import Override
 
-__all__ = ["Watch", "heard_by_others", "rounding"]
+__all__ = ["Watch", "anybody_hears", "heard_by_others", "rounding"]
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
 _BY_VALUE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
@@ -160,7 +160,7 @@ def heard_by_others(module: nn.Module, apart_from: Iterable[str] = ()) -> bool:
         module: with all below it.
         apart_from: names of methods that do not count.
     """
-    if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:  # noqa: SLF001
+    if anybody_hears():
         return True
     left_out = _OF_EVERY_MODULE.union(apart_from)
     for part in module.modules():
@@ -172,6 +172,11 @@ def heard_by_others(module: nn.Module, apart_from: Iterable[str] = ()) -> bool:
             if not moves and _is_others(own[name]) and callable(getattr(type(part), name, None)):
                 return True
     return False
+
+
+def anybody_hears() -> bool:
+    """Whether torch has hooks on every module of the process."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)  # noqa: SLF001
 
 
 def rounding(device: torch.device) -> tuple[object, ...]:

@@ -376,6 +376,7 @@ def test_who_listens_hears_each_call(pipe):
     edit(pipe, steps=1)
     everywhere.remove()
     assert [heard.count(module) for module in modules] == [3, 3, 3]
+    edit(pipe, steps=1)
     hits = told(pipe)
     edit(pipe, steps=1)
     assert told(pipe) == [hits[0] + 2, hits[1], hits[2] + 1, hits[3]]

@@ -13,7 +13,8 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fluxfire.freshness import Watch, heard_by_others, rounding
+from fluxfire import kontext
+from fluxfire.freshness import Watch, anybody_hears, heard_by_others, rounding
 from fluxfire.override import CALL_SLOT
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.transaction import Transaction
@@ -145,15 +146,14 @@ class _Encoder:
         self._encoder = weakref.ref(encoder, lambda _: kept.drop(number))
         self._kept, self._name = kept, name
         self._watch = Watch([encoder], apart_from=(name, "decode"))
+        self._keepable: bool | None = None  # worked out anew where the encoder changed
 
     def ask(self, encode: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Answer from memory, or have the encoder answer."""
         encoder = self._encoder()
         asked = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        if encoder is None or not asked or not self._keepable(encoder, encode):
+        if encoder is None or not asked or not self._answers_alone(encoder, encode):
             return encode(*args, **kwargs)
-        if self._watch.changed():
-            self._kept.drop(id(self))
         alike = id(self), rounding(asked[0].device), *_shape_of((args, kwargs))
         if (key := self._kept.find(alike, asked)) is not None:
             return self._kept.take(key)
@@ -161,20 +161,23 @@ class _Encoder:
         self._kept.put(alike, asked, answer)
         return answer
 
-    def _keepable(self, encoder: nn.Module, encode: Callable[..., Any]) -> bool:
+    def _answers_alone(self, encoder: nn.Module, encode: Callable[..., Any]) -> bool:
         """Whether an answer depends on the encoder's weights and settings alone, and can be kept.
 
         Whoever stands around this hears of every call; whoever this stands around would not.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or anybody_hears():
             return False
         if self._name == "encode" and getattr(encode, "__self__", None) is not encoder:
             return False
-        if heard_by_others(encoder, apart_from=(self._name, "decode")):
-            return False
-        if any(part.training or hasattr(part, "lora_A") for part in encoder.modules()):
-            return False
-        return not any(weight.is_meta for weight in encoder.parameters())
+        if self._watch.changed() or self._keepable is None:
+            self._kept.drop(id(self))
+            parts = kontext.parts(encoder)
+            heard = heard_by_others(encoder, apart_from=(self._name, "decode"))
+            varies = any(part.training or hasattr(part, "lora_A") for part in parts)
+            elsewhere = any(weight.is_meta for weight in encoder.parameters())
+            self._keepable = not (heard or varies or elsewhere)
+        return self._keepable
 
 
 def _shape_of(asked: Any) -> tuple[Hashable, ...]:

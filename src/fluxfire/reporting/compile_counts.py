@@ -83,10 +83,10 @@ def hearing(
         return
     from torch._dynamo.callback import callback_handler
 
-    callback_handler.register_start_callback(began)
-    if ended is not None:
-        callback_handler.register_end_callback(ended)
     try:
+        callback_handler.register_start_callback(began)
+        if ended is not None:
+            callback_handler.register_end_callback(ended)
         yield
     finally:  # torch.compiler.reset() in between has removed them
         with suppress(ValueError):

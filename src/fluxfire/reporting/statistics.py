@@ -164,13 +164,14 @@ class Statistics(Listener):
         if self._clock is None:
             self._clock = _Clock(call.timestep.device)
             self._tokens = call.tokens
+        clock = self._clock  # an interrupt may end the generation before the step
         if call.step != self._step:
             self._step = call.step
-            self._clock.begin_step()
+            clock.begin_step()
         try:
             yield
         finally:  # a step that fails ends, too
-            self._clock.end_call()
+            clock.end_call()
 
 
 class _Clock:
