@@ -51,8 +51,17 @@ DOUBLES = [Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
 
 
 @pytest.mark.parametrize("pass_", [*OURS, *DOUBLES], ids=lambda p: p.name)
-def test_passes_conform(pass_, kind):
-    check_pass(pass_, functools.partial(tiny_kontext, kind))
+def test_passes_conform(pass_):
+    check_pass(pass_)
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [FusedBlocks(), EncodingCache(), FirstBlockCache(), ReferenceCache()],
+    ids=lambda p: p.name,
+)
+def test_passes_conform_where_a_part_is_painted(pass_):
+    check_pass(pass_, functools.partial(tiny_kontext, "inpaint"))
 
 
 @pytest.mark.parametrize(

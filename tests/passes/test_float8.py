@@ -219,8 +219,9 @@ def test_a_lora_beside_dropped_weights(dropped):
     plain, before = tiny_kontext(), edit(dropped)
     for one in (plain, dropped):
         add(one, "norm.linear")
-    assert np.abs(edit(plain) - before).max() > 0.05
-    assert np.abs(edit(plain) - edit(dropped)).max() < 0.05
+    effect = np.abs(edit(plain) - before).max()
+    assert effect > 0.03
+    assert np.abs(edit(plain) - edit(dropped)).max() < effect
     dropped.transformer.unload_lora()
     add(dropped, "proj_mlp")
     with pytest.raises(FluxfireError, match="proj_mlp of .* was replaced after Float8"):
