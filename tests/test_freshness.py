@@ -391,7 +391,8 @@ def tensors(draw, most=4096):
 
 def bits(tensor):
     """The bytes of each number: (numbers, bytes)."""
-    flat = tensor.contiguous().clone().reshape(-1)
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype)  # whose stride is 1, also of one number
+    flat.copy_(tensor.reshape(-1))
     return flat.view(torch.uint8).view(len(flat), tensor.itemsize)
 
 
