@@ -355,7 +355,6 @@ def lists() -> dict[str, list[Any]]:
 ALONE = [
     QKVFusion(),
     Float8(),
-    Float8("drop"),
     Attention("fa3-fp8"),
     FusedBlocks(),
     ModulationTable(),
