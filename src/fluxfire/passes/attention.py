@@ -28,6 +28,7 @@ from fluxfire.toolkit.joint_attention import (
     HeadScales,
     Processors,
     bound,
+    head_norms,
 )
 from fluxfire.transaction import Transaction
 
@@ -217,7 +218,7 @@ class _Scales(Listener):
     @override
     def prepare(self) -> None:
         """Compute them anew where weights were loaded, changed or moved in between."""
-        there = [norm for attention in self._attentions for norm in _norms(attention)]
+        there = [norm for attention in self._attentions for norm in head_norms(attention)]
         devices = {getattr(attention, SCALES).query.device for attention in self._attentions}
         moved = devices != {norm.weight.device for norm in there}
         if there != self._watched:
@@ -227,11 +228,6 @@ class _Scales(Listener):
         for attention in self._attentions:
             scales, now = getattr(attention, SCALES), _scales(attention)
             scales.query, scales.key = now.query, now.key
-
-
-def _norms(attention: Any) -> list[Any]:
-    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    return [norm for name in names if (norm := getattr(attention, name, None)) is not None]
 
 
 def _scales(attention: Any) -> HeadScales:

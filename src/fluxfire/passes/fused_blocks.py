@@ -28,6 +28,7 @@ from fluxfire.toolkit.joint_attention import (
     attend,
     attend_jointly,
     attends_as_flux,
+    head_norms,
     heads,
     projections,
 )
@@ -197,9 +198,7 @@ class _Look(Listener):
 
 def _is_usual(block: Any) -> bool:
     """Whether a block's small parts, which the kernels stand for, are those of Flux."""
-    attn = block.attn
-    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    norms = [norm for name in names if (norm := getattr(attn, name, None)) is not None]
+    norms = head_norms(block.attn)
     if hasattr(block, "ff"):
         mlps = (block.ff, block.ff_context)
         gelus = [mlp.net[0] for mlp in mlps]

@@ -227,6 +227,12 @@ def heads(layers: list[Any], x: Tensor | Rows) -> list[Tensor]:
     return list(made[0].chunk(3, dim=-1)) if len(made) == 1 else made
 
 
+def head_norms(attention: Any) -> list[Any]:
+    """Return the norms of an attention's queries and keys, the text's where that is apart."""
+    names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+    return [norm for name in names if (norm := getattr(attention, name, None)) is not None]
+
+
 def bound(weights: list[Tensor], width: int) -> Tensor:
     """Return the scale of queries or keys: (1,), float32.
 
