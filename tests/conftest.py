@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -74,6 +75,41 @@ def _fresh_dynamo(request):
     """Forget which sizes earlier tests compiled, or the number of graphs depends on them."""
     if request.node.get_closest_marker("slow"):
         torch.compiler.reset()
+
+
+def _global_state():
+    """What a test must leave as it was, or later tests compute other bits or compile anew."""
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    from fluxfire.freshness import rounding
+
+    module = torch.nn.modules.module
+    hooks = ("forward_hooks", "forward_pre_hooks", "module_registration_hooks")
+    return {
+        "rounding": rounding(torch.device("cpu")),
+        "grad mode": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "modes": (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()),
+        "global hooks": {n: dict(getattr(module, f"_global_{n}")) for n in hooks},
+        "default device": torch.get_default_device(),
+        "tracing": torch._guards.TracingContext.try_get(),
+        "signal": signal.getsignal(signal.SIGINT),
+        **{
+            f"settings of {name}": sys.modules[name].get_config_copy()
+            for name in ("torch._inductor.config", "torch._dynamo.config")
+            if name in sys.modules
+        },
+    }
+
+
+@pytest.fixture(autouse=True)
+def _global_state_stays():
+    before = _global_state()
+    yield
+    after = _global_state()
+    for what, value in before.items():
+        assert after[what] == value, f"the test left torch with another {what}"
 
 
 @pytest.fixture(autouse=True)

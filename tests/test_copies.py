@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import pickle
 from dataclasses import dataclass
 from functools import partial
@@ -33,6 +34,7 @@ from fluxfire.passes import (
     MemoryLayout,
     QKVFusion,
 )
+from fluxfire.stand_in import StandIn
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from test_undo import PASSES
 
@@ -521,3 +523,24 @@ def test_a_model_outlives_its_pipeline(plain, pass_):
             setattr(other, name, duplicate(model))
         assert differences(plain["deepcopy"], structure(other)) == []
         assert np.array_equal(edit(other, steps=1), plain["picture"])
+
+
+@pytest.mark.parametrize("name", ["__call__", "forward"])
+def test_a_stand_in_names_the_arguments_of_what_it_stands_in_for(name):
+    """`Attention.forward` drops whatever it does not find in a processor's signature."""
+    import fluxfire.passes  # noqa: F401 - so that all of them are known
+
+    def known(cls):
+        return [cls, *(below for sub in cls.__subclasses__() for below in known(sub))]
+
+    checked = 0
+    for ours in known(StandIn):
+        plain = next(c for c in ours.__mro__ if not issubclass(c, StandIn))
+        if name not in vars(ours) or plain in {object, nn.Module}:
+            continue
+        ours_names = list(inspect.signature(getattr(ours, name)).parameters)
+        asked = inspect.signature(getattr(plain, name)).parameters.values()
+        named = [p.name for p in asked if p.kind is p.POSITIONAL_OR_KEYWORD]
+        assert ours_names[: len(named)] == named, ours
+        checked += 1
+    assert checked

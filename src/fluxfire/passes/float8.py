@@ -281,9 +281,9 @@ class Float8Linear(StandIn, nn.Linear):
     product: Float8Product
 
     @override
-    def forward(self, x: Tensor | Rows) -> Tensor:
+    def forward(self, input: Tensor | Rows) -> Tensor:  # noqa: A002 - nn.Linear's name
         """Multiply (batch, tokens, width), quantized already or to be quantized."""
-        out: Tensor = self.product(x)
+        out: Tensor = self.product(input)
         return out
 
 

@@ -261,8 +261,18 @@ class _Table(Listener):
 class _TabledZero(StandIn, AdaLayerNormZero):  # type: ignore[misc]
     """Six modulations, computed or looked up."""
 
-    def forward(self, x: Tensor, *_: Any, emb: Tensor, **__: Any) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        x: Tensor,
+        timestep: Tensor | None = None,
+        class_labels: Tensor | None = None,
+        hidden_dtype: torch.dtype | None = None,
+        emb: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
         """Return the modulated norm and the modulations left, as diffusers does."""
+        if self.emb is not None or emb is None:  # FLUX's blocks have none of their own
+            plain: Any = super().forward
+            return plain(x, timestep, class_labels, hidden_dtype, emb)  # type: ignore[no-any-return]
         shift, scale, *rest = modulations(self, emb).chunk(6, dim=1)
         return (self.norm(x) * (1 + scale[:, None]) + shift[:, None], *rest)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -239,16 +240,23 @@ class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
         attn: Any,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend; arguments as in diffusers."""
+        """Attend.
+
+        The arguments are diffusers', by name: `Attention.forward` passes on only what it finds
+        in this signature, and drops the rest with a warning.
+        """
+        run: Any = super().__call__
         plain = encoder_hidden_states is not None
-        if plain or not isinstance(getattr(attn, "to_qkv", None), FusedProjection):
-            run: Any = super().__call__
-            return run(attn, hidden_states, encoder_hidden_states, *args, **kwargs)  # type: ignore[no-any-return]
-        fused: Any = FusedAttnProcessor2_0.__call__
-        return fused(self, attn, hidden_states, None, *args, **kwargs)  # type: ignore[no-any-return]
+        if not plain and isinstance(getattr(attn, "to_qkv", None), FusedProjection):
+            run = functools.partial(FusedAttnProcessor2_0.__call__, self)
+        return run(  # type: ignore[no-any-return]
+            attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+        )
 
 
 class _KeepShared(Listener):
