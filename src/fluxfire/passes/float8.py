@@ -281,7 +281,7 @@ class Float8Linear(StandIn, nn.Linear):
     product: Float8Product
 
     @override
-    def forward(self, input: Tensor | Rows) -> Tensor:  # noqa: A002 - nn.Linear's name
+    def forward(self, input: Tensor | Rows) -> Tensor:
         """Multiply (batch, tokens, width), quantized already or to be quantized."""
         out: Tensor = self.product(input)
         return out

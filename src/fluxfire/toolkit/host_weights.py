@@ -124,8 +124,8 @@ class Gone(nn.Parameter):
         clears = func.__name__ == "requires_grad_" or name in ("requires_grad", "grad")
         if not (tells or func.__name__ in _KNOWN or (clears and args[1:] in ((False,), (None,)))):
             raise FluxfireError(
-                "a weight that Float8(originals='drop') let go of was read or written (a LoRA is "
-                "fused, or weights are edited?); do that before optimize(), or keep the weights "
+                "a weight that Float8(originals='drop') let go of was read or written (is a LoRA "
+                "fused, are weights edited or offloaded?); do that before optimize(), or keep them "
                 "(originals='host')"
             )
         function: Any = super().__torch_function__  # untyped
