@@ -85,9 +85,10 @@ def _start(folder: Path, artifacts: Path, sizes: list[tuple[int, int]]) -> dict[
     import torch
 
     import fluxfire
-    from fluxfire import kontext, presets
+    from fluxfire import presets
     from fluxfire.loading import load
     from fluxfire.passes import MegaCache
+    from fluxfire.supported import model_of
 
     lap("imports")
     pipe = load(str(folder))
@@ -98,7 +99,7 @@ def _start(folder: Path, artifacts: Path, sizes: list[tuple[int, int]]) -> dict[
     fluxfire.optimize(pipe, passes)
     lap("optimize")
     call: dict[str, Any] = {}
-    if kontext.is_tiny(pipe):
+    if model_of(pipe).is_tiny(pipe):
         call = {"_auto_resize": False, "max_sequence_length": 24}
     pipe.set_progress_bar_config(disable=True)
     fluxfire.warmup(pipe, sizes, **call)

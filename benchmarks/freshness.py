@@ -20,8 +20,6 @@ import fluxfire
 import full_or_tiny
 from fluxfire import presets
 from fluxfire.bench import stamp
-from fluxfire.conductor import conductor_of
-from fluxfire.freshness import Watch
 from fluxfire.passes import (
     Attention,
     EncodingCache,
@@ -33,6 +31,8 @@ from fluxfire.passes import (
     ReferenceCache,
 )
 from fluxfire.protocol import Pass
+from fluxfire.runtime.conductor import conductor_of
+from fluxfire.runtime.freshness import Watch
 from fluxfire.testing import edit, tiny_kontext
 from fluxfire.text import table
 

@@ -138,7 +138,7 @@ def cases() -> Iterator[Case]:
     yield Case("rows to float8, ours", lambda: float8.float8_rows(joint), row + row // 2)
     for n, k_ in ((3, 1), (4, 1), (1, 1), (1, 4), (1, 5)):
         rows = float8.Rows(*float8.float8_rows(make(1, tokens, k_ * WIDTH)))
-        w8, s8 = float8.quantised_weight(make(n * WIDTH, k_ * WIDTH))
+        w8, s8 = float8.quantized_weight(make(n * WIDTH, k_ * WIDTH))
         b8 = make(n * WIDTH)
         yield Case(
             f"float8 product {k_ * WIDTH} to {n * WIDTH}",

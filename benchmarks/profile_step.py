@@ -19,9 +19,8 @@ from torch.profiler import ProfilerActivity, profile
 import fluxfire
 from fluxfire import Change, Finding, Target, Transaction, presets
 from fluxfire.bench import Example, Workload, save_result, stamp
-from fluxfire.generation import Listener
-from fluxfire.kontext import Call
 from fluxfire.loading import RANDOM, load
+from fluxfire.model import Call
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -32,6 +31,7 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.protocol import Exactness, Pass, Stage
+from fluxfire.runtime.generation import Listener
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,17 +20,17 @@ from torch import Tensor
 from typing_extensions import override
 
 import fluxfire
-from fluxfire import Change, Transaction, kontext, spark
+from fluxfire import Change, Transaction, spark
 from fluxfire.bench import compare, save_result, stamp
 from fluxfire.bench.work import of_kinds
-from fluxfire.blocks import Run, Streams
-from fluxfire.kontext import Call
+from fluxfire.kontext import KONTEXT
+from fluxfire.kontext.attention import KeepingAttnProcessor, Kept
+from fluxfire.model import Call, Run, Streams
 from fluxfire.passes import FirstBlockCache, ReferenceCache
 from fluxfire.passes.reference_cache import ReferenceEngine
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import RunStatistics
 from fluxfire.text import table
-from fluxfire.toolkit.joint_attention import KeepingAttnProcessor, Kept
 
 STEPS = 28
 BLOCKS = 11  # of Spark
@@ -64,7 +64,7 @@ class Way(ReferenceCache):
         (engine,) = tx.listening(ReferenceEngine)
         engine.__class__ = _Tried
         if self.outputs:
-            for attention in kontext.attentions(tx.pipe.transformer):
+            for attention in KONTEXT.attentions(tx.pipe.transformer):
                 tx.set_class(attention.processor, _KeepingOutputs)
         return change
 

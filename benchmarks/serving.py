@@ -38,8 +38,8 @@ import torch
 from PIL import Image
 
 import fluxfire
-from fluxfire import kontext
 from fluxfire.bench import held_out, save_result, stamp
+from fluxfire.kontext import KONTEXT
 from fluxfire.loading import load
 from fluxfire.serve.levels import usual
 
@@ -127,7 +127,7 @@ def throughput(model: str, steps: int, side: int, runs: int = 8) -> dict[str, An
 
 def _bare_rate(model: str, picture: Image.Image, steps: int, runs: int) -> float:
     """Pictures a second of the pipeline by itself."""
-    call = kontext.exact_size(*picture.size)
+    call = KONTEXT.exact_size(*picture.size)
     with _bare(model) as edit:
 
         def make(n: int) -> None:

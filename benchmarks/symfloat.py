@@ -12,7 +12,7 @@ import torch
 from torch._inductor import config as inductor
 
 from fluxfire.bench import save_result, stamp
-from fluxfire.passes import inductor_patch
+from fluxfire.passes.article import inductor_patch
 
 
 def main() -> None:

@@ -27,9 +27,6 @@ When = Literal["at once", "when used", "for annotations"]
 Arrows = dict[tuple[str, str], set[When]]
 """By (who imports, what is imported): when. Files relative to the package, or parts of the map."""
 
-LEFT_OUT = ("protocol.py", "transaction.py")
-"""The one arrow that points up: the contract names what it hands to a pass, for an annotation."""
-
 CELL, LABEL, MARGIN = 18, 132, 8
 
 
@@ -52,7 +49,7 @@ def part_of(file: str, among: Sequence[str]) -> str | None:
 
 
 def between_files() -> Arrows:
-    """Find what the package's files import from each other, but for `LEFT_OUT`.
+    """Find what the package's files import from each other.
 
     What an `__init__.py` names under TYPE_CHECKING, it loads when it is used.
     """
@@ -65,8 +62,6 @@ def between_files() -> Arrows:
                 if other in known and other != file:
                     lazy = when == "for annotations" and file.endswith("__init__.py")
                     found.setdefault((file, other), set()).add("when used" if lazy else when)
-    if found.get(LEFT_OUT) == {"for annotations"}:
-        del found[LEFT_OUT]
     return found
 
 

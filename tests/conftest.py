@@ -82,7 +82,7 @@ def _global_state():
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    from fluxfire.freshness import rounding
+    from fluxfire.runtime.freshness import rounding
 
     module = torch.nn.modules.module
     hooks = ("forward_hooks", "forward_pre_hooks", "module_registration_hooks")
@@ -115,9 +115,10 @@ def _global_state_stays():
 @pytest.fixture(autouse=True)
 def _suggestions_work(monkeypatch):
     """Whatever list a refusal of the suite calls workable, it must work: see that it does."""
-    from fluxfire import applying, planning
+    from fluxfire import applying
+    from fluxfire.planning import check
 
-    plan = planning.make_plan
+    plan = check.make_plan
     trying = []
 
     def planned(pipe, passes, applied):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fluxfire import Change
-from fluxfire.generation import Listener
+from fluxfire.runtime.generation import Listener
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from graphlib import TopologicalSorter
 
 import pytest
@@ -42,7 +44,24 @@ def test_no_file_imports_itself_by_way_of_others(between_files):
 
 def test_a_pass_knows_no_sister(between_files):
     inside = [arrow for arrow in between_files if all(f.startswith("passes/") for f in arrow)]
-    assert {file for file, _ in inside} == {"passes/__init__.py"}
+    known = {(file, other) for file, other in inside if not other.startswith("passes/shared/")}
+    assert {file for file, _ in known} == {"passes/__init__.py"}
+
+
+def test_only_the_architecture_names_classes_of_flux():
+    """So that another architecture is another folder beside `kontext/`."""
+    naming = {
+        file
+        for file in FILES
+        for node in ast.walk(ast.parse((draw_imports.PACKAGE / file).read_text()))
+        for name in (
+            getattr(node, "id", None),
+            getattr(node, "name", None),
+            getattr(node, "attr", None),
+        )
+        if isinstance(name, str) and re.match(r"Flux[A-Z]", name)
+    }
+    assert {file.split("/")[0] for file in naming} <= {"kontext", "kernels", "spark"}
 
 
 def test_every_way_to_import_is_followed(tmp_path, monkeypatch):

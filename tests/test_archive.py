@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save
 
-from fluxfire.artifacts import archive
-from fluxfire.artifacts.archive import ArchiveError, Payload
+from fluxfire.passes.shared import artifact_file
+from fluxfire.passes.shared.artifact_file import ArchiveError, Payload
 
 ANY_FOLDER = settings(
     max_examples=300,
@@ -45,12 +45,12 @@ def file(tmp_path):
 def test_what_was_added_is_read(tmp_path_factory, some, key):
     file = tmp_path_factory.mktemp("round") / "m"
     for payload in some:
-        archive.add(file, [payload], key)
-    assert archive.read(file, key) == tuple(some)
+        artifact_file.add(file, [payload], key)
+    assert artifact_file.read(file, key) == tuple(some)
 
 
 def test_the_header_can_be_read_without_us(file):
-    archive.add(file, [ONE], None)
+    artifact_file.add(file, [ONE], None)
     data = file.read_bytes()
     (length,) = struct.unpack("<Q", data[:8])
     envelope = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["fluxfire.megacache"])
@@ -60,9 +60,9 @@ def test_the_header_can_be_read_without_us(file):
 
 
 def test_the_same_again_adds_only_its_sizes(file):
-    archive.add(file, [ONE, TWO], None)
-    archive.add(file, [Payload(ONE.fingerprint, ("1+1+1",), 1.0, "", ONE.blob)], None)
-    first, second = archive.read(file, None)
+    artifact_file.add(file, [ONE, TWO], None)
+    artifact_file.add(file, [Payload(ONE.fingerprint, ("1+1+1",), 1.0, "", ONE.blob)], None)
+    first, second = artifact_file.read(file, None)
     assert first.sizes == ("1+1+1", "64+64+24")
     assert (first.seconds, second) == (ONE.seconds, TWO)
 
@@ -74,14 +74,14 @@ def test_arbitrary_bytes_are_disbelieved(tmp_path_factory, data):
     file.write_bytes(data)
     for key in (None, b"secret"):
         with pytest.raises(ArchiveError):
-            archive.read(file, key)
+            artifact_file.read(file, key)
 
 
 @ANY_FOLDER
 @given(st.data(), KEYS)
 def test_damage_anywhere_is_found(tmp_path_factory, data, key):
     file = tmp_path_factory.mktemp("fuzz") / "m"
-    archive.add(file, [ONE, TWO], key)
+    artifact_file.add(file, [ONE, TWO], key)
     whole = bytearray(file.read_bytes())
     where = data.draw(st.integers(0, len(whole) - 1), "where")
     kind = data.draw(st.sampled_from(["flip", "cut", "insert", "overwrite"]), "kind")
@@ -98,7 +98,7 @@ def test_damage_anywhere_is_found(tmp_path_factory, data, key):
         whole[where : where + len(new)] = new
     file.write_bytes(whole)
     with pytest.raises(ArchiveError):
-        archive.read(file, key)
+        artifact_file.read(file, key)
 
 
 json_values = st.recursive(
@@ -115,7 +115,7 @@ def test_headers_of_any_shape_are_disbelieved(tmp_path_factory, envelope):
     marked = {"fluxfire.megacache": json.dumps(envelope)}
     file.write_bytes(save({"0": np.zeros(3, np.uint8)}, metadata=marked))
     with pytest.raises(ArchiveError):
-        archive.read(file, None)
+        artifact_file.read(file, None)
 
 
 @pytest.mark.parametrize(
@@ -129,60 +129,60 @@ def test_headers_of_any_shape_are_disbelieved(tmp_path_factory, envelope):
 def test_foreign_files_are_named(file, data, words):
     file.write_bytes(data)
     with pytest.raises(ArchiveError, match=words):
-        archive.read(file, None)
+        artifact_file.read(file, None)
     with pytest.raises(ArchiveError, match=words):
-        archive.add(file, [ONE], None)
+        artifact_file.add(file, [ONE], None)
     assert file.read_bytes() == data
 
 
 def test_keys(file):
-    archive.add(file, [ONE], b"mine")
-    assert archive.read(file, b"mine") == (ONE,)
+    artifact_file.add(file, [ONE], b"mine")
+    assert artifact_file.read(file, b"mine") == (ONE,)
     with pytest.raises(ArchiveError, match="signed with another key than FLUXFIRE_MEGACACHE_"):
-        archive.read(file, b"yours")
+        artifact_file.read(file, b"yours")
     file.unlink()
-    archive.add(file, [ONE], None)
+    artifact_file.add(file, [ONE], None)
     with pytest.raises(ArchiveError, match="it is not signed, and FLUXFIRE_MEGACACHE_KEY is"):
-        archive.read(file, b"mine")
+        artifact_file.read(file, b"mine")
 
 
 def test_files_that_others_can_write_need_a_signature(file):
-    archive.add(file, [ONE], b"mine")
+    artifact_file.add(file, [ONE], b"mine")
     file.chmod(0o664)
     with pytest.raises(ArchiveError, match="it can be written by other users, who could chan"):
-        archive.read(file, None)
-    assert archive.read(file, b"mine") == (ONE,)
+        artifact_file.read(file, None)
+    assert artifact_file.read(file, b"mine") == (ONE,)
     file.chmod(0o600)
     file.parent.chmod(0o777)
     with pytest.raises(ArchiveError, match="its folder .* can be written by other users"):
-        archive.read(file, None)
+        artifact_file.read(file, None)
     file.parent.chmod(0o1777)  # as /tmp: others cannot replace one's files
-    assert archive.read(file, None) == (ONE,)
+    assert artifact_file.read(file, None) == (ONE,)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_files_of_other_users_need_a_signature(file):
-    archive.add(file, [ONE], b"mine")
+    artifact_file.add(file, [ONE], b"mine")
     os.chown(file, 12345, 12345)
     with pytest.raises(ArchiveError, match="it belongs to another user"):
-        archive.read(file, None)
+        artifact_file.read(file, None)
 
 
 def _add_many(file, first):
     for i in range(first, first + 20):
-        archive.add(file, [Payload({"n": str(i)}, (), 0.0, "", str(i).encode())], None)
+        artifact_file.add(file, [Payload({"n": str(i)}, (), 0.0, "", str(i).encode())], None)
 
 
 def test_writers_at_the_same_time_lose_nothing(file, monkeypatch):
     # The last of them waits for all others, which may take a minute on a busy machine.
-    monkeypatch.setattr(archive, "_LOCK_SECONDS", 600)
+    monkeypatch.setattr(artifact_file, "_LOCK_SECONDS", 600)
     fork = multiprocessing.get_context("fork")
     writers = [fork.Process(target=_add_many, args=(file, first)) for first in (0, 20, 40)]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert {p.fingerprint["n"] for p in archive.read(file, None)} == set(map(str, range(60)))
+    assert {p.fingerprint["n"] for p in artifact_file.read(file, None)} == set(map(str, range(60)))
 
 
 STAGES = ["os.open", "os.fdopen", "os.fsync", "pathlib.Path.replace"]
@@ -190,7 +190,7 @@ STAGES = ["os.open", "os.fdopen", "os.fsync", "pathlib.Path.replace"]
 
 def _add_and_die(file, stage, *, after):
     module, name = stage.rsplit(".", 1)
-    owner = archive.Path if module == "pathlib.Path" else getattr(archive, module)
+    owner = artifact_file.Path if module == "pathlib.Path" else getattr(artifact_file, module)
     plain = getattr(owner, name)
 
     def die(*arguments, **options):
@@ -199,66 +199,66 @@ def _add_and_die(file, stage, *, after):
         os._exit(9)
 
     setattr(owner, name, die)
-    archive.add(file, [TWO], None)
+    artifact_file.add(file, [TWO], None)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("after", [False, True])
 def test_a_writer_that_is_killed_leaves_a_whole_file(file, stage, after):
-    archive.add(file, [ONE], None)
+    artifact_file.add(file, [ONE], None)
     fork = multiprocessing.get_context("fork")
     writer = fork.Process(target=_add_and_die, args=(file, stage), kwargs={"after": after})
     writer.start()
     writer.join()
     assert writer.exitcode == 9
     written = stage.endswith("replace") and after
-    assert archive.read(file, None) == ((ONE, TWO) if written else (ONE,))
-    archive.add(file, [TWO], None)
-    assert archive.read(file, None) == (ONE, TWO)
+    assert artifact_file.read(file, None) == ((ONE, TWO) if written else (ONE,))
+    artifact_file.add(file, [TWO], None)
+    assert artifact_file.read(file, None) == (ONE, TWO)
     assert not list(file.parent.glob(".*.part"))
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_full_disk_leaves_the_old_file(file, stage, monkeypatch):
-    archive.add(file, [ONE], None)
+    artifact_file.add(file, [ONE], None)
 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(stage, full)
     with pytest.raises(OSError, match="No space left"):
-        archive.add(file, [TWO], None)
+        artifact_file.add(file, [TWO], None)
     monkeypatch.undo()
-    assert archive.read(file, None) == (ONE,)
+    assert artifact_file.read(file, None) == (ONE,)
 
 
 def test_equal_bytes_for_two_gpus_are_two_payloads(file):
     other = Payload({"torch": "2.13", "gpu": "H200"}, (), 1.0, "", ONE.blob)
-    archive.add(file, [ONE, other], None)
-    assert archive.read(file, None) == (ONE, other)
+    artifact_file.add(file, [ONE, other], None)
+    assert artifact_file.read(file, None) == (ONE, other)
 
 
 def test_without_a_key_a_signed_file_keeps_its_signature(file):
-    archive.add(file, [ONE], b"mine")
+    artifact_file.add(file, [ONE], b"mine")
     file.chmod(0o600)
     with pytest.raises(ArchiveError, match="it is signed, and without FLUXFIRE_MEGACACHE_KEY"):
-        archive.add(file, [TWO], None)
-    assert archive.read(file, b"mine") == (ONE,)
+        artifact_file.add(file, [TWO], None)
+    assert artifact_file.read(file, b"mine") == (ONE,)
 
 
 @pytest.mark.parametrize("signature", ["é" * 64, "0" * 63, "x" * 64, 3, None])
 def test_signatures_that_are_none(file, signature):
-    file.write_bytes(archive._bytes([ONE], archive._header([ONE]), signature))
+    file.write_bytes(artifact_file._bytes([ONE], artifact_file._header([ONE]), signature))
     file.chmod(0o600)
     with pytest.raises(ArchiveError, match="it is damaged"):
-        archive.read(file, b"mine")
+        artifact_file.read(file, b"mine")
 
 
 def test_keys_are_any_bytes(monkeypatch):
-    monkeypatch.setenv(archive.KEY_VARIABLE, os.fsdecode(b"\xff\xfe key"))
-    assert archive.signing_key() == b"\xff\xfe key"
-    monkeypatch.delenv(archive.KEY_VARIABLE)
-    assert archive.signing_key() is None
+    monkeypatch.setenv(artifact_file.KEY_VARIABLE, os.fsdecode(b"\xff\xfe key"))
+    assert artifact_file.signing_key() == b"\xff\xfe key"
+    monkeypatch.delenv(artifact_file.KEY_VARIABLE)
+    assert artifact_file.signing_key() is None
 
 
 @pytest.fixture
@@ -273,16 +273,16 @@ def umask():
 )
 def test_permissions(file, umask, key, mask, first):
     umask(mask)
-    archive.add(file, [ONE], key)
+    artifact_file.add(file, [ONE], key)
     assert file.stat().st_mode & 0o777 == first
     file.chmod(0o640)
-    archive.add(file, [TWO], key)
+    artifact_file.add(file, [TWO], key)
     assert file.stat().st_mode & 0o777 == 0o640
 
 
 def test_a_folder_that_others_can_write_is_refused_before_anything_is_written(file):
     file.parent.chmod(0o775)
-    for work in (archive.read, lambda path, key: archive.add(path, [ONE], key)):
+    for work in (artifact_file.read, lambda path, key: artifact_file.add(path, [ONE], key)):
         with pytest.raises(ArchiveError, match="its folder .* can be written by other users"):
             work(file, None)
     assert not file.exists()
@@ -291,22 +291,26 @@ def test_a_folder_that_others_can_write_is_refused_before_anything_is_written(fi
 def test_a_link_is_followed_and_stays(file, tmp_path):
     (tmp_path / "real").mkdir(mode=0o700)
     file.symlink_to(tmp_path / "real" / "m")
-    archive.add(file, [ONE], None)
-    archive.add(file, [TWO], None)
+    artifact_file.add(file, [ONE], None)
+    artifact_file.add(file, [TWO], None)
     assert file.is_symlink()
-    assert archive.read(tmp_path / "real" / "m", None) == archive.read(file, None) == (ONE, TWO)
+    assert (
+        artifact_file.read(tmp_path / "real" / "m", None)
+        == artifact_file.read(file, None)
+        == (ONE, TWO)
+    )
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     with pytest.raises((ArchiveError, OSError), match="back to itself|Too many levels"):
-        archive.read(loop, None)
+        artifact_file.read(loop, None)
 
 
 def test_what_is_no_file_is_refused_at_once(file, tmp_path):
     os.mkfifo(file)
     with pytest.raises(ArchiveError, match="it is a pipe or a device, not a file"):
-        archive.read(file, None)
+        artifact_file.read(file, None)
     with pytest.raises(IsADirectoryError):
-        archive.read(tmp_path, None)
+        artifact_file.read(tmp_path, None)
 
 
 def test_a_giant_is_not_read(file):
@@ -314,38 +318,38 @@ def test_a_giant_is_not_read(file):
         hollow.truncate(1 << 40)
     file.chmod(0o600)
     with pytest.raises(ArchiveError, match="1099511627776 bytes, more than any megacache has"):
-        archive.read(file, None)
+        artifact_file.read(file, None)
 
 
 @pytest.mark.parametrize("text", ["\x1b[2J", "\ud800", "a\nb"])
 def test_texts_that_would_not_print_are_neither_written_nor_read(file, text):
     bad = Payload({"gpu": text}, (), 0.0, "", b"x")
-    archive.add(file, [ONE], None)
+    artifact_file.add(file, [ONE], None)
     with pytest.raises(ArchiveError, match="a text in it would not print"):
-        archive.add(file, [bad], None)
-    assert archive.read(file, None) == (ONE,)
-    file.write_bytes(archive._pack([bad], None))
+        artifact_file.add(file, [bad], None)
+    assert artifact_file.read(file, None) == (ONE,)
+    file.write_bytes(artifact_file._pack([bad], None))
     with pytest.raises(ArchiveError, match="a text in it would not print"):
-        archive.read(file, None)
+        artifact_file.read(file, None)
 
 
 def test_what_would_be_too_large_is_not_written(file, monkeypatch):
-    archive.add(file, [ONE], None)
-    monkeypatch.setattr(archive, "_LARGEST", len(file.read_bytes()))
+    artifact_file.add(file, [ONE], None)
+    monkeypatch.setattr(artifact_file, "_LARGEST", len(file.read_bytes()))
     with pytest.raises(ArchiveError, match="delete it to start anew"):
-        archive.add(file, [TWO], None)
-    assert archive.read(file, None) == (ONE,)
-    monkeypatch.setattr(archive, "_LARGEST_HEADER", 100)
+        artifact_file.add(file, [TWO], None)
+    assert artifact_file.read(file, None) == (ONE,)
+    monkeypatch.setattr(artifact_file, "_LARGEST_HEADER", 100)
     with pytest.raises(ArchiveError, match="its header has [0-9]+ bytes"):
-        archive.read(file, None)
+        artifact_file.read(file, None)
 
 
 def test_what_a_file_says_cannot_command_a_terminal(file):
     header = json.dumps({"format": "\x1b[2J" + 1000 * "x", "payloads": []})
-    file.write_bytes(archive._bytes([], header, ""))
+    file.write_bytes(artifact_file._bytes([], header, ""))
     file.chmod(0o600)
     with pytest.raises(ArchiveError, match="its format") as error:
-        archive.read(file, None)
+        artifact_file.read(file, None)
     assert str(error.value).isprintable()
     assert len(str(error.value)) < 400
 
@@ -354,38 +358,38 @@ def test_a_payload_whose_keys_another_holds_is_left_out(file):
     whole = Payload({"gpu": "A"}, ("1+1+1",), 2.0, "", b"whole", ("graph a", "graph b"))
     part = Payload({"gpu": "A"}, ("2+2+2",), 1.0, "", b"part", ("graph b",))
     elsewhere = Payload({"gpu": "B"}, (), 1.0, "", b"part", ("graph b",))
-    archive.add(file, [whole], None)
-    archive.add(file, [part, elsewhere], None)
-    first, second = archive.read(file, None)
+    artifact_file.add(file, [whole], None)
+    artifact_file.add(file, [part, elsewhere], None)
+    first, second = artifact_file.read(file, None)
     assert (first.blob, first.sizes) == (b"whole", ("1+1+1", "2+2+2"))
     assert second == elsewhere
 
 
 def test_a_look_at_a_file_that_would_not_be_used(file):
-    archive.add(file, [ONE], b"mine")
+    artifact_file.add(file, [ONE], b"mine")
     file.chmod(0o666)
-    assert archive.peek(file) == (ONE,)
+    assert artifact_file.peek(file) == (ONE,)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(ArchiveError):
-        archive.peek(file)
+        artifact_file.peek(file)
 
 
 def test_a_link_in_a_folder_of_others_is_refused(file, tmp_path):
     (tmp_path / "real").mkdir(mode=0o700)
-    archive.add(tmp_path / "real" / "m", [ONE], None)
+    artifact_file.add(tmp_path / "real" / "m", [ONE], None)
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     link = tmp_path / "open" / "m"
     link.symlink_to(tmp_path / "real" / "m")
     with pytest.raises(ArchiveError, match="its folder .*open can be written by others|other"):
-        archive.read(link, None)
+        artifact_file.read(link, None)
 
 
 def test_only_its_own_left_overs_are_removed(tmp_path):
     parts = [tmp_path / f".{name}.{'0' * 32}.part" for name in ("a", "ab", "a.b", "[a]")]
     for part in parts:
         part.touch()
-    archive.add(tmp_path / "[a]", [ONE], None)
+    artifact_file.add(tmp_path / "[a]", [ONE], None)
     assert [part.exists() for part in parts] == [True, True, True, False]
-    archive.add(tmp_path / "a", [ONE], None)
+    artifact_file.add(tmp_path / "a", [ONE], None)
     assert [part.exists() for part in parts] == [False, True, True, False]

@@ -21,7 +21,7 @@ from fluxfire.bench.baselines import (
 )
 from fluxfire.bench.contenders import apart
 from fluxfire.errors import BenchError
-from fluxfire.kontext import blocks
+from fluxfire.kontext import KONTEXT
 from fluxfire.testing import edit, tiny_kontext
 
 LOAD = Workload(name="tiny", size=(32, 32), steps=12, auto_resize=False, text_tokens=24)
@@ -44,8 +44,8 @@ def test_a_pipeline_apart_shares_weights_and_nothing_else(pipe, reference):
     assert np.array_equal(edit(other), reference)
     mine, its = (dict(p.transformer.named_parameters()) for p in (pipe, other))
     assert all(its[name] is mine[name] for name in mine)
-    assert not set(blocks(pipe.transformer)) & set(blocks(other.transformer))
-    blocks(other.transformer)[0].attn.to_q = torch.nn.Identity()
+    assert not set(KONTEXT.blocks(pipe.transformer)) & set(KONTEXT.blocks(other.transformer))
+    KONTEXT.blocks(other.transformer)[0].attn.to_q = torch.nn.Identity()
     assert np.array_equal(edit(pipe), reference)
 
 

@@ -13,7 +13,6 @@ from PIL import Image
 
 import fluxfire
 from doubles import SkipBlock
-from fluxfire import kontext
 from fluxfire.bench import (
     Contender,
     Example,
@@ -32,6 +31,7 @@ from fluxfire.bench.phases import phases
 from fluxfire.bench.tables import as_csv, as_text
 from fluxfire.bench.work import BlockCounter
 from fluxfire.errors import BenchError, PlanError
+from fluxfire.kontext import KONTEXT
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, QKVFusion
 from fluxfire.testing import edit, tiny_kontext
 
@@ -468,10 +468,10 @@ def test_counting_blocks_leaves_passes_at_work_and_no_trace():
     pipe = tiny_kontext()
     with fluxfire.optimized(pipe, [FusedBlocks()]):
         expected = edit(pipe)
-        before = [dict(vars(b)) for b in kontext.blocks(pipe.transformer)]
-        with BlockCounter(pipe.transformer) as counter:
+        before = [dict(vars(b)) for b in KONTEXT.blocks(pipe.transformer)]
+        with BlockCounter(pipe) as counter:
             assert np.array_equal(edit(pipe), expected)
-        assert [dict(vars(b)) for b in kontext.blocks(pipe.transformer)] == before
+        assert [dict(vars(b)) for b in KONTEXT.blocks(pipe.transformer)] == before
     assert counter.work(4).steps == expected_steps(counter)
 
 

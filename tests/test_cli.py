@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fluxfire import presets
-from fluxfire.artifacts import archive
 from fluxfire.cli import main
 from fluxfire.errors import PictureError
 from fluxfire.passes.mega_cache import machine
+from fluxfire.passes.shared import artifact_file
 from fluxfire.pictures import read_picture
 
 
@@ -182,14 +182,16 @@ def test_without_a_command_all_are_listed(capsys):
 def test_megacache(capsys, tmp_path):
     file = tmp_path / "m"
     assert run(capsys, "megacache", "verify", file)[0] == 1
-    archive.add(file, [archive.Payload({"gpu": "H100"}, ("1+2+3",), 2.5, "now", b"xyz")], None)
+    artifact_file.add(
+        file, [artifact_file.Payload({"gpu": "H100"}, ("1+2+3",), 2.5, "now", b"xyz")], None
+    )
     status, out, _ = run(capsys, "megacache", "inspect", file)
     assert status == 0
     for words in ("payload 0", "H100", "1+2+3", "2.5 s", "m is intact, and nobody else can"):
         assert words in out
     status, out, _ = run(capsys, "megacache", "verify", file)
     assert (status, out.split("; ")[1]) == (1, "0 of 1 payloads fit this machine\n")
-    archive.add(file, [archive.Payload(machine(), (), 1.0, "now", b"here")], None)
+    artifact_file.add(file, [artifact_file.Payload(machine(), (), 1.0, "now", b"here")], None)
     status, out, _ = run(capsys, "megacache", "verify", file)
     assert (status, out.split("; ")[1]) == (0, "1 of 2 payloads fit this machine\n")
     file.chmod(0o666)  # a file that would not be used can be looked at

@@ -13,7 +13,6 @@ from torch._inductor import config as inductor_config
 
 from doubles import Bare, HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change, Finding
-from fluxfire.generation import Listener
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -27,6 +26,7 @@ from fluxfire.passes import (
     QKVFusion,
     ReferenceCache,
 )
+from fluxfire.runtime.generation import Listener
 from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
 
 OURS = [

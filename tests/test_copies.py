@@ -23,8 +23,10 @@ from torch import nn
 
 import fluxfire
 from doubles import Bare, ScaleTemb
-from fluxfire import Change, kontext
+from fluxfire import Change, modules
+from fluxfire.edits.stand_in import StandIn
 from fluxfire.errors import FluxfireError, PlanError
+from fluxfire.kontext import KONTEXT
 from fluxfire.passes import (
     Attention,
     EncodingCache,
@@ -34,7 +36,6 @@ from fluxfire.passes import (
     MemoryLayout,
     QKVFusion,
 )
-from fluxfire.stand_in import StandIn
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from test_undo import PASSES
 
@@ -69,7 +70,7 @@ def structure(pipe):
     for key, value in fingerprint(pipe).items():
         is_object = ": attribute " in key and isinstance(value, tuple) and len(value) == 2
         facts[key] = value[0] if is_object and isinstance(value[1], int) else value
-    for name, component in kontext.modules(pipe):
+    for name, component in modules.components(pipe):
         for where, module in component.named_modules():
             for key, value in vars(module).items():
                 if hasattr(value, "__dict__") and not isinstance(value, type):
@@ -80,7 +81,7 @@ def structure(pipe):
 def heard(pipe):
     """The modules that a generation calls, as forward hooks hear of them."""
     names, handles = set(), []
-    for component_name, component in kontext.modules(pipe):
+    for component_name, component in modules.components(pipe):
         for name, module in component.named_modules():
             said = f"{component_name}.{name}"
             handles += [
@@ -233,7 +234,7 @@ def test_a_copy_of_one_model_copies_no_other(pass_):
     pipe, _ = optimized(pass_)
     for owner in (pipe.transformer, pipe.vae, pipe.text_encoder):
         owner.counted = Counted()
-    for attention in kontext.attentions(pipe.transformer):
+    for attention in KONTEXT.attentions(pipe.transformer):
         attention.counted = attention.to_q.counted = Counted()
     Counted.copies = 0
     copy.deepcopy(pipe.text_encoder_2)
@@ -351,7 +352,7 @@ def test_pipelines_that_share_the_models(pass_, relate):
     fluxfire.optimize(pipe, [pass_])
     changed = edit(pipe)
     relative = relate(pipe)
-    assert type(relative) in kontext.PIPELINES
+    assert type(relative) in KONTEXT.pipelines
     assert list(vars(relative)) == names
     assert fluxfire.report(relative).passes == ()
     if pass_.exactness == "lossy" and pass_.name in OF_THE_MODEL:

@@ -21,7 +21,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 import fluxfire.spark.pipeline  # noqa: F401 - derives from the real class, so before it is replaced
-from fluxfire import plugins
+from fluxfire.planning import registry
 from fluxfire.testing import check_pass, tiny_kontext
 from fluxfire_skip_tail import SkipTail
 
@@ -92,9 +92,9 @@ def test_figures_are_those_of_the_committed_results():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("name", plugins.own())
+@pytest.mark.parametrize("name", registry.own())
 def test_docstrings_of_passes_say_what_the_table_of_passes_says(name):
-    cls = plugins.own()[name]
+    cls = registry.own()[name]
     lines = (MANUAL / "reference" / "passes.md").read_text().splitlines()
     row = " ".join(line for line in lines if line.startswith("|") and f"`{cls.__name__}" in line)
     paragraphs = [" ".join(part.split()) for part in cls.__doc__.split("\n\n")]

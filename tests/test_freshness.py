@@ -25,7 +25,6 @@ from torch import nn
 
 import fluxfire
 from fluxfire.errors import FluxfireError
-from fluxfire.freshness import Watch, heard_by_others
 from fluxfire.kernels import checksum
 from fluxfire.passes import (
     Attention,
@@ -38,6 +37,7 @@ from fluxfire.passes import (
     QKVFusion,
     ReferenceCache,
 )
+from fluxfire.runtime.freshness import Watch, heard_by_others
 from fluxfire.testing import edit, tiny_kontext
 
 CLOSE = 2e-5
@@ -652,7 +652,7 @@ def test_rounding_flags():
     """In a process of its own, since torch does not undo all of them."""
     script = """
 import torch
-from fluxfire.freshness import rounding
+from fluxfire.runtime.freshness import rounding
 cpu = torch.device("cpu")
 for line in FLAGS:
     before = rounding(cpu)

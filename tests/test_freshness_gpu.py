@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxfire.freshness import Watch
 from fluxfire.kernels import checksum
+from fluxfire.runtime.freshness import Watch
 
 pytestmark = pytest.mark.gpu
 

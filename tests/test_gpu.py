@@ -16,6 +16,7 @@ from fluxfire import kernels, presets
 from fluxfire.kernels import float8
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.heads import Stream
+from fluxfire.kontext.modulation import modulations
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -28,7 +29,6 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.testing import check_pass, edit, tiny_kontext
-from fluxfire.toolkit.modulation import modulations
 
 pytestmark = pytest.mark.gpu
 
@@ -208,7 +208,7 @@ def test_steps_are_timed_by_the_device():
 
 @pytest.mark.slow
 def test_inductor_patch_rescues_the_failing_case():
-    from fluxfire.passes.inductor_patch import guarded, needed
+    from fluxfire.passes.article.inductor_patch import guarded, needed
 
     if not needed():
         pytest.skip("this torch guards same_meta itself")
@@ -230,7 +230,7 @@ def test_inductor_patch_rescues_the_failing_case():
 def test_float8_products_with_a_bias_in_every_dtype_of_the_result(dtype):
     x, weight = torch.randn(1, 32, 64), torch.randn(48, 64)
     bias = torch.randn(48, dtype=dtype)
-    kept = float8.quantised_weight(weight)
+    kept = float8.quantized_weight(weight)
     made = []
     for device in ("cpu", "cuda"):
         rows = float8.Rows(*float8.float8_rows(x.to(device, dtype)))

@@ -19,9 +19,9 @@ from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.passes import FirstBlockCache
 from fluxfire.reporting import compile_counts
 from fluxfire.reporting.report import Report
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.runtime.turns import Turns
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
-from fluxfire.transaction import Transaction
-from fluxfire.turns import Turns
 from test_undo import PASSES
 
 OURS = str(Path(fluxfire.__file__).parent)

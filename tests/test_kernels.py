@@ -124,7 +124,7 @@ def test_products(shape, dtype):
     rows = float8.Rows(*float8.gelu_float8(y, hidden))
     exact = torch.cat([y.double(), F.gelu(hidden.double(), approximate="tanh")], -1)
     assert off(rows.data.double() * rows.scale.double(), exact) < EIGHT_BITS
-    weight, scale = float8.quantised_weight(w_out)
+    weight, scale = float8.quantized_weight(w_out)
     exact = F.linear(rows.data.double() * rows.scale, weight.double() * scale, bias.double())
     assert off(float8.float8_linear(rows, weight, scale, bias, dtype), exact) < ERROR[dtype]
 
@@ -168,7 +168,7 @@ for heads in (3, 8):
         for a, b in zip(one, other, strict=True):
             assert (a.float() - b.float()).norm() <= within * a.float().norm()
 
-    def dequantised(pair):
+    def dequantized(pair):
         return (pair[0].float() * pair[1],)
 
     for beside in (text, None):
@@ -179,8 +179,8 @@ for heads in (3, 8):
         same([kernels.gated_add(*residual)], [modulated._gated_add_cuda(*residual)])
         # The interpreter cuts digits off where a GPU rounds: up to a step of e4m3, an eighth.
         same(
-            dequantised(float8.modulated_norm_float8(*norm)),
-            dequantised(float8._modulated_norm_float8_cuda(*norm)),
+            dequantized(float8.modulated_norm_float8(*norm)),
+            dequantized(float8._modulated_norm_float8_cuda(*norm)),
             1 / 10,
         )
     cos, sin = (torch.rand(14, 8).repeat_interleave(2, 1) for _ in range(2))
@@ -214,8 +214,8 @@ for heads in (3, 8):
     for beside in (image, None):
         x = torch.randn(2, 9, 4 * width)
         same(
-            dequantised(float8.gelu_float8(beside, x)),
-            dequantised(float8._rows_float8_cuda(beside, x, gelu=True)),
+            dequantized(float8.gelu_float8(beside, x)),
+            dequantized(float8._rows_float8_cuda(beside, x, gelu=True)),
             1 / 10,
         )
 print("the same")

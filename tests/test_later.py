@@ -550,7 +550,7 @@ def test_loras_of_several_ranks_swapped_in_place(passes):
 
 
 class Rounded(torch.Tensor):
-    """A weight as quantisers make them: a subclass, without a storage that torch could show."""
+    """A weight as quantizers make them: a subclass, without a storage that torch could show."""
 
     @staticmethod
     def __new__(cls, numbers):
@@ -566,7 +566,7 @@ class Rounded(torch.Tensor):
         return cls(made) if func is torch.ops.aten.detach.default else made
 
 
-def quantise(pipe: Any) -> None:
+def quantize(pipe: Any) -> None:
     for module in [*pipe.transformer.modules()]:
         if type(module) is nn.Linear or isinstance(module, nn.Linear):
             rounded = Rounded(module.weight.detach())
@@ -574,12 +574,12 @@ def quantise(pipe: Any) -> None:
 
 
 @pytest.mark.parametrize("passes", [[QKVFusion()], [FusedBlocks()], [ModulationTable()]], ids=str)
-def test_weights_quantised_later(passes):
+def test_weights_quantized_later(passes):
     plain, pipe = tiny_kontext(), tiny_kontext()
     before = picture(plain)
     picture(fluxfire.optimize(pipe, passes))
-    quantise(plain)
-    quantise(pipe)
+    quantize(plain)
+    quantize(pipe)
     assert apart(picture(plain), before) > ROUNDING
     same_as_plain(pipe, plain, exact=True, rounds=ROUNDING)
     fluxfire.restore(pipe)

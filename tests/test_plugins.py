@@ -6,18 +6,18 @@ import pytest
 
 import fluxfire
 from doubles import SkipBlock
-from fluxfire import plugins
 from fluxfire.cli import main
 from fluxfire.errors import PlanError
+from fluxfire.planning import registry
 
 
 @pytest.fixture
 def announced(monkeypatch):
     entries = [
-        EntryPoint("skip-block", "doubles:SkipBlock", plugins.GROUP),
-        EntryPoint("gone", "no_such_package:Gone", plugins.GROUP),
+        EntryPoint("skip-block", "doubles:SkipBlock", registry.GROUP),
+        EntryPoint("gone", "no_such_package:Gone", registry.GROUP),
     ]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
 
 
 def test_an_announced_pass_is_found_by_name(pipe, announced):
@@ -45,7 +45,7 @@ def test_a_plugin_that_fails_otherwise_is_named_too(pipe, monkeypatch):
         raise RuntimeError("no driver")
 
     entries = {"needy": Entry(lambda: Needy), "broken": Entry(broken)}
-    monkeypatch.setattr(plugins, "announced", lambda: entries)
+    monkeypatch.setattr(registry, "announced", lambda: entries)
     with pytest.raises(PlanError, match=r"cannot be imported: RuntimeError: no driver"):
         fluxfire.optimize(pipe, ["broken"])
     with pytest.raises(PlanError, match=r"'needy' cannot be used by its name alone .*'path'"):
@@ -72,8 +72,8 @@ def test_plugins_are_listed_as_what_they_are(capsys, announced):
 
 
 def test_a_plugin_that_is_no_pass_is_listed_so(capsys, monkeypatch):
-    entries = [EntryPoint("odd", "decimal:Decimal", plugins.GROUP)]
-    monkeypatch.setattr(plugins, "entry_points", lambda group: entries)
+    entries = [EntryPoint("odd", "decimal:Decimal", registry.GROUP)]
+    monkeypatch.setattr(registry, "entry_points", lambda group: entries)
     assert main(["passes"]) == 0
     assert "is not a pass: it has no name, stage" in capsys.readouterr().out
 

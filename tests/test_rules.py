@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 import fluxfire
 from doubles import Fake
 from fluxfire.errors import PlanError
+from fluxfire.planning.resolve import order
+from fluxfire.planning.rules import by_stage, faults, malformed, misfits, problems
 from fluxfire.protocol import BOUNDARIES, STAGES
-from fluxfire.resolve import order
-from fluxfire.rules import by_stage, faults, malformed, misfits, problems
 from fluxfire.text import spelled
 
 fakes = st.builds(
@@ -175,7 +175,7 @@ def test_public_names_are_those_of_their_homes(name):
 
 def test_rules_and_package_load_nothing_heavy():
     code = (
-        "import sys, fluxfire, fluxfire.rules, fluxfire.suggesting, fluxfire.cli;"
+        "import sys, fluxfire, fluxfire.planning.rules, fluxfire.planning.suggest, fluxfire.cli;"
         "print([m for m in ('torch', 'diffusers', 'transformers', 'numpy', 'PIL')"
         " if m in sys.modules])"
     )

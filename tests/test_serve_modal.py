@@ -371,8 +371,9 @@ def test_it_starts_a_fastapi_application():
 
 
 def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
-    from fluxfire import loading, recipes
+    from fluxfire import loading
     from fluxfire.passes import FirstBlockCache, MegaCache, QKVFusion
+    from fluxfire.planning import recipes
 
     preset = tmp_path / "mine.json"
     recipes.write([QKVFusion(), FirstBlockCache(0.2), MegaCache("elsewhere")], preset)
@@ -386,7 +387,7 @@ def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
 
 
 def test_by_default_containers_are_faithful_and_requests_can_ask_for_less(tmp_path):
-    from fluxfire import recipes
+    from fluxfire.planning import recipes
     from fluxfire.serve import levels
 
     assert Deployment().preset is None
@@ -411,9 +412,10 @@ def test_a_wrong_preset_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_warming_saves_artifacts(tmp_path, monkeypatch):
-    from fluxfire import loading, recipes
-    from fluxfire.artifacts import archive
+    from fluxfire import loading
     from fluxfire.passes import Compile
+    from fluxfire.passes.shared import artifact_file
+    from fluxfire.planning import recipes
     from fluxfire.testing import tiny_kontext
 
     def small(model):
@@ -426,7 +428,7 @@ def test_warming_saves_artifacts(tmp_path, monkeypatch):
         tmp_path, "small", str(tmp_path / "mine.json"), sizes=[(32, 32)], _auto_resize=False,
         max_sequence_length=24,
     )  # fmt: skip
-    assert archive.peek(tmp_path / "kontext.megacache")
+    assert artifact_file.peek(tmp_path / "kontext.megacache")
 
 
 @pytest.mark.filterwarnings("ignore:The prepare function is executing locally")

@@ -15,7 +15,7 @@ from PIL import Image
 
 import fluxfire
 from doubles import SkipBlock
-from fluxfire import presets, recipes
+from fluxfire import presets
 from fluxfire.bench import (
     Budget,
     Example,
@@ -29,9 +29,10 @@ from fluxfire.bench import (
 from fluxfire.bench.quality import Likeness, Quality
 from fluxfire.bench.tuning import caches
 from fluxfire.cli import main
-from fluxfire.conductor import conductor_of
 from fluxfire.errors import BenchError, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, ReferenceCache
+from fluxfire.planning import recipes
+from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import edit, tiny_kontext
 
 DIAL = tuple(FirstBlockCache(t) for t in (0.1, 0.2, 0.3, 0.4, 0.5))

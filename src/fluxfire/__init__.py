@@ -8,19 +8,19 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fluxfire._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fluxfire import bench, errors, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
     from fluxfire.bench import Budget, Tuned, tune
-    from fluxfire.dry_run import Plan
-    from fluxfire.generation import Generation, Listener
-    from fluxfire.kontext import Call
+    from fluxfire.model import Call
+    from fluxfire.planning.plan import Plan
+    from fluxfire.planning.resolve import order
     from fluxfire.protocol import Change, Finding, Pass, Target
     from fluxfire.reporting.report import Report
-    from fluxfire.resolve import order
-    from fluxfire.transaction import Transaction
+    from fluxfire.runtime.generation import Generation, Listener
+    from fluxfire.runtime.transaction import Transaction
 
 __all__ = [
     "Budget",
@@ -58,12 +58,12 @@ _HOME = {
     ),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
     **dict.fromkeys(("Budget", "Tuned", "tune"), "bench"),
-    **dict.fromkeys(("Generation", "Listener"), "generation"),
-    "Call": "kontext",
-    "Plan": "dry_run",
+    **dict.fromkeys(("Generation", "Listener"), "runtime.generation"),
+    "Call": "model",
+    "Plan": "planning.plan",
     "Report": "reporting.report",
-    "order": "resolve",
-    "Transaction": "transaction",
+    "order": "planning.resolve",
+    "Transaction": "runtime.transaction",
 }
 _SUBMODULES = ("bench", "errors", "passes", "presets", "spark", "testing")
 

@@ -15,15 +15,16 @@ from fluxfire.applying import (
     known_conductor,
     undo,
 )
-from fluxfire.conductor import rehearsal
-from fluxfire.dry_run import Plan
 from fluxfire.errors import PlanError
-from fluxfire.live_settings import retuned
-from fluxfire.planning import make_plan
+from fluxfire.planning.check import make_plan
+from fluxfire.planning.plan import Plan
+from fluxfire.planning.resolve import Passes
+from fluxfire.planning.retune import retuned
+from fluxfire.planning.rules import malformed
 from fluxfire.protocol import Pass
+from fluxfire.reporting.applications import Applications
 from fluxfire.reporting.report import Report
-from fluxfire.resolve import Passes
-from fluxfire.rules import malformed
+from fluxfire.runtime.conductor import rehearsal
 from fluxfire.warming import (
     Progress,
     Sizes,
@@ -145,7 +146,7 @@ def using(pipe: P, settings: Passes | Pass) -> Iterator[P]:
     if conductor is None:
         raise PlanError("using() needs an optimized pipeline; call optimize(pipe) first")
     wanted = [settings] if malformed(settings) is None else settings
-    swaps = retuned(conductor.live, conductor.record.passes, wanted)  # type: ignore[arg-type]
+    swaps = retuned(conductor.live, Applications.of(conductor).passes, wanted)  # type: ignore[arg-type]
     before = [live.settings for live, _ in swaps]
     with conductor.idle("change settings"):
         for live, pass_ in swaps:
@@ -172,7 +173,7 @@ def report(pipe: Any) -> Report:
     conductor = known_conductor(pipe)
     if conductor is None:
         return Report()
-    record = conductor.record
+    record = Applications.of(conductor)
     passes = tuple(
         replace(one, facts=dict(record.facts[one.name]())) if one.name in record.facts else one
         for one in record.reports
@@ -214,7 +215,7 @@ def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) 
     outputs = output_sizes(pipe, sizes)
     pictures = reference_sizes(pipe, references)
     check_call(call, pictures)
-    record = conductor.record
+    record = Applications.of(conductor)
     began = time.perf_counter()
     calls = [(size, a) for size in outputs for a in blank_calls(pipe, size, pictures, call)]
     progress = Progress(pipe, len(calls))

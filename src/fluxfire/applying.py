@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from fluxfire import kontext
-from fluxfire.blocks import unmount
-from fluxfire.conductor import Conductor, TransformerCall, conductor_of, private_class
-from fluxfire.copies import copier
-from fluxfire.dry_run import Plan
+from fluxfire import modules
 from fluxfire.errors import PassError, PlanError, RestoreError
-from fluxfire.planning import make_plan
+from fluxfire.planning.check import make_plan
+from fluxfire.planning.plan import Plan
+from fluxfire.planning.resolve import Passes
 from fluxfire.protocol import Change, Pass, configured
-from fluxfire.record import Application
+from fluxfire.reporting.applications import Application, Applications
 from fluxfire.reporting.report import PassReport
-from fluxfire.resolve import Passes
-from fluxfire.transaction import Transaction
-from fluxfire.turns import Turns
+from fluxfire.runtime.conductor import Conductor, TransformerCall, conductor_of, private_class
+from fluxfire.runtime.copies import copier
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.runtime.turns import Turns
+from fluxfire.supported import MODELS, model_of, refusal
 
 MakeTransaction = Callable[[Any, Conductor], Transaction]
 _one_at_a_time = Turns()  # planned and applied without another thread in between
@@ -34,15 +34,15 @@ def known_conductor(pipe: object) -> Conductor | None:
     Raises:
         PlanError: this is no Kontext pipeline.
     """
-    if not isinstance(pipe, kontext.PIPELINES):
-        raise PlanError(str(kontext.unsupported(pipe)))
+    if not isinstance(pipe, tuple(p for model in MODELS for p in model.pipelines)):
+        raise PlanError(str(refusal(pipe)))
     return conductor_of(pipe)
 
 
 def applied_passes(pipe: object) -> list[Pass]:
     """Return the passes that a pipeline carries, in order; none of a plain one."""
     conductor = conductor_of(pipe)
-    return conductor.record.passes if conductor else []
+    return Applications.of(conductor).passes if conductor else []
 
 
 def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Transaction) -> None:
@@ -75,7 +75,7 @@ def undo(conductor: Conductor) -> None:
         RestoreError: some edits could not be undone; all others were.
     """
     with conductor.idle("restore"), _editing():
-        record = conductor.record
+        record = Applications.of(conductor)
         if gone := record.irreversible:
             raise PlanError(
                 f"{'; '.join(gone)}. Nothing was changed; to have it back, load the pipeline again"
@@ -109,7 +109,7 @@ def finish_warmup(pipe: Any) -> None:
     with conductor.idle("finish the warm-up"), _editing():
         tx = Transaction(pipe, conductor)
         with _all_or_nothing(conductor, Application(tx)):
-            for pass_ in conductor.record.passes:
+            for pass_ in Applications.of(conductor).passes:
                 if (after := getattr(pass_, "after_warmup", None)) is not None:
                     with _naming(pass_.name):
                         after(tx)
@@ -117,7 +117,7 @@ def finish_warmup(pipe: Any) -> None:
 
 def _carry_out(pipe: Any, planned: Plan, transaction: MakeTransaction) -> None:
     known = conductor_of(pipe)
-    conductor = known or Conductor(pipe)
+    conductor = known or Conductor(pipe, model_of(pipe), Applications())
     with conductor.idle("optimize"), _editing():
         tx = transaction(pipe, conductor)
         done = Application(tx)
@@ -141,12 +141,12 @@ def _carry_out(pipe: Any, planned: Plan, transaction: MakeTransaction) -> None:
 
 def _take_over(tx: Transaction, conductor: Conductor) -> None:
     """Have the conductor hear of the pipeline's calls, and see to its copies."""
-    pipe, record = tx.pipe, conductor.record
+    pipe, record = tx.pipe, Applications.of(conductor)
     # First of all: from now on restore(pipe) finds the record, also after an interrupt.
     tx.set_class(pipe, private_class(pipe, conductor))
-    tx.on_undo(partial(unmount, pipe.transformer))
+    tx.on_undo(partial(conductor.model.unmount, pipe.transformer))
     tx.place(TransformerCall(conductor, pipe))
-    for _, component in kontext.modules(pipe):
+    for _, component in modules.components(pipe):
         for override in copier(component, pipe, record):
             tx.place(override)
     tx.listen(record.statistics)
@@ -166,19 +166,20 @@ def _all_or_nothing(conductor: Conductor, application: Application) -> Iterator[
     It is on record from the start. If another interrupt cuts the roll-back short, `restore` finds
     there what is left to do.
     """
-    applied = conductor.record.applied
+    record = Applications.of(conductor)
+    applied = record.applied
     try:
         conductor.changing = True
         applied.append(application)
         yield
-        conductor.passes = tuple(map(configured, conductor.record.passes))
+        conductor.passes = tuple(map(configured, record.passes))
         conductor.changing = False
     except BaseException as error:
         application.passes = ()
         failures = application.transaction.rollback()
         if application in applied:
             applied.remove(application)
-        conductor.passes = tuple(map(configured, conductor.record.passes))
+        conductor.passes = tuple(map(configured, record.passes))
         conductor.changing = False
         for failure in failures:
             error.add_note(f"rolling back also failed: {failure!r} {failure.__notes__}")

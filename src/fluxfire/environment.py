@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from fluxfire import __version__
+from fluxfire._version import __version__
 
 
 @dataclass(frozen=True)

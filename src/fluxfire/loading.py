@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from fluxfire import kontext, spark
+from fluxfire import spark
 from fluxfire.errors import LoadError
-from fluxfire.models.random_kontext import full_kontext, tiny_kontext
+from fluxfire.kontext.random_weights import full_kontext, tiny_kontext
+from fluxfire.supported import refusal
 from fluxfire.text import extra_hint
 
 _UNREACHABLE = {  # of httpx, requests and huggingface_hub, whose bases differ by version
@@ -48,7 +49,7 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
         pipe = DiffusionPipeline.from_pretrained(folder or model, torch_dtype=dtype, token=token)
     except Exception as error:
         raise LoadError(_explain(model, error)) from error
-    if (why := kontext.unsupported(pipe)) is not None:
+    if (why := refusal(pipe)) is not None:
         raise LoadError(f"{model} is not a Kontext pipeline: {why}")
     return pipe.to(device)
 

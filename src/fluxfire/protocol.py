@@ -10,11 +10,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from fluxfire.environment import Environment
-    from fluxfire.transaction import Transaction
+from fluxfire.configured import TRAITS, Configured, Stage, Trait, Traits
 
-Stage = Literal["environment", "weights", "blocks", "caching", "artifacts", "compile"]
+if TYPE_CHECKING:  # so that this file loads no torch
+    from fluxfire.environment import Environment
+    from fluxfire.runtime.transaction import Transaction
+
+__all__ = [
+    "BOUNDARIES", "EXACTNESS", "STAGES", "TRAITS", "Change", "Configured", "Exactness", "Finding",
+    "Level", "Pass", "Stage", "Target", "Trait", "configured", "provided_traits",
+]  # fmt: skip
+
 Exactness = Literal["bitwise", "close", "lossy"]
 Level = Literal["error", "warning", "info"]
 
@@ -52,7 +58,7 @@ class Finding:
     message: str
     remedy: str = ""
     instead: Pass | None = None
-    trait: str = ""
+    trait: Trait | None = None
 
     def __str__(self) -> str:
         return f"{self.message}; {self.remedy}" if self.remedy else self.message
@@ -76,28 +82,6 @@ class Change:
 
 
 @dataclass(frozen=True)
-class Configured:
-    """A pass of the list as data: what another pass may know of it.
-
-    Attributes:
-        name: the pass's `name`.
-        stage: its stage.
-        settings: its fields by name.
-        tunable: those of them that `fluxfire.using` may change.
-    """
-
-    name: str
-    stage: Stage
-    settings: Mapping[str, Any]
-    tunable: frozenset[str] = frozenset()
-
-    @property
-    def fixed(self) -> dict[str, Any]:
-        """Those of the settings that stay as they are while the pass is applied."""
-        return {name: value for name, value in self.settings.items() if name not in self.tunable}
-
-
-@dataclass(frozen=True)
 class Target:
     """What `Pass.check` looks at.
 
@@ -106,14 +90,18 @@ class Target:
         environment: versions and device facts.
         passes: the whole list, those already applied included, in order.
         traits: what is true of the pipeline when this pass's turn comes: facts found on
-            the pipeline (`kontext.traits`) and those that earlier passes say they provide
+            the pipeline (`modules.traits`) and those that earlier passes say they provide
             (`provides`). A pass refuses by trait, never by a sister's name.
     """
 
     pipe: Any
     environment: Environment
     passes: tuple[Configured, ...] = ()
-    traits: frozenset[str] = field(default_factory=frozenset)
+    traits: frozenset[Trait] = field(default_factory=frozenset)
+
+    def __post_init__(self) -> None:
+        """Have a misspelt trait raise, where a plain set would say that it is not there."""
+        object.__setattr__(self, "traits", Traits(self.traits))
 
 
 @runtime_checkable
@@ -121,7 +109,7 @@ class Pass(Protocol):
     """One reversible optimisation.
 
     Three members are optional and therefore not part of the protocol's type:
-    `provides: frozenset[str]`, traits that hold once the pass is applied;
+    `provides: frozenset[Trait]`, traits that hold once the pass is applied;
     `tunable: frozenset[str]`, fields that `fluxfire.using` may change while it is applied (see
     `Transaction.live`); and `after_warmup(tx)`, called when `fluxfire.warmup` has run the
     pipeline.
@@ -162,6 +150,6 @@ def configured(pass_: Pass) -> Configured:
     return Configured(pass_.name, pass_.stage, settings, tunable)
 
 
-def provided_traits(pass_: Pass) -> frozenset[str]:
+def provided_traits(pass_: Pass) -> frozenset[Trait]:
     """Return the traits that hold once a pass is applied."""
     return frozenset(getattr(pass_, "provides", ()))

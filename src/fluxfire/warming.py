@@ -11,11 +11,12 @@ import torch
 from PIL import Image
 from typing_extensions import override
 
-from fluxfire import kontext
-from fluxfire.conductor import Conductor
 from fluxfire.errors import PlanError
-from fluxfire.generation import Generation, Listener
+from fluxfire.model import Call
 from fluxfire.reporting.compile_counts import hearing
+from fluxfire.runtime.conductor import Conductor
+from fluxfire.runtime.generation import Generation, Listener
+from fluxfire.supported import model_of
 
 Size = tuple[int, int]
 Sizes = Iterable[tuple[SupportsIndex, SupportsIndex]]
@@ -77,8 +78,7 @@ def check_call(call: dict[str, Any], references: list[Size] | None) -> None:
 
 def _multiple(pipe: Any) -> int:
     """Return what the sides of all pictures in a pipeline are multiples of, in pixels."""
-    multiple: int = pipe.vae_scale_factor * 2
-    return multiple
+    return model_of(pipe).size_multiple(pipe)
 
 
 def _read(given: Any, role: str, fits: Callable[[int], bool], must: str) -> list[Size]:
@@ -139,7 +139,7 @@ def blank_calls(
         "num_inference_steps": 2,
         "generator": torch.Generator().manual_seed(0),
         "output_type": "np",
-        **kontext.exact_size(*size),
+        **model_of(pipe).exact_size(*size),
     }
     if "prompt_embeds" in call:
         del arguments["prompt"]
@@ -151,7 +151,7 @@ def blank_calls(
         return
     resized = call.get("_auto_resize", True)
     for reference in [size] if references is None else references:
-        picture = _blank(kontext.reference_size(pipe, *reference) if resized else reference)
+        picture = _blank(model_of(pipe).reference_size(pipe, *reference) if resized else reference)
         role = "image_reference" if inpaints else "image"
         # The blank already has the size that the pipeline would give it.
         yield arguments | {role: picture} | call | {"_auto_resize": False}
@@ -203,7 +203,7 @@ class Progress(Listener):
 
     @override
     @contextmanager
-    def around(self, call: kontext.Call) -> Iterator[None]:
+    def around(self, call: Call) -> Iterator[None]:
         """Say which step runs."""
         self._say(f"step {call.step + 1} of {call.steps}")
         yield

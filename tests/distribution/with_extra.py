@@ -8,7 +8,7 @@ import sys
 # What each extra brings, and what of fluxfire works with it.
 MODULES = {
     "cli": ["accelerate", "dotenv", "google.protobuf", "sentencepiece", "fluxfire.cli"],
-    "para-attn": ["para_attn.first_block_cache.utils", "fluxfire.passes.para_attention"],
+    "para-attn": ["para_attn.first_block_cache.utils", "fluxfire.passes.article.para_attention"],
     "bench": ["flip_evaluator", "matplotlib", "pynvml", "skimage.metrics", "fluxfire.bench.plots"],
     "serve": ["uvicorn", "fluxfire.serve.app", "fluxfire.serve.worker"],
     "s3": ["boto3", "fluxfire.serve.storage"],

@@ -17,18 +17,19 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fluxfire
-from fluxfire import kontext
+from fluxfire import modules
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
 from fluxfire.kernels.flash_attention import float8_attention
 from fluxfire.kernels.float8 import FLOAT8
 from fluxfire.kernels.heads import Stream, joint_heads
+from fluxfire.kontext import KONTEXT
+from fluxfire.kontext.attention import SCALES, bound
 from fluxfire.passes import Attention, Compile, FusedBlocks, QKVFusion
 from fluxfire.passes import attention as module
+from fluxfire.passes.shared import attention_backends
 from fluxfire.protocol import Target
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
-from fluxfire.toolkit import attention_backends
-from fluxfire.toolkit.joint_attention import SCALES, bound
 from passes.test_compile import with_ip_adapter
 
 SIZES = attention_backends.Sizes(torch.device("cpu"), torch.float32, 3, 16)
@@ -40,7 +41,7 @@ def active_backend():
 
 
 def attentions(pipe):
-    return [block.attn for block in kontext.blocks(pipe.transformer)]
+    return [block.attn for block in KONTEXT.blocks(pipe.transformer)]
 
 
 class Calls(TorchDispatchMode):
@@ -212,7 +213,7 @@ def test_fa3_is_refused_where_it_cannot_run(pipe, monkeypatch):
         ),
     ]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
-    kontext.place(pipe, device="cpu", dtype=torch.bfloat16)
+    modules.place(pipe, device="cpu", dtype=torch.bfloat16)
     assert refusals(Attention("fa3-fp8"), pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
 
 

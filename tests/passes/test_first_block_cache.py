@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluxfire
-from fluxfire import Change, kontext
+from fluxfire import Change
 from fluxfire.errors import FluxfireError, PlanError
+from fluxfire.kontext import KONTEXT
 from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
 from fluxfire.testing import edit, tiny_kontext
 
@@ -38,7 +39,7 @@ def hits(pipe, branch="cond", sample=0):
 def count_blocks(pipe):
     """Count how often each block really runs."""
     counts = []
-    for index, block in enumerate(kontext.blocks(pipe.transformer)):
+    for index, block in enumerate(KONTEXT.blocks(pipe.transformer)):
         counts.append(0)
 
         def note(*_, index=index):
@@ -186,7 +187,7 @@ def test_what_a_hit_adds(steps, predict):
     pipe = cached(schedule=steps, predict=predict)
     made = edit(pipe, steps=7)
     plain = tiny_kontext()
-    blocks = kontext.blocks(plain.transformer)
+    blocks = KONTEXT.blocks(plain.transformer)
     original = [block.forward for block in blocks]
     state = {"step": -1, "points": []}
 
@@ -227,7 +228,7 @@ def test_lines_are_drawn_through_exact_noise_levels():
 
         def apply(self, tx):
             def note(run, streams, blocks, call):
-                seen.append((float(call.level), float(call.timestep[0])))
+                seen.append((float(call.sigma), float(call.timestep[0])))
                 return run(streams, blocks)
 
             tx.wrap_blocks(note)

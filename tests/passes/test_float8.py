@@ -12,7 +12,7 @@ from diffusers import FluxKontextPipeline
 from peft import LoraConfig
 
 import fluxfire
-from fluxfire import kontext, spark
+from fluxfire import modules, spark
 from fluxfire.bench import compare
 from fluxfire.environment import Environment
 from fluxfire.errors import FluxfireError, PlanError
@@ -24,7 +24,7 @@ from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from passes.test_qkv_fusion import with_lora
 
 
-def quantised(pipe):
+def quantized(pipe):
     """Names of the layers whose product is in float8."""
     return {
         name
@@ -40,7 +40,7 @@ def test_the_rule_which_layers(pipe):
     single = {"attn.to_qkv", "proj_mlp", "proj_out"}
     expected = {f"transformer_blocks.{i}.{name}" for i in range(2) for name in double}
     expected |= {f"single_transformer_blocks.{i}.{name}" for i in range(3) for name in single}
-    assert quantised(pipe) == expected
+    assert quantized(pipe) == expected
     for module in pipe.transformer.modules():
         if isinstance(module, Float8Product):
             assert module.weight.dtype is FLOAT8
@@ -73,13 +73,13 @@ def test_files_are_those_of_the_plain_pipeline(pipe, tmp_path):
 
 
 def test_bytes_are_told_truly(pipe):
-    before = kontext.storage_bytes(pipe)
+    before = modules.storage_bytes(pipe)
     fluxfire.optimize(pipe, [Float8()])
     (done,) = fluxfire.report(pipe).passes
     weights = sum(
         m.weight.nbytes for m in pipe.transformer.modules() if isinstance(m, Float8Product)
     )
-    assert kontext.storage_bytes(pipe) - before == done.change.bytes > weights > 0
+    assert modules.storage_bytes(pipe) - before == done.change.bytes > weights > 0
     assert done.change.host_bytes == 0  # a CPU's memory is the host's
 
 
@@ -116,7 +116,7 @@ def doubled():
     return {k: v * 2 for k, v in tiny_kontext().transformer.state_dict().items()}
 
 
-def quantised_afresh(state):
+def quantized_afresh(state):
     pipe = tiny_kontext()
     pipe.transformer.load_state_dict(state)
     return edit(fluxfire.optimize(pipe, [Float8()]))
@@ -180,19 +180,19 @@ def test_what_is_known_of_dropped_weights(dropped):
 @pytest.mark.parametrize("assign", [False, True])
 def test_dropped_weights_are_loaded_again(dropped, assign):
     dropped.transformer.load_state_dict(doubled(), assign=assign)
-    assert np.array_equal(edit(dropped), quantised_afresh(doubled()))
+    assert np.array_equal(edit(dropped), quantized_afresh(doubled()))
     assert dropped.transformer.single_transformer_blocks[0].proj_mlp.weight.is_meta
 
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_dropped_weights_are_loaded_in_part(dropped, assign):
-    """Those of a product go together; others, and all that is not quantised, need not."""
+    """Those of a product go together; others, and all that is not quantized, need not."""
     state = doubled()
     parts = ("blocks.1.", "proj_mlp", "norm.linear", "x_embedder", "bias")
     part = {k: v for k, v in state.items() if any(x in k for x in parts)}
     dropped.transformer.load_state_dict(part, strict=False, assign=assign)
     expected = tiny_kontext().transformer.state_dict() | part
-    assert np.array_equal(edit(dropped), quantised_afresh(expected))
+    assert np.array_equal(edit(dropped), quantized_afresh(expected))
     alone = {k: v for k, v in state.items() if "blocks.0.attn.to_q" in k}
     dropped.transformer.load_state_dict(alone, strict=False, assign=assign)
     with pytest.raises(FluxfireError, match="others that share a product with them were not"):
@@ -209,7 +209,7 @@ def test_a_state_of_another_shape_leaves_dropped_weights_alone(dropped):
 
 
 def test_a_lora_beside_dropped_weights(dropped):
-    """On what is not quantised it works; on what is it is refused, and can be taken off."""
+    """On what is not quantized it works; on what is it is refused, and can be taken off."""
 
     def add(pipe, target):
         torch.manual_seed(0)
@@ -236,7 +236,7 @@ def test_a_layer_with_a_lora_keeps_its_weights(reference):
     plain = with_lora(tiny_kontext())
     expected = edit(plain)
     pipe = fluxfire.optimize(with_lora(tiny_kontext()), [Float8()])
-    assert not any("proj_mlp" in name for name in quantised(pipe))
+    assert not any("proj_mlp" in name for name in quantized(pipe))
     assert np.abs(edit(pipe) - expected).max() < 0.1
     assert np.abs(edit(pipe) - reference).max() > 1e-3
 
@@ -255,9 +255,9 @@ def test_a_lora_on_one_projection_leaves_its_neighbours_alone_in_float8(target):
     expected = edit(made())
     for passes in ([Float8()], [Float8(), FusedBlocks()]):
         pipe = fluxfire.optimize(made(), passes)
-        assert not any(name.endswith(f".{target}") for name in quantised(pipe))
+        assert not any(name.endswith(f".{target}") for name in quantized(pipe))
         beside = {"to_q": "to_k", "add_v_proj": "add_q_proj", "to_add_out": "to_qkv"}[target]
-        assert any(name.endswith(f"transformer_blocks.0.attn.{beside}") for name in quantised(pipe))
+        assert any(name.endswith(f"transformer_blocks.0.attn.{beside}") for name in quantized(pipe))
         assert 0 < np.abs(edit(pipe) - expected).max() < 0.1
         fluxfire.restore(pipe)
         assert np.array_equal(edit(pipe), expected)
@@ -268,7 +268,7 @@ def test_a_lora_that_comes_later_is_refused_by_name(pipe):
     edit(pipe)
     with_lora(pipe)
     with pytest.raises(
-        FluxfireError, match=r"to_q of FluxAttention was replaced after Float8 quantised it"
+        FluxfireError, match=r"to_q of FluxAttention was replaced after Float8 quantized it"
     ):
         edit(pipe)
     pipe.unload_lora_weights()
@@ -280,7 +280,7 @@ def test_hooks(pipe):
     block = pipe.transformer.single_transformer_blocks[0]
     block.attn.to_q.register_forward_hook(lambda *_: None)
     fluxfire.optimize(pipe, [Float8(), FusedBlocks()])
-    assert "single_transformer_blocks.0.attn.to_qkv" not in quantised(pipe)
+    assert "single_transformer_blocks.0.attn.to_qkv" not in quantized(pipe)
     before = edit(pipe)
     hook = block.proj_mlp.register_forward_hook(lambda _, inputs, out: out * 0.5)
     assert np.abs(edit(pipe) - before).max() > 1e-3
@@ -311,9 +311,9 @@ def refusals(pass_, pipe, traits=frozenset(), device="cpu", **facts):
 def test_refusals(pipe):
     with pytest.raises(ValueError, match="originals='keep'; it must be one of host, drop"):
         Float8("keep")
-    assert refusals(Float8(), pipe, ["fused-qkv", "quantised", "sequential-offload"]) == [
+    assert refusals(Float8(), pipe, ["fused-qkv", "quantized", "sequential-offload"]) == [
         "the projections are fused already; leave the fusion out: Float8 fuses",
-        "the weights are quantised already; use one quantisation",
+        "the weights are quantized already; use one quantization",
         (
             "the weights are moved while the pipeline runs (sequential-offload); "
             "float8 halves them: take the offloading off"

@@ -8,9 +8,9 @@ import torch
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 
 import fluxfire
-from fluxfire import kontext
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
+from fluxfire.kontext import KONTEXT
 from fluxfire.passes import Compile, FusedBlocks, QKVFusion
 from fluxfire.passes import fused_blocks as module
 from fluxfire.protocol import Target
@@ -62,7 +62,7 @@ def test_what_the_kernels_do_not_compute_runs_as_in_diffusers(pipe, norms):
     text, image, temb = torch.randn(1, 3, 48), torch.randn(1, 5, 48), torch.randn(1, 48)
     rotary = (torch.rand(8, 16), torch.rand(8, 16))
     fluxfire.optimize(pipe, [FusedBlocks()])
-    blocks = kontext.blocks(pipe.transformer)
+    blocks = KONTEXT.blocks(pipe.transformer)
     for plain, block in ((double, blocks[0]), (single, blocks[2])):
         with torch.no_grad():
             for arguments in ((None, None), (rotary, {"attention_mask": torch.ones(8, 8).bool()})):
@@ -116,7 +116,7 @@ def with_casting(pipe):
 
 
 def with_hooks(pipe):
-    for block in kontext.blocks(pipe.transformer):
+    for block in KONTEXT.blocks(pipe.transformer):
         block.attn.norm_q.register_forward_pre_hook(lambda _, inputs: (inputs[0] + 1,))
     block.proj_mlp.register_forward_hook(lambda _, inputs, out: out * 0.5)
 
@@ -142,15 +142,15 @@ def test_a_hook_taken_off_is_forgotten(pipe, norms):
     assert len(norms) == 2 * without_one + 4  # the norms of a double block
 
 
-def test_a_quantised_layer_is_called_as_it_is(pipe, reference):
+def test_a_quantized_layer_is_called_as_it_is(pipe, reference):
     """As torchao leaves it: a plain layer whose weight is a tensor of another kind."""
 
-    class Quantised(torch.Tensor):
+    class Quantized(torch.Tensor):
         pass
 
     for block in pipe.transformer.single_transformer_blocks:
         for layer in (block.proj_mlp, block.proj_out):
-            layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Quantised), False)
+            layer.weight = torch.nn.Parameter(layer.weight.data.as_subclass(Quantized), False)
     fluxfire.optimize(pipe, [FusedBlocks()])
     assert np.abs(edit(pipe) - reference).max() < CLOSE
 

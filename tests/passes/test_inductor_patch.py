@@ -10,7 +10,7 @@ from torch._inductor.fx_passes import post_grad
 
 import fluxfire
 from fluxfire.passes import InductorPatch
-from fluxfire.passes.inductor_patch import guarded, needed
+from fluxfire.passes.article.inductor_patch import guarded, needed
 from fluxfire.testing import edit
 
 

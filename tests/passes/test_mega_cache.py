@@ -16,14 +16,14 @@ from torch.compiler._cache import CacheArtifactManager
 
 import fluxfire
 from fluxfire import presets
-from fluxfire.artifacts import archive
-from fluxfire.artifacts.archive import Payload
-from fluxfire.artifacts.recording import recording
-from fluxfire.conductor import conductor_of
 from fluxfire.errors import MegaCacheWarning, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MegaCache
 from fluxfire.passes.mega_cache import fingerprint
+from fluxfire.passes.shared import artifact_file
+from fluxfire.passes.shared.artifact_file import Payload
+from fluxfire.passes.shared.artifact_recorder import recording
 from fluxfire.protocol import configured
+from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import edit, tiny_kontext
 
 FRESH = """
@@ -63,7 +63,7 @@ def test_fresh_processes(tmp_path):
     graphs = generations[0]["compiles"]
     assert (cold["hits"], cold["misses"]) == (0, graphs)
     assert cold["state"].startswith("rebuilt because there was no file; 1 payloads of")
-    (payload,) = archive.read(file, None)
+    (payload,) = artifact_file.read(file, None)
     assert payload.sizes == ("64+64+24",)
 
     # Another threshold compiles the same graphs.
@@ -73,14 +73,14 @@ def test_fresh_processes(tmp_path):
     assert warm["loaded_bytes"] == len(payload.blob)
     assert warm["saved_seconds"] >= 0
     assert np.array_equal(picture, again)
-    assert archive.read(file, None) == (payload,)
+    assert artifact_file.read(file, None) == (payload,)
 
 
 def test_a_mismatch_says_in_what(pipe, tmp_path, reference):
     file = tmp_path / "m"
     right = fingerprint(pipe, ())
-    archive.add(file, [Payload(right | {"gpu": "H100"}, (), 1.0, "", b"x")], None)
-    archive.add(file, [Payload(right | {"gpu": "A", "torch": "2"}, (), 1.0, "", b"y")], None)
+    artifact_file.add(file, [Payload(right | {"gpu": "H100"}, (), 1.0, "", b"x")], None)
+    artifact_file.add(file, [Payload(right | {"gpu": "A", "torch": "2"}, (), 1.0, "", b"y")], None)
     before = file.read_bytes()
     fluxfire.optimize(pipe, [MegaCache(file)])
     assert np.array_equal(edit(pipe), reference)
@@ -91,7 +91,9 @@ def test_a_mismatch_says_in_what(pipe, tmp_path, reference):
 
 
 def test_what_torch_cannot_read_is_a_warning(pipe, tmp_path, reference):
-    archive.add(tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"no blob")], None)
+    artifact_file.add(
+        tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"no blob")], None
+    )
     fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
     with pytest.warns(MegaCacheWarning, match="torch could not take 1 of 1 fitting payloads"):
         assert np.array_equal(edit(pipe), reference)
@@ -123,7 +125,7 @@ def test_only_this_pipelines_compilations_are_recorded(tmp_path):
     fluxfire.optimize(pipe, [MegaCache(file), Compile()])
     fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
     assert set(CacheArtifactManager._seen_artifacts) == seen
-    (payload,) = archive.read(file, None)
+    (payload,) = artifact_file.read(file, None)
     recorded = CacheArtifactManager.deserialize(payload.blob)
     keys = {artifact.key for some in recorded.values() for artifact in some}
     assert keys
@@ -140,7 +142,7 @@ def test_what_torchs_own_cache_had_is_saved_too(tmp_path):
             fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
             facts = fluxfire.report(pipe).passes[0].facts
     assert facts["misses"] == 0
-    first, second = (archive.read(tmp_path / name, None)[0] for name in ("first", "second"))
+    first, second = (artifact_file.read(tmp_path / name, None)[0] for name in ("first", "second"))
     assert first.fingerprint == second.fingerprint
     assert len(first.blob) == len(second.blob)
 
@@ -196,7 +198,7 @@ def folder(tmp_path):
 
 
 def shared(tmp_path):
-    archive.add(tmp_path / "m", [Payload({}, (), 0.0, "", b"x")], None)
+    artifact_file.add(tmp_path / "m", [Payload({}, (), 0.0, "", b"x")], None)
     tmp_path.joinpath("m").chmod(0o666)
 
 
@@ -272,7 +274,7 @@ def test_without_a_home_the_default_path_is_an_error_of_the_plan(pipe, monkeypat
 
 
 def test_whatever_torch_raises_is_a_warning(pipe, tmp_path, reference, monkeypatch):
-    archive.add(tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"x")], None)
+    artifact_file.add(tmp_path / "m", [Payload(fingerprint(pipe, ()), (), 1.0, "", b"x")], None)
 
     def full(_):
         raise OSError(28, "No space left on device")
@@ -333,7 +335,7 @@ def test_what_cannot_be_recorded_does_not_fail_the_edit(pipe, tmp_path, referenc
     def broken(_):
         raise RuntimeError("cannot pack")
 
-    monkeypatch.setattr("fluxfire.artifacts.recording._packed", broken)
+    monkeypatch.setattr("fluxfire.passes.shared.artifact_recorder._packed", broken)
     fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
     with pytest.warns(MegaCacheWarning, match="cannot be kept: RuntimeError.*cannot pack"):
         assert np.array_equal(edit(pipe), reference)

@@ -12,9 +12,9 @@ from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
 
 import fluxfire
 from fluxfire.errors import FluxfireError
-from fluxfire.generation import Listener
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ModulationTable
 from fluxfire.passes import modulation_table as module
+from fluxfire.runtime.generation import Listener
 from fluxfire.testing import edit, tiny_kontext
 
 CLOSE = 1e-5

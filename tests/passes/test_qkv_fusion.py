@@ -10,7 +10,7 @@ import torch
 from diffusers import FluxKontextPipeline
 
 import fluxfire
-from fluxfire import kontext
+from fluxfire import modules
 from fluxfire.errors import PlanError
 from fluxfire.passes import Compile, Float8, MemoryLayout, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
@@ -39,7 +39,7 @@ def with_lora(pipe):
 
 
 def storages(pipe):
-    return kontext.storage_bytes(pipe)
+    return modules.storage_bytes(pipe)
 
 
 def test_memory_stays_also_across_moves_and_casts(pipe):
@@ -58,10 +58,11 @@ def test_memory_stays_also_across_moves_and_casts(pipe):
 
 def test_keys_and_parameters_stay_stock(pipe):
     stock = {
-        n: (list(m.state_dict()), [id(p) for p in m.parameters()]) for n, m in kontext.modules(pipe)
+        n: (list(m.state_dict()), [id(p) for p in m.parameters()])
+        for n, m in modules.components(pipe)
     }
     fluxfire.optimize(pipe, [QKVFusion()])
-    for name, module in kontext.modules(pipe):
+    for name, module in modules.components(pipe):
         assert (list(module.state_dict()), [id(p) for p in module.parameters()]) == stock[name]
 
 
@@ -137,19 +138,19 @@ def test_parts(pipe):
 
 
 class Int8(torch.Tensor):
-    """Stands for a quantised tensor subclass."""
+    """Stands for a quantized tensor subclass."""
 
 
-def test_quantised_weights_are_refused(pipe):
+def test_quantized_weights_are_refused(pipe):
     linear = pipe.transformer.transformer_blocks[0].attn.to_k
     linear.weight = torch.nn.Parameter(linear.weight.data.as_subclass(Int8), requires_grad=False)
-    with pytest.raises(PlanError, match="to_q, to_k, to_v are quantised") as caught:
+    with pytest.raises(PlanError, match="to_q, to_k, to_v are quantized") as caught:
         fluxfire.optimize(pipe, [QKVFusion()])
-    assert "put QKVFusion before quantisation" in str(caught.value)
+    assert "put QKVFusion before quantization" in str(caught.value)
 
 
-def test_weights_that_an_earlier_pass_quantised_are_refused(pipe):
-    with pytest.raises(PlanError, match="an earlier pass quantised the weights") as refused:
+def test_weights_that_an_earlier_pass_quantized_are_refused(pipe):
+    with pytest.raises(PlanError, match="an earlier pass quantized the weights") as refused:
         fluxfire.optimize(pipe, [Float8(), QKVFusion()])
     assert refused.value.suggestion == (Float8(),)
     fluxfire.optimize(pipe, [Float8(), QKVFusion(transformer=False)])

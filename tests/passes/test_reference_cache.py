@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fluxfire
-from fluxfire import kontext
-from fluxfire.conductor import TransformerCall
 from fluxfire.errors import FluxfireError, PlanError
+from fluxfire.kontext import KONTEXT
+from fluxfire.kontext.attention import KeepingAttnProcessor, Kept
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -28,8 +28,8 @@ from fluxfire.passes import (
     QKVFusion,
     ReferenceCache,
 )
+from fluxfire.runtime.conductor import TransformerCall
 from fluxfire.testing import edit, tiny_kontext
-from fluxfire.toolkit.joint_attention import KeepingAttnProcessor, Kept
 from passes.test_compile import with_ip_adapter
 from passes.test_first_block_cache import batch, count_blocks
 from passes.test_first_block_cache import hits as hits_of
@@ -95,7 +95,7 @@ class ByHand:
 def by_hand(pipe, due, branches=1):
     """Have a plain pipeline compute the reference at the steps that are due alone."""
     state = {"calls": 0}
-    blocks = kontext.blocks(pipe.transformer)
+    blocks = KONTEXT.blocks(pipe.transformer)
 
     def begin(*_):
         step, state["branch"] = divmod(state["calls"], branches)
@@ -376,7 +376,7 @@ def test_controlnet_residuals_reach_the_noise_alone_between_refreshes(monkeypatc
     assert np.array_equal(edit(every), edit(stock))
     # By hand only the noise's rows are added, since diffusers would add them all.
     hand = by_hand(tiny_kontext(), [0])
-    for index, block in enumerate(kontext.blocks(hand.transformer)):
+    for index, block in enumerate(KONTEXT.blocks(hand.transformer)):
         kind = "block_samples" if index < 2 else "single_block_samples"
         block.register_forward_hook(
             lambda _, __, out, add=samples[f"controlnet_{kind}"][0]: (
@@ -411,15 +411,15 @@ def test_a_processor_that_comes_later_is_refused_by_name(pipe):
 def test_restore_brings_processors_back_and_their_kernels_were_used(pipe):
     from diffusers.models.attention_dispatch import AttentionBackendName
 
-    own = [a.processor for a in (b.attn for b in kontext.blocks(pipe.transformer))]
+    own = [a.processor for a in (b.attn for b in KONTEXT.blocks(pipe.transformer))]
     own[0]._attention_backend = AttentionBackendName._NATIVE_MATH
     fluxfire.optimize(pipe, [ReferenceCache(NEVER)])
-    first, second, *_ = (b.attn.processor for b in kontext.blocks(pipe.transformer))
+    first, second, *_ = (b.attn.processor for b in KONTEXT.blocks(pipe.transformer))
     assert first._attention_backend is AttentionBackendName._NATIVE_MATH
     assert second._attention_backend is None
     edit(pipe)
     fluxfire.restore(pipe)
-    back = [b.attn.processor for b in kontext.blocks(pipe.transformer)]
+    back = [b.attn.processor for b in KONTEXT.blocks(pipe.transformer)]
     assert all(map(lambda one, other: one is other, back, own))
 
 

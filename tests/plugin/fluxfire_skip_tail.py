@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fluxfire import Change, Finding, Target, Transaction
-from fluxfire.blocks import Run, Streams
-from fluxfire.generation import Generation, Listener, Live
-from fluxfire.kontext import Call
+from fluxfire.model import Call, Run, Streams
 from fluxfire.protocol import Exactness, Stage
+from fluxfire.runtime.generation import Generation, Listener, Live
 
 
 @dataclass(frozen=True, kw_only=True)

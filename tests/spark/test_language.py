@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fluxfire.models.tokenizers import clip_tokenizer, t5_tokenizer
+from fluxfire.kontext.tokenizers import clip_tokenizer, t5_tokenizer
 from fluxfire.spark import language
 from fluxfire.spark.captions import draw_captioned
 from fluxfire.spark.rendering import render

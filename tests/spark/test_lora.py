@@ -9,12 +9,13 @@ import pytest
 import torch
 
 import fluxfire
-from fluxfire import plugins, spark
+from fluxfire import spark
+from fluxfire.planning import registry
 from fluxfire.spark.training.lora import INSTRUCTIONS
 
 LORA = Path(__file__).parent / "grey.safetensors"  # python -m fluxfire.spark.training.lora
 HEAVY = {"compile": pytest.mark.slow}
-PASSES = [pytest.param(name, marks=HEAVY.get(name, ())) for name in plugins.own()]
+PASSES = [pytest.param(name, marks=HEAVY.get(name, ())) for name in registry.own()]
 STEPS = 8
 
 
@@ -61,7 +62,7 @@ def test_it_is_small_and_does_something(pipe, scene, expected):
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("name", PASSES)
 def test_every_pass_keeps_it(pipe, scene, expected, name, when):
-    pass_ = plugins.make(name)
+    pass_ = registry.make(name)
     if when == "before":
         pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
     planned = fluxfire.plan(pipe, [pass_])

@@ -16,9 +16,9 @@ from fastapi import FastAPI
 import fluxfire
 from fluxfire import Change, Finding, Pass, Target, Transaction, presets
 from fluxfire.bench import Tuned, held_out
-from fluxfire.dry_run import Plan
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, InductorPatch, MegaCache
+from fluxfire.planning.plan import Plan
 from fluxfire.protocol import Exactness, Stage
 from fluxfire.reporting.report import PassReport, Report
 from fluxfire.reporting.statistics import RunStatistics

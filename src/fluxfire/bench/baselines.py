@@ -21,9 +21,9 @@ import torch
 from fluxfire.bench.contenders import Baseline, Contender
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
-from fluxfire.kontext import blocks
 from fluxfire.passes import Compile, ParaAttention
 from fluxfire.protocol import Pass
+from fluxfire.supported import model_of
 from fluxfire.text import extra_hint, meant_hint
 
 _ADVISED_STEPS = 28  # the number of steps that the advice for FLUX refers to
@@ -158,7 +158,7 @@ class TorchaoFloat8:
         config = Float8DynamicActivationFloat8WeightConfig(
             granularity=PerRow(), set_inductor_config=False
         )
-        for block in blocks(pipe.transformer):
+        for block in model_of(pipe).blocks(pipe.transformer):
             quantize_(block, config)
             block.compile(fullgraph=True)
         yield

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxfire import api
+from fluxfire.planning.resolve import Passes
 from fluxfire.protocol import Pass
-from fluxfire.resolve import Passes
 from fluxfire.text import table
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fluxfire import api, kontext
+from fluxfire import api
 from fluxfire.bench.contenders import COMPILED, EAGER, Contender, check_plain, twin_of, with_twins
 from fluxfire.bench.examples import Example
 from fluxfire.bench.phases import phases
@@ -23,8 +23,9 @@ from fluxfire.bench.rows import Edit, Row
 from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.work import BlockCounter, equal_steps, of_run
 from fluxfire.bench.workload import Workload
-from fluxfire.conductor import rehearsal
 from fluxfire.errors import BenchError, FluxfireError
+from fluxfire.runtime.conductor import rehearsal
+from fluxfire.supported import model_of
 
 _GIB = 2**30
 
@@ -365,14 +366,14 @@ class _Turn:
 
     def _edit(self, pipe: Any, row: Row, example: Example, seed: int) -> tuple[Edit, Image.Image]:
         load, baseline = row.workload, row.contender.baseline
-        counted = BlockCounter(pipe.transformer) if baseline and baseline.skips else nullcontext()
+        counted = BlockCounter(pipe) if baseline and baseline.skips else nullcontext()
         with phases(pipe) as watched, counted:
             picture, seconds = timed(lambda: load.run(pipe, example, seed=seed, steps=row.steps))
         run = api.report(pipe).runs[-1]
         if isinstance(counted, BlockCounter):
             work = counted.work(row.steps)
         else:
-            work = of_run(run, len(kontext.blocks(pipe.transformer)))
+            work = of_run(run, len(model_of(pipe).blocks(pipe.transformer)))
         spent = {**watched.seconds(), "denoising": sum(run.step_seconds)}
         spent["the rest"] = seconds - sum(spent.values())
         steps = tuple(zip(run.step_seconds, run.step_kinds, strict=True))

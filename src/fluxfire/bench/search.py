@@ -14,7 +14,7 @@ from typing import Any, Self
 
 from PIL import Image
 
-from fluxfire import api, kontext
+from fluxfire import api
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
@@ -23,8 +23,9 @@ from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.trials import MARGIN, Beside, Candidate, Family, Part, Trial, Verdict, names
 from fluxfire.bench.work import equal_steps, of_run
 from fluxfire.bench.workload import Workload
-from fluxfire.conductor import rehearsal
 from fluxfire.protocol import Pass, configured
+from fluxfire.runtime.conductor import rehearsal
+from fluxfire.supported import model_of
 from fluxfire.text import count_of
 
 _MOST = {"search": 24, "choose": 96}  # examples of each part; the rest confirms
@@ -324,7 +325,11 @@ class Search:
             return picture, seconds, float(steps or self.workload.steps)
         if self.prices is not None:
             seconds = self.prices.of(runs[-1].step_kinds)
-        return picture, seconds, of_run(runs[-1], len(kontext.blocks(self.pipe.transformer))).steps
+        return (
+            picture,
+            seconds,
+            of_run(runs[-1], len(model_of(self.pipe).blocks(self.pipe.transformer))).steps,
+        )
 
     def _hardest_first(self, part: Part) -> list[int]:
         """Order a part's examples: those that were outside the budget before, then the rest."""

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxfire import api, recipes
+from fluxfire import api
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import check_plain
 from fluxfire.bench.examples import Example
@@ -20,8 +20,9 @@ from fluxfire.bench.trials import Candidate, Family, Trial, names
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
+from fluxfire.planning import recipes
+from fluxfire.planning.resolve import order
 from fluxfire.protocol import Pass
-from fluxfire.resolve import order
 from fluxfire.text import count_of, human_seconds, table
 
 PUBLISHABLE = 256

@@ -10,10 +10,10 @@ from typing import Any, Self
 
 from torch import nn
 
-from fluxfire import kontext
-from fluxfire.kontext import Tokens
-from fluxfire.override import CALL_SLOT
+from fluxfire.edits.override import CALL_SLOT
+from fluxfire.model import Tokens
 from fluxfire.reporting.statistics import RunStatistics, StepKind
+from fluxfire.supported import model_of
 
 _ROUNDING = 1e-6
 
@@ -78,8 +78,9 @@ class BlockCounter:
     skip what is inside, it counts the calls of the block's first norm. A context manager.
     """
 
-    def __init__(self, transformer: Any) -> None:
-        self._blocks = kontext.blocks(transformer)
+    def __init__(self, pipe: Any) -> None:
+        self._model = model_of(pipe)
+        self._blocks = self._model.blocks(pipe.transformer)
         self._runs = [0] * len(self._blocks)
         self._undo = ExitStack()
 
@@ -87,7 +88,7 @@ class BlockCounter:
         """Begin to count."""
         for index, block in enumerate(self._blocks):
             if "forward" in vars(block):
-                norm: Any = block.norm1 if hasattr(block, "norm1") else block.norm
+                norm, *_ = self._model.modulated_norms(block)
                 self._undo.callback(norm.register_forward_pre_hook(self._seen(index)).remove)
             else:
                 self._undo.callback(self._watch(index, block))

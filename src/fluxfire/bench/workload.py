@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fluxfire import kontext
 from fluxfire.bench.examples import Example
+from fluxfire.supported import model_of
 
 _TINY_SIZE = (128, 128)
 
@@ -41,7 +41,7 @@ class Workload:
     def usual(cls, pipe: Any, *, steps: int = 28, size: tuple[int, int] | None = None) -> Workload:
         """Return what suits a pipeline: its own defaults, or a small size for a tiny one."""
         name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}, {steps} steps"
-        if kontext.is_tiny(pipe):  # a megapixel of its small patches would take minutes
+        if model_of(pipe).is_tiny(pipe):  # a megapixel of its small patches would take minutes
             size = size or _TINY_SIZE
             return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
         return cls(name=name, steps=steps, size=size)
@@ -50,7 +50,7 @@ class Workload:
         """Return the output's width and height; None leaves it to the pipeline."""
         if self.size is not None or example.picture is None or not self.reference:
             return self.size
-        return kontext.reference_size(pipe, *example.picture.size)
+        return model_of(pipe).reference_size(pipe, *example.picture.size)
 
     def of_each_size(self, pipe: Any, examples: Sequence[Example]) -> list[Example]:
         """Return the first example of each output size: each may compile something."""
@@ -78,7 +78,7 @@ class Workload:
             picture = picture.resize(size, Image.Resampling.LANCZOS)
             call["_auto_resize"] = False
         if size is not None:
-            call |= kontext.exact_size(*size)
+            call |= model_of(pipe).exact_size(*size)
         if self.text_tokens is not None:
             call["max_sequence_length"] = self.text_tokens
         return pipe(

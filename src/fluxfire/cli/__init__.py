@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
-from fluxfire import __version__
+from fluxfire._version import __version__
 from fluxfire.cli import bench, bisect, demo, look, megacache, run, serve, tune
 from fluxfire.cli.options import UsageError, note, note_option
 from fluxfire.errors import FluxfireError, PlanError

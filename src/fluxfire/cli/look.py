@@ -44,21 +44,21 @@ def passes(_: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
-    from fluxfire import plugins
+    from fluxfire.planning import registry
 
-    rows = [_described(name) for name in plugins.own()]
-    rows += [_described(n, f" (plugin: {e.value})") for n, e in plugins.announced().items()]
+    rows = [_described(name) for name in registry.own()]
+    rows += [_described(n, f" (plugin: {e.value})") for n, e in registry.announced().items()]
     say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
     return 0
 
 
 def _described(name: str, origin: str = "") -> tuple[str, ...]:
     """Describe a pass in a row; of one that cannot be used, say why."""
-    from fluxfire import plugins
-    from fluxfire.rules import malformed
+    from fluxfire.planning import registry
+    from fluxfire.planning.rules import malformed
 
     try:
-        made = plugins.make(name)
+        made = registry.make(name)
     except FluxfireError as error:
         return (name, "-", "-", "-", str(error))
     if (why := malformed(made)) is not None:
@@ -101,8 +101,9 @@ def doctor(arguments: argparse.Namespace) -> int:
     Returns:
         The exit status.
     """
-    from fluxfire import api, plugins
+    from fluxfire import api
     from fluxfire.environment import environment
+    from fluxfire.planning import registry
 
     env = environment()
     rows = [("python", env.python)]
@@ -114,7 +115,7 @@ def doctor(arguments: argparse.Namespace) -> int:
     say()
     pipe = load_model(arguments.model)
     verdicts = []
-    for name in (*plugins.own(), *plugins.announced()):
+    for name in (*registry.own(), *registry.announced()):
         planned = api.plan(pipe, [name])
         findings = [str(f) for step in planned.steps for f in step.findings]
         verdict = "applies" if planned.ok else "does not apply"

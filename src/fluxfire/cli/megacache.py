@@ -33,24 +33,24 @@ def look(arguments: argparse.Namespace) -> int:
     Raises:
         UsageError: if the file cannot be read, or would not be used.
     """
-    from fluxfire.artifacts import archive
     from fluxfire.passes.mega_cache import machine
+    from fluxfire.passes.shared import artifact_file
 
     path: Path = arguments.path
     try:
         if arguments.action == "inspect":  # also of a file that would not be used
-            for number, payload in enumerate(archive.peek(path)):
+            for number, payload in enumerate(artifact_file.peek(path)):
                 say(table((f"payload {number}", ""), _facts(payload).items()) + "\n")
-        payloads = archive.read(path, archive.signing_key())
+        payloads = artifact_file.read(path, artifact_file.signing_key())
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from None
     except MemoryError:
         raise UsageError(f"cannot read {path}: it is larger than memory") from None
-    except archive.ArchiveError as error:
+    except artifact_file.ArchiveError as error:
         raise UsageError(f"{path} would not be used: {error}") from None
     here = machine()
     fitting = sum(here.items() <= p.fingerprint.items() for p in payloads)
-    signed = "signed" if archive.signing_key() else "nobody else can write it"
+    signed = "signed" if artifact_file.signing_key() else "nobody else can write it"
     say(f"{path} is intact, and {signed}; {fitting} of {len(payloads)} payloads fit this machine")
     return 0 if fitting or arguments.action == "inspect" else 1
 

@@ -209,7 +209,7 @@ def wanted(arguments: argparse.Namespace) -> list[Pass]:
     Raises:
         PlanError: if there is no such preset, file or pass.
     """
-    from fluxfire.resolve import chosen
+    from fluxfire.planning.resolve import chosen
 
     return chosen(arguments.preset, arguments.passes)
 

@@ -1,7 +1,7 @@
 """Rows in float8 (e4m3), each with a scale of its own, and products of them.
 
 A row is divided by its largest magnitude over 448, the largest number of e4m3, so nothing is
-clipped. The operators quantise where the row is made, while it still is in registers.
+clipped. The operators quantize where the row is made, while it still is in registers.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ LARGEST: float = torch.finfo(FLOAT8).max
 
 
 class Rows(NamedTuple):
-    """Quantised rows.
+    """Quantized rows.
 
     Attributes:
         data: (batch, tokens, width), float8.
@@ -47,7 +47,7 @@ def modulated_norm_float8(
     """`modulated_norm`, its rows in float8: (data, scale) as in `Rows`."""
     if image.is_cuda:
         return _modulated_norm_float8_cuda(image, text, shift, scale, eps)
-    return _quantised(modulated_norm(image, text, shift, scale, eps).float())
+    return _quantized(modulated_norm(image, text, shift, scale, eps).float())
 
 
 def _modulated_norm_float8_cuda(
@@ -79,14 +79,14 @@ def gelu_float8(beside: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
     if x.is_cuda:
         return _rows_float8_cuda(beside, x, gelu=True)
     made = F.gelu(x.float(), approximate="tanh")
-    return _quantised(made if beside is None else torch.cat([beside.float(), made], dim=-1))
+    return _quantized(made if beside is None else torch.cat([beside.float(), made], dim=-1))
 
 
 def float8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise (batch, tokens, width) row by row: (data, scale) as in `Rows`."""
+    """Quantize (batch, tokens, width) row by row: (data, scale) as in `Rows`."""
     if x.is_cuda:
         return _rows_float8_cuda(None, x, gelu=False)
-    return _quantised(x.float())
+    return _quantized(x.float())
 
 
 def float8_linear(
@@ -118,12 +118,12 @@ def float8_linear(
     return made.view(shape)
 
 
-def quantised_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Quantise (width out, width) row by row: (float8, float32 scales of (width out, 1))."""
-    return _quantised(weight.float())
+def quantized_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize (width out, width) row by row: (float8, float32 scales of (width out, 1))."""
+    return _quantized(weight.float())
 
 
-def _quantised(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantized(x: Tensor) -> tuple[Tensor, Tensor]:
     scale = scale_for(x.abs().amax(-1, keepdim=True))
     return in_float8(x, scale), scale
 

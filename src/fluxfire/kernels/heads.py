@@ -71,7 +71,7 @@ def joint_heads(
     if kept is not None:
         if kept_scales is not None:
             key, value = (
-                dequantised(x, s, k.dtype) for x, s in zip(kept, kept_scales, strict=True)
+                dequantized(x, s, k.dtype) for x, s in zip(kept, kept_scales, strict=True)
             )
             kept = key, value
         k, v = (torch.cat(pair, dim=1) for pair in zip((k, v), kept, strict=True))
@@ -123,7 +123,7 @@ def in_heads(x: Tensor, width: int) -> Tensor:
     return x.view(*x.shape[:-1], -1, width)
 
 
-def dequantised(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantized(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply (batch, tokens, heads, head width), float8, by (batch, heads)."""
     return (x.float() * scale[:, None, :, None]).to(dtype)
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from fluxfire.passes.article.inductor_patch import InductorPatch
+from fluxfire.passes.article.memory_layout import MemoryLayout
+from fluxfire.passes.article.para_attention import ParaAttention
+from fluxfire.passes.article.qkv_fusion import QKVFusion
 from fluxfire.passes.attention import Attention
 from fluxfire.passes.compile import Compile
 from fluxfire.passes.encoding_cache import EncodingCache
 from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.float8 import Float8
 from fluxfire.passes.fused_blocks import FusedBlocks
-from fluxfire.passes.inductor_patch import InductorPatch
 from fluxfire.passes.mega_cache import MegaCache
-from fluxfire.passes.memory_layout import MemoryLayout
 from fluxfire.passes.modulation_table import ModulationTable
-from fluxfire.passes.para_attention import ParaAttention
-from fluxfire.passes.qkv_fusion import QKVFusion
 from fluxfire.passes.reference_cache import ReferenceCache
 
 __all__ = [

@@ -9,28 +9,25 @@ from typing import Any, ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
-    FluxIPAdapterAttnProcessor,
-)
 from torch import nn
 from typing_extensions import override
 
-from fluxfire import kontext
-from fluxfire.freshness import Watch
-from fluxfire.generation import Listener
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.toolkit.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
-from fluxfire.toolkit.joint_attention import (
+from fluxfire.kontext import IPAdapterProcessor, PlainProcessor
+from fluxfire.kontext.attention import (
     SCALES,
     FlashAttnProcessor,
     Float8AttnProcessor,
     HeadScales,
-    Processors,
     bound,
     head_norms,
 )
-from fluxfire.transaction import Transaction
+from fluxfire.passes.shared.attention_backends import FLASH_3, OFFERED, Sizes, fastest, why_not
+from fluxfire.passes.shared.processors import Processors
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.runtime.freshness import Watch
+from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
 
 FLOAT8 = "fa3-fp8"
 _OWN = {FLASH_3: FlashAttnProcessor, FLOAT8: Float8AttnProcessor}
@@ -92,12 +89,12 @@ class Attention:
 
     @property
     def exactness(self) -> Exactness:
-        """Lossy where the kernel quantises, else close: another kernel rounds differently."""
+        """Lossy where the kernel quantizes, else close: another kernel rounds differently."""
         return "lossy" if self.backend == FLOAT8 or "sage" in self.backend else "close"
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse processors that have no choice of kernels, and a kernel that cannot run here."""
-        yield from self._check_processors(target.pipe.transformer)
+        yield from self._check_processors(target.pipe)
         if self.backend in _OWN:
             yield from self._check_fa3(target)
         elif self.backend == "auto":
@@ -119,7 +116,7 @@ class Attention:
             backend, what = self._measure(tx)
         elif backend == FLOAT8 and _device(tx.pipe).type != "cuda":
             what += ", emulated without a GPU"
-        attentions = kontext.attentions(tx.pipe.transformer)
+        attentions = model_of(tx.pipe).attentions(tx.pipe.transformer)
         if backend in _OWN:
             processors = Processors(tx.pipe.transformer, _OWN[backend])
             tx.on_undo(processors.give_back)
@@ -140,18 +137,19 @@ class Attention:
         if sizes.device.type != "cuda":
             return "native", "attentions computed by native, unmeasured without a GPU"
         plain = all(
-            type(a.processor) is FluxAttnProcessor for a in kontext.attentions(tx.pipe.transformer)
+            type(a.processor) is PlainProcessor
+            for a in model_of(tx.pipe).attentions(tx.pipe.transformer)
         )
         made = fastest(sizes, OFFERED if plain else tuple(n for n in OFFERED if n not in _OWN))
         tx.report_facts(made.facts)
         took = ", ".join(f"{name} {ms:.3f} ms" for name, ms in made.milliseconds.items())
         return made.backend, f"attentions computed by {made.backend} (of {took})"
 
-    def _check_processors(self, transformer: Any) -> Iterator[Finding]:
-        known = [FluxAttnProcessor]
+    def _check_processors(self, pipe: Any) -> Iterator[Finding]:
+        known = [PlainProcessor]
         if self.backend not in _OWN:
-            known.append(FluxIPAdapterAttnProcessor)
-        used = {type(a.processor) for a in kontext.attentions(transformer)}
+            known.append(IPAdapterProcessor)
+        used = {type(a.processor) for a in model_of(pipe).attentions(pipe.transformer)}
         if strange := sorted(cls.__name__ for cls in used if cls not in known):
             names = " and ".join(cls.__name__ for cls in known)
             yield Finding(

@@ -18,10 +18,11 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from fluxfire import kontext
-from fluxfire.generation import Generation, Listener
+from fluxfire import modules
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.transaction import Transaction
+from fluxfire.runtime.generation import Generation, Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
 
 Option = bool | int | float | str | None
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -30,7 +31,7 @@ Region = Literal["blocks", "transformer"]
 # dynamo's own limit is 8. With ReferenceCache a single block has graphs for refreshes, mixed ones,
 # what is between, and none, each for one sample and more, fixed sizes and any, after both kinds.
 _GRAPHS = 64
-_CUTTING = kontext.SWAPPED | {"native-cache"}
+_CUTTING = modules.SWAPPED | {"native-cache"}
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class Compile:
         groups: list[list[nn.Module]] = []
         if self.region == "blocks":
             by_class: dict[type, list[nn.Module]] = {}
-            for block in kontext.blocks(pipe.transformer):
+            for block in model_of(pipe).blocks(pipe.transformer):
                 by_class.setdefault(type(block), []).append(block)
             groups += by_class.values()
         else:
@@ -204,7 +205,7 @@ class Compile:
 
 
 def _text_encoders(pipe: Any) -> list[nn.Module]:
-    return [e for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None]
+    return model_of(pipe).text_encoders(pipe)
 
 
 def _layers(encoder: nn.Module) -> list[nn.Module]:
@@ -271,9 +272,9 @@ class _Hooks(Listener):
     @override
     def prepare(self) -> None:
         """Have modules that have some run as they are."""
-        cached = not _CUTTING.isdisjoint(kontext.cache_traits(self._pipe.transformer))
+        cached = not _CUTTING.isdisjoint(modules.cache_traits(self._pipe.transformer))
         for one in self._compiled:
-            one.aside = cached or bool(kontext.swapped(one.module))
+            one.aside = cached or bool(modules.swapped(one.module))
 
 
 def _compiled_alike(

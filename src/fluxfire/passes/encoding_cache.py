@@ -13,11 +13,11 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fluxfire import kontext
-from fluxfire.freshness import Watch, anybody_hears, heard_by_others, rounding
-from fluxfire.override import CALL_SLOT
+from fluxfire import modules
+from fluxfire.edits.override import CALL_SLOT
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.transaction import Transaction
+from fluxfire.runtime.freshness import Watch, anybody_hears, heard_by_others, rounding
+from fluxfire.runtime.transaction import Transaction
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class EncodingCache:
 
     The answers of an encoder go as soon as anything about it changed: its weights, whichever way
     they were changed, its layers, its settings (such as tiling), torch's ways of rounding (autocast
-    among them). `fluxfire.freshness` looks each time. An encoder answers itself where somebody
+    among them). `runtime/freshness.py` looks each time. An encoder answers itself where somebody
     hears of what it computes (a forward hook), where it carries a LoRA, whose scale changes from
     call to call, in training mode, where dropout draws anew, and while gradients are on. It is not
     kept alive by this, nor are its weights.
@@ -172,7 +172,7 @@ class _Encoder:
             return False
         if self._watch.changed() or self._keepable is None:
             self._kept.drop(id(self))
-            parts = kontext.parts(encoder)
+            parts = modules.parts(encoder)
             heard = heard_by_others(encoder, apart_from=(self._name, "decode"))
             varies = any(part.training or hasattr(part, "lora_A") for part in parts)
             elsewhere = any(weight.is_meta for weight in encoder.parameters())

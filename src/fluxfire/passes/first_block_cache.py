@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fluxfire.blocks import Run, Streams
-from fluxfire.generation import Decision, Live
-from fluxfire.kontext import Call
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.toolkit.block_cache import CacheEngine, obstacles
-from fluxfire.transaction import Transaction
+from fluxfire.model import Call, Run, Streams
+from fluxfire.passes.shared.block_cache import CacheEngine, obstacles
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
+from fluxfire.runtime.generation import Decision, Live
+from fluxfire.runtime.transaction import Transaction
 
 Measured = Literal["all", "noise"]
 Prediction = Literal["hold", "linear", "quadratic"]
@@ -86,7 +85,7 @@ class FirstBlockCache:
     name: ClassVar[str] = "first-block-cache"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
-    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
             "threshold", "warmup_steps", "tail_steps", "of_steps", "max_consecutive_hits",
@@ -341,7 +340,7 @@ class _Engine(CacheEngine[FirstBlockCache]):
         """Run the rest of the blocks, or add what they added, or both and select."""
         noise, trend = call.tokens.noise, memory.rests.get(blocks.start)
         before = streams.image[:, :noise]
-        level = call.level.to(before.device).expand(len(before))
+        level = call.sigma.to(before.device).expand(len(before))
         predicted = before + trend.at(level) if trend is not None and any(self._hits) else None
         if predicted is not None and all(self._hits):
             return replace(streams, image=_joined(predicted, streams.image))

@@ -10,16 +10,18 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fluxfire import kontext
+from fluxfire import modules
+from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.errors import FluxfireError
-from fluxfire.freshness import Watch
-from fluxfire.generation import Listener
-from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantised_weight
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.stand_in import StandIn, own_class
-from fluxfire.toolkit.fused_attention import put_products
-from fluxfire.toolkit.host_weights import Gone, HostWeights
-from fluxfire.transaction import Transaction
+from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantized_weight
+from fluxfire.model import Model
+from fluxfire.passes.shared.fused_projection import put_products
+from fluxfire.passes.shared.host_weights import Gone, HostWeights
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
+from fluxfire.runtime.freshness import Watch
+from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
 
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
@@ -33,7 +35,7 @@ class Float8:
     Weights are scaled by output channel, once; what is multiplied with them by token, as it
     comes. Query, key and value are one product. What is small or sensitive stays as it is: all
     outside the blocks (embeddings, output), the modulations, norms and attention itself. Behind
-    `FusedBlocks` the kernels that make a product's input also quantise it.
+    `FusedBlocks` the kernels that make a product's input also quantize it.
 
     Measured on an H100 (docs, "Passes"): a step of `faithful` 274 → 200 ms, and the edit's peak of
     memory 33.5 → 25.5 GiB. Beside torchao's float8, and with `Attention("fa3-fp8")`: docs, "To the
@@ -66,9 +68,9 @@ class Float8:
 
     name: ClassVar[str] = "float8"
     stage: ClassVar[Stage] = "weights"
-    slot: ClassVar[str | None] = "quantisation"
+    slot: ClassVar[str | None] = "quantization"
     exactness: ClassVar[Exactness] = "lossy"
-    provides: ClassVar[frozenset[str]] = frozenset({"quantised"})
+    provides: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
 
     def __post_init__(self) -> None:
         if self.originals not in _ORIGINALS:
@@ -77,8 +79,9 @@ class Float8:
             )
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse devices without float8, and weights that are fused, moved or quantised."""
+        """Refuse devices without float8, and weights that are fused, moved or quantized."""
         transformer, environment = target.pipe.transformer, target.environment
+        model = model_of(target.pipe)
         if transformer.device.type != "cuda":
             yield Finding("warning", "float8 is emulated without a GPU: slower, for quality's sake")
         elif environment.capability is not None and environment.capability < _CAPABLE:
@@ -94,11 +97,11 @@ class Float8:
                 "the projections are fused already",
                 "leave the fusion out: Float8 fuses",
             ),
-            ("quantised", "the weights are quantised already", "use one quantisation"),
+            ("quantized", "the weights are quantized already", "use one quantization"),
         ):
             if trait in target.traits:
                 yield Finding("error", why, remedy, trait=trait)
-        if moved := target.traits & (kontext.SWAPPED | {"model-offload"}):
+        if moved := target.traits & (modules.SWAPPED | {"model-offload"}):
             yield Finding(
                 "error",
                 f"the weights are moved while the pipeline runs ({', '.join(sorted(moved))})",
@@ -106,22 +109,23 @@ class Float8:
             )
         if "lora" in target.traits:
             yield Finding("info", "layers that carry a LoRA keep their weights")
-        widths = {n for *_, linear in _linears(transformer) for n in linear.weight.shape}
+        widths = {n for *_, linear in _linears(model, transformer) for n in linear.weight.shape}
         if odd := sorted(n for n in widths if n % 16):
             yield Finding("error", f"widths must be multiples of 16, and there are {odd}")
 
     def apply(self, tx: Transaction) -> Change:
-        """Quantise layer by layer, so that no more than one is there twice."""
+        """Quantize layer by layer, so that no more than one is there twice."""
         transformer, freed = tx.pipe.transformer, 0
+        model = model_of(tx.pipe)
         host = HostWeights()
         tx.on_undo(host.bring_back)
-        layers = list(_linears(transformer))
+        layers = list(_linears(model, transformer))
         plain = {linear for *_, linear in layers}
         products: list[Float8Product] = []
         stacked: list[tuple[str, Any]] = []
         places: list[tuple[Any, str, Any]] = []
-        for attention in kontext.attentions(transformer):
-            if (groups := _stackable(attention, plain)) is None:
+        for attention in model.attentions(transformer):
+            if (groups := _stackable(model, attention, plain)) is None:
                 continue
             made: dict[str, nn.Module] = {}
             for stack, names, parts in groups:
@@ -170,8 +174,8 @@ class Float8Product(nn.Module):
 
     def quantize(self, device: torch.device) -> None:
         """Quantize the layers' weights as they are now, on a device."""
-        with kontext.as_made(self.linears[0].weight):
-            made = [quantised_weight(x.weight.detach().to(device)) for x in self.linears]
+        with modules.as_made(self.linears[0].weight):
+            made = [quantized_weight(x.weight.detach().to(device)) for x in self.linears]
             self.weight = torch.cat([w for w, _ in made])
             self.scale = torch.cat([s for _, s in made])
         self.take_biases(device)
@@ -179,7 +183,7 @@ class Float8Product(nn.Module):
 
     def take_biases(self, device: torch.device) -> None:
         """Take the layers' biases as they are now, to a device."""
-        with kontext.as_made(self.weight):
+        with modules.as_made(self.weight):
             biases = [x.bias.detach().to(device) for x in self.linears if x.bias is not None]
             self.bias = torch.cat(biases) if biases else None
 
@@ -325,12 +329,12 @@ class _Watch(Listener):
         for owner, name, layer in self._places:
             if getattr(owner, name, None) is not layer:
                 raise FluxfireError(
-                    f"{name} of {own_class(owner).__name__} was replaced after Float8 quantised it "
+                    f"{name} of {own_class(owner).__name__} was replaced after Float8 quantized it "
                     f"(a LoRA was loaded, or projections were fused?); restore(pipe), do that, and "
                     f"optimize(pipe) again"
                 )
         for name, linear in self._stacked:
-            if kontext.is_hooked(linear):
+            if modules.is_hooked(linear):
                 raise FluxfireError(
                     f"{name} has a hook that came after Float8 (offloading was enabled?), which "
                     f"its product with others would not call; take it off, or restore(pipe)"
@@ -364,34 +368,22 @@ def _quantize(product: Float8Product) -> None:
 
 
 def _stackable(
-    attention: Any, plain: set[Any]
+    model: Model, attention: Any, plain: set[Any]
 ) -> list[tuple[str, tuple[str, ...], list[Any]]] | None:
     """Return the projections to stack: (name of the product, names, layers), text's beside image's.
 
     None unless all of them are plain: diffusers knows only of all fused, or none.
     """
     groups: list[tuple[str, tuple[str, ...], list[Any]]] = []
-    for stack, names in (("to_qkv", kontext.QKV), ("to_added_qkv", kontext.ADDED_QKV)):
-        parts = [getattr(attention, name, None) for name in names]
-        if any(parts):
-            groups.append((stack, names, parts))
+    for stack, names in model.projections(attention):
+        groups.append((stack, names, [getattr(attention, name) for name in names]))
     return groups if all(plain.issuperset(parts) for *_, parts in groups) else None
 
 
-def _linears(transformer: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Iterate over the plain linear layers to quantise: (owner, its attribute's name, layer)."""
-    block: Any
-    for block in kontext.blocks(transformer):
-        names = (*kontext.QKV, *kontext.ADDED_QKV, "to_add_out")
-        places: list[tuple[Any, str]] = [(block.attn, name) for name in names]
-        if getattr(block.attn, "to_out", None) is not None:
-            places.append((block.attn.to_out, "0"))
-        if hasattr(block, "ff"):
-            places += [(mlp.net[0], "proj") for mlp in (block.ff, block.ff_context)]
-            places += [(mlp.net, "2") for mlp in (block.ff, block.ff_context)]
-        else:
-            places += [(block, "proj_mlp"), (block, "proj_out")]
-        for owner, name in places:
-            linear = getattr(owner, name, None)
-            if type(linear) is nn.Linear and not kontext.is_hooked(linear):
+def _linears(model: Model, transformer: Any) -> Iterator[tuple[Any, str, Any]]:
+    """Iterate over the plain linear layers to quantize: (owner, its attribute's name, layer)."""
+    for block in model.blocks(transformer):
+        for owner, name in model.linears(block):
+            linear = getattr(owner, name)
+            if type(linear) is nn.Linear and not modules.is_hooked(linear):
                 yield owner, name, linear

@@ -10,20 +10,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from diffusers.models.activations import GELU
-from diffusers.models.transformers.transformer_flux import (
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
 from torch import Tensor, nn
 from typing_extensions import override
 
-from fluxfire import kontext
-from fluxfire.generation import Listener
+from fluxfire import modules
+from fluxfire.edits.stand_in import StandIn
 from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
 from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.stand_in import StandIn
-from fluxfire.toolkit.joint_attention import (
+from fluxfire.kontext import DoubleBlock, SingleBlock
+from fluxfire.kontext.attention import (
     Kept,
     attend,
     attend_jointly,
@@ -32,8 +27,11 @@ from fluxfire.toolkit.joint_attention import (
     heads,
     projections,
 )
-from fluxfire.toolkit.modulation import modulations
-from fluxfire.transaction import Transaction
+from fluxfire.kontext.modulation import modulations
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
 
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
@@ -73,14 +71,15 @@ class FusedBlocks:
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse blocks that are not diffusers' own, and a GPU without Triton."""
         transformer = target.pipe.transformer
-        strange = {type(b).__name__ for b in kontext.blocks(transformer) if type(b) not in _FUSED}
+        blocks = model_of(target.pipe).blocks(transformer)
+        strange = {type(block).__name__ for block in blocks if type(block) not in _FUSED}
         if strange:
             yield Finding(
                 "error",
                 f"the transformer has blocks of another kind: {', '.join(sorted(strange))}",
                 "leave FusedBlocks out",
             )
-        if swapped := target.traits & kontext.SWAPPED:
+        if swapped := target.traits & modules.SWAPPED:
             yield Finding(
                 "error",
                 f"weights are swapped layer by layer while the pipeline runs "
@@ -93,7 +92,7 @@ class FusedBlocks:
 
     def apply(self, tx: Transaction) -> Change:
         """Turn every block into an instance of a subclass with another forward."""
-        blocks = kontext.blocks(tx.pipe.transformer)
+        blocks = model_of(tx.pipe).blocks(tx.pipe.transformer)
         look = _Look(blocks)
         tx.on_undo(look.forget)
         look.prepare()
@@ -134,7 +133,7 @@ class _FusedBlock(StandIn, nn.Module):
         raise NotImplementedError
 
 
-class FusedDoubleBlock(_FusedBlock, FluxTransformerBlock):  # type: ignore[misc]
+class FusedDoubleBlock(_FusedBlock, DoubleBlock):  # type: ignore[misc]
     """A two-stream block."""
 
     @override
@@ -157,7 +156,7 @@ class FusedDoubleBlock(_FusedBlock, FluxTransformerBlock):  # type: ignore[misc]
         )
 
 
-class FusedSingleBlock(_FusedBlock, FluxSingleTransformerBlock):  # type: ignore[misc]
+class FusedSingleBlock(_FusedBlock, SingleBlock):  # type: ignore[misc]
     """A one-stream block."""
 
     @override
@@ -174,7 +173,7 @@ class FusedSingleBlock(_FusedBlock, FluxSingleTransformerBlock):  # type: ignore
         return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
 
 
-_FUSED = {FluxTransformerBlock: FusedDoubleBlock, FluxSingleTransformerBlock: FusedSingleBlock}
+_FUSED = {DoubleBlock: FusedDoubleBlock, SingleBlock: FusedSingleBlock}
 
 
 class _Look(Listener):
@@ -187,7 +186,7 @@ class _Look(Listener):
     def prepare(self) -> None:
         """Mark the blocks that have any, and those that compute something else by now."""
         for block in self._blocks:
-            hooked = any(map(kontext.is_hooked, kontext.parts(block)[1:]))
+            hooked = any(map(modules.is_hooked, modules.parts(block)[1:]))
             setattr(block, _ASIDE, hooked or not _is_usual(block))
 
     def forget(self) -> None:

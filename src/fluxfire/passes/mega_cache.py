@@ -18,16 +18,16 @@ from typing import Any, ClassVar
 import torch
 from typing_extensions import override
 
-from fluxfire.artifacts import archive
-from fluxfire.artifacts.archive import ArchiveError, Payload
-from fluxfire.artifacts.recording import Key, Recording, give_to_torch, recording
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
-from fluxfire.generation import Generation, Listener
-from fluxfire.kontext import Call
+from fluxfire.model import Call
+from fluxfire.passes.shared import artifact_file
+from fluxfire.passes.shared.artifact_file import ArchiveError, Payload
+from fluxfire.passes.shared.artifact_recorder import Key, Recording, give_to_torch, recording
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
 from fluxfire.reporting.compile_counts import Compilations, compilations
-from fluxfire.transaction import Transaction
+from fluxfire.runtime.generation import Generation, Listener
+from fluxfire.runtime.transaction import Transaction
 
 _GRAPH = "aot_autograd"  # the kind of artifact that a graph has one of
 
@@ -102,7 +102,7 @@ class MegaCache:
             return
         wanted = fingerprint(target.pipe, target.passes)
         try:
-            payloads = archive.read(file, archive.signing_key())
+            payloads = artifact_file.read(file, artifact_file.signing_key())
         except FileNotFoundError:
             yield Finding("info", f"{file} does not exist yet; warmup() will write it")
         except Exception as error:  # noqa: BLE001 - as when it is loaded
@@ -288,7 +288,7 @@ class _Engine(Listener):
         if not self._new:
             return
         try:
-            archive.add(self.file, self._new, archive.signing_key())
+            artifact_file.add(self.file, self._new, artifact_file.signing_key())
         except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache
             self._warn(f"{self.file} was not written: {_words(error)}")
             return
@@ -299,7 +299,7 @@ class _Engine(Listener):
     def _load(self) -> _Loaded:
         began = time.perf_counter()
         try:
-            payloads = archive.read(self.file, archive.signing_key())
+            payloads = artifact_file.read(self.file, artifact_file.signing_key())
         except FileNotFoundError:
             return _Loaded("rebuilt because there was no file")
         except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache

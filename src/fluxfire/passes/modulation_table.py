@@ -12,16 +12,16 @@ from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSin
 from torch import Tensor
 from typing_extensions import override
 
-from fluxfire import kontext
-from fluxfire.blocks import Run, Streams
-from fluxfire.freshness import Watch, heard_by_others
-from fluxfire.generation import Generation, Listener
-from fluxfire.kontext import Call
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.stand_in import StandIn
-from fluxfire.toolkit.host_weights import HostWeights
-from fluxfire.toolkit.modulation import COLUMNS, modulations
-from fluxfire.transaction import Transaction
+from fluxfire import modules
+from fluxfire.edits.stand_in import StandIn
+from fluxfire.kontext.modulation import COLUMNS, modulations
+from fluxfire.model import Call, Run, Streams
+from fluxfire.passes.shared.host_weights import HostWeights
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
+from fluxfire.runtime.freshness import Watch, heard_by_others
+from fluxfire.runtime.generation import Generation, Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,14 +55,15 @@ class ModulationTable:
     stage: ClassVar[Stage] = "blocks"
     slot: ClassVar[str | None] = "modulations"
     exactness: ClassVar[Exactness] = "close"
-    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse blocks whose norms are not Flux's, and weights that something else moves."""
+        model = model_of(target.pipe)
         strange = {
             type(norm).__name__
-            for block in kontext.blocks(target.pipe.transformer)
-            for norm in _norms(block)
+            for block in model.blocks(target.pipe.transformer)
+            for norm in model.modulated_norms(block)
             if type(norm) not in _TABLED
         }
         if strange:
@@ -71,7 +72,7 @@ class ModulationTable:
                 f"the blocks have norms of another kind: {', '.join(sorted(strange))}",
                 "leave ModulationTable out",
             )
-        if self.host and (moved := target.traits & (kontext.SWAPPED | {"model-offload"})):
+        if self.host and (moved := target.traits & (modules.SWAPPED | {"model-offload"})):
             yield Finding(
                 "error",
                 f"ModulationTable(host=True) keeps weights in host memory, and so does "
@@ -82,8 +83,9 @@ class ModulationTable:
     def apply(self, tx: Transaction) -> Change:
         """Have norms read from what a block is given, and give them their rows."""
         transformer = tx.pipe.transformer
-        blocks = kontext.blocks(transformer)
-        norms = [list(_norms(block)) for block in blocks]
+        model = model_of(tx.pipe)
+        blocks = model.blocks(transformer)
+        norms = [model.modulated_norms(block) for block in blocks]
         for of_block in norms:
             start = 0
             for norm in of_block:
@@ -156,8 +158,9 @@ class _Table(Listener):
         Blocks may be taken out or put in another order at any time. While they run they cannot be
         seen, so this looks before.
         """
-        there = kontext.blocks(self.pipe.transformer)
-        norms = [list(_norms(block)) for block in there]
+        model = model_of(self.pipe)
+        there = model.blocks(self.pipe.transformer)
+        norms = [model.modulated_norms(block) for block in there]
         if norms != self._norms:
             self._norms, self._watch = norms, None
         if any(map(_shows_others, there)):
@@ -211,7 +214,7 @@ class _Table(Listener):
         makers = [norm for of_block in self._norms for norm in of_block]
         makers.append(self.pipe.transformer.time_text_embed)
         parts = [part for maker in makers for part in maker.modules()]
-        return [p for p in parts if not p._modules and not kontext.is_hooked(p)]  # noqa: SLF001
+        return [p for p in parts if not p._modules and not modules.is_hooked(p)]  # noqa: SLF001
 
     def _settled(self) -> bool:
         """Whether nothing but weights and time decides what the norms compute.
@@ -294,9 +297,3 @@ def _shows_others(block: Any) -> bool:
 
 
 _TABLED = {AdaLayerNormZero: _TabledZero, AdaLayerNormZeroSingle: _TabledZeroSingle}
-
-
-def _norms(block: Any) -> Iterator[Any]:
-    """Iterate over the norms of a block that compute modulations."""
-    names = ("norm1", "norm1_context") if hasattr(block, "norm1") else ("norm",)
-    return (getattr(block, name) for name in names)

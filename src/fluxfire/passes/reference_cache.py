@@ -12,23 +12,22 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from fluxfire import kontext
-from fluxfire.blocks import Run, Streams
 from fluxfire.errors import FluxfireError
-from fluxfire.generation import Generation, Live, Refresh
 from fluxfire.kernels.float8 import FLOAT8
-from fluxfire.kontext import Call
-from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.text import human_bytes
-from fluxfire.toolkit.block_cache import CacheEngine, obstacles
-from fluxfire.toolkit.joint_attention import (
+from fluxfire.kontext.attention import (
     Float8AttnProcessor,
     KeepingAttnProcessor,
     Kept,
-    Processors,
     attends_as_flux,
 )
-from fluxfire.transaction import Transaction
+from fluxfire.model import Call, Run, Streams
+from fluxfire.passes.shared.block_cache import CacheEngine, obstacles
+from fluxfire.passes.shared.processors import Processors
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
+from fluxfire.runtime.generation import Generation, Live, Refresh
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
+from fluxfire.text import human_bytes
 
 _ROUNDING = 1e-6  # of noise levels that are multiples of the spacing
 
@@ -87,7 +86,7 @@ class ReferenceCache:
     name: ClassVar[str] = "reference-cache"
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "reference"
-    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {"spacing", "warmup_steps", "tail_steps", "drift", "schedule"}
     )
@@ -123,7 +122,9 @@ class ReferenceCache:
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse other caches, and attention processors that cannot keep the reference."""
         yield from obstacles(target)
-        processors = [a.processor for a in kontext.attentions(target.pipe.transformer)]
+        processors = [
+            a.processor for a in model_of(target.pipe).attentions(target.pipe.transformer)
+        ]
         if strange := {type(p).__name__ for p in processors if not attends_as_flux(p)}:
             yield Finding(
                 "error",
@@ -140,7 +141,7 @@ class ReferenceCache:
 
     def apply(self, tx: Transaction) -> Change:
         """Have attentions keep the reference, and wrap the run through the blocks."""
-        attentions = kontext.attentions(tx.pipe.transformer)
+        attentions = model_of(tx.pipe).attentions(tx.pipe.transformer)
         processors = Processors(tx.pipe.transformer, KeepingAttnProcessor)
         tx.on_undo(processors.give_back)
         processors.prepare()
@@ -192,7 +193,8 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
         Raises:
             FluxfireError: attention processors were replaced.
         """
-        self._attentions = kontext.attentions(self._pipe.transformer)  # hidden while the stack runs
+        model = model_of(self._pipe)
+        self._attentions = model.attentions(self._pipe.transformer)  # hidden while the stack runs
         for attention in self._attentions:
             if not isinstance(attention.processor, KeepingAttnProcessor):
                 raise FluxfireError(

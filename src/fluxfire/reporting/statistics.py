@@ -14,10 +14,10 @@ from typing import Any, Literal
 import torch
 from typing_extensions import override
 
-from fluxfire.generation import Decision, Generation, Listener, Refresh
-from fluxfire.kontext import Call, Tokens
+from fluxfire.model import Call, Tokens
 from fluxfire.reporting.compile_counts import Compilations, compilations
 from fluxfire.reporting.device_events import Marks
+from fluxfire.runtime.generation import Decision, Generation, Listener, Refresh
 
 StepKind = Literal["computed", "reused", "hit"]
 _KEPT = 100

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from fluxfire import api, kontext
-from fluxfire.generation import only_watches
+from fluxfire import api
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
+from fluxfire.runtime.generation import only_watches
 from fluxfire.serve.levels import current, described, offered
 from fluxfire.serve.wire import Facts, Level, PipelineRequest, RawPicture, Result
+from fluxfire.supported import model_of
 from fluxfire.text import spelled
 
 OnStep = Callable[[int, int], None]
@@ -93,7 +94,7 @@ class Editor:
         call: dict[str, Any] = {
             "prompt": [ask.prompt for ask, _ in samples],
             "prompt_2": [ask.prompt_2 or ask.prompt for ask, _ in samples],
-            **kontext.exact_size(*size),
+            **model_of(self._pipe).exact_size(*size),
             "num_inference_steps": first.steps,
             "guidance_scale": first.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for _, seed in samples],
@@ -115,14 +116,14 @@ class Editor:
         for ask, _ in samples:
             assert ask.picture is not None  # noqa: S101 - all of one kind
             picture = ask.picture.picture()
-            width, height = kontext.reference_size(self._pipe, *picture.size)
+            width, height = model_of(self._pipe).reference_size(self._pipe, *picture.size)
             yield self._pipe.image_processor.resize(picture, height, width)
 
     def _size(self, picture: RawPicture | None, wish: tuple[int, int] | None) -> tuple[int, int]:
         """Return the size to make: what is wished for, unless the model has an area of its own."""
         shape = wish or ((picture.width, picture.height) if picture else _SIDES)
         if wish is None or hasattr(self._pipe, "reference_size"):
-            return kontext.reference_size(self._pipe, *shape)
+            return model_of(self._pipe).reference_size(self._pipe, *shape)
         return wish
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from fluxfire import __version__
+from fluxfire._version import __version__
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.refusing import Refused
 

@@ -44,9 +44,10 @@ def warm(
         The report.
     """
     import fluxfire
-    from fluxfire import loading, recipes
+    from fluxfire import loading
     from fluxfire.passes import MegaCache
-    from fluxfire.resolve import preset_or_file
+    from fluxfire.planning import recipes
+    from fluxfire.planning.resolve import preset_or_file
     from fluxfire.serve.levels import usual
 
     folder.mkdir(parents=True, exist_ok=True)

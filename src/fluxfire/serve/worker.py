@@ -69,7 +69,7 @@ def _open(settings: Settings) -> Editor:
     import torch
 
     from fluxfire import api, loading
-    from fluxfire.resolve import chosen
+    from fluxfire.planning.resolve import chosen
     from fluxfire.serve import levels
     from fluxfire.serve.editing import Editor
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from transformers import T5Config, T5EncoderModel
 
-from fluxfire.models import components, tokenizers
+from fluxfire.kontext import components, tokenizers
 from fluxfire.spark import language
 
 WIDTH = 160

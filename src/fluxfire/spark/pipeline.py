@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxKontextPipeline
 from PIL import Image
 
-from fluxfire import kontext
+from fluxfire import modules
 from fluxfire.pictures import opaque
 from fluxfire.spark import language, model, weights
 from fluxfire.text import with_article
@@ -101,6 +101,6 @@ def load(
     parts = model.parts()
     weights.restore(parts, weights.SHIPPED)
     pipe = SparkPipeline(**parts)
-    kontext.place(pipe, device=device, dtype=dtype)
+    modules.place(pipe, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxfire.models.random_kontext import tiny_kontext
+from fluxfire.kontext.random_weights import tiny_kontext
 from fluxfire.testing.conformance import check_pass
 from fluxfire.testing.fingerprints import differences, fingerprint
 from fluxfire.testing.oracle import forward_errors

@@ -9,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from fluxfire import api, kontext
+from fluxfire import api, modules
 from fluxfire.applying import apply_passes, finish_warmup
-from fluxfire.conductor import conductor_of
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
-from fluxfire.models.random_kontext import tiny_kontext
+from fluxfire.kontext.random_weights import tiny_kontext
+from fluxfire.planning.rules import malformed
 from fluxfire.protocol import Change, Finding, Pass, Target, configured, provided_traits
-from fluxfire.rules import malformed
+from fluxfire.runtime.conductor import conductor_of
+from fluxfire.runtime.transaction import Transaction
 from fluxfire.testing import surroundings
 from fluxfire.testing.fingerprints import fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
@@ -34,7 +35,6 @@ from fluxfire.testing.promises import (
     same,
     worst,
 )
-from fluxfire.transaction import Transaction
 
 
 def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = edit) -> None:
@@ -119,7 +119,7 @@ def _check_keywords(pass_: Any) -> None:
 
 
 def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
-    target = Target(pipe, environment(), (configured(pass_),), kontext.traits(pipe))
+    target = Target(pipe, environment(), (configured(pass_),), modules.traits(pipe))
     findings = list(pass_.check(target))
     if strangers := [f for f in findings if not isinstance(f, Finding)]:
         fail(pass_, "check yields Findings", f"it gave {strangers[0]!r}")
@@ -131,10 +131,10 @@ def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
 def _check_change_and_restore(
     pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
 ) -> None:
-    bytes_before = kontext.storage_bytes(pipe)
+    bytes_before = modules.storage_bytes(pipe)
     api.optimize(pipe, [pass_])
     change = api.report(pipe).passes[0].change
-    grown = kontext.storage_bytes(pipe) - bytes_before
+    grown = modules.storage_bytes(pipe) - bytes_before
     if change.bytes + change.host_bytes != grown:
         fail(
             pass_,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fluxfire import kontext
+from fluxfire import modules
 
 # Dynamo replaces these of torch.nn.Module at the process's first compilation, for good.
 _DYNAMOS_OWN = ("__init__", "__setstate__", "___needs_generation_tag_patch")
@@ -54,7 +54,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
     classes: dict[type, None] = dict.fromkeys(type(pipe).__mro__)
     yield from _own("pipe", pipe)
-    for component_name, component in kontext.modules(pipe):
+    for component_name, component in modules.components(pipe):
         yield f"{component_name} state-dict keys", tuple(component.state_dict())
         for name, module in component.named_modules():
             where = f"{component_name}.{name}".rstrip(".")

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image as Pictures
 
-from fluxfire import kontext
+from fluxfire.kontext import KONTEXT
 from fluxfire.protocol import Pass
 from fluxfire.testing.fingerprints import differences, fingerprint
 
@@ -49,7 +49,7 @@ def edit(pipe: Any, size: tuple[int, int] = SIZE, *, steps: int = 3, **call: Any
     arguments: dict[str, Any] = {
         "image": picture,
         "prompt": "make it night",
-        **kontext.exact_size(width, height),
+        **KONTEXT.exact_size(width, height),
         "num_inference_steps": steps,
         "max_sequence_length": 24,
         "generator": torch.Generator().manual_seed(1),

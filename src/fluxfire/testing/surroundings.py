@@ -14,15 +14,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from fluxfire import api, kontext
+from fluxfire import api, modules
 from fluxfire.applying import apply_passes
-from fluxfire.conductor import conductor_of
 from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
+from fluxfire.runtime.conductor import conductor_of
+from fluxfire.runtime.transaction import Transaction
 from fluxfire.testing.fingerprints import fingerprint
 from fluxfire.testing.oracle import first_call
 from fluxfire.testing.promises import ROUNDING, Edit, Image, MakePipe, fail, same, worst
-from fluxfire.transaction import Transaction
 
 _INTERRUPTS = 6
 _CYCLES = 3
@@ -44,7 +44,7 @@ def check_changed_weights(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
         for pipe in (used, twin):
             _each_model(pipe, change)
         fresh = make_pipe()
-        for name, component in kontext.modules(twin):
+        for name, component in modules.components(twin):
             fresh.components[name].load_state_dict(component.state_dict())
         promise = "weights that change after optimize() count"
         try:
@@ -86,7 +86,7 @@ def check_later_hooks(pass_: Pass, make_pipe: MakePipe, reference: Image, run: E
     run(pipe)
     before = fingerprint(pipe)
     api.optimize(pipe, [pass_])
-    wrapped = [part for _, component in kontext.modules(pipe) for part in component.modules()]
+    wrapped = [part for _, component in modules.components(pipe) for part in component.modules()]
     for part in wrapped:
         part.forward = functools.partial(_through, part.forward)
     _generates(pipe, run)
@@ -222,14 +222,14 @@ def _generates(pipe: Any, run: Edit) -> bool:
 
 
 def _each_model(pipe: Any, change: Callable[[nn.Module], None]) -> None:
-    for _, component in kontext.modules(pipe):
+    for _, component in modules.components(pipe):
         with torch.no_grad():
             change(component)
 
 
 def _alike(pipe: Any, other: Any) -> bool:
     """Whether two pipelines' weights are the same numbers."""
-    for name, component in kontext.modules(pipe):
+    for name, component in modules.components(pipe):
         state, others = component.state_dict(), other.components[name].state_dict()
         if not all(torch.equal(value, others[key].to(value)) for key, value in state.items()):
             return False
@@ -272,7 +272,7 @@ def _pickled(pipe: Any) -> Any:
 def _leftovers(pipe: Any) -> list[str]:
     """Name what a copy has of fluxfire's: classes, and attributes of its modules."""
     own = [f"class {type(pipe).__name__}"] if conductor_of(pipe) is not None else []
-    for name, component in kontext.modules(pipe):
+    for name, component in modules.components(pipe):
         for path, part in component.named_modules():
             where = f"{name}.{path}".rstrip(".")
             values = (part, *vars(part).values())
@@ -280,7 +280,7 @@ def _leftovers(pipe: Any) -> list[str]:
                 f"{where}: {type(of).__qualname__}"
                 for of in values
                 if type(of).__module__.startswith("fluxfire.passes")
-                or type(of).__module__ in ("fluxfire.override", "fluxfire.toolkit")
+                or type(of).__module__ in ("fluxfire.edits.override", "fluxfire.toolkit")
             ]
             own += [f"{where}.{key}" for key in vars(part) if key.startswith("_fluxfire")]
     return own

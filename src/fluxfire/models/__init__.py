@@ -1,1 +1,0 @@
-"""Pipelines with random weights, and tokenizers that need no network."""

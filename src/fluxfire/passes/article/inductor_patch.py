@@ -1,0 +1,112 @@
+"""InductorPatch: keep inductor from crashing on symbolic numbers."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import torch
+from typing_extensions import override
+
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.runtime.generation import Generation, Listener
+from fluxfire.runtime.transaction import Transaction
+
+
+@dataclass(frozen=True, kw_only=True)
+class InductorPatch:
+    """Guards inductor's `same_meta` against values that are not tensors.
+
+    In its clean-up of compiled graphs, inductor asks whether two nodes have the same
+    metadata, and calls `.size()` on both. With dynamic shapes a node can be a number
+    (SymFloat, SymInt), and compilation crashes. torch 2.13 fixed it (pytorch #181752); the
+    pass asks the running torch by trying, and does nothing where there is nothing to mend.
+
+    The function is torch's own, so the patch is live only while this pipeline generates,
+    and it only turns a crash into the answer "not the same": no graph that compiled before
+    compiles differently. Measured on an H100 (docs, "Passes"): no part in a step's time, a step of
+    `faithful` 277 → 274 ms, which is noise.
+
+    Trigger on torch 2.7 to 2.12:
+    `torch.compile(lambda x, s: torch.pow(x.shape[0] * 0.5, x.abs()) * s, dynamic=True)`.
+    """
+
+    name: ClassVar[str] = "inductor-patch"
+    stage: ClassVar[Stage] = "environment"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[Exactness] = "bitwise"
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Remark when the running torch does not need the patch."""
+        if not needed():
+            version = target.environment.packages["torch"]
+            yield Finding("info", f"not needed on torch {version}, which guards same_meta itself")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Have the guard live around this pipeline's calls, if it is needed."""
+        if not needed():
+            return Change(0, "functions of inductor guarded")
+        tx.listen(_Guarded())
+        return Change(1, "function of inductor guarded while generating")
+
+
+def needed() -> bool:
+    """Whether the running torch's `same_meta` fails on a value that is not a tensor."""
+    from torch._inductor.fx_passes import post_grad
+
+    same_meta = getattr(post_grad, "same_meta", None)
+    if same_meta is None:
+        return False
+    if hasattr(same_meta, "__wrapped__"):  # guarded just now, by another pipeline
+        return True
+    number = SimpleNamespace(meta={"val": 0.5})
+    try:
+        same_meta(number, number)
+    except AttributeError:
+        return True
+    return False
+
+
+class _Guarded(Listener):
+    @override
+    @contextmanager
+    def during(self, generation: Generation) -> Iterator[None]:
+        with guarded():
+            yield
+
+
+_lock = threading.Lock()
+_depth = 0
+_plain: Callable[..., Any] | None = None
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Keep the guard in place; nested and concurrent uses share one and the last removes it."""
+    from torch._inductor.fx_passes import post_grad
+
+    global _depth, _plain  # noqa: PLW0603 - one patch for the process, counted
+    with _lock:
+        if _depth == 0:
+            plain = _plain = post_grad.same_meta
+
+            @functools.wraps(plain)
+            def same_meta(node1: Any, node2: Any) -> Any:
+                values = (node1.meta.get("val"), node2.meta.get("val"))
+                return all(isinstance(v, torch.Tensor) for v in values) and plain(node1, node2)
+
+            post_grad.same_meta = same_meta
+        _depth += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _depth -= 1
+            if _depth == 0 and _plain is not None:
+                post_grad.same_meta = _plain
+                _plain = None

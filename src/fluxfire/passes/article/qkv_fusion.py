@@ -1,0 +1,304 @@
+"""QKVFusion: one matrix product for query, key and value."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own habit
+from diffusers.models.attention_processor import (
+    Attention,
+    AttnProcessor2_0,
+    FusedAttnProcessor2_0,
+)
+from torch import nn
+from typing_extensions import override
+
+from fluxfire import modules
+from fluxfire.edits.stand_in import StandIn
+from fluxfire.passes.shared.fused_projection import put_products
+from fluxfire.passes.shared.parameters import change_storage
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
+from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
+
+_TOGETHER = 3  # projections of one storage
+
+
+@dataclass(frozen=True, kw_only=True)
+class QKVFusion:
+    """Computes the query, key and value of each attention in one matrix product.
+
+    diffusers' own `fuse_qkv_projections` keeps the separate weights beside the fused copy
+    (4.0 GiB for FLUX in bf16) and lets a LoRA lose its effect without a word. Here the three
+    parameters become row views of the fused weight: memory stays as it was, state-dict
+    keys too, and `save_pretrained` works. Moving or casting the model, which copies
+    parameters one by one, fuses them anew.
+
+    Measured on an H100 (docs, "Passes"): no gain, a step of `faithful` 274 → 274 ms. Not compiled
+    it loses, since the strided parts cost more than the larger product saves. So it is only in
+    the preset `article`.
+
+    A projection that is more than a plain `nn.Linear` (a LoRA is loaded, a hook is set, its
+    weight is swapped in and out) is called as it is, so its effect is that of the plain
+    pipeline, whichever came first; and so is every projection while gradients are on.
+
+    Attributes:
+        transformer: fuse the transformer's attentions.
+        vae: fuse the VAE's attentions (one in the encoder, one in the decoder).
+
+    Raises:
+        ValueError: both are False, so that nothing is fused.
+    """
+
+    transformer: bool = True
+    vae: bool = True
+
+    name: ClassVar[str] = "qkv-fusion"
+    stage: ClassVar[Stage] = "weights"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[Exactness] = "close"
+    provides: ClassVar[frozenset[Trait]] = frozenset({"fused-qkv"})
+
+    def __post_init__(self) -> None:
+        if not (self.transformer or self.vae):
+            raise ValueError("QKVFusion(transformer=False, vae=False) has nothing to fuse")
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Refuse weights that cannot become views, and attentions already fused."""
+        if "fused-qkv" in target.traits:
+            yield Finding(
+                "error",
+                "the projections are fused already, by fuse_qkv_projections()",
+                "call unfuse_qkv_projections() first",
+            )
+        moved = target.traits & modules.SWAPPED
+        if moved:
+            yield Finding(
+                "error",
+                f"weights are swapped module by module while the pipeline runs "
+                f"({', '.join(sorted(moved))}), which would separate the fused ones",
+                "use enable_model_cpu_offload() or none",
+            )
+        model = model_of(target.pipe)
+        for attention in self._attentions(target.pipe):
+            for _, names in model.projections(attention):
+                linears = [_base(getattr(attention, n)) for n in names]
+                if any(modules.is_quantized(linear.weight) for linear in linears):
+                    yield Finding(
+                        "error",
+                        f"the weights of {', '.join(names)} are quantized "
+                        f"({type(linears[0].weight.data).__name__}, {linears[0].weight.dtype})",
+                        "put QKVFusion before quantization, or leave it out",
+                    )
+                    return
+        # A pass may keep weights for its undoing as they were, and compute with others.
+        if self.transformer and "quantized" in target.traits - modules.traits(target.pipe):
+            yield Finding(
+                "error",
+                "an earlier pass quantized the weights, and the fused ones would be plain",
+                "leave it out",
+            )
+        if "lora" in target.traits:
+            yield Finding("info", "projections that carry a LoRA are left unfused")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Fuse every self-attention's projections and share the storage."""
+        model = model_of(tx.pipe)
+        fused: list[FusedProjection] = []
+        for attention in self._attentions(tx.pipe):
+            projections = [
+                FusedProjection(attention, *group) for group in model.projections(attention)
+            ]
+            for projection in projections:
+                tx.on_undo(projection.separate)
+                if projection.fusible:
+                    projection.share()
+            if isinstance(attention, Attention):
+                tx.setattr(attention, "to_qkv", projections[0])
+                tx.set_class(attention.processor, FusedVaeProcessor)
+            else:
+                put_products(tx, attention, {p.attribute: p for p in projections})
+            fused += projections
+        tx.listen(_KeepShared(tx.pipe, fused))
+        shared = sum(projection.shared for projection in fused)
+        return Change(shared, "query-key-value triples fused, storage shared")
+
+    def _attentions(self, pipe: Any) -> Iterator[Any]:
+        """Iterate over the attentions that can be fused."""
+        from diffusers.models.attention import AttentionModuleMixin
+
+        if self.transformer:
+            for module in pipe.transformer.modules():
+                if isinstance(module, AttentionModuleMixin) and hasattr(module, "to_q"):
+                    yield module
+        if self.vae and pipe.vae is not None:
+            for module in pipe.vae.modules():
+                if not isinstance(module, Attention) or module.is_cross_attention:
+                    continue
+                if type(module.processor) is AttnProcessor2_0:
+                    yield module
+
+
+class FusedProjection(nn.Module):
+    """Stands where diffusers looks for a fused linear: `attn.to_qkv` or `attn.to_added_qkv`.
+
+    Holds the fused weight and bias, and the attention to find the projections. All are outside
+    the module tree: it must not become a circle, and what is a buffer others move and keep.
+
+    Attributes:
+        names: of the projections.
+        attribute: where it stands.
+        weight: (3 · inner width, width), or None while each projection has a storage of its own.
+        bias: likewise.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    def __init__(self, attention: nn.Module, attribute: str, names: tuple[str, str, str]) -> None:
+        super().__init__()
+        self.names = names
+        self.attribute = attribute
+        self._attention = (attention,)
+        self.weight = self.bias = None
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Project (batch, tokens, width) to (batch, tokens, 3 · inner width)."""
+        q, k, v = self._projections()
+        plain = type(q) is type(k) is type(v) is nn.Linear
+        if self.weight is None or not plain or torch.is_grad_enabled():
+            return torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1)
+        return F.linear(hidden_states, self.weight, self.bias)
+
+    @property
+    def fusible(self) -> bool:
+        """Whether calling a projection means nothing but its matrix product, and this is called."""
+        called = getattr(self._attention[0], self.attribute, self) in (self, None)
+        return called and all(map(_is_plain, self._projections()))
+
+    def share(self) -> None:
+        """Copy the projections into one storage and make them views of it."""
+        linears = self._linears()
+        with torch.no_grad(), modules.as_made(linears[0].weight):
+            self.weight = torch.cat([m.weight for m in linears])
+            has_bias = linears[0].bias is not None
+            self.bias = torch.cat([m.bias for m in linears]) if has_bias else None
+            for fused, parameters in self._parts(linears):
+                for parameter, view in zip(parameters, fused.chunk(3), strict=True):
+                    parameter.data = view
+
+    @property
+    def shared(self) -> bool:
+        """Whether the projections, plain ones, still are views of the fused weight."""
+        return self.weight is not None and all(
+            parameter.data_ptr() == fused.data_ptr() + part * (fused.nbytes // 3)
+            and parameter.dtype == fused.dtype
+            and parameter.is_contiguous()
+            for fused, parameters in self._parts(self._linears())
+            for part, parameter in enumerate(parameters)
+        )
+
+    def separate(self) -> None:
+        """Give each projection a storage of its own again.
+
+        Offloading keeps weights elsewhere, and brings back the shared storage's parts when it is
+        taken off. So this goes by what a part looks like, and not by what is remembered.
+        """
+        for linear in self._linears():
+            for name in ("weight", "bias"):
+                change_storage(linear, name, _alone)
+        self.weight = self.bias = None
+
+    def _projections(self) -> list[Any]:
+        return [getattr(self._attention[0], name) for name in self.names]
+
+    def _linears(self) -> list[nn.Linear]:
+        return [_base(projection) for projection in self._projections()]
+
+    def _parts(self, linears: list[Any]) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+        if self.weight is not None:
+            yield self.weight, [m.weight for m in linears]
+        if self.bias is not None:
+            yield self.bias, [m.bias for m in linears]
+
+    def _apply(self, *_: Any, **__: Any) -> Any:
+        """Follow `.to()`: the projections, registered earlier, have just been moved."""
+        if self.weight is not None and not self.shared:
+            self.share()
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the shared storage out: a copy projects one by one, correctly."""
+        return {**super().__getstate__(), "weight": None, "bias": None}  # type: ignore[no-untyped-call]
+
+
+class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
+    """Attends as diffusers' processor does, with the fused projection where there is one."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        temb: torch.Tensor | None = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend.
+
+        The arguments are diffusers', by name: `Attention.forward` passes on only what it finds
+        in this signature, and drops the rest with a warning.
+        """
+        run: Any = super().__call__
+        plain = encoder_hidden_states is not None
+        if not plain and isinstance(getattr(attn, "to_qkv", None), FusedProjection):
+            run = functools.partial(FusedAttnProcessor2_0.__call__, self)
+        return run(  # type: ignore[no-any-return]
+            attn, hidden_states, encoder_hidden_states, attention_mask, temb, *args, **kwargs
+        )
+
+
+class _KeepShared(Listener):
+    """Fuses anew what was replaced (a merged LoRA, a loaded state), and lets go of the rest."""
+
+    def __init__(self, pipe: Any, fused: list[FusedProjection]) -> None:
+        self._pipe, self._fused = pipe, fused
+
+    @override
+    def prepare(self) -> None:
+        """Look at every projection, since anything may have been done to it in between."""
+        apart: set[nn.Module] = set()
+        for _, component in modules.optimizable(self._pipe):
+            if modules.swapped(component):  # block by block, a projection has no hook
+                apart.update(component.modules())
+        for projection in self._fused:
+            if projection in apart or not projection.fusible:
+                projection.separate()
+            elif not projection.shared:
+                projection.share()
+
+
+def _alone(part: torch.Tensor) -> torch.Tensor:
+    shares = part.untyped_storage().nbytes() == _TOGETHER * part.nbytes
+    return part.clone() if shares else part
+
+
+def _is_plain(projection: Any) -> bool:
+    """Whether a projection is a linear layer without hooks, its weight at hand."""
+    return (
+        type(projection) is nn.Linear
+        and not modules.is_hooked(projection)
+        and not projection.weight.is_meta
+        and not modules.is_quantized(projection.weight)
+    )
+
+
+def _base(linear: Any) -> Any:
+    """Look under a PEFT adapter."""
+    return getattr(linear, "base_layer", linear)

@@ -1,0 +1,37 @@
+"""The architectures that fluxfire knows: another one is a folder beside `kontext/`, and a line."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fluxfire.errors import FluxfireError
+from fluxfire.kontext import KONTEXT
+from fluxfire.model import Model
+
+MODELS: tuple[Model, ...] = (KONTEXT,)
+
+
+def refusal(pipe: object) -> str | None:
+    """Say why fluxfire cannot work on an object, or None if it can."""
+    model = _find(pipe)
+    if model is not None:
+        return model.refusal(pipe)
+    known = [pipeline.__name__ for model in MODELS for pipeline in model.pipelines]
+    names = f"{', '.join(known[:-1])} and {known[-1]}"
+    return f"fluxfire works on {names}, not on {type(pipe).__name__}"
+
+
+def model_of(pipe: Any) -> Model:
+    """Return the architecture of a pipeline.
+
+    Raises:
+        FluxfireError: fluxfire does not know it.
+    """
+    model = _find(pipe)
+    if model is None:
+        raise FluxfireError(str(refusal(pipe)))
+    return model
+
+
+def _find(pipe: object) -> Model | None:
+    return next((model for model in MODELS if isinstance(pipe, model.pipelines)), None)
