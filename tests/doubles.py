@@ -119,7 +119,7 @@ class Tally(Listener):
         self.ended = 0
 
     @contextmanager
-    def during(self, generation):
+    def on_generation(self, generation):
         self.open += 1
         try:
             yield
@@ -127,7 +127,7 @@ class Tally(Listener):
             self.open -= 1
             self.ended += 1
 
-    def around(self, call):
+    def on_step(self, call):
         self.calls.append(call)
         return nullcontext()
 

@@ -253,9 +253,9 @@ class KeepsState(Wrapping):
         class Counting(Listener):
             calls = 0
 
-            def around(self, call):
+            def on_step(self, call):
                 type(self).calls += 1
-                return super().around(call)
+                return super().on_step(call)
 
         counting = Counting()
         tx.listen(counting)

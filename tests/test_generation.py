@@ -70,7 +70,7 @@ def test_what_begins_ends_when_a_generation_raises(heard):
 
 def test_a_listener_that_raises_does_not_block_the_pipeline(pipe, reference):
     class Deaf(Tally):
-        def during(self, generation):
+        def on_generation(self, generation):
             raise RuntimeError("deaf")
 
     class Broken(Listen):

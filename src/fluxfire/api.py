@@ -24,7 +24,7 @@ from fluxfire.planning.rules import malformed
 from fluxfire.protocol import Pass
 from fluxfire.reporting.applications import Applications
 from fluxfire.reporting.report import Report
-from fluxfire.runtime.conductor import rehearsal
+from fluxfire.runtime.conductor import warmup_run
 from fluxfire.warming import (
     Progress,
     Sizes,
@@ -220,7 +220,7 @@ def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) 
     calls = [(size, a) for size in outputs for a in blank_calls(pipe, size, pictures, call)]
     progress = Progress(pipe, len(calls))
     generate: Any = pipe
-    with progress.shown(conductor), rehearsal(pipe):
+    with progress.shown(conductor), warmup_run(pipe):
         for size, arguments in calls:
             progress.begin(size)
             generate(**arguments)

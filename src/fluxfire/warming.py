@@ -194,7 +194,7 @@ class Progress(Listener):
 
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         """Tell compiling from running."""
         self._say("load")
         with hearing(lambda _: self._say("trace and compile"), lambda _: self._say("first step")):
@@ -203,7 +203,7 @@ class Progress(Listener):
 
     @override
     @contextmanager
-    def around(self, call: Call) -> Iterator[None]:
+    def on_step(self, call: Call) -> Iterator[None]:
         """Say which step runs."""
         self._say(f"step {call.step + 1} of {call.steps}")
         yield

@@ -362,7 +362,7 @@ def test_the_plan_sees_what_the_generation_will(pipe, tmp_path):
     engine = _engines(pipe)[0]
     load = engine._load
     engine._load = lambda: seen.append(dict(engine._wanted)) or load()
-    with pytest.raises(RuntimeError, match="enough"), engine.during(conductor_of(pipe)):
+    with pytest.raises(RuntimeError, match="enough"), engine.on_generation(conductor_of(pipe)):
         raise RuntimeError("enough")
     assert seen == [wanted]
 

@@ -489,7 +489,7 @@ def test_batches_that_refresh_in_part_stay_compiled():
         assert any(any(r.due) and not all(r.due) for r in refreshes(pipe))
 
 
-def test_a_rehearsal_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
+def test_a_warmup_run_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
     """Whose due samples are told by a tensor, even where all are."""
     pipe = fluxfire.optimize(tiny_kontext(), [ReferenceCache(0.2, drift=0.31, tail_steps=2)])
     ways = set()
@@ -503,14 +503,14 @@ def test_a_rehearsal_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
     monkeypatch.setattr(KeepingAttnProcessor, "_attend", seen)
     prompts, generators = batch(3)
     fluxfire.warmup(pipe, [(32, 32)], prompt=prompts, generator=generators, _auto_resize=False)
-    rehearsed = set(ways)
+    warmed = set(ways)
     ways.clear()
     edit(pipe, prompt=prompts, generator=batch(3)[1], steps=9)
     assert len(ways) == 5  # the first block, measured, has no mask
-    assert ways <= rehearsed
+    assert ways <= warmed
 
 
-def test_a_rehearsal_takes_every_way_once():
+def test_a_warmup_run_takes_every_way_once():
     """In two steps, whose noise levels lie far apart: a refresh, then a reuse, and no hit."""
     everything = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
     pipe = fluxfire.optimize(tiny_kontext(), [everything, ReferenceCache(0.01)])

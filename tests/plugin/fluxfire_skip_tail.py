@@ -70,7 +70,7 @@ class _Skipper(Listener):
         self.from_fraction = live.settings.from_fraction
 
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         self.from_fraction = self.live.settings.from_fraction
         yield
 

@@ -24,7 +24,7 @@ from fluxfire.bench.timing import on_device, timed
 from fluxfire.bench.work import BlockCounter, equal_steps, of_run
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError, FluxfireError
-from fluxfire.runtime.conductor import rehearsal
+from fluxfire.runtime.conductor import warmup_run
 from fluxfire.supported import model_of
 
 _GIB = 2**30
@@ -342,7 +342,7 @@ class _Turn:
         with row.contender.beginning(pipe, load, calibrate):
             for example in load.of_each_size(pipe, self.examples):
                 for _ in range(self.warmups):
-                    with rehearsal(pipe):
+                    with warmup_run(pipe):
                         load.run(pipe, example, steps=2)
                     first.append(api.report(pipe).runs[-1])
         edits, pictures, right = [], {}, []

@@ -24,7 +24,7 @@ from fluxfire.bench.trials import MARGIN, Beside, Candidate, Family, Part, Trial
 from fluxfire.bench.work import equal_steps, of_run
 from fluxfire.bench.workload import Workload
 from fluxfire.protocol import Pass, configured
-from fluxfire.runtime.conductor import rehearsal
+from fluxfire.runtime.conductor import warmup_run
 from fluxfire.supported import model_of
 from fluxfire.text import count_of
 
@@ -192,7 +192,7 @@ class Search:
         self.on_edit(f"compiling {names(family.passes)}")
         self._undo.enter_context(api.optimized(self.pipe, family.passes))
         self._present, self._applied = family.passes, True
-        with rehearsal(self.pipe):
+        with warmup_run(self.pipe):
             self.workload.run(self.pipe, self.examples[0], steps=2)
 
     def _unapply(self) -> None:

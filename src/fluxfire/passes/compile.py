@@ -240,7 +240,7 @@ class _Limit(Listener):
     """Allows as many graphs while a generation runs, where torch.compile cannot be told."""
 
     @override
-    def during(self, generation: Generation) -> AbstractContextManager[object]:
+    def on_generation(self, generation: Generation) -> AbstractContextManager[object]:
         """Raise dynamo's own limit, which is the process's, for as long."""
         from torch._dynamo import config
 

@@ -269,7 +269,7 @@ class _Engine(CacheEngine[FirstBlockCache]):
         self._hits: list[bool] = []
 
     @override
-    def rehearsed(self, settings: FirstBlockCache) -> FirstBlockCache:
+    def warmup_settings(self, settings: FirstBlockCache) -> FirstBlockCache:
         """Hit nothing: a hit would leave out what is to be compiled."""
         return replace(settings, schedule=())
 

@@ -260,7 +260,7 @@ class _Engine(Listener):
 
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         """Load before anything compiles; keep what was compiled, also if the generation fails."""
         wanted = fingerprint(self.pipe, generation.passes)
         if wanted != self._wanted:
@@ -277,7 +277,7 @@ class _Engine(Listener):
 
     @override
     @contextmanager
-    def around(self, call: Call) -> Iterator[None]:
+    def on_step(self, call: Call) -> Iterator[None]:
         """Take down the size."""
         tokens = call.tokens
         self._sizes.add(f"{tokens.noise}+{tokens.reference}+{tokens.text}")

@@ -141,7 +141,7 @@ class _Table(Listener):
 
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         """Begin and end without tables."""
         self._watch, self._again = None, generation.calls_back
         self._rows.clear()
@@ -152,7 +152,7 @@ class _Table(Listener):
 
     @override
     @contextmanager
-    def around(self, call: Call) -> Iterator[None]:
+    def on_step(self, call: Call) -> Iterator[None]:
         """Take note of which call this is, and of the blocks that there are now.
 
         Blocks may be taken out or put in another order at any time. While they run they cannot be

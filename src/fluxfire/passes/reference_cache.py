@@ -187,7 +187,7 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
 
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         """Begin and end with nothing kept.
 
         Raises:
@@ -202,11 +202,11 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
                     f"{type(attention.processor).__name__} (an IP-adapter was loaded?), which "
                     f"cannot keep the reference; restore(pipe), and optimize(pipe) without it"
                 )
-        with super().during(generation):
+        with super().on_generation(generation):
             yield
 
     @override
-    def rehearsed(self, settings: ReferenceCache) -> ReferenceCache:
+    def warmup_settings(self, settings: ReferenceCache) -> ReferenceCache:
         """Refresh, then reuse; with a drift that never comes where one has graphs of its own."""
         if settings.exactness == "bitwise":
             return settings

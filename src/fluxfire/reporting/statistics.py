@@ -136,7 +136,7 @@ class Statistics(Listener):
 
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         """Time the whole call and count what is compiled in it."""
         run = RunStatistics(generation.number)
         self._step, self._clock, self._tokens = -1, None, None
@@ -159,7 +159,7 @@ class Statistics(Listener):
 
     @override
     @contextmanager
-    def around(self, call: Call) -> Iterator[None]:
+    def on_step(self, call: Call) -> Iterator[None]:
         """Mark where each step begins, and where the latest call ends."""
         if self._clock is None:
             self._clock = _Clock(call.timestep.device)

@@ -43,7 +43,7 @@ class Conductor:
             transformer's own. Compiling the whole model adds one.
         live: the run-time settings of the passes that have some.
         passes: what is applied, as data.
-        rehearsing: whether generations are rehearsals.
+        warming_up: whether generations are warm-up runs.
         changing: whether the pipeline is being changed, or an interrupt left it half changed.
         record: what was changed, so that it can be undone.
     """
@@ -52,7 +52,7 @@ class Conductor:
         self.listeners: list[Listener] = []
         self.live: list[Live[Any]] = []
         self.passes: tuple[Configured, ...] = ()
-        self.rehearsing = False
+        self.warming_up = False
         self.changing = False
         self.model = model
         self.stack = BlockStack(model)
@@ -118,7 +118,7 @@ class Conductor:
             calls_back: whether it calls the user between steps.
         """
         generation = Generation(
-            self._count + 1, self.model, self.passes, self.rehearsing, calls_back
+            self._count + 1, self.model, self.passes, self.warming_up, calls_back
         )
         try:
             holder = self._turns.take(generation)
@@ -131,7 +131,7 @@ class Conductor:
             self._count += 1
             with ExitStack() as entered:
                 for listener in self.listeners:
-                    entered.enter_context(listener.during(generation))
+                    entered.enter_context(listener.on_generation(generation))
                 yield
         finally:
             self._turns.leave(generation)
@@ -156,7 +156,7 @@ class Conductor:
         call = generation.advance(self._pipe(), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:
-                entered.enter_context(listener.around(call))
+                entered.enter_context(listener.on_step(call))
             yield entered.enter_context(self.stack.mounted(self._transformer(), call, inputs))
 
 
@@ -200,17 +200,17 @@ def conductor_of(pipe: object) -> Conductor | None:
 
 
 @contextmanager
-def rehearsal(pipe: object) -> Iterator[None]:
-    """Make a pipeline's generations within a `with` block rehearsals."""
+def warmup_run(pipe: object) -> Iterator[None]:
+    """Make a pipeline's generations within a `with` block warm-up runs."""
     conductor = conductor_of(pipe)
-    if conductor is None:  # a plain pipeline has nothing to rehearse
+    if conductor is None:  # a plain pipeline has nothing to warm up
         yield
         return
-    before, conductor.rehearsing = conductor.rehearsing, True
+    before, conductor.warming_up = conductor.warming_up, True
     try:
         yield
     finally:
-        conductor.rehearsing = before
+        conductor.warming_up = before
 
 
 def shared_conductor(transformer: object) -> Conductor | None:

@@ -76,7 +76,7 @@ class Generation:
         number: counts this pipeline's generations, from 1.
         model: the architecture.
         passes: what is applied, as data; the same object until that changes.
-        rehearsal: whether this one only makes ready what will be used: a cache then takes each
+        warmup: whether this one only makes ready what will be used: a cache then takes each
             of its ways at least once.
         calls_back: whether a callback may change the pipeline between its steps; True where that
             is not known.
@@ -89,7 +89,7 @@ class Generation:
     number: int
     model: Model
     passes: tuple[Configured, ...] = ()
-    rehearsal: bool = False
+    warmup: bool = False
     calls_back: bool = True
     thread: int = field(default_factory=threading.get_ident)
     step: int = -1
@@ -148,17 +148,17 @@ class Live(Generic[P]):
 class Listener:
     """Hears of generations. Override any method; all default to nothing.
 
-    `during` and `around` return context managers, so that what begins also ends, whatever is
+    `on_generation` and `on_step` return context managers, so that what begins also ends, whatever is
     raised.
     """
 
     def prepare(self) -> None:
         """Be called before each generation, and before each call of the transformer outside one."""
 
-    def during(self, generation: Generation) -> AbstractContextManager[object]:  # noqa: ARG002
+    def on_generation(self, generation: Generation) -> AbstractContextManager[object]:  # noqa: ARG002
         """Be entered around a whole call of the pipeline."""
         return nullcontext()
 
-    def around(self, call: Call) -> AbstractContextManager[object]:  # noqa: ARG002
+    def on_step(self, call: Call) -> AbstractContextManager[object]:  # noqa: ARG002
         """Be entered around one call of the transformer."""
         return nullcontext()

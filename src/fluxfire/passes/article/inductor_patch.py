@@ -75,7 +75,7 @@ def needed() -> bool:
 class _Guarded(Listener):
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         with guarded():
             yield
 

@@ -28,7 +28,7 @@ class CacheEngine(Listener, Generic[P]):
     """Holds one set of settings, and what it remembers, for the length of a generation.
 
     Attributes:
-        settings: those that the generation began with; in a rehearsal, others.
+        settings: those that the generation began with; in a warm-up run, others.
     """
 
     def __init__(self, live: Live[P], pipe: Any) -> None:
@@ -40,7 +40,7 @@ class CacheEngine(Listener, Generic[P]):
     def forget(self) -> None:
         """Drop everything that was remembered."""
 
-    def rehearsed(self, settings: P) -> P:
+    def warmup_settings(self, settings: P) -> P:
         """Return settings by which two steps compile all that later steps will use."""
         return settings
 
@@ -50,18 +50,18 @@ class CacheEngine(Listener, Generic[P]):
             self._generation.decisions.append(decision)
 
     @override
-    def around(self, call: Call) -> AbstractContextManager[object]:
+    def on_step(self, call: Call) -> AbstractContextManager[object]:
         """Forget where a callback changed weights, or a LoRA's scale, since the last call."""
         if self._generation is not None and self._generation.calls_back:
             stamp = list(_stamp(self._pipe.transformer))
             if self._stamp not in (None, stamp):
                 self.forget()
             self._stamp = stamp
-        return super().around(call)
+        return super().on_step(call)
 
     @override
     @contextmanager
-    def during(self, generation: Generation) -> Iterator[None]:
+    def on_generation(self, generation: Generation) -> Iterator[None]:
         """Begin with nothing remembered, and leave nothing, also after an exception.
 
         Raises:
@@ -73,8 +73,8 @@ class CacheEngine(Listener, Generic[P]):
                 f"{why}, since optimize(); two caches cannot work together: {remedy}"
             )
         self.settings, self._generation = self._live.settings, generation
-        if generation.rehearsal:
-            self.settings = self.rehearsed(self.settings)
+        if generation.warmup:
+            self.settings = self.warmup_settings(self.settings)
         self.forget()
         try:
             yield
