@@ -1,4 +1,8 @@
-"""Everything that is done to this repository, one session each: `nox -l` lists them."""
+"""Everything that is done to this repository, one session each: `nox -l` lists them.
+
+`nox` runs what a contributor wants to know before sending a change, in less than ten minutes.
+`nox -s everything-else` runs all that it leaves out; the two share no test. `.ci/run` runs both.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +16,62 @@ import nox
 
 # venv and pip, since uv does not look at pip's local files, where torch may lie.
 nox.options.default_venv_backend = "venv"
-nox.options.sessions = ["lint", "typing", "tests", "minimums", "package", "docs", "bench"]
+nox.options.sessions = ["lint", "typing", "quick", "docs"]
 nox.options.reuse_existing_virtualenvs = True
 
 CONSTRAINTS = Path(".ci/constraints.txt")
 TORCH = next(line for line in CONSTRAINTS.read_text().split() if line.startswith("torch=="))
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
+TESTED = "[cli,bench,serve,s3]"
 EXTRAS = tuple(PYPROJECT["project"]["optional-dependencies"])
 DIST = Path("dist")
 CHECKS = Path("tests/distribution")
 USER_CODE = "tests/typed/user_code.py"
 # The oldest versions that pyproject.toml admits.
-MINIMUMS = ("diffusers==0.35.0", "transformers==4.56.0", "safetensors==0.6.2", "peft==0.17.0")
+MINIMUMS = (
+    "diffusers==0.35.0",
+    "transformers==4.56.0",
+    "safetensors==0.6.2",
+    "peft==0.17.0",
+    "filelock==3.13.0",
+    "numpy==1.26.0",
+    "pillow==11.0.0",
+    "tokenizers==0.22.0",
+    "tqdm==4.66.0",
+)
+# What `newest` lifts every upper bound of.
+NEWEST = ("accelerate", "diffusers", "peft", "safetensors", "tokenizers", "transformers")
+# Where a new diffusers or transformers shows: how pipelines are built, called and patched.
+UPSTREAM = (
+    "tests/passes/test_attention.py",
+    "tests/passes/test_encoding_cache.py",
+    "tests/passes/test_fused_blocks.py",
+    "tests/passes/test_qkv_fusion.py",
+    "tests/test_api.py",
+    "tests/test_blocks.py",
+    "tests/test_generation.py",
+    "tests/test_loading.py",
+)
+# Files of tests that `quick` leaves to `rest`: nearly all take over half a minute on one core.
+LONG = (
+    "tests/spark",
+    "tests/passes/test_para_attention.py",
+    "tests/test_bench.py",
+    "tests/test_cli_bench.py",
+    "tests/test_conformance.py",
+    "tests/test_copies.py",
+    "tests/test_freshness.py",
+    "tests/test_interrupts.py",
+    "tests/test_later.py",
+    "tests/test_memory.py",
+    "tests/test_modes.py",
+    "tests/test_serve_http.py",
+    "tests/test_serve_page.py",
+    "tests/test_suggestions.py",
+    "tests/test_tune.py",
+    "tests/test_undo.py",
+)
 
 
 def install_torch(session: nox.Session) -> None:
@@ -69,10 +116,31 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", *asked, env={"OMP_NUM_THREADS": "1"})
 
 
+@nox.session(requires=["lint"])
+def quick(session: nox.Session) -> None:
+    """Lint, then run the quick tests: no slow ones, no long files. Less than four minutes."""
+    install(session, "test", "oracles", extras=TESTED)
+    run_tests(session, "-m", "not slow", *(f"--ignore={path}" for path in LONG))
+
+
 @nox.session
+def rest(session: nox.Session) -> None:
+    """Run the tests that `quick` leaves out, the documentation's code blocks among them."""
+    install(session, "test", "oracles", "docs", extras=TESTED)
+    run_tests(session, *LONG)
+    run_tests(session, "-m", "slow", *(f"--ignore={path}" for path in LONG))
+
+
+@nox.session(name="everything-else", requires=["rest", "minimums", "newest", "package", "bench"])
+def everything_else(session: nox.Session) -> None:
+    """Run all that plain `nox` leaves out."""
+    session.log("with plain `nox`, that is everything")
+
+
+@nox.session(default=False)
 def tests(session: nox.Session) -> None:
-    """Run the whole suite, the documentation's code blocks included."""
-    install(session, "test", "oracles", extras="[cli,bench,serve,s3,modal]")
+    """Run what you name: `nox -s tests -- tests/test_api.py -k restore`; else the whole suite."""
+    install(session, "test", "oracles", "docs", extras=TESTED)
     run_tests(session)
 
 
@@ -86,6 +154,18 @@ def minimums(session: nox.Session) -> None:
     session.install("-c", str(CONSTRAINTS), *MINIMUMS)
     own = ("copies", "interrupts", "memory", "suggestions")
     run_tests(session, "-m", "not slow", *(f"--ignore=tests/test_{name}.py" for name in own))
+
+
+@nox.session
+def newest(session: nox.Session) -> None:
+    """Run the tests that diffusers and transformers matter to on the newest versions of both.
+
+    Upper bounds in `.ci/constraints.txt` do not hold here: so this tells whether one can go.
+    """
+    install_torch(session)
+    tools = nox.project.dependency_groups(PYPROJECT, "test")
+    session.install(TORCH, "--upgrade", "-e", ".[cli]", *tools, *NEWEST)
+    run_tests(session, "-m", "not slow", *UPSTREAM)
 
 
 @nox.session
@@ -117,10 +197,11 @@ def package(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and formatting."""
+    """Check style and formatting, and that every package imported is declared."""
     session.install(*nox.project.dependency_groups(PYPROJECT, "lint"))
     session.run("ruff", "check")
     session.run("ruff", "format", "--check")
+    session.run("deptry", "src", silent=True)  # it prints a line for each package that it guesses
 
 
 @nox.session

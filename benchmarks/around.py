@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 import full_or_tiny
-from fluxfire.bench import Contender, Example, keeping, measure, stamp
+from fluxfire.bench import Contender, Example, measure, row_saver, stamp
 from fluxfire.passes import Compile, EncodingCache
 from fluxfire.text import human_seconds, table
 
@@ -40,7 +40,7 @@ def main() -> None:
     result: dict[str, Any] = {"benchmark": "around", **stamp(), "rows": []}
     rows = measure(
         pipe, CONTENDERS, [workload], [Example(prompt, picture) for prompt in PROMPTS], rounds=1,
-        on_rows=keeping(result, arguments.out), on_edit=lambda said: print(said, flush=True),
+        on_rows=row_saver(result, arguments.out), on_edit=lambda said: print(said, flush=True),
     )  # fmt: skip
     lines: list[tuple[str, ...]] = []
     for row in rows:

@@ -14,8 +14,8 @@ from PIL import Image
 
 import full_or_tiny
 from fluxfire import presets
-from fluxfire.bench import Contender, Example, Workload, keeping, load_result, measure, stamp
-from fluxfire.bench.schedules import most_often
+from fluxfire.bench import Contender, Example, Workload, load_result, measure, row_saver, stamp
+from fluxfire.bench.schedules import most_frequent_steps
 from fluxfire.passes import Compile, FirstBlockCache, MemoryLayout, QKVFusion
 from fluxfire.text import human_seconds, table
 
@@ -90,7 +90,7 @@ def as_spark(workload: Workload) -> FirstBlockCache:
         "predict": AS_SPARK.predict,
     }
     (row,) = (row for row in rows if all(row[k] == v for k, v in wanted.items()))
-    return replace(AS_SPARK, schedule=most_often(row["hits_by_step"]))
+    return replace(AS_SPARK, schedule=most_frequent_steps(row["hits_by_step"]))
 
 
 def main() -> None:
@@ -117,7 +117,7 @@ def main() -> None:
     measure(
         pipe, contenders, workloads, examples, rounds=arguments.rounds, fewer_steps=False,
         warmups=0 if arguments.curve else 1, on_edit=lambda said: print(said, flush=True),
-        on_rows=keeping(result, arguments.out),
+        on_rows=row_saver(result, arguments.out),
     )  # fmt: skip
     print(_summary(result["rows"]))
 

@@ -20,8 +20,8 @@ from fluxfire.bench import (
     Workload,
     baselines,
     held_out,
-    keeping,
     measure,
+    row_saver,
     stamp,
     tables,
 )
@@ -88,8 +88,8 @@ def main() -> None:
         "rows": [],
     }
     measure(
-        pipe, [contender for _, contender in listed], [Workload.usual(pipe, steps=STEPS)],
-        held_out(arguments.n), rounds=1, on_rows=keeping(result, arguments.out),
+        pipe, [contender for _, contender in listed], [Workload.for_pipeline(pipe, steps=STEPS)],
+        held_out(arguments.n), rounds=1, on_rows=row_saver(result, arguments.out),
         on_edit=lambda said: print(said, flush=True) if "edit," not in said else None,
     )  # fmt: skip
     print(tables.as_text(result))

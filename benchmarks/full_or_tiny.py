@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image
 
-from fluxfire.bench import Contender, Example, Workload, keeping, measure, stamp
+from fluxfire.bench import Contender, Example, Workload, measure, row_saver, stamp
 from fluxfire.loading import load
 
 INSTRUCTION = "make it a snowy winter evening"
@@ -88,6 +88,6 @@ def contest(
     rows = measure(
         pipeline(full=arguments.full), wanted, workloads, [example], rounds=rounds,
         fewer_steps=False,  # pictures are noise: only times count
-        on_rows=keeping(result, arguments.out), on_edit=lambda said: print(said, flush=True),
+        on_rows=row_saver(result, arguments.out), on_edit=lambda said: print(said, flush=True),
     )  # fmt: skip
     return [row.to_dict() for row in rows]

@@ -20,12 +20,12 @@ import torch
 from peft import LoraConfig
 
 import fluxfire
+from each_pass import added
 from fluxfire import presets
 from fluxfire.bench import save_result, stamp
 from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
 from fluxfire.testing import edit, tiny_kontext
-from passes import added
 
 STEPS = 8
 TARGETS = ["to_q", "to_k", "to_v", "add_k_proj", "proj_mlp", "norm.linear"]

@@ -135,10 +135,10 @@ def cases() -> Iterator[Case]:
     )
 
     yield Case("GELU to float8, ours", lambda: float8.gelu_float8(joint, wide), 15 * row // 2)
-    yield Case("rows to float8, ours", lambda: float8.float8_rows(joint), row + row // 2)
+    yield Case("rows to float8, ours", lambda: float8.quantize_rows(joint), row + row // 2)
     for n, k_ in ((3, 1), (4, 1), (1, 1), (1, 4), (1, 5)):
-        rows = float8.Rows(*float8.float8_rows(make(1, tokens, k_ * WIDTH)))
-        w8, s8 = float8.quantized_weight(make(n * WIDTH, k_ * WIDTH))
+        rows = float8.QuantizedRows(*float8.quantize_rows(make(1, tokens, k_ * WIDTH)))
+        w8, s8 = float8.quantize_weight(make(n * WIDTH, k_ * WIDTH))
         b8 = make(n * WIDTH)
         yield Case(
             f"float8 product {k_ * WIDTH} to {n * WIDTH}",

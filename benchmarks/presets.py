@@ -12,8 +12,8 @@ from typing import Any
 
 import full_or_tiny
 from fluxfire import order, presets
-from fluxfire.bench import Contender, controls, keeping, measure, stamp, tables
-from fluxfire.bench.schedules import scheduled
+from fluxfire.bench import Contender, controls, measure, row_saver, stamp, tables
+from fluxfire.bench.schedules import schedule_contender
 from fluxfire.passes import Attention, Float8
 
 CONTENDERS = [
@@ -40,9 +40,10 @@ def main() -> None:
     wanted = [c for c in CONTENDERS if not arguments.only or c.name in arguments.only]
     result: dict[str, Any] = {"benchmark": "presets", **stamp(), "notes": [], "rows": []}
     measure(
-        full_or_tiny.pipeline(full=arguments.full), [scheduled(c, load.steps) for c in wanted],
+        full_or_tiny.pipeline(full=arguments.full),
+        [schedule_contender(c, load.steps) for c in wanted],
         [load], [full_or_tiny.noise(side)], rounds=arguments.rounds,
-        on_rows=keeping(result, arguments.out), on_edit=lambda said: print(said, flush=True),
+        on_rows=row_saver(result, arguments.out), on_edit=lambda said: print(said, flush=True),
     )  # fmt: skip
     print(tables.as_text(result))
 

@@ -17,8 +17,9 @@ from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
 import fluxfire
-from fluxfire import Change, Finding, Target, Transaction, presets
+from fluxfire import presets
 from fluxfire.bench import Example, Workload, save_result, stamp
+from fluxfire.extend import Change, Finding, Target, Transaction
 from fluxfire.loading import RANDOM, load
 from fluxfire.model import Call
 from fluxfire.passes import (

@@ -14,8 +14,8 @@ from PIL import Image
 
 import full_or_tiny
 from fluxfire import presets
-from fluxfire.bench import Contender, Example, Row, Workload, keeping, measure, stamp
-from fluxfire.bench.schedules import scheduled
+from fluxfire.bench import Contender, Example, Row, Workload, measure, row_saver, stamp
+from fluxfire.bench.schedules import schedule_contender
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -78,7 +78,7 @@ def _keeping(
     result: dict[str, Any], before: list[Row], path: Path
 ) -> Callable[[Sequence[Row]], None]:
     """Keep rows behind those of the sizes before."""
-    keep = keeping(result, path)
+    keep = row_saver(result, path)
     return lambda rows: keep([*before, *rows])
 
 
@@ -87,7 +87,7 @@ def _workload(side: int, steps: int, *, full: bool) -> Workload:
 
 
 def _contender(name: str, steps: int) -> Contender:
-    return scheduled(Contender(name, STACKS[name]), steps)
+    return schedule_contender(Contender(name, STACKS[name]), steps)
 
 
 def _summary(rows: list[dict[str, Any]]) -> str:

@@ -20,14 +20,15 @@ from torch import Tensor
 from typing_extensions import override
 
 import fluxfire
-from fluxfire import Change, Transaction, spark
+from fluxfire import spark
 from fluxfire.bench import compare, save_result, stamp
-from fluxfire.bench.work import of_kinds
+from fluxfire.bench.work import work_of_steps
+from fluxfire.extend import Change, Transaction
 from fluxfire.kontext import KONTEXT
-from fluxfire.kontext.attention import KeepingAttnProcessor, Kept
+from fluxfire.kontext.attention import REFERENCE_KWARG, ReferenceAttnProcessor, ReferenceKV
 from fluxfire.model import Call, Run, Streams
 from fluxfire.passes import FirstBlockCache, ReferenceCache
-from fluxfire.passes.reference_cache import ReferenceEngine
+from fluxfire.passes.reference_cache import ReferenceWrapper
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import RunStatistics
 from fluxfire.text import table
@@ -59,34 +60,34 @@ class Way(ReferenceCache):
 
     @override
     def apply(self, tx: Transaction) -> Change:
-        """As the pass, with an engine that has these ways."""
+        """As the pass, with a wrapper that has these ways."""
         change = super().apply(tx)
-        (engine,) = tx.listening(ReferenceEngine)
-        engine.__class__ = _Tried
+        (wrapper,) = tx.find_listeners(ReferenceWrapper)
+        wrapper.__class__ = _Tried
         if self.outputs:
             for attention in KONTEXT.attentions(tx.pipe.transformer):
                 tx.set_class(attention.processor, _KeepingOutputs)
         return change
 
 
-class _Tried(ReferenceEngine):
+class _Tried(ReferenceWrapper):
     """Does between refreshes what the pass does not."""
 
     @override
-    def _reuse(self, memory: Any, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
+    def _reuse(self, state: Any, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
         way: Any = self.settings
         if way.early and call.step % way.often == 0:
             middle = min(blocks.stop, way.early)
-            before = {index: list(taken) for index, taken in memory.taken.items()}
-            streams = self._refresh(memory, run, streams, range(blocks.start, middle), None)
-            memory.taken = before  # the late blocks are as stale as they were
-            return super()._reuse(memory, run, streams, range(middle, blocks.stop), call)
+            before = {index: list(steps) for index, steps in state.extracted_at.items()}
+            streams = self._refresh(state, run, streams, range(blocks.start, middle), None)
+            state.extracted_at = before  # the late blocks are as stale as they were
+            return super()._reuse(state, run, streams, range(middle, blocks.stop), call)
         if way.share or way.outputs:
-            return self._emulate(memory, run, streams, blocks, call)
-        return super()._reuse(memory, run, streams, blocks, call)
+            return self._emulate(state, run, streams, blocks, call)
+        return super()._reuse(state, run, streams, blocks, call)
 
     def _emulate(
-        self, memory: Any, run: Run, streams: Streams, blocks: range, call: Call
+        self, state: Any, run: Run, streams: Streams, blocks: range, call: Call
     ) -> Streams:
         tokens = call.tokens.reference
         generator = torch.Generator().manual_seed(call.step)
@@ -96,24 +97,29 @@ class _Tried(ReferenceEngine):
             mask = torch.ones_like(mask)
 
         def arguments(index: int) -> dict[str, Any]:
-            return {"reference": memory.kept[index]._replace(due=mask)}
+            return {REFERENCE_KWARG: state.kv[index]._replace(refresh_mask=mask)}
 
         return run(replace(streams, arguments=arguments), blocks)
 
 
-class _KeepingOutputs(KeepingAttnProcessor):
+class _KeepingOutputs(ReferenceAttnProcessor):
     """Gives the reference what its attention was at the last refresh, and keys and values anew."""
 
     @override
     def _attend(
-        self, attn: Any, image: Tensor, text: Tensor | None, rotary: Any, kept: Kept | None
+        self,
+        attn: Any,
+        image: Tensor,
+        text: Tensor | None,
+        rotary: Any,
+        reference: ReferenceKV | None,
     ) -> Any:
-        made = super()._attend(attn, image, text, rotary, kept)
-        if kept is None or not kept.fresh:
+        made = super()._attend(attn, image, text, rotary, reference)
+        if reference is None or not reference.extract:
             return made
         out = made[0] if isinstance(made, tuple) else made
-        tokens = kept.key.shape[1]
-        if kept.due is None:
+        tokens = reference.key.shape[1]
+        if reference.refresh_mask is None:
             self.outputs = out[:, -tokens:].clone()
         else:
             out[:, -tokens:] = self.outputs
@@ -205,7 +211,9 @@ def _work(passes: Sequence[Pass], runs: Sequence[RunStatistics], steps: int) -> 
     if not passes:
         return float(steps)
     samples = ((run, sample) for run in runs for sample in range(_batch(run)))
-    return mean(of_kinds(run.kinds_of(sample), run.tokens, BLOCKS).steps for run, sample in samples)
+    return mean(
+        work_of_steps(run.kinds_of(sample), run.tokens, BLOCKS).steps for run, sample in samples
+    )
 
 
 def _batch(run: RunStatistics) -> int:

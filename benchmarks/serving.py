@@ -41,7 +41,7 @@ import fluxfire
 from fluxfire.bench import held_out, save_result, stamp
 from fluxfire.kontext import KONTEXT
 from fluxfire.loading import load
-from fluxfire.serve.levels import usual
+from fluxfire.serve.quality_levels import default_passes
 
 PARTS = ("overhead", "mixed", "throughput")
 TOLERANCE = 3
@@ -319,7 +319,7 @@ def _bare(model: str) -> Iterator[Callable[..., None]]:
     """Load the pipeline as the service does; what is yielded edits with it."""
     pipe = load(model)
     pipe.set_progress_bar_config(disable=True)
-    fluxfire.optimize(pipe, usual(pipe.device.type))
+    fluxfire.optimize(pipe, default_passes(pipe.device.type))
 
     def edit(picture: Image.Image, prompt: str, steps: int, **call: Any) -> None:
         generator = torch.Generator().manual_seed(0)

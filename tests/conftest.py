@@ -5,9 +5,12 @@ import os
 import signal
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# Last, since some scripts there have the names of folders of tests.
+sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
 os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="fluxfire-tests-")
 
 import pytest
@@ -79,21 +82,23 @@ def _fresh_dynamo(request):
 
 def _global_state():
     """What a test must leave as it was, or later tests compute other bits or compile anew."""
+    from diffusers.models.attention_dispatch import _AttentionBackendRegistry
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    from fluxfire.runtime.freshness import rounding
+    from fluxfire.runtime.freshness import numeric_settings
 
     module = torch.nn.modules.module
     hooks = ("forward_hooks", "forward_pre_hooks", "module_registration_hooks")
     return {
-        "rounding": rounding(torch.device("cpu")),
+        "rounding": numeric_settings(torch.device("cpu")),
         "grad mode": torch.is_grad_enabled(),
         "inference mode": torch.is_inference_mode_enabled(),
         "modes": (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack()),
         "global hooks": {n: dict(getattr(module, f"_global_{n}")) for n in hooks},
         "default device": torch.get_default_device(),
         "tracing": torch._guards.TracingContext.try_get(),
+        "attention backend": str(_AttentionBackendRegistry.get_active_backend()[0]),
         "signal": signal.getsignal(signal.SIGINT),
         **{
             f"settings of {name}": sys.modules[name].get_config_copy()
@@ -129,7 +134,7 @@ def _suggestions_work(monkeypatch):
                 assert plan(pipe, made.suggestion, applied).ok, made.suggestion
                 if not applied:
                     applying.apply_passes(pipe, made.suggestion)
-                    applying.undo(applying.known_conductor(pipe))
+                    applying.undo(applying.find_conductor(pipe))
             finally:
                 trying.clear()
         return made

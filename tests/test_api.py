@@ -20,9 +20,9 @@ from diffusers import (
 )
 
 import fluxfire
-from doubles import Fake, HalfTheTokens, Listen, ScaleTemb, SkipBlock
+from doubles import Bare, Fake, HalfTheTokens, Listen, ScaleTemb, SkipBlock
 from fluxfire import Change, Finding
-from fluxfire.errors import BusyError, FluxfireError, PassError, PlanError
+from fluxfire.errors import BusyError, FluxfireError, FluxfireWarning, PassError, PlanError
 from fluxfire.passes import (
     Compile,
     FirstBlockCache,
@@ -33,6 +33,7 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.protocol import BOUNDARIES
+from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 
 EAGER = [InductorPatch(), QKVFusion(), MemoryLayout()]
@@ -658,3 +659,106 @@ def test_warmup_sizes_cannot_be_overruled(pipe):
         fluxfire.warmup(pipe, sizes=[(32, 32)], height=64, max_area=1)
     with pytest.raises(PlanError, match=r"such as \[\(1024, 1024\)\], not \(64, 64\)"):
         fluxfire.warmup(pipe, sizes=(64, 64))
+
+
+# What notebooks, type checkers and logs see
+
+
+def test_a_report_and_a_plan_show_in_a_notebook_and_have_a_short_repr(pipe):
+    planned = fluxfire.plan(pipe, [QKVFusion()])
+    assert repr(planned) == "<Plan of 1 step: ok>"
+    assert "<td>qkv-fusion</td>" in planned._repr_html_()
+    refused = fluxfire.plan(pipe, ["nothing<b>"])
+    assert repr(refused).startswith("<Plan of 0 steps: refused (")
+    assert "nothing&lt;b&gt;" in refused._repr_html_()
+    assert repr(fluxfire.report(pipe)) == "<Report: no passes; 0 generations>"
+    assert "No passes" in fluxfire.report(pipe)._repr_html_()
+    fluxfire.optimize(pipe, [QKVFusion()])
+    edit(pipe)
+    report = fluxfire.report(pipe)
+    assert repr(report) == "<Report: qkv-fusion; 1 generation>"
+    assert report._repr_html_().count("<table>") == 2
+
+
+def test_the_name_of_a_class_names_a_pass(pipe):
+    fluxfire.optimize(pipe, ["QKVFusion"])
+    assert [p.name for p in fluxfire.report(pipe).passes] == ["qkv-fusion"]
+    with pytest.raises(PlanError, match="did you mean 'qkv-fusion'"):
+        fluxfire.optimize(tiny_kontext(), ["QkvFusion"])
+
+
+def test_replace_changes_settings(pipe, reference):
+    fluxfire.optimize(pipe, [FirstBlockCache(0.1)])
+    fluxfire.optimize(pipe, [QKVFusion(vae=False), FirstBlockCache(0)], replace=True)
+    assert [p.settings for p in fluxfire.report(pipe).passes] == [
+        "QKVFusion(vae=False)",
+        "FirstBlockCache(threshold=0)",
+    ]
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)
+    fluxfire.optimize(pipe, [QKVFusion()], replace=True)  # of a plain pipeline
+    assert len(fluxfire.report(pipe).passes) == 1
+
+
+class Breaks(Bare):
+    name = "breaks"
+
+    def apply(self, tx):
+        raise RuntimeError("broken")
+
+
+@pytest.mark.parametrize("wrong", [["nothing"], [Breaks()], "nothing", None])
+def test_what_cannot_replace_leaves_the_passes_that_there_were(pipe, wrong):
+    fluxfire.optimize(pipe, [FirstBlockCache(0.1)])
+    with pytest.raises(FluxfireError):
+        fluxfire.optimize(pipe, wrong, replace=True)
+    assert [p.settings for p in fluxfire.report(pipe).passes] == ["FirstBlockCache(threshold=0.1)"]
+
+
+def test_warnings_reach_the_user_at_the_line_that_asked(pipe):
+    with pytest.warns(FluxfireWarning, match="float8: float8 is emulated") as seen:
+        fluxfire.optimize(pipe, [Float8()])
+    assert seen[0].filename == __file__
+    fluxfire.restore(pipe)
+    with (
+        pytest.warns(FluxfireWarning, match="emulated") as seen,
+        fluxfire.optimized(pipe, [Float8()]),
+    ):
+        pass
+    assert seen[0].filename == __file__
+
+
+def test_each_pass_logs_a_line(pipe, caplog):
+    with caplog.at_level("INFO", logger="fluxfire"):
+        fluxfire.optimize(pipe, [QKVFusion(), FirstBlockCache()])
+    assert [record.name for record in caplog.records] == ["fluxfire"] * 2
+    assert caplog.messages[0].startswith("qkv-fusion: 9 query-key-value triples fused")
+
+
+@pytest.mark.parametrize("first_out", ["first", "second"])
+def test_using_in_two_threads(pipe, first_out):
+    """Each thread runs by its own settings, and in the end nobody's are left."""
+    fluxfire.optimize(pipe, [FirstBlockCache(0.1)])
+    (live,) = conductor_of(pipe).live
+    seen, events = {}, {name: threading.Event() for name in ("entered", "looked", "leave")}
+
+    def other():
+        with fluxfire.using(pipe, [FirstBlockCache(0.3)]):
+            events["entered"].set()
+            events["looked"].wait()
+            seen["other"] = live.settings.threshold
+            if first_out == "first":
+                events["leave"].wait()
+
+    thread = threading.Thread(target=other)
+    with fluxfire.using(pipe, [FirstBlockCache(0.2)]):
+        thread.start()
+        events["entered"].wait()
+        seen["own"] = live.settings.threshold
+        events["looked"].set()
+        if first_out == "second":
+            thread.join()
+    events["leave"].set()
+    thread.join()
+    assert seen == {"own": 0.2, "other": 0.3}
+    assert live.settings.threshold == 0.1

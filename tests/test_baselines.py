@@ -19,7 +19,7 @@ from fluxfire.bench.baselines import (
     decides_by_content,
     missing,
 )
-from fluxfire.bench.contenders import apart
+from fluxfire.bench.contenders import separate_copy
 from fluxfire.errors import BenchError
 from fluxfire.kontext import KONTEXT
 from fluxfire.testing import edit, tiny_kontext
@@ -39,7 +39,7 @@ def run(pipe, baseline):
 
 
 def test_a_pipeline_apart_shares_weights_and_nothing_else(pipe, reference):
-    other = apart(pipe)
+    other = separate_copy(pipe)
     assert type(other) is type(pipe)
     assert np.array_equal(edit(other), reference)
     mine, its = (dict(p.transformer.named_parameters()) for p in (pipe, other))
@@ -55,7 +55,7 @@ def test_cache_dit_is_what_it_is_by_itself(pipe, reference):
 
     made, skipped = run(pipe, CacheDit(threshold=0.33, warmup_steps=0, max_consecutive_hits=-1))
     assert np.array_equal(edit(pipe), reference)
-    alone = apart(tiny_kontext())
+    alone = separate_copy(tiny_kontext())
     config = cache_dit.DBCacheConfig(
         Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=0.33, max_warmup_steps=0
     )

@@ -72,8 +72,12 @@ def test_contenders_are_measured_and_the_pipeline_is_plain_again(pipe, reference
         assert len(row["first_seconds"]) == 2
         assert row["compiles"] == row["graph_breaks"] == 0
         assert set(row["phases"]) == {
-            "text encoding", "reference encoding", "denoising", "decoding", "the rest",
-        }  # fmt: skip
+            "text encoding",
+            "reference encoding",
+            "denoising",
+            "decoding",
+            "the rest",
+        }
         spent = [sum(p["seconds"][i] for p in row["phases"].values()) for i in range(4)]
         assert spent == pytest.approx(row["edit"]["seconds"])
     assert np.array_equal(edit(pipe), reference)
@@ -86,9 +90,9 @@ def test_pictures_are_judged_beside_the_controls(pipe):
     expected = [LOAD.run(pipe, e, seed=i) for i, e in enumerate(EXAMPLES)]
     for picture, wanted in zip(eager.pictures.values(), expected, strict=True):
         assert np.array_equal(np.asarray(picture), np.asarray(wanted))
-    assert [one.psnr for one in compiled.quality["eager"].likenesses] == [100, 100]
+    assert [one.psnr for one in compiled.quality["eager"].similarities] == [100, 100]
     assert set(skip.quality) == {"eager", "compile only"}
-    assert max(one.psnr for one in skip.quality["eager"].likenesses) < 99
+    assert max(one.psnr for one in skip.quality["eager"].similarities) < 99
 
 
 def test_examples_are_checked_where_a_program_can(pipe):
@@ -209,7 +213,7 @@ def test_of_many_examples_the_worst_pictures_are_kept(pipe):
     )
     assert sorted(eager.pictures) == [0, 1, 2, 3]
     assert list(skip.pictures) == [skip.quality["eager"].worst]
-    assert len(skip.quality["eager"].likenesses) == 4
+    assert len(skip.quality["eager"].similarities) == 4
 
 
 def test_a_picture_of_another_size_is_that_contenders_fault(pipe):
@@ -262,8 +266,10 @@ def test_a_later_failure_leaves_what_was_measured(pipe):
     loads = [LOAD, bad, replace(LOAD, name="third")]
     rows = measure(pipe, [Contender("eager")], loads, EXAMPLES, rounds=2)
     assert [row.error for row in rows] == [
-        None, "RuntimeError: out of something", "not run, after bad failed",
-    ]  # fmt: skip
+        None,
+        "RuntimeError: out of something",
+        "not run, after bad failed",
+    ]
     assert len(rows[0].edits) == 2
 
 
@@ -303,7 +309,11 @@ def test_a_lossy_list_stands_beside_plain_at_equal_work(pipe, reference):
     contenders = [Contender("eager", (), "control"), Contender("cached", (SKIPPING,))]
     eager, cached, fewer = measure(pipe, contenders, [load], EXAMPLES, rounds=2)
     assert fewer.contender == Contender("plain, 4 steps", (), "fewer steps", steps=4)
-    assert (cached.twin, cached.fewer, cached.beside) == ("eager", "plain, 4 steps", fewer)
+    assert (cached.twin, cached.fewer_steps_name, cached.fewer_steps_row) == (
+        "eager",
+        "plain, 4 steps",
+        fewer,
+    )
     assert {len(edit.steps) for edit in fewer.edits} == {4}
     assert {len(edit.steps) for edit in (*eager.edits, *cached.edits)} == {8}
     for number, example in enumerate(EXAMPLES):
@@ -313,7 +323,7 @@ def test_a_lossy_list_stands_beside_plain_at_equal_work(pipe, reference):
     assert facts["work"] == pytest.approx(3 + 5 / 5)
     assert facts["skipped"] == 5
     beside = facts["beside_fewer_steps"]
-    ours, theirs = ([one.psnr for one in r.quality["eager"].likenesses] for r in (cached, fewer))
+    ours, theirs = ([one.psnr for one in r.quality["eager"].similarities] for r in (cached, fewer))
     gaps = [a - b for a, b in zip(ours, theirs, strict=True)]
     assert beside["psnr"]["mean"] == pytest.approx(np.mean(gaps))
     assert beside["psnr"]["low"] <= beside["psnr"]["mean"] <= beside["psnr"]["high"]
@@ -378,11 +388,25 @@ def row_of(median, again):
     load = {"name": "tiny", "steps": 3}
     sample = {"median": median, "min": median, "max": median, "seconds": [median]}
     return {
-        "contender": "eager", "workload": load, "steps": 3, "error": None, "edit": sample,
-        "moved": again / median - 1, "may_skip": False, "skipped": 0, "scheduled": False,
-        "step": None, "hits": 0, "first_seconds": [], "peak_gib": 0, "joules": None,
-        "utilisation": None, "phases": {}, "quality": {}, "twin": None,
-    }  # fmt: skip
+        "contender": "eager",
+        "workload": load,
+        "steps": 3,
+        "error": None,
+        "edit": sample,
+        "moved": again / median - 1,
+        "may_skip": False,
+        "skipped": 0,
+        "scheduled": False,
+        "step": None,
+        "hits": 0,
+        "first_seconds": [],
+        "peak_gib": 0,
+        "joules": None,
+        "utilisation": None,
+        "phases": {},
+        "quality": {},
+        "twin": None,
+    }
 
 
 @pytest.mark.parametrize(("again", "busy"), [(1.04, False), (1.06, True), (0.94, True)])
@@ -395,7 +419,7 @@ def test_a_busy_machine_is_told(again, busy):
 def test_the_first_contender_runs_again_at_the_end(pipe, monkeypatch):
     """Each run takes a second longer than the one before it."""
     clock = iter(range(1, 100))
-    monkeypatch.setattr(measuring, "timed", lambda run: (run(), float(next(clock))))
+    monkeypatch.setattr(measuring, "time_call", lambda run: (run(), float(next(clock))))
     for rounds, expected in ((1, [1, 2, 5, 6]), (2, [1, 2, 7, 8])):
         clock = iter(range(1, 100))
         contenders = [Contender("eager"), Contender("fused", (QKVFusion(),))]
@@ -438,15 +462,15 @@ def test_a_companion_is_never_another_contender_of_its_name(pipe):
     contenders = [Contender("eager", (), "control"), Contender("cached", (SKIPPING,)), impostor]
     rows = measure(pipe, contenders, [load], EXAMPLES, rounds=1)
     cached = next(r for r in rows if r.contender.name == "cached")
-    assert cached.fewer == "plain, 4 steps of eager"
-    assert (cached.beside.contender.passes, cached.beside.steps) == ((), 4)
+    assert cached.fewer_steps_name == "plain, 4 steps of eager"
+    assert (cached.fewer_steps_row.contender.passes, cached.fewer_steps_row.steps) == ((), 4)
 
 
 def test_work_that_rounds_up_to_all_steps_stands_beside_one_step_less(pipe):
     """7 steps and a hit of one block in five: 7.2 steps of work."""
     one = Contender("cached", (FirstBlockCache(schedule=[5]),))
     rows = measure(pipe, [Contender("eager"), one], [replace(LOAD, steps=8)], EXAMPLES, rounds=1)
-    assert rows[1].fewer == "plain, 7 steps"
+    assert rows[1].fewer_steps_name == "plain, 7 steps"
 
 
 def test_an_error_on_leaving_a_contender_is_its_own(pipe):

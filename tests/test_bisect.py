@@ -81,5 +81,5 @@ def test_on_the_command_line(capsys):
     assert main([*arguments, "--min-psnr", "99"]) == 1
     out = capsys.readouterr().out
     assert "the first pass that breaks it: first-block-cache, FirstBlockCache(threshold=" in out
-    assert main(["bisect", "--image", "x.png"]) == 1
+    assert main(["bisect", "--image", "x.png"]) == 2
     assert "go together" in capsys.readouterr().err

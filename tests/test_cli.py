@@ -6,9 +6,11 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,12 +19,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fluxfire import presets
-from fluxfire.cli import main
+from fluxfire import loading, presets
+from fluxfire.bench import baselines, quality
+from fluxfire.cli import bench, catalog, console, main, options, values
+from fluxfire.cli import run as cli_run
 from fluxfire.errors import PictureError
 from fluxfire.passes.mega_cache import machine
 from fluxfire.passes.shared import artifact_file
 from fluxfire.pictures import read_picture
+from fluxfire.planning import registry
 
 
 @pytest.fixture
@@ -44,6 +49,27 @@ def test_passes(capsys):
     assert status == 0
     for name in ("inductor-patch", "qkv-fusion", "memory-layout", "attention", "compile"):
         assert name in out
+    facts = json.loads(run(capsys, "passes", "--json")[1])
+    assert [f["name"] for f in facts[:2]] == ["attention", "compile"]
+    assert facts[0]["exactness"] == ["close", "lossy"]
+    assert {f["plugin"] for f in facts} == {None}
+
+
+@pytest.mark.parametrize("name", registry.built_in())
+def test_what_the_command_line_reads_of_a_pass_is_what_its_class_says(name):
+    cls, facts = registry.built_in()[name], catalog.own_passes()[name]
+    assert (facts.class_name, facts.stage, facts.slot) == (cls.__name__, cls.stage, cls.slot)
+    assert facts.summary == cls.__doc__.partition("\n")[0]
+    assert registry.make(name).exactness in facts.exactness
+
+
+def test_names_that_the_command_line_knows_without_torch():
+    assert list(catalog.own_passes()) == list(registry.built_in())
+    assert catalog.presets() == presets.NAMES
+    assert set(options.RANDOM_MODELS) == set(loading.RANDOM)
+    assert options.SPARK == loading.SPARK
+    assert bench.BASELINES == baselines.NAMES
+    assert values.HIGHEST_PSNR == quality.EQUAL
 
 
 def test_plan(capsys):
@@ -55,12 +81,45 @@ def test_plan(capsys):
     assert "must come before compile" in out
     assert "qkv-fusion  weights  close      error: see below" in out
     _, _, err = run(capsys, "plan", "--passes", "compile,qkv-fuson")
-    assert "On the command line: --passes qkv-fusion,compile" in err
+    assert "there is no pass 'qkv-fuson'; did you mean 'qkv-fusion'?" in err
     _, out, err = run(capsys, "plan", "--preset", "qkv-fusion,compile")
     assert "did you mean --passes qkv-fusion,compile?" in err
+    _, out, err = run(capsys, "plan", "--passes", "compile,qkv-fusion")
+    assert "On the command line: --passes qkv-fusion,compile" in err
     _, out, _ = run(capsys, "plan", "--preset", "fast")
     own = "threshold=0.15, warmup_steps=6, max_consecutive_hits=3"
     assert f"settings: FirstBlockCache({own})" in out
+
+
+def test_plan_as_json(capsys):
+    status, out, _ = run(capsys, "plan", "--passes", "compile,qkv-fusion", "--json")
+    plan = json.loads(out)
+    assert (status, plan["ok"]) == (1, False)
+    assert plan["passes"][0]["name"] == "compile"
+    assert "must come before compile" in plan["problems"][0]
+    assert [p["configuration"] for p in plan["suggestion"]] == ["QKVFusion()", "Compile()"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
+def test_the_default_compiles_nothing_on_a_cpu(capsys):
+    status, out, err = run(capsys, "plan", "--json")
+    assert status == 0
+    assert [p["name"] for p in json.loads(out)["passes"]] == ["inductor-patch", "fused-blocks"]
+    assert "--preset faithful includes it" in err
+    _, out, err = run(capsys, "plan", "--json", "--preset", "faithful")
+    assert json.loads(out)["passes"][-1]["name"] == "compile"
+    assert err == ""
+
+
+def test_the_progress_bar_says_that_something_compiles(capsys):
+    with console.edits_bar(compiles=True) as show:
+        show("edit 1")
+        torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(2))
+    assert "edit 1: compiling, once; may take minutes [0" in capsys.readouterr().err
+    with console.announce_compilation():
+        for shift in (2, 3):
+            torch.compile(lambda x, shift=shift: x + shift, backend="eager")(torch.zeros(2))
+    assert capsys.readouterr().err.count("compiling, once; may take minutes") == 1
 
 
 def test_doctor(capsys):
@@ -69,14 +128,17 @@ def test_doctor(capsys):
     assert "torch " in out
     assert "GPU " in out
     assert "memory-layout      applies" in out
+    facts = json.loads(run(capsys, "doctor", "--json")[1])
+    assert facts["environment"]["packages"]["torch"] == torch.__version__
+    assert facts["passes"]["memory-layout"]["ok"] is True
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
 @pytest.mark.parametrize(
     ("own", "said"),
     [
-        (None, "not set; export passive, or scripts"),
-        ("active", "active; export passive, or scripts"),
+        (None, "not set; set it to passive"),
+        ("active", "active; set it to passive"),
         ("PASSIVE", "PASSIVE"),
     ],
 )
@@ -96,7 +158,7 @@ def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):
     status, out, err = run(
         capsys, "run", "--model", "random-tiny", "--image", photo, "--prompt", "make it night",
         "--passes", "inductor-patch,qkv-fusion", "-o", output, "--size", "64x48", "--steps", 3,
-        "--seed", 7, "--report", "json",
+        "--seed", 7, "--json",
     )  # fmt: skip
     assert status == 0
     with Image.open(output) as picture:
@@ -107,6 +169,54 @@ def test_run_edits_a_picture_and_reports(capsys, photo, tmp_path):
     assert report["generations"][0]["steps"] == 3
     assert "random-tiny has random weights" in err
     assert "3/3" in err  # the progress bar
+    assert f"saved {output} (64x48) in " in err
+
+
+def test_run_speaks_to_artists_first_and_to_engineers_on_request(capsys, photo, tmp_path):
+    arguments = [
+        "run", "--image", photo, "--prompt", "make it night", "--steps", 3, "--size", "32x32",
+        "--passes", "first-block-cache", "-o", tmp_path / "out.png", "--overwrite",
+    ]  # fmt: skip
+    _, out, _ = run(capsys, *arguments)
+    assert re.fullmatch(rf"saved {tmp_path}/out.png \(32x32\) in [\d.]+ m?s\n", out)
+    _, out, _ = run(capsys, *arguments, "-v")
+    assert "generation  noise+reference+text tokens" in out
+
+
+def test_the_summary_of_a_run():
+    compiled = SimpleNamespace(trace_seconds=1.0, compile_seconds=40.0)
+    kinds = ["computed"] * 5 + ["hit"] * 2 + ["reused"]
+    ran = SimpleNamespace(compiled=compiled, step_kinds=kinds)
+    assert cli_run._summary(50.0, ran) == (
+        "50 s, including 41 s to compile once; 2 of 8 steps skipped; "
+        "the reference reused in 1 of 8 steps"
+    )
+    assert cli_run._summary(1.9, None) == "1.9 s"
+
+
+def test_no_file_is_overwritten_unless_asked(capsys, photo, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    edit = [
+        "run", "--image", photo, "--prompt", "x", "--passes", "none", "--steps", 1,
+        "--size", "32x32",
+    ]  # fmt: skip
+    link, other = tmp_path / "link.jpg", tmp_path / "other.png"
+    link.symlink_to(photo)
+    os.link(photo, tmp_path / "hard.jpg")
+    before = read_picture(photo).tobytes()
+    for output in (photo, link, tmp_path / "hard.jpg", "./in.jpg", f"../{tmp_path.name}/in.jpg"):
+        status, _, err = run(capsys, *edit, "-o", output, "--overwrite")
+        assert status == 2
+        assert "it is an input of this command" in err
+    assert read_picture(photo).tobytes() == before
+    other.write_text("precious")
+    status, _, err = run(capsys, *edit, "-o", other)
+    assert (status, other.read_text()) == (2, "precious")
+    assert "other.png exists; name another file, or add --overwrite" in err
+    assert run(capsys, *edit, "-o", other, "--overwrite")[0] == 0
+    assert read_picture(other).size == (32, 32)
+    for made in ("out.png", "out-2.png"):
+        assert run(capsys, *edit)[1].startswith(f"saved {made} ")
 
 
 def test_the_seed_decides(capsys, photo, tmp_path):
@@ -115,7 +225,7 @@ def test_the_seed_decides(capsys, photo, tmp_path):
         output = tmp_path / "out.png"
         run(
             capsys, "run", "--image", photo, "--prompt", "x", "--passes", "qkv-fusion",
-            "--size", "32x32", "--steps", 2, "--seed", seed, "-o", output,
+            "--size", "32x32", "--steps", 2, "--seed", seed, "-o", output, "--overwrite",
         )  # fmt: skip
         pictures.append(np.asarray(Image.open(output)))
     assert np.array_equal(pictures[0], pictures[1])
@@ -134,8 +244,6 @@ def test_the_seed_decides(capsys, photo, tmp_path):
         ({"--passes": ""}, "--passes '' names no pass; write none for none"),
         ({"-o": "x.doc"}, "cannot write x.doc: .doc is no picture format"),
         ({"-o": "x.psd"}, "cannot write x.psd: .psd is no picture format"),
-        ({"--size": "160000x160000"}, "size 160000x160000: no side can be longer than 4096"),
-        ({"--size": "100x64"}, "size 100x64: both sides must be positive multiples of 16"),
         (
             {"--preset": "quick"},
             "there is no preset 'quick'; there are faithful, balanced, fast, article",
@@ -146,7 +254,7 @@ def test_the_seed_decides(capsys, photo, tmp_path):
 def test_bad_input_gets_one_line_and_a_status(capsys, photo, tmp_path, changed, words):
     arguments = {"--image": photo, "--prompt": "x", "-o": str(tmp_path / "out.png")} | changed
     status, out, err = run(capsys, "run", *(a for pair in arguments.items() for a in pair))
-    assert status == 1
+    assert status == 2
     assert out == ""
     lines = [line for line in err.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1
@@ -159,7 +267,14 @@ def test_bad_input_gets_one_line_and_a_status(capsys, photo, tmp_path, changed, 
         ["run"],
         ["run", "--image", "a", "--prompt", "b", "--size", "big"],
         ["dance"],
+        ["run", "--image", "a", "--prompt", "b", "--size", "100x64"],
+        ["run", "--image", "a", "--prompt", "b", "--size", "160000x160000"],
         ["run", "--image", "a", "--prompt", "\udcff"],
+        ["run", "--image", "a", "--prompt", ""],
+        ["demo", "--image", "a", "--prompt", " \n"],
+        ["bisect", "--min-psnr", "-5"],
+        ["tune", "--max-lost", "2"],
+        ["serve", "--port", "70000"],
         ["run", "--image", "a", "--prompt", "b", "--seed", "99999999999999999999"],
         [],
     ],
@@ -175,19 +290,19 @@ def test_without_a_command_all_are_listed(capsys):
     with pytest.raises(SystemExit):
         main([])
     said = capsys.readouterr().err
-    assert "edit pictures with Spark, plain and with passes, and compare" in said
+    assert "edit a picture with an optimized pipeline" in said
     assert all(name in said for name in ("passes", "plan", "doctor", "run", "tune", "serve"))
 
 
 def test_megacache(capsys, tmp_path):
     file = tmp_path / "m"
-    assert run(capsys, "megacache", "verify", file)[0] == 1
+    assert run(capsys, "megacache", "verify", file)[0] == 2
     artifact_file.add(
         file, [artifact_file.Payload({"gpu": "H100"}, ("1+2+3",), 2.5, "now", b"xyz")], None
     )
     status, out, _ = run(capsys, "megacache", "inspect", file)
     assert status == 0
-    for words in ("payload 0", "H100", "1+2+3", "2.5 s", "m is intact, and nobody else can"):
+    for words in ("payload 0", "H100", "1+2+3", "2.5 s", "m is intact, and only you can"):
         assert words in out
     status, out, _ = run(capsys, "megacache", "verify", file)
     assert (status, out.split("; ")[1]) == (1, "0 of 1 payloads fit this machine\n")
@@ -198,12 +313,12 @@ def test_megacache(capsys, tmp_path):
     status, out, err = run(capsys, "megacache", "inspect", file)
     assert status == 1
     assert "H100" in out
-    assert "would not be used: it can be written by other users" in err
+    assert f"fluxfire would not use {file}: it can be written by other users" in err
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-1])
     status, out, err = run(capsys, "megacache", "verify", file)
     assert (status, out) == (1, "")
-    assert err.startswith(f"error: {file} would not be used: it is damaged")
+    assert err.startswith(f"error: fluxfire would not use {file}: it is damaged")
 
 
 def test_a_damaged_env_file_is_named(capsys, photo, tmp_path, monkeypatch):
@@ -256,7 +371,7 @@ def test_damaged_pictures_are_refused_in_words(damage, place, kind):
 def test_pictures_too_small_to_edit_are_refused(tmp_path, capsys):
     Image.new("RGB", (4000, 3)).save(tmp_path / "thin.png")
     arguments = ["run", "--image", str(tmp_path / "thin.png"), "--prompt", "make it night"]
-    assert main([*arguments, "-o", str(tmp_path / "o.png")]) == 1
+    assert main([*arguments, "-o", str(tmp_path / "o.png")]) == 2
     assert "has 4000x3 pixels; a side needs 16 or more" in capsys.readouterr().err
 
 
@@ -271,7 +386,7 @@ def test_what_is_transparent_becomes_white(tmp_path):
 
 def test_threads_do_not_spin_while_they_wait(monkeypatch):
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
-    assert main(["demo", "--passes", "nonsense"]) == 1
+    assert main(["demo", "--passes", "nonsense"]) == 2
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
 
 
@@ -280,20 +395,113 @@ def test_threads_do_not_spin_while_they_wait(monkeypatch):
     [
         (["demo", "-n", "1000000"], "-n 1000000 is more than 5000"),
         (["bisect", "--example", "1000000"], "--example 1000000 is past the last scene, 4999"),
-        (["bisect", "--min-psnr", "-5"], "--min-psnr -5 is not between 0 and 100"),
-        (["demo", "--passes", "compile,qkv-fusion"], "Nothing was changed"),
         (["plan", "--preset", "faithfull"], "did you mean 'faithful'?"),
-        (["plan", "--passes", "QKVFusion"], "did you mean 'qkv-fusion'?"),
+        (["plan", "--passes", "QKVFuson"], "there is no pass 'QKVFuson'; there are attention"),
+        (["plan", "--preset", "nowhere.json"], "cannot read passes from nowhere.json"),
+        (["demo", "--examples", "nowhere.jsonl"], "cannot read examples from nowhere.jsonl"),
+        (["doctor", "--model", "."], "it has no model_index.json"),
         (
             ["plan", "--passes", "faithful,qkv-fusion"],
-            "write --preset faithful, or name its passes: inductor-patch,fused-blocks,compile",
+            "'faithful' is a preset, not a pass; write --preset faithful",
         ),
-        (["tune", "-n", "2"], "one or more of --min-psnr, --mean-psnr, --min-ssim, --max-flip, --"),
+        (["tune", "-n", "9"], "one or more of --min-psnr, --mean-psnr, --min-ssim, --max-flip, --"),
+        (["tune", "-n", "2", "--min-psnr", "30"], "tune needs 3 examples or more"),
+        (["tune", "--min-psnr", "30", "-o", "x.txt"], "must be a file ending in .json"),
+        (["tune", "--min-psnr", "30", "--model", "random-tiny"], "pictures are noise"),
+        (["megacache", "verify", "nowhere"], "cannot read nowhere: No such file"),
+        (["serve", "--host", "0.0.0.0"], "so the service needs keys"),
     ],
 )
 def test_what_makes_no_sense_is_refused_at_once(capsys, arguments, said):
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_list_that_cannot_be_applied_is_a_failure(capsys):
+    assert main(["demo", "--passes", "compile,qkv-fusion"]) == 1
+    assert "Nothing was changed" in capsys.readouterr().err
+
+
+def test_an_empty_prompt_in_a_file_is_refused(capsys, tmp_path):
+    file = tmp_path / "edits.jsonl"
+    file.write_text('{"prompt": "a red circle"}\n{"prompt": " "}\n')
+    assert main(["demo", "--examples", str(file), "-o", str(tmp_path / "demo.png")]) == 2
+    assert "the prompt of example 2 is empty" in capsys.readouterr().err
+
+
+WITHOUT_TORCH = {
+    0: ["passes", "passes --json", "--help", "--version", "run --help", "serve --new-key ann"],
+    2: [
+        "",
+        "dance",
+        "run",
+        "demo --image x",
+        "demo --image nowhere.png --prompt x",
+        "demo --image PHOTO --prompt x -o PHOTO",
+        "demo -n 1000000",
+        "demo --examples nowhere.jsonl",
+        "run --image PHOTO --prompt x -o no/such/x.png",
+        "run --image PHOTO --prompt x -o x.doc",
+        "run --image PHOTO --prompt x --size 100x64",
+        "run --image PHOTO --prompt x --passes nonsense",
+        "run --image PHOTO --prompt x --passes faithful",
+        "run --image PHOTO --prompt x --preset nonsense",
+        "run --image PHOTO --prompt x --preset nowhere.json",
+        "run --image PHOTO --prompt x --model ./nowhere",
+        "plan --passes nonsense",
+        "doctor --model nowhere",
+        "bench --csv x.json --html x.json",
+        "bench --baselines cache-dot",
+        "bench --out /nowhere/bench.json",
+        "tune",
+        "tune --min-psnr 200",
+        "tune --min-psnr 20 -n 2",
+        "tune --min-psnr 20 --model random-tiny",
+        "bisect --example 1000000",
+        "bisect --image x",
+        "megacache verify nowhere",
+        "serve --preset nonsense",
+        "serve --host 0.0.0.0",
+    ],
+}  # by exit status
+
+
+def test_facts_and_usage_errors_come_without_torch(photo, tmp_path):
+    code = """
+import contextlib, io, json, sys
+from fluxfire.cli import main
+found = {}
+for line in sys.argv[2:]:
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            status = main([sys.argv[1] if a == "PHOTO" else a for a in line.split()])
+    except SystemExit as error:
+        status = error.code or 0
+    found[line] = [status, "torch" in sys.modules]
+    sys.modules.pop("torch", None)
+print(json.dumps(found))
+"""
+    lines = [line for some in WITHOUT_TORCH.values() for line in some]
+    done = subprocess.run(
+        [sys.executable, "-c", code, photo, *lines],
+        capture_output=True, text=True, check=True, cwd=tmp_path,
+    )  # fmt: skip
+    wanted = {line: [status, False] for status, some in WITHOUT_TORCH.items() for line in some}
+    assert json.loads(done.stdout) == wanted
+
+
+def test_completion(tmp_path):
+    """As a shell asks for it: the names of passes after a comma."""
+    pytest.importorskip("argcomplete")
+    line = "fluxfire plan --passes qkv-fusion,first"
+    told = tmp_path / "told"
+    environment = os.environ | {
+        "_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)),
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(told),
+    }  # fmt: skip
+    command = [sys.executable, "-m", "fluxfire"]
+    subprocess.run(command, env=environment, check=False, capture_output=True)
+    assert told.read_text().strip() == "qkv-fusion,first-block-cache"
 
 
 def test_help_names_every_preset(capsys):

@@ -19,7 +19,7 @@ from fluxfire.cli import main, values
 SCHEMA = json.loads((Path(fluxfire.__file__).parent / "bench" / "schema.json").read_text())
 QUICK = [
     "bench", "--model", "random-tiny", "--steps", "3", "--rounds", "1", "--baselines", "none",
-    "--size", "32x32", "--only-stack", "--passes", "qkv-fusion",
+    "--size", "32x32", "--no-ablation", "--passes", "qkv-fusion",
 ]  # fmt: skip
 
 
@@ -82,7 +82,7 @@ def check_page(text):
 
 
 @pytest.mark.parametrize("passes", ["qkv-fusion", "qkv-fusion,memory-layout"])
-def test_the_only_stack_asked_for_is_measured(tmp_path, lines, passes):
+def test_without_ablation_the_whole_list_is_measured_alone(tmp_path, lines, passes):
     status, result = run(tmp_path, "--examples", str(lines), "--passes", passes)
     assert status == 0
     assert [r["contender"] for r in result["rows"]][2:] == [passes.replace(",", " + ")]
@@ -125,26 +125,49 @@ def test_a_contender_that_fails_is_told_and_the_status_says_so(tmp_path, lines, 
     [
         (["--out", "/nowhere/bench.json"], "there is no folder /nowhere"),
         (["--html", "."], "it is a folder"),
-        (["--plots", __file__], "it is no folder"),
-        (["--warmups", "-1"], "--warmups -1 is negative"),
-        (["--size", "30x30"], "multiples of 16"),
+        (["--plots", __file__], "it is not a folder"),
         (["--examples", "/nowhere.jsonl"], "cannot read examples from /nowhere.jsonl"),
         (["--image", "x.png"], "--image and --prompt go together"),
         (["--image", "/nowhere.png", "--prompt", "x"], "cannot read /nowhere.png"),
         (["--passes", "nonsense"], "there is no pass 'nonsense'"),
         (["--csv", "/nowhere/bench.csv"], "there is no folder /nowhere"),
-        (["--baselines", "cache-dot"], "there is no baseline 'cache-dot'"),
         (["--csv", "x.json", "--html", "x.json"], "must name different files"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(tmp_path, capsys, arguments, said):
-    assert run(tmp_path, *arguments)[0] == 1
+    assert run(tmp_path, *arguments)[0] == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--warmups", "-1"], "-1 is negative"),
+        (["--size", "30x30"], "multiples of 16"),
+        (["--baselines", "cache-dot"], "there is no baseline 'cache-dot'"),
+    ],
+)
+def test_values_that_make_no_sense_are_refused_by_argparse(tmp_path, capsys, arguments, said):
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path, *arguments)
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_results_are_not_overwritten(tmp_path, capsys):
+    out, plots_before = tmp_path / "bench.json", tmp_path / "plots"
+    out.write_text("[]")
+    assert main([*QUICK, "--out", str(out)]) == 2
+    assert "bench.json exists" in capsys.readouterr().err
+    plots_before.mkdir()
+    (plots_before / "old.svg").touch()
+    assert main([*QUICK, "--plots", str(plots_before), "-o", str(tmp_path / "b.json")]) == 2
+    assert "holds plots" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_the_full_size_needs_a_gpu(tmp_path, capsys):
-    assert run(tmp_path, "--random-full")[0] == 1
+    assert run(tmp_path, "--random-full")[0] == 2
     assert "there is none here" in capsys.readouterr().err
 
 
@@ -167,6 +190,7 @@ def test_plots_are_the_same_for_the_same_result(tmp_path, lines):
         "computed=1,reused=1,hit=1,around=1,around=2",
         "computed=1,reused=1,hit=1,around=1,more",
         "computed=one,reused=1,hit=1,around=1",
+        "computed=0,reused=1,hit=1,around=1",
     ],
 )
 def test_prices_that_are_none(text):
@@ -204,10 +228,10 @@ def test_the_table_of_lossy_lists_and_the_csv(tmp_path, lines, capsys):
 
 @pytest.mark.parametrize(("text", "found"), [("3", [3]), ("20,14,20", [20, 14])])
 def test_counts(text, found):
-    assert values.counts(text) == found
+    assert values.positive_numbers(text) == found
 
 
 @pytest.mark.parametrize("text", ["", "3,", "3,zero", "0"])
 def test_counts_that_are_none(text):
     with pytest.raises(argparse.ArgumentTypeError, match="is not"):
-        values.counts(text)
+        values.positive_numbers(text)

@@ -545,3 +545,42 @@ def test_a_stand_in_names_the_arguments_of_what_it_stands_in_for(name):
         assert ours_names[: len(named)] == named, ours
         checked += 1
     assert checked
+
+
+@pytest.mark.parametrize("pass_", [Float8(), QKVFusion()], ids=repr)
+def test_a_pipeline_that_gets_another_class_stays_optimized(pass_):
+    class Mine(FluxKontextPipeline):
+        mine = 1
+
+    plain, pipe = tiny_kontext(), tiny_kontext()
+    fluxfire.optimize(pipe, [pass_])
+    pipe.__class__ = Mine
+    assert pipe.__class__ is Mine
+    assert pipe.mine
+    assert len(fluxfire.report(pipe).passes) == 1
+    assert type(copy.deepcopy(pipe)) is Mine
+    edit(pipe)
+    assert len(fluxfire.report(pipe).runs) == 1
+    fluxfire.restore(pipe)
+    assert type(pipe) is Mine
+    assert np.array_equal(edit(pipe), edit(plain))
+
+
+@each_pass([Float8(), QKVFusion(), FusedBlocks(), Attention("fa3-fp8")])
+def test_a_copied_block_is_plain(pass_):
+    plain, pipe = tiny_kontext(), tiny_kontext()
+    fluxfire.optimize(pipe, [pass_])
+    edit(pipe)
+    for each in (plain, pipe):
+        for blocks in (
+            each.transformer.transformer_blocks,
+            each.transformer.single_transformer_blocks,
+        ):
+            blocks.append(copy.deepcopy(blocks[0]))
+            for weight in blocks[-1].parameters():
+                weight.data.mul_(1.7)
+    expected = edit(plain)
+    assert np.abs(edit(pipe) - expected).max() < 0.01
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), expected)
+    fluxfire.optimize(pipe, [pass_])

@@ -7,6 +7,7 @@ same was done first, or the change or the generation is refused.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -18,10 +19,13 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.resnet import ResnetBlock2D
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import fluxfire
 from fluxfire.errors import FluxfireError
@@ -37,7 +41,7 @@ from fluxfire.passes import (
     QKVFusion,
     ReferenceCache,
 )
-from fluxfire.runtime.freshness import Watch, heard_by_others
+from fluxfire.runtime.freshness import Watch, has_foreign_hooks
 from fluxfire.testing import edit, tiny_kontext
 
 CLOSE = 2e-5
@@ -616,7 +620,7 @@ def test_quantized_weights_are_read():
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "global", "forward", "another method"])
 def test_who_hears(how):
     net = Net()
-    assert not heard_by_others(net)
+    assert not has_foreign_hooks(net)
     layer, handle = net.layers[0], None
     if how == "hook":
         handle = layer.register_forward_hook(lambda *_: None)
@@ -628,8 +632,8 @@ def test_who_hears(how):
         name = "forward" if how == "forward" else "_conv_forward"
         setattr(layer, name, getattr(layer, name))
     try:
-        assert heard_by_others(net)
-        assert how != "another method" or not heard_by_others(net, apart_from=["_conv_forward"])
+        assert has_foreign_hooks(net)
+        assert how != "another method" or not has_foreign_hooks(net, apart_from=["_conv_forward"])
     finally:
         if handle is not None:
             handle.remove()
@@ -652,16 +656,108 @@ def test_rounding_flags():
     """In a process of its own, since torch does not undo all of them."""
     script = """
 import torch
-from fluxfire.runtime.freshness import rounding
+from fluxfire.runtime.freshness import numeric_settings
 cpu = torch.device("cpu")
 for line in FLAGS:
-    before = rounding(cpu)
-    assert rounding(cpu) == before
+    before = numeric_settings(cpu)
+    assert numeric_settings(cpu) == before
     exec(line)
-    assert rounding(cpu) != before, line
-before = rounding(cpu)
+    assert numeric_settings(cpu) != before, line
+before = numeric_settings(cpu)
 with torch.autocast("cpu", torch.bfloat16):
-    assert rounding(cpu) != before
+    assert numeric_settings(cpu) != before
 """
     script = script.replace("FLAGS", repr(list(FLAGS.values())))
     subprocess.run([sys.executable, "-W", "ignore", "-c", script], check=True)
+
+
+def test_a_watched_module_can_still_swap_its_tensors():
+    """torchao's weights are swapped when they are moved, and torch refuses that of some tensors."""
+    net = Net()
+    watch = Watch([net])
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        net.to(torch.float64)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert watch.changed()
+    assert not watch.changed()
+
+
+@contextlib.contextmanager
+def _scaled(of, name, by=1.5):
+    plain = getattr(of, name)
+    setattr(of, name, lambda *args, **kwargs: plain(*args, **kwargs) * by)
+    try:
+        yield
+    finally:
+        setattr(of, name, plain)
+
+
+class _Doubled(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        return made * 2 if func is torch.nn.functional.linear else made
+
+
+ELSEWHERE = {
+    "a class's forward": lambda: _scaled(Encoder, "forward"),
+    "a part's class": lambda: _scaled(ResnetBlock2D, "forward"),
+    "a function of torch": lambda: _scaled(torch.nn.functional, "scaled_dot_product_attention"),
+    "a mode": _Doubled,
+}
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
+def test_changes_outside_the_modules_are_seen(pipe, where):
+    plain, before = tiny_kontext(), edit(pipe)
+    fluxfire.optimize(pipe, [EncodingCache()])
+    assert np.array_equal(edit(pipe), before)
+    with ELSEWHERE[where]():
+        changed = edit(plain)
+        assert np.array_equal(edit(pipe), changed)
+    assert not np.array_equal(changed, before)
+    assert np.array_equal(edit(pipe), before)
+
+
+def test_modules_in_a_plain_list_are_looked_at():
+    net = Net()
+    net.side = [torch.nn.Linear(3, 3)]
+    watch = Watch([net])
+    assert not watch.changed()
+    net.side[0].weight.data.add_(1)
+    assert watch.changed()
+
+
+@pytest.mark.parametrize("pass_", [FusedBlocks(), QKVFusion()], ids=repr)
+def test_hooks_on_every_module_of_the_process_are_heard(pipe, pass_):
+    plain, before = tiny_kontext(), edit(pipe)
+    fluxfire.optimize(pipe, [pass_])
+    edit(pipe)
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, _, out: out * 1.05 if isinstance(module, nn.Linear) else None
+    )
+    try:
+        expected = edit(plain)
+        assert np.abs(expected - before).max() > 1e-3
+        assert np.abs(edit(pipe) - expected).max() < 1e-5
+    finally:
+        handle.remove()
+    assert np.abs(edit(pipe) - before).max() < 1e-5
+
+
+@pytest.mark.parametrize("pass_", [FusedBlocks(), QKVFusion(), Float8()], ids=repr)
+@pytest.mark.parametrize("gone", [("to_v",), ("to_q", "to_k", "to_v")], ids=str)
+def test_biases_taken_off(pipe, pass_, gone):
+    plain = tiny_kontext()
+    fluxfire.optimize(pipe, [pass_])
+    edit(pipe)
+    for each in (plain, pipe):
+        for block in each.transformer.single_transformer_blocks:
+            block.attn.to_v.bias.data.fill_(0.5)
+            for name in gone:
+                getattr(block.attn, name).bias = None
+    expected = edit(fluxfire.optimize(copy.deepcopy(plain), [pass_]))
+    assert np.abs(edit(pipe) - expected).max() < 1e-5
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), edit(plain))

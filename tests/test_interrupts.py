@@ -98,7 +98,7 @@ class Shop:
             with Interrupter() as restoring:
                 fluxfire.restore(self.pipe)
             self.lengths[pass_] = (
-                optimizing.seen, optimizing.began["_carry_out"], generating.seen, restoring.seen,
+                optimizing.seen, optimizing.began["_apply_plan"], generating.seen, restoring.seen,
             )  # fmt: skip
         return self.lengths[pass_]
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxfire.bench import Interval, bootstrap
-from fluxfire.bench.intervals import FEWEST, expanded_tail, of_share
-from fluxfire.bench.quality import Likeness, Quality
+from fluxfire.bench.intervals import MIN_EXAMPLES, expanded_tail, share_interval
+from fluxfire.bench.quality import Quality, Similarity
 
 
 @pytest.mark.parametrize("n", [8, 40])
@@ -19,9 +19,13 @@ def test_the_interval_is_that_of_scipy(n):
     found = bootstrap(values)
     tail = stats.norm.cdf(-stats.t.ppf(0.975, n - 1) * np.sqrt(n / (n - 1)))
     theirs = stats.bootstrap(
-        (values,), np.mean, method="percentile", n_resamples=40_000, random_state=1,
+        (values,),
+        np.mean,
+        method="percentile",
+        n_resamples=40_000,
+        random_state=1,
         confidence_level=1 - 2 * tail,
-    ).confidence_interval  # fmt: skip
+    ).confidence_interval
     assert expanded_tail(n) == pytest.approx(tail, rel=0.05)
     spread = values.std() / np.sqrt(n)
     assert found.mean == pytest.approx(values.mean())
@@ -42,10 +46,10 @@ def test_it_covers_the_truth_about_as_often_as_it_says(n):
 def test_the_interval_of_a_share_is_that_of_scipy(right, n):
     stats = pytest.importorskip("scipy.stats")
     theirs = stats.binomtest(right, n).proportion_ci(method="wilson")
-    assert of_share([True] * right + [False] * (n - right)) == pytest.approx(
+    assert share_interval([True] * right + [False] * (n - right)) == pytest.approx(
         (theirs.low, theirs.high)
     )
-    assert of_share([]) is None
+    assert share_interval([]) is None
 
 
 @given(st.lists(st.floats(-100, 100), min_size=2, max_size=30))
@@ -67,8 +71,8 @@ def test_one_value_has_no_interval():
         (Interval(-1, -1.5, -0.5, 9), "worse", False),
         (Interval(1, -0.5, 1.5, 9), "no difference shown", False),
         (Interval(1, 0.0, 1.5, 9), "no difference shown", False),
-        (Interval(1, 0.5, 1.5, FEWEST), "better", True),
-        (Interval(1, 0.5, 1.5, FEWEST - 1), "4 examples are too few to tell", False),
+        (Interval(1, 0.5, 1.5, MIN_EXAMPLES), "better", True),
+        (Interval(1, 0.5, 1.5, MIN_EXAMPLES - 1), "4 examples are too few to tell", False),
     ],
 )
 def test_what_a_difference_shows(interval, verdict, above):
@@ -77,7 +81,9 @@ def test_what_a_difference_shows(interval, verdict, above):
 
 
 def quality(*psnr):
-    return Quality(tuple(Likeness(p, edited=None if p > 90 else p - 5) for p in psnr), (None,) * 6)
+    return Quality(
+        tuple(Similarity(p, edited=None if p > 90 else p - 5) for p in psnr), (None,) * 6
+    )
 
 
 def test_differences_are_paired():

@@ -1,4 +1,4 @@
-"""Every operator against float64, and the Triton kernels against the operators."""
+"""Compares every operator with float64, and the Triton kernels with the operators."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SHAPES = st.fixed_dictionaries(
         "seed": st.integers(0, 2**32 - 1),
     }
 )
-WIDTH = 16  # of a head
+WIDTH = 16  # head width
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 ERROR = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # one rounding at the end
-EIGHT_BITS = 2.0**-4  # half a step of e4m3, relative to the number
+EIGHT_BITS = 2.0**-4  # half a step of e4m3, relative
 
 
 def drawn(shape, dtype, *widths):
@@ -61,7 +61,7 @@ def test_norms_and_residuals(shape, dtype, alone):
     assert made.dtype == dtype
     assert off(made, exact) < ERROR[dtype]
 
-    rows = float8.Rows(*float8.modulated_norm_float8(image, text, shift, scale, 1e-6))
+    rows = float8.QuantizedRows(*float8.modulated_norm_float8(image, text, shift, scale, 1e-6))
     assert off(rows.data.double() * rows.scale.double(), exact) < EIGHT_BITS
 
     add = made.flip(1)
@@ -89,10 +89,10 @@ def test_heads(shape, dtype):
         Stream(tuple(of_text), tuple(weights[2:])),
         Stream(tuple(of_image), tuple(weights[:2])),
     ]
-    kept = [torch.randn(shape["batch"], 4, shape["heads"], WIDTH).to(dtype) for _ in range(2)]
-    q, k, v = kernels.joint_heads(streams, (cos, sin), 1e-6, kept=kept)
-    assert torch.equal(k[:, -4:], kept[0])
-    assert torch.equal(v[:, -4:], kept[1])
+    cached = [torch.randn(shape["batch"], 4, shape["heads"], WIDTH).to(dtype) for _ in range(2)]
+    q, k, v = kernels.joint_heads(streams, (cos, sin), 1e-6, cached=cached)
+    assert torch.equal(k[:, -4:], cached[0])
+    assert torch.equal(v[:, -4:], cached[1])
     k, v = k[:, :-4], v[:, :-4]
     for made, number in ((q, 0), (k, 1)):
         parts = [
@@ -121,10 +121,10 @@ def test_products(shape, dtype):
     exact = F.linear(torch.cat([y, hidden], -1).double(), w_out.double(), bias.double())
     assert off(kernels.two_products(y, hidden, w_out, bias), exact) < 3 * ERROR[dtype]
 
-    rows = float8.Rows(*float8.gelu_float8(y, hidden))
+    rows = float8.QuantizedRows(*float8.gelu_float8(y, hidden))
     exact = torch.cat([y.double(), F.gelu(hidden.double(), approximate="tanh")], -1)
     assert off(rows.data.double() * rows.scale.double(), exact) < EIGHT_BITS
-    weight, scale = float8.quantized_weight(w_out)
+    weight, scale = float8.quantize_weight(w_out)
     exact = F.linear(rows.data.double() * rows.scale, weight.double() * scale, bias.double())
     assert off(float8.float8_linear(rows, weight, scale, bias, dtype), exact) < ERROR[dtype]
 
@@ -135,7 +135,7 @@ def test_rows_are_scaled_by_their_largest(shape, dtype, size):
     _, x = drawn(shape, dtype)
     x = x * size
     x[:, 0] = 0
-    data, scale = float8.float8_rows(x)
+    data, scale = float8.quantize_rows(x)
     largest = x.float().abs().amax(-1, keepdim=True)
     assert torch.allclose(scale, (largest / 448).clamp(min=1e-12))
     assert (data.float().abs().amax(-1) <= 448).all()
@@ -146,10 +146,10 @@ def test_rows_are_scaled_by_their_largest(shape, dtype, size):
 def test_operators_trace_as_they_run():
     x, y = torch.randn(2, 3, 48), torch.randn(2, 3, 48)
     torch.library.opcheck(kernels.two_products, (x, y, torch.randn(48, 96), torch.randn(48)))
-    heads = [torch.randn(2, 5, 3, 16).to(float8.FLOAT8) for _ in range(3)]
+    heads = [torch.randn(2, 5, 3, 16).to(float8.E4M3) for _ in range(3)]
     scales = (torch.rand(1), torch.rand(1), torch.rand(2, 3))
-    in_float8 = (*heads, *scales, torch.bfloat16)  # torch cannot compare such arguments
-    torch.library.opcheck(float8_attention, in_float8, test_utils="test_faketensor")
+    arguments = (*heads, *scales, torch.bfloat16)  # torch cannot compare such arguments
+    torch.library.opcheck(float8_attention, arguments, test_utils="test_faketensor")
     torch.library.opcheck(flash_attention, tuple(x.float() for x in heads))
 
 
@@ -168,7 +168,7 @@ for heads in (3, 8):
         for a, b in zip(one, other, strict=True):
             assert (a.float() - b.float()).norm() <= within * a.float().norm()
 
-    def dequantized(pair):
+    def dequantize(pair):
         return (pair[0].float() * pair[1],)
 
     for beside in (text, None):
@@ -179,8 +179,8 @@ for heads in (3, 8):
         same([kernels.gated_add(*residual)], [modulated._gated_add_cuda(*residual)])
         # The interpreter cuts digits off where a GPU rounds: up to a step of e4m3, an eighth.
         same(
-            dequantized(float8.modulated_norm_float8(*norm)),
-            dequantized(float8._modulated_norm_float8_cuda(*norm)),
+            dequantize(float8.modulated_norm_float8(*norm)),
+            dequantize(float8._modulated_norm_float8_cuda(*norm)),
             1 / 10,
         )
     cos, sin = (torch.rand(14, 8).repeat_interleave(2, 1) for _ in range(2))
@@ -190,32 +190,32 @@ for heads in (3, 8):
     image_stream = of_heads.Stream(of_image, weights[:2])
     joint = [of_heads.Stream(of_text, weights[2:]), image_stream]
     scales = [torch.tensor([0.1]), torch.tensor([0.2]), torch.rand(2, heads) + 0.1]
-    kept = [torch.randn(2, 4, heads, 16) for _ in range(2)]
-    kept8 = [x.to(float8.FLOAT8) for x in kept]
+    cached = [torch.randn(2, 4, heads, 16) for _ in range(2)]
+    cached8 = [x.to(float8.E4M3) for x in cached]
     for streams, rotary, by, more, within in (
         (joint, (cos, sin), None, None, 1e-5),
-        (joint, (cos, sin), None, kept, 1e-5),
+        (joint, (cos, sin), None, cached, 1e-5),
         ([image_stream], (cos[5:], sin[5:]), None, None, 1e-5),
-        ([image_stream], (cos[5:], sin[5:]), None, kept, 1e-5),
-        (joint, (cos, sin), scales, kept8, 1 / 8),
+        ([image_stream], (cos[5:], sin[5:]), None, cached, 1e-5),
+        (joint, (cos, sin), scales, cached8, 1 / 8),
         ([image_stream], (cos[5:], sin[5:]), scales, None, 1 / 8),
     ):
         same(
-            kernels.joint_heads(streams, rotary, 1e-6, scales=by, kept=more),
+            kernels.joint_heads(streams, rotary, 1e-6, scales=by, cached=more),
             of_heads._joint_heads_cuda(streams, rotary, 1e-6, by, more, None),
             within,
         )
     by_head = (torch.rand(2, heads), torch.rand(2, heads))
     arguments = (joint, (cos, sin), 1e-6)
     same(
-        kernels.joint_heads(*arguments, kept=kept8, kept_scales=by_head),
-        of_heads._joint_heads_cuda(*arguments, None, kept8, by_head),
+        kernels.joint_heads(*arguments, cached=cached8, cached_scales=by_head),
+        of_heads._joint_heads_cuda(*arguments, None, cached8, by_head),
     )
     for beside in (image, None):
         x = torch.randn(2, 9, 4 * width)
         same(
-            dequantized(float8.gelu_float8(beside, x)),
-            dequantized(float8._rows_float8_cuda(beside, x, gelu=True)),
+            dequantize(float8.gelu_float8(beside, x)),
+            dequantize(float8._rows_float8_cuda(beside, x, gelu=True)),
             1 / 10,
         )
 print("the same")
@@ -228,12 +228,17 @@ def test_triton_kernels_in_its_interpreter():
 
     paths = [str(Path(fluxfire.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }  # fmt: skip
+        **os.environ,
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", INTERPRETED],
+        env=environment,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "the same", done.stderr[-2000:]
 
 
@@ -254,8 +259,8 @@ for name, pointers, more in (
     ("put_rows", [eight] * 2 + [single] * 2 + [half] * 2, {"SCALED": True}),
     ("norm_rows_float8", [half] * 3 + [eight, single], row),
     ("rows_float8", [half] * 2 + [eight, single], row | {"BLOCK": 8192}),
-    ("rotate_heads", heads + [half] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": False}),
-    ("rotate_heads", heads + [eight] * 3 + [single] * 3, {"COPY_VALUE": True, "FLOAT8": True}),
+    ("rotate_heads", heads + [half] * 3 + [single] * 3, {"COPY_VALUE": True, "TO_FLOAT8": False}),
+    ("rotate_heads", heads + [eight] * 3 + [single] * 3, {"COPY_VALUE": True, "TO_FLOAT8": True}),
 ):
     kernel = getattr(kernels, name)
     given = {n: v for n, v in (constants | more).items() if n in kernel.arg_names}
@@ -273,7 +278,10 @@ print("compiled")
 def test_triton_kernels_compile_for_a_gpu_that_is_not_here(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", COMPILED],
+        env=environment,
+        capture_output=True,
+        text=True,
         check=False,
-    )  # fmt: skip
+    )
     assert done.stdout.strip() == "compiled", done.stderr[-2000:]

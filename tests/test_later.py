@@ -19,6 +19,7 @@ import torch
 from accelerate.hooks import remove_hook_from_module
 from diffusers import FirstBlockCacheConfig
 from diffusers.hooks import apply_group_offloading
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,13 @@ LOSS = 0.02  # what eight bits and old references change of these pictures, at t
 HALF = 0.05  # what kernels may round otherwise in sixteen bits
 
 Do = Callable[[Any], object]
+
+
+@pytest.fixture(autouse=True)
+def _attention_backend_stays(monkeypatch):
+    """`set_attention_backend` sets that of the whole process, too, and nothing resets it."""
+    active, _ = _AttentionBackendRegistry.get_active_backend()
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
 
 
 @dataclass(frozen=True)
@@ -693,3 +701,67 @@ def test_a_thing_done_to_compiled_blocks(traced, thing):
     for passes in ([Compile()], [QKVFusion(), FusedBlocks(), ModulationTable(), Compile()]):
         try_later(passes, THINGS[thing], take_off=THINGS[thing].off is not None)
     assert traced
+
+
+def _own_loop(  # noqa: PLR0917 - as diffusers has them
+    self,
+    hidden_states,
+    encoder_hidden_states,
+    pooled_projections,
+    timestep,
+    img_ids,
+    txt_ids,
+    guidance,
+    **_,
+):
+    """A forward of somebody else's, which does something between two blocks."""
+    x, text = self.x_embedder(hidden_states), self.context_embedder(encoder_hidden_states)
+    temb = self.time_text_embed(timestep * 1000, guidance * 1000, pooled_projections)
+    rotary = self.pos_embed(torch.cat((txt_ids, img_ids)))
+    for block in (*self.transformer_blocks, *self.single_transformer_blocks):
+        text, x = block(
+            hidden_states=x, encoder_hidden_states=text, temb=temb, image_rotary_emb=rotary
+        )
+        x = x * 1.1
+    return (self.proj_out(self.norm_out(x, temb)),)
+
+
+@pytest.mark.parametrize(
+    "pass_", [ModulationTable(), FirstBlockCache(0), ReferenceCache()], ids=repr
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_forward_with_its_own_loop_is_refused_by_wrapping_passes(pass_, when):
+    pipe = tiny_kontext()
+    if when == "after":
+        fluxfire.optimize(pipe, [pass_])
+    pipe.transformer.forward = _own_loop.__get__(pipe.transformer)
+    if when == "before":
+        fluxfire.optimize(pipe, [pass_])
+    with pytest.raises(FluxfireError, match="a forward of its own"):
+        edit(pipe)
+    plain = tiny_kontext()
+    plain.transformer.forward = _own_loop.__get__(plain.transformer)
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), edit(plain))
+
+
+@pytest.mark.parametrize("pass_", [ModulationTable(), FirstBlockCache(0)], ids=repr)
+def test_a_forward_around_diffusers_own_is_right(pass_, reference):
+    pipe = tiny_kontext()
+    fluxfire.optimize(pipe, [pass_])
+    forward = pipe.transformer.forward
+
+    def around(*args, **kwargs):
+        return forward(*args, **kwargs)
+
+    pipe.transformer.forward = around
+    assert np.abs(edit(pipe) - reference).max() < 1e-5
+
+
+@pytest.mark.parametrize("pass_", [ModulationTable(), FirstBlockCache(0)], ids=repr)
+def test_a_forward_compiled_afterwards_is_refused_by_name(pass_):
+    pipe = tiny_kontext()
+    fluxfire.optimize(pipe, [pass_])
+    pipe.transformer.forward = torch.compile(pipe.transformer.forward, backend="eager")
+    with pytest.raises(FluxfireError, match="compiled after optimize"):
+        edit(pipe)

@@ -21,7 +21,7 @@ each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], i
 
 
 # The report keeps those of the latest hundred runs.
-OF_A_RUN = ("RunStatistics", "Compilations", "Tokens", "Decision", "Refresh")
+OF_A_RUN = ("RunStatistics", "CompileCounts", "Tokens", "Decision", "Refresh")
 
 
 @pytest.fixture(scope="module", autouse=True)

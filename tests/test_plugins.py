@@ -45,7 +45,7 @@ def test_a_plugin_that_fails_otherwise_is_named_too(pipe, monkeypatch):
         raise RuntimeError("no driver")
 
     entries = {"needy": Entry(lambda: Needy), "broken": Entry(broken)}
-    monkeypatch.setattr(registry, "announced", lambda: entries)
+    monkeypatch.setattr(registry, "third_party", lambda: entries)
     with pytest.raises(PlanError, match=r"cannot be imported: RuntimeError: no driver"):
         fluxfire.optimize(pipe, ["broken"])
     with pytest.raises(PlanError, match=r"'needy' cannot be used by its name alone .*'path'"):

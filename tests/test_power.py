@@ -49,7 +49,7 @@ class Nvml:
 def nvml(monkeypatch):
     fake = Nvml()
     monkeypatch.setitem(sys.modules, "pynvml", fake)
-    monkeypatch.setattr(power, "unavailable", lambda: None)
+    monkeypatch.setattr(power, "why_unavailable", lambda: None)
     monkeypatch.setattr(power, "time", SimpleNamespace(perf_counter=lambda: fake.now))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(
@@ -60,7 +60,7 @@ def nvml(monkeypatch):
 
 
 def test_energy_and_utilisation(nvml):
-    with power.metered() as drawn:
+    with power.measure_energy() as drawn:
         nvml.now += 0.2
         assert nvml.sampled.wait(600)
     assert drawn.seconds == pytest.approx(0.2)
@@ -71,14 +71,14 @@ def test_energy_and_utilisation(nvml):
 
 
 def test_an_exception_ends_the_measuring(nvml):
-    with pytest.raises(RuntimeError, match="mine"), power.metered():
+    with pytest.raises(RuntimeError, match="mine"), power.measure_energy():
         raise RuntimeError("mine")
     assert nvml.open == 0
 
 
 def test_a_chip_without_a_counter_tells_nothing(nvml):
     nvml.counter = False
-    with power.metered() as drawn:
+    with power.measure_energy() as drawn:
         pass
     assert drawn is None
     assert nvml.open == 0
@@ -86,7 +86,7 @@ def test_a_chip_without_a_counter_tells_nothing(nvml):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so():
-    assert power.unavailable() == "there is no CUDA device"
-    with power.metered() as drawn:
+    assert power.why_unavailable() == "there is no CUDA device"
+    with power.measure_energy() as drawn:
         pass
     assert drawn is None

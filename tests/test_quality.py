@@ -30,11 +30,11 @@ def test_psnr_is_scikit_image_s(picture, amount):
     metrics = pytest.importorskip("skimage.metrics")
     other = noisy(picture, amount)
     expected = metrics.peak_signal_noise_ratio(np.asarray(picture), np.asarray(other))
-    assert quality.likeness(other, picture).psnr == pytest.approx(expected, abs=1e-4)
+    assert quality.similarity(other, picture).psnr == pytest.approx(expected, abs=1e-4)
 
 
 def test_equal_pictures_are_equal_by_every_measure(picture):
-    same = quality.likeness(picture, picture.copy())
+    same = quality.similarity(picture, picture.copy())
     assert same.psnr == 100
     assert same.ssim in (None, pytest.approx(1))
     assert same.flip in (None, pytest.approx(0, abs=1e-6))
@@ -44,7 +44,7 @@ def test_every_measure_falls_with_the_damage(picture):
     pytest.importorskip("skimage")
     pytest.importorskip("flip_evaluator")
     blurs = [picture.filter(ImageFilter.GaussianBlur(r)) for r in (0.5, 1.5, 4)]
-    told = [quality.likeness(b, picture) for b in blurs]
+    told = [quality.similarity(b, picture) for b in blurs]
     assert [t.psnr for t in told] == sorted((t.psnr for t in told), reverse=True)
     assert [t.ssim for t in told] == sorted((t.ssim for t in told), reverse=True)
     assert [t.flip for t in told] == sorted(t.flip for t in told)
@@ -67,7 +67,7 @@ def test_ssim_is_that_of_the_paper(picture):
     c1, c2 = 0.01**2, 0.03**2
     ssim = (2 * mx * my + c1) * (2 * cov + c2) / ((mx**2 + my**2 + c1) * (vx + vy + c2))
     expected = ssim[5:-5, 5:-5].mean()  # where the window lies within the picture
-    assert quality.likeness(other, picture).ssim == pytest.approx(expected, abs=1e-4)
+    assert quality.similarity(other, picture).ssim == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_worst_pair_is_found_and_told(picture):
@@ -129,10 +129,10 @@ def test_examples_are_read_from_a_file(tmp_path, picture):
         ("nonsense", "line 1 is not JSON"),
         ("[1]", "line 1 has no prompt"),
         ('{"prompt": 3}', "line 1 has no prompt"),
-        ('{"prompt": "x", "images": "a.png"}', "line 1 says images, which means nothing here"),
+        ('{"prompt": "x", "images": "a.png"}', "line 1 has unknown keys: images"),
         ('{"prompt": "x", "image": 5}', "line 1: the image is 5, not a file's name"),
         ('{"prompt": "x", "image": "none.png"}', "line 1: cannot read .*none.png: No such file"),
-        ("", "holds no examples"),
+        ("", "has no examples"),
     ],
 )
 def test_files_that_cannot_be_used_are_refused_in_words(tmp_path, line, said):
@@ -154,7 +154,7 @@ def test_damage_inside_a_small_edit_is_seen_there(picture):
     wanted.paste((200, 40, 40), (40, 40, 80, 80))
     made = source.copy()
     made.paste((180, 40, 40), (40, 40, 80, 80))
-    near = quality.likeness(made, wanted, (), source)
+    near = quality.similarity(made, wanted, (), source)
     region = quality.edited_region(source, wanted)
     rows, columns = np.nonzero(region)
     assert (rows.min(), rows.max() + 1, columns.min(), columns.max() + 1) == (32, 88, 32, 88)
@@ -170,17 +170,17 @@ def test_the_edited_region_follows_the_result_s_size_and_shape():
     wanted = Image.new("RGB", (100, 60), "navy")
     wanted.putpixel((0, 0), (255, 255, 255))  # one pixel is noise, not an edit
     assert not quality.edited_region(source, wanted).any()
-    assert quality.likeness(wanted, wanted, (), source).edited is None
+    assert quality.similarity(wanted, wanted, (), source).edited is None
     wanted.paste("white", (96, 56, 100, 60))  # in the corner, where patches are cut off
     region = quality.edited_region(source, wanted)
     assert region.shape == (60, 100)
     assert region[-1, -1]
     assert not region[:40].any()
-    assert quality.likeness(wanted, wanted.copy(), (), source).edited == 100
+    assert quality.similarity(wanted, wanted.copy(), (), source).edited == 100
 
 
 def test_without_a_source_there_is_no_edited_region(picture):
-    assert quality.likeness(picture, picture).edited is None
+    assert quality.similarity(picture, picture).edited is None
     told = compare([picture] * 2, [picture] * 2, sources=[None, picture]).to_dict()
     assert told["edited"] is None
 

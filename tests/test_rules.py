@@ -14,9 +14,15 @@ import fluxfire
 from doubles import Fake
 from fluxfire.errors import PlanError
 from fluxfire.planning.resolve import order
-from fluxfire.planning.rules import by_stage, faults, malformed, misfits, problems
+from fluxfire.planning.rules import (
+    conflict_messages,
+    find_conflicts,
+    reasons_to_leave_out,
+    sort_by_stage,
+    why_not_a_pass,
+)
 from fluxfire.protocol import BOUNDARIES, STAGES
-from fluxfire.text import spelled
+from fluxfire.text import spell
 
 fakes = st.builds(
     Fake,
@@ -42,7 +48,7 @@ def unique(passes):
 @given(lists)
 def test_a_list_is_fine_exactly_when_stages_rise_and_nothing_is_there_twice(passes):
     rising = all(rank(a) <= rank(b) for a, b in pairwise(passes))
-    assert (problems(passes) == []) == (rising and unique(passes))
+    assert (conflict_messages(passes) == []) == (rising and unique(passes))
 
 
 @thorough
@@ -54,7 +60,7 @@ def test_order_is_a_stable_sort_by_stage_or_an_error(passes):
         return
     result = order(passes)
     assert sorted(map(id, result)) == sorted(map(id, passes))
-    assert problems(result) == []
+    assert conflict_messages(result) == []
     for stage in STAGES:
         same = [p for p in passes if p.stage == stage]
         assert [p for p in result if p.stage == stage] == same
@@ -64,9 +70,9 @@ def test_order_is_a_stable_sort_by_stage_or_an_error(passes):
 @thorough
 @given(lists)
 def test_the_workable_rest_is_valid_and_leaves_out_only_what_clashes(passes):
-    whys = misfits(passes)
+    whys = reasons_to_leave_out(passes)
     kept = [p for p, why in zip(passes, whys, strict=True) if why is None]
-    assert problems(by_stage(kept)) == []
+    assert conflict_messages(sort_by_stage(kept)) == []
     for p, why in zip(passes, whys, strict=True):
         if why is not None:
             clashing = [k for k in kept if k.name == p.name or (p.slot and k.slot == p.slot)]
@@ -77,7 +83,7 @@ def test_the_workable_rest_is_valid_and_leaves_out_only_what_clashes(passes):
 @thorough
 @given(lists, fakes)
 def test_what_is_applied_already_keeps_its_name_slot_and_stage(passes, applied):
-    for p, why in zip(passes, misfits(passes, [applied]), strict=True):
+    for p, why in zip(passes, reasons_to_leave_out(passes, [applied]), strict=True):
         taken = p.name == applied.name or (p.slot and p.slot == applied.slot)
         if taken or rank(p) < rank(applied):
             assert why is not None
@@ -86,14 +92,16 @@ def test_what_is_applied_already_keeps_its_name_slot_and_stage(passes, applied):
 @thorough
 @given(lists)
 def test_a_fault_is_told_of_the_pass_that_it_names_and_once(passes):
-    found = list(faults(passes))
+    found = list(find_conflicts(passes))
     assert all(said.startswith(f"{passes[index].name} ") for index, said in found)
-    assert problems(passes) == list(dict.fromkeys(said for _, said in found))
+    assert conflict_messages(passes) == list(dict.fromkeys(said for _, said in found))
 
 
 def test_the_reason_of_a_stage_fits_whatever_follows_it():
     """A cache before Compile alone has nothing to do with saved artifacts' keys."""
-    (said,) = problems([Fake(name="compile", stage="compile"), Fake(name="c", stage="caching")])
+    (said,) = conflict_messages(
+        [Fake(name="compile", stage="compile"), Fake(name="c", stage="caching")]
+    )
     assert said == (
         "c (stage caching) must come before compile (stage compile): caches decide which graphs "
         "there are to save and to compile"
@@ -111,15 +119,15 @@ def test_order_takes_names_and_says_what_is_wrong():
 
 @given(fakes)
 def test_a_pass_is_spelled_without_what_is_the_default(fake):
-    assert eval(spelled(fake)) == fake
-    assert ("slot" in spelled(fake)) == (fake.slot is not None)
-    assert spelled(Fake()) == "Fake()"
+    assert eval(spell(fake)) == fake
+    assert ("slot" in spell(fake)) == (fake.slot is not None)
+    assert spell(Fake()) == "Fake()"
 
 
 @thorough
 @given(lists)
 def test_an_order_error_names_both_passes_and_gives_the_boundarys_reason(passes):
-    said = "\n".join(problems(passes))
+    said = "\n".join(conflict_messages(passes))
     highest, names = None, set()
     for p in passes:
         if p.name in names:
@@ -138,7 +146,7 @@ def test_an_order_error_names_both_passes_and_gives_the_boundarys_reason(passes)
 @thorough
 @given(lists, st.integers(0, 7))
 def test_what_is_already_applied_is_told_apart(passes, applied):
-    said = problems(passes, applied=applied)
+    said = conflict_messages(passes, applied=applied)
     names = [p.name for p in passes]
     for i, name in enumerate(names):
         first = names.index(name)
@@ -163,7 +171,7 @@ class Half:
     ],
 )
 def test_what_is_no_pass_is_told_why(candidate, words):
-    assert words in malformed(candidate)
+    assert words in why_not_a_pass(candidate)
 
 
 @pytest.mark.parametrize("name", fluxfire.__all__)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluxfire.bench import Contender
-from fluxfire.bench.schedules import most_often, on_spark, scheduled
+from fluxfire.bench.schedules import most_frequent_steps, schedule_contender, schedule_passes
 from fluxfire.passes import FirstBlockCache, QKVFusion, ReferenceCache
 
 EVERYTHING = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
@@ -17,7 +17,7 @@ EVERYTHING = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_
 
 @given(st.lists(st.floats(0, 1), max_size=50))
 def test_the_steps_that_hit_most_are_chosen(shares):
-    chosen = most_often(shares)
+    chosen = most_frequent_steps(shares)
     assert len(chosen) == round(sum(shares))
     assert chosen == sorted(set(chosen))
     rest = [s for i, s in enumerate(shares) if i not in chosen]
@@ -26,10 +26,10 @@ def test_the_steps_that_hit_most_are_chosen(shares):
 
 def test_a_cache_gets_spark_s_schedule():
     """Below no threshold nothing hits but the first; at one far too high, everything after it."""
-    (every,) = on_spark([EVERYTHING], 3)
+    (every,) = schedule_passes([EVERYTHING], 3)
     assert every.schedule == (1, 2)
     cache = replace(EVERYTHING, threshold=0.3)
-    (found,) = on_spark([cache], 8)
+    (found,) = schedule_passes([cache], 8)
     assert 1 <= len(found.schedule) < 7
     assert replace(found, schedule=None) == cache
 
@@ -37,22 +37,22 @@ def test_a_cache_gets_spark_s_schedule():
 @pytest.mark.slow
 def test_two_caches_are_tried_together():
     exact = QKVFusion()
-    given, hits, refreshes = on_spark([exact, FirstBlockCache(0.3), ReferenceCache(0.3)], 8)
+    given, hits, refreshes = schedule_passes([exact, FirstBlockCache(0.3), ReferenceCache(0.3)], 8)
     assert given is exact
     assert hits.schedule
     assert refreshes.schedule[0] == 0
     assert 1 < len(refreshes.schedule) < 6
-    (alone,) = on_spark([ReferenceCache(1)], 8)
+    (alone,) = schedule_passes([ReferenceCache(1)], 8)
     assert alone.schedule == (0,)
 
 
 def test_what_decides_nothing_is_left_alone():
     fixed = FirstBlockCache(schedule=[2])
     never = FirstBlockCache(0), ReferenceCache(0)
-    assert on_spark([fixed, *never], 3) == (fixed, *never)
+    assert schedule_passes([fixed, *never], 3) == (fixed, *never)
     exact = Contender("exact", (QKVFusion(),))
-    assert scheduled(exact, 3) == exact
+    assert schedule_contender(exact, 3) == exact
     assert not exact.scheduled
-    lossy = scheduled(Contender("lossy", (QKVFusion(), EVERYTHING)), 3)
+    lossy = schedule_contender(Contender("lossy", (QKVFusion(), EVERYTHING)), 3)
     assert lossy.scheduled
     assert lossy.passes[1].schedule == (1, 2)

@@ -16,7 +16,14 @@ from PIL import Image, ImageChops
 
 from fluxfire.errors import FluxfireError
 from fluxfire.serve import decoding
-from fluxfire.serve.decoding import PictureRefused, data_url, decode, encode, media_type, unwrapped
+from fluxfire.serve.decoding import (
+    PictureRefusedError,
+    data_url,
+    decode,
+    decode_base64,
+    encode,
+    media_type,
+)
 
 LIMIT = 100 * 100
 FORMATS = ["PNG", "JPG", "WEBP"]
@@ -38,7 +45,7 @@ def saved(picture, file_format, **options):
 
 
 def refused(data, *, max_pixels=LIMIT):
-    with pytest.raises(PictureRefused) as caught:
+    with pytest.raises(PictureRefusedError) as caught:
         decode(data, max_pixels=max_pixels)
     return caught.value.status, caught.value.code
 
@@ -114,8 +121,15 @@ def test_pictures_come_out_upright(file_format, orientation):
     turned = decode(saved(drawn(), file_format, exif=exif, quality=95), max_pixels=LIMIT)
     # Which way each value turns, by the standard: what stands in the picture's corners.
     corner = {
-        1: "RGBW", 2: "GRWB", 3: "WBGR", 4: "BWRG", 5: "RBGW", 6: "BRWG", 7: "WGBR", 8: "GWRB",
-    }[orientation]  # fmt: skip
+        1: "RGBW",
+        2: "GRWB",
+        3: "WBGR",
+        4: "BWRG",
+        5: "RBGW",
+        6: "BRWG",
+        7: "WGBR",
+        8: "GWRB",
+    }[orientation]
     colours = {"R": (255, 0, 0), "G": (0, 255, 0), "B": (0, 0, 255), "W": (255, 255, 255)}
     right, low = turned.width - 4, turned.height - 4
     for letter, at in zip(corner, [(3, 3), (right, 3), (3, low), (right, low)], strict=True):
@@ -248,7 +262,7 @@ def test_the_larger_a_jpeg_the_fewer_scans_it_may_have(monkeypatch):
 @settings(max_examples=50, deadline=None)
 def test_a_picture_is_reduced_to_so_many_pixels_and_keeps_its_shape(width, height, pixels):
     picture = Image.new("RGB", (width, height), "teal")
-    small = decoding.reduced(picture, pixels)
+    small = decoding.scale_down(picture, pixels)
     if width * height <= pixels:
         assert small is picture
         return
@@ -276,7 +290,7 @@ def only_refuses(data):
         warnings.simplefilter("ignore")
         try:
             picture = decode(data, max_pixels=LIMIT)
-        except PictureRefused as error:
+        except PictureRefusedError as error:
             assert isinstance(error, FluxfireError)
             assert error.status in {400, 413, 415}
             assert len(str(error)) > 20
@@ -335,18 +349,18 @@ def test_pngs_with_wrong_chunks_and_right_sums_are_refused(data):
 
 @settings(max_examples=100, deadline=None)
 @given(st.binary(min_size=1, max_size=200), st.sampled_from(FORMATS))
-def test_data_urls_are_unwrapped(data, file_format):
-    assert unwrapped(data_url(data, file_format), max_bytes=200) == data
-    assert unwrapped(base64.b64encode(data).decode(), max_bytes=200) == data
+def test_data_urls_are_decoded(data, file_format):
+    assert decode_base64(data_url(data, file_format), max_bytes=200) == data
+    assert decode_base64(base64.b64encode(data).decode(), max_bytes=200) == data
     assert data_url(data, file_format).startswith(f"data:{media_type(file_format)};base64,")
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(["", "data:", "data:image/png;base64,", "DATA:image/x,"]), st.text())
-def test_any_text_is_unwrapped_or_refused(head, body):
+def test_any_text_is_decoded_or_refused(head, body):
     try:
-        assert 0 < len(unwrapped(head + body, max_bytes=30)) <= 30
-    except PictureRefused as error:
+        assert 0 < len(decode_base64(head + body, max_bytes=30)) <= 30
+    except PictureRefusedError as error:
         assert error.status in {400, 413, 415}
 
 
@@ -372,10 +386,10 @@ def test_any_text_is_unwrapped_or_refused(head, body):
 )
 def test_base64_is_strict_and_limited(text, status):
     if status == 200:
-        assert len(unwrapped(text, max_bytes=30)) == 30
+        assert len(decode_base64(text, max_bytes=30)) == 30
         return
-    with pytest.raises(PictureRefused) as caught:
-        unwrapped(text, max_bytes=30)
+    with pytest.raises(PictureRefusedError) as caught:
+        decode_base64(text, max_bytes=30)
     assert caught.value.status == status
 
 
@@ -383,15 +397,15 @@ def test_length_is_checked_before_decoding(monkeypatch):
     monkeypatch.setattr(
         decoding.binascii, "a2b_base64", lambda *_, **__: pytest.fail("it was decoded")
     )
-    with pytest.raises(PictureRefused, match="more than 30 bytes"):
-        unwrapped("data:image/png;base64," + "A" * 44, max_bytes=30)
+    with pytest.raises(PictureRefusedError, match="more than 30 bytes"):
+        decode_base64("data:image/png;base64," + "A" * 44, max_bytes=30)
 
 
 def test_one_byte_too_many_is_too_many():
-    with pytest.raises(PictureRefused) as caught:
-        unwrapped(base64.b64encode(bytes(29)).decode(), max_bytes=28)
+    with pytest.raises(PictureRefusedError) as caught:
+        decode_base64(base64.b64encode(bytes(29)).decode(), max_bytes=28)
     assert caught.value.status == 413
 
 
 def test_other_media_types_of_images_are_not_believed():
-    assert unwrapped("data:image/x-any;charset=utf-8;base64,AAAA", max_bytes=3) == bytes(3)
+    assert decode_base64("data:image/x-any;charset=utf-8;base64,AAAA", max_bytes=3) == bytes(3)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import idle_loop
 from fluxfire.serve import engine as engine_module
 from fluxfire.serve.engine import Engine
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
     Batch,
@@ -29,7 +29,7 @@ from fluxfire.serve.wire import (
 )
 
 FACTS = Facts("spark", "cpu", (), {"faithful": "computes every step"}, "faithful")
-GONE = Refused("gone", status=499, code="gone")
+GONE = RefusedError("gone", status=499, code="gone")
 
 
 class Worker:
@@ -66,9 +66,11 @@ class Bench:
     def __init__(self, **options):
         self.told = []
         self.engine = Engine(
-            Settings(**options), on_restart=lambda: self.told.append("restart"),
-            on_batch=lambda *batch: self.told.append(batch), on_trouble=self.told.append,
-        )  # fmt: skip
+            Settings(**options),
+            on_restart=lambda: self.told.append("restart"),
+            on_batch=lambda *batch: self.told.append(batch),
+            on_trouble=self.told.append,
+        )
         self.engine.start()
 
     @property
@@ -79,7 +81,7 @@ class Bench:
         """As the service does, with a place that is kept until the request is done."""
         place = self.engine.reserve(asked.level)
         ticket = self.engine.submit(asked, place)
-        ticket.done.add_done_callback(lambda _: self.engine.leave(place))
+        ticket.done.add_done_callback(lambda _: self.engine.release(place))
         return ticket
 
     async def say(self, message, worker=None):
@@ -93,7 +95,7 @@ class Bench:
 
     async def made(self, **more):
         batch = self.worker.batches[-1]
-        results = {t: result(t, ask) for t, ask in batch.asks.items()}
+        results = {t: result(t, ask) for t, ask in batch.requests.items()}
         await self.say(Done(results, 0.5))
 
     async def died(self):
@@ -151,10 +153,10 @@ async def test_what_waits_is_put_together_by_kind():
     waiting = [bench.submit(a) for a in (ask(1), ask(2), ask(1, 2), ask(1, 2), ask(1))]
     await bench.made()
     numbers = [t.number for t in waiting]
-    assert set(bench.worker.batches[1].asks) == {numbers[0], numbers[2], numbers[4]}
+    assert set(bench.worker.batches[1].requests) == {numbers[0], numbers[2], numbers[4]}
     assert first.done.done()
     await bench.made()
-    assert set(bench.worker.batches[2].asks) == {numbers[1]}
+    assert set(bench.worker.batches[2].requests) == {numbers[1]}
     await bench.made()
     await bench.made()
     assert all(t.done.result().pictures[0].width == t.number for t in waiting)
@@ -165,7 +167,7 @@ async def test_the_queue_is_bounded():
     bench = await Bench(max_queue=2).ready()
     for _ in range(3):
         bench.submit(ask())
-    with pytest.raises(Refused, match="2 requests wait already") as refusal:
+    with pytest.raises(RefusedError, match="2 requests wait already") as refusal:
         bench.submit(ask())
     assert (refusal.value.status, refusal.value.code) == (429, "queue-full")
     assert bench.engine.retry_after() >= 1
@@ -183,7 +185,7 @@ async def test_cancelled_while_waiting_and_while_running():
     assert len(bench.worker.sent) == 2
     await bench.say(Done({}, 0.1))
     for ticket in (running, waiting):
-        with pytest.raises(Refused, match="gone"):
+        with pytest.raises(RefusedError, match="gone"):
             await ticket.done
     assert bench.engine.running == 0
 
@@ -194,17 +196,17 @@ async def test_a_worker_that_dies_is_replaced_and_its_request_tried_once_more():
     bench.submit(ask(3))
     one, two = bench.submit(ask()), bench.submit(ask())
     await bench.made()
-    assert len(bench.worker.batches[-1].asks) == 2
+    assert len(bench.worker.batches[-1].requests) == 2
     await bench.died()
     assert bench.told[-1] == "restart"
     await bench.ready()
-    assert list(bench.worker.batches[-1].asks) == [one.number]  # by itself now
+    assert list(bench.worker.batches[-1].requests) == [one.number]  # by itself now
     await bench.died()
     await bench.ready()
-    with pytest.raises(Refused, match="failed twice: the process that made it died") as refusal:
+    with pytest.raises(RefusedError, match="failed twice: the worker process died") as refusal:
         await one.done
     assert refusal.value.status == 500
-    assert list(bench.worker.batches[-1].asks) == [two.number]
+    assert list(bench.worker.batches[-1].requests) == [two.number]
     await bench.made()
     assert (await two.done).pictures[0].width == two.number
 
@@ -230,12 +232,13 @@ async def test_out_of_memory_fails_one_request():
     small, large = bench.submit(ask()), bench.submit(ask(pictures=2))
     await bench.made()
     await bench.say(Failed("out-of-memory", "CUDA out of memory"))
-    assert (list(bench.worker.batches[-1].asks), bench.worker.batches[-1].at_once) == (
-        [small.number], 1,
-    )  # fmt: skip
+    assert (list(bench.worker.batches[-1].requests), bench.worker.batches[-1].at_once) == (
+        [small.number],
+        1,
+    )
     await bench.made()
     await bench.say(Failed("out-of-memory", "CUDA out of memory"))
-    with pytest.raises(Refused, match="the edit failed: CUDA out of memory") as refusal:
+    with pytest.raises(RefusedError, match="the edit failed: CUDA out of memory") as refusal:
         await large.done
     assert refusal.value.status == 507
     assert (await small.done).pictures
@@ -249,7 +252,7 @@ async def test_what_the_pipeline_refuses_is_told_at_once():
     bench = await Bench().ready()
     ticket = bench.submit(ask())
     await bench.say(Failed("edit-refused", "a side of 7 is too small"))
-    with pytest.raises(Refused, match="a side of 7 is too small") as refusal:
+    with pytest.raises(RefusedError, match="a side of 7 is too small") as refusal:
         await ticket.done
     assert refusal.value.status == 422
     assert len(bench.worker.batches) == 1
@@ -261,7 +264,7 @@ async def test_a_worker_that_cannot_start():
     ticket = bench.submit(ask())
     await bench.say(CannotStart("there is no folder x"))
     for refused in (ticket.done.result, lambda: bench.submit(ask())):
-        with pytest.raises(Refused, match="no pipeline: there is no folder x"):
+        with pytest.raises(RefusedError, match="no pipeline: there is no folder x"):
             refused()
     assert (bench.engine.state, bench.told) == ("failed", ["there is no folder x"])
     assert bench.worker.stopped
@@ -352,19 +355,19 @@ async def test_a_worker_that_hangs_after_another_died_is_replaced_too():
 async def test_places_are_of_the_queue():
     bench = await Bench(max_queue=2).ready()
     one, two, three = (bench.engine.reserve(level) for level in (None, "faithful", None))
-    with pytest.raises(Refused, match="3 requests wait already"):
+    with pytest.raises(RefusedError, match="3 requests wait already"):
         bench.engine.reserve(None)  # the worker has nothing to do yet, and takes one of the three
-    with pytest.raises(Refused, match="3 requests wait already"):
+    with pytest.raises(RefusedError, match="3 requests wait already"):
         bench.submit(ask())
-    bench.engine.leave(one)
+    bench.engine.release(one)
     bench.engine.submit(ask(), bench.engine.reserve(None))
     bench.engine.submit(ask(), two)
-    bench.engine.leave(two)
+    bench.engine.release(two)
     assert (bench.engine.running, bench.engine.waiting) == (1, 1)
-    with pytest.raises(Refused, match="2 requests wait already"):
+    with pytest.raises(RefusedError, match="2 requests wait already"):
         bench.engine.reserve(None)
-    bench.engine.leave(three)
-    with pytest.raises(Refused, match="cannot give quality='fast'"):
+    bench.engine.release(three)
+    with pytest.raises(RefusedError, match="cannot give quality='fast'"):
         bench.engine.reserve("fast")
 
 
@@ -373,9 +376,9 @@ async def test_a_place_is_of_no_use_where_there_is_no_pipeline():
     bench = Bench()
     place = bench.engine.reserve(None)
     await bench.say(CannotStart("there is no folder x"))
-    with pytest.raises(Refused, match="no pipeline: there is no folder x"):
+    with pytest.raises(RefusedError, match="no pipeline: there is no folder x"):
         bench.engine.submit(ask(), place)
-    bench.engine.leave(place)
+    bench.engine.release(place)
     await asyncio.wait_for(bench.engine.drain(5), 1)
 
 
@@ -386,12 +389,12 @@ async def test_draining_waits_until_every_place_is_given_back():
     draining = asyncio.create_task(bench.engine.drain(5))
     await asyncio.sleep(0)
     ticket = bench.engine.submit(ask(), made)
-    bench.engine.leave(never)
+    bench.engine.release(never)
     await bench.made()
     await asyncio.sleep(0.01)
     assert ticket.done.result().pictures
     assert not draining.done()  # for its pictures have yet to be stored
-    bench.engine.leave(made)
+    bench.engine.release(made)
     await asyncio.wait_for(draining, 1)
 
 
@@ -408,7 +411,7 @@ async def test_a_place_is_of_no_use_where_all_has_ended():
     await draining
     await asyncio.sleep(0)
     for refused in (stopping.result, closed.result, lambda: bench.engine.submit(ask(), place)):
-        with pytest.raises(Refused, match="the service stops"):
+        with pytest.raises(RefusedError, match="the service is stopping"):
             refused()
 
 
@@ -418,11 +421,11 @@ async def test_levels_that_are_not_offered():
     early = bench.submit(ask(level="fast"))
     await bench.ready()
     for refused in (early.done.result, lambda: bench.submit(ask(level="fast"))):
-        with pytest.raises(Refused, match="cannot give quality='fast'; it offers faithful"):
+        with pytest.raises(RefusedError, match="cannot give quality='fast'; it offers faithful"):
             refused()
     bench.submit(ask(level="faithful"))
     await bench.say(Ready(Facts("spark", "cpu", (), {}, "as applied")))
-    with pytest.raises(Refused, match="it offers no choice, so leave quality out"):
+    with pytest.raises(RefusedError, match="it offers no choice, so leave quality out"):
         bench.submit(ask(level="faithful"))
 
 
@@ -432,7 +435,7 @@ async def test_draining_answers_what_was_taken_and_takes_no_more():
     one, two = bench.submit(ask()), bench.submit(ask(1))
     draining = asyncio.create_task(bench.engine.drain(5))
     await asyncio.sleep(0)
-    with pytest.raises(Refused, match="the service stops"):
+    with pytest.raises(RefusedError, match="the service is stopping"):
         bench.submit(ask())
     await bench.made()
     assert not draining.done()
@@ -448,7 +451,7 @@ async def test_draining_ends_after_its_time():
     bench = await Bench().ready()
     ticket = bench.submit(ask())
     await bench.engine.drain(0.01)
-    with pytest.raises(Refused, match="the service stops"):
+    with pytest.raises(RefusedError, match="the service is stopping"):
         await ticket.done
     assert bench.worker.stopped
     await bench.say(None)  # its end is no death
@@ -473,7 +476,7 @@ class Story:
 
     async def submit(self, *details):
         if self.engine.waiting >= 5:
-            with pytest.raises(Refused):
+            with pytest.raises(RefusedError):
                 self.bench.submit(ask(*details))
             return
         ticket = self.bench.submit(ask(*details))
@@ -498,7 +501,7 @@ class Story:
         if not self.engine.running:
             assert self.engine.waiting == 0
             return
-        asks = self.bench.worker.batches[-1].asks
+        asks = self.bench.worker.batches[-1].requests
         assert len({a.kind for a in asks.values()}) == 1
         if len(asks) > 1:
             assert sum(len(a.seeds) for a in asks.values()) <= 4
@@ -511,7 +514,7 @@ class Story:
             assert ticket.tries <= 2
             if ticket.done.exception() is None:
                 made = [picture.width for picture in ticket.done.result().pictures]
-                assert made == [ticket.number] * len(ticket.ask.seeds)
+                assert made == [ticket.number] * len(ticket.request.seeds)
 
 
 @settings(max_examples=300, deadline=None)

@@ -22,7 +22,7 @@ import idle_loop
 from fluxfire.errors import FluxfireError
 from fluxfire.serve import fetching
 from fluxfire.serve.fetching import (
-    FetchRefused,
+    FetchRefusedError,
     fetch,
     is_public,
     look_up,
@@ -124,7 +124,7 @@ def refused(test, answers=(), records=()):
     """Run `test(web)`, which must be refused: why, and what the servers saw."""
 
     async def expected(web):
-        with pytest.raises(FetchRefused) as caught:
+        with pytest.raises(FetchRefusedError) as caught:
             await test(web)
         return caught.value
 
@@ -136,7 +136,7 @@ def refused_without_network(url, allowed, **options):
         pytest.fail(f"{host} was looked up")
 
     options = {"max_bytes": 10, "seconds": 5, "resolver": no_lookup} | options
-    with pytest.raises(FetchRefused) as caught:
+    with pytest.raises(FetchRefusedError) as caught:
         asyncio.run(fetch(url, allowed=allowed, **options))
     return caught.value
 
@@ -240,8 +240,9 @@ def test_no_wrapped_address_is_public(address, around):
 def test_other_origins_are_refused_before_any_lookup(url, allowed):
     error = refused_without_network(url, allowed)
     assert (error.status, error.code) in {
-        (403, "image-url-not-allowed"), (400, "image-url-invalid"),
-    }  # fmt: skip
+        (403, "image-url-not-allowed"),
+        (400, "image-url-invalid"),
+    }
 
 
 def test_an_empty_list_refuses_everything_and_says_how_to_allow():
@@ -254,12 +255,23 @@ def test_an_empty_list_refuses_everything_and_says_how_to_allow():
 @pytest.mark.parametrize(
     "url",
     [
-        "", "example.org/x", "//example.org/x", "file:///etc/passwd", "ftp://example.org/x",
-        "gopher://example.org/", "data:image/png;base64,AAAA", "https:///x", "https://",
-        "https://user@example.org/x", "https://user:hidden@example.org/x", "https://exam\nple.org/",
-        "https://example.org:port/", "https://[::1/x", "https://example.org/" + "x" * 5000,
+        "",
+        "example.org/x",
+        "//example.org/x",
+        "file:///etc/passwd",
+        "ftp://example.org/x",
+        "gopher://example.org/",
+        "data:image/png;base64,AAAA",
+        "https:///x",
+        "https://",
+        "https://user@example.org/x",
+        "https://user:hidden@example.org/x",
+        "https://exam\nple.org/",
+        "https://example.org:port/",
+        "https://[::1/x",
+        "https://example.org/" + "x" * 5000,
     ],
-)  # fmt: skip
+)
 def test_malformed_urls_are_refused(url):
     error = refused_without_network(url, ["example.org"])
     assert (error.status, error.code) == (400, "image-url-invalid")
@@ -273,12 +285,10 @@ def test_any_text_is_fetched_or_refused(head, tail):
         assert host == "example.org"
         raise OSError("no network here")
 
-    with pytest.raises(FetchRefused):
+    with pytest.raises(FetchRefusedError):
         asyncio.run(
-            fetch(
-                head + tail, allowed=["example.org"], max_bytes=9, seconds=5, resolver=nowhere
-            )
-        )  # fmt: skip
+            fetch(head + tail, allowed=["example.org"], max_bytes=9, seconds=5, resolver=nowhere)
+        )
 
 
 @pytest.mark.parametrize(
@@ -301,9 +311,22 @@ def test_entries_of_the_allow_list(entry, covered, others):
 
 @pytest.mark.parametrize(
     "entry",
-    ["", "*", "*.", "a*.org", "ftp://example.org", "example.org/path", "u@example.org", "a b.org",
-     "example.org?x", "example.org#x", "example.org:x", "https://", "a.*.org"],
-)  # fmt: skip
+    [
+        "",
+        "*",
+        "*.",
+        "a*.org",
+        "ftp://example.org",
+        "example.org/path",
+        "u@example.org",
+        "a b.org",
+        "example.org?x",
+        "example.org#x",
+        "example.org:x",
+        "https://",
+        "a.*.org",
+    ],
+)
 def test_other_entries_are_errors(entry):
     with pytest.raises(FluxfireError, match="the allow-list of hosts has"):
         read_allow_list([entry])
@@ -573,7 +596,7 @@ def test_certificates_of_another_name_are_not_believed(authority, name):
     server, client = tls_pair(authority, name)
 
     async def test(web):
-        with pytest.raises(FetchRefused, match="cannot be connected to"):
+        with pytest.raises(FetchRefusedError, match="cannot be connected to"):
             await web.fetch("/", scheme="https", tls=client)
 
     _, web = run(test, {"/": answer()}, tls=server)
@@ -588,7 +611,7 @@ def test_certificates_of_unknown_authorities_are_not_believed(authority, monkeyp
     server, _ = tls_pair(authority, "example.org")
 
     async def test(web):
-        with pytest.raises(FetchRefused, match="cannot be connected to"):
+        with pytest.raises(FetchRefusedError, match="cannot be connected to"):
             await web.fetch("/", scheme="https")
 
     _, web = run(test, {"/": answer()}, tls=server)

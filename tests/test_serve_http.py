@@ -30,7 +30,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from fluxfire.bench import held_out  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
-from fluxfire.serve.levels import described, offered, usual  # noqa: E402
+from fluxfire.serve.quality_levels import default_passes, describe_level, settings_by_level  # noqa: E402
 
 EXAMPLE = held_out(1)[0]
 PATIENCE = 1800
@@ -125,8 +125,10 @@ def half_a_request(url, kind=b"application/json", start=b"{"):
     ):
         line.sendall(
             b"POST /inference HTTP/1.1\r\nHost: 127.0.0.1\r\nExpect: 100-continue\r\nContent-Type: "
-            + kind + b"\r\nContent-Length: 1000\r\n\r\n" + start
-        )  # fmt: skip
+            + kind
+            + b"\r\nContent-Length: 1000\r\n\r\n"
+            + start
+        )
         assert b" 100 " in heard.readline()
         assert heard.readline() == b"\r\n"
         yield heard
@@ -182,8 +184,8 @@ def test_several_pictures_are_those_of_the_seeds_that_follow(client):
 
 def test_quality_by_request(client):
     assert client.get("/about").json()["qualities"] == [
-        {"name": name, "about": described(settings)}
-        for name, settings in offered(usual("cpu")).items()
+        {"name": name, "about": describe_level(settings)}
+        for name, settings in settings_by_level(default_passes("cpu")).items()
     ]
     faithful = edit(client, quality="faithful", steps=12)
     assert (faithful["quality"], set(faithful["steps"])) == ("faithful", {"computed"})
@@ -278,20 +280,23 @@ def test_what_is_wrong_is_said_in_one_form(client, sent, status, code):
 def test_fields_that_are_none_are_named(client):
     sent = {"data": {"prompt": "x", "foo": "1"}}
     nothing = {"image": ("", b"")}
-    problem(client.post("/inference", files=nothing, **sent), 422, INVALID, "foo: there is no")
+    problem(
+        client.post("/inference", files=nothing, **sent),
+        422,
+        INVALID,
+        "unknown fields: foo; the fields are",
+    )
     many = {"prompt": "x"} | {f"k{n}": 0 for n in range(3000)}
     response = client.post("/inference", json=many)
-    problem(response, 422, INVALID, "k0, k1, k2, k3, k4 and 2995 more: there is no such field")
+    problem(response, 422, INVALID, "unknown fields: k0, k1, k2, k3, k4 and 2995 more; the fields")
     assert len(response.content) < 1000
     for parts in ({f"k{n}": 0 for n in range(10_000)}, [0] * 30_000):
         response = client.post("/inference", json=parts)
-        problem(response, 400, "not-json", "it has too many parts")
+        problem(response, 400, "not-json", "the body has too many parts")
     quotes = body(prompt='"' * 2000, negative_prompt="," * 2000, steps=1)
     assert client.post("/inference", json=quotes).status_code == 200
     sent = {"data": {"prompt": "x"}, "files": {"picture": b"a"}}
-    problem(
-        client.post("/inference", **sent), 422, INVALID, "the picture goes into the field image"
-    )
+    problem(client.post("/inference", **sent), 422, INVALID, "send the picture in the field image")
 
 
 def test_bodies_are_limited_while_they_come(client):
@@ -309,7 +314,7 @@ def test_bodies_are_limited_while_they_come(client):
     large = Image.effect_noise((300, 300), 90).convert("RGB")
     file = {"image": ("x.png", file_of(large), "image/png")}
     response = client.post("/inference", data={"prompt": "x"}, files=file)
-    problem(response, 413, "image-too-large", "at most 100000")
+    problem(response, 413, "image-too-large", "the limit is 100000")
 
 
 def test_a_job_from_its_beginning_to_its_end(client):
@@ -353,9 +358,10 @@ def test_hanging_up_while_sending_is_no_fault_of_the_service(client):
 def test_jobs_are_counted_as_other_edits_are(client):
     def computed():
         line = next(
-            line for line in client.get("/metrics").text.splitlines()
+            line
+            for line in client.get("/metrics").text.splitlines()
             if line.startswith('fluxfire_steps_total{kind="computed"}')
-        )  # fmt: skip
+        )
         return float(line.split()[-1])
 
     edit(client, steps=3, quality="faithful")
@@ -459,8 +465,10 @@ def test_other_sites_and_other_names_are_not_served(client):
     assert "access-control-allow-origin" not in response.headers
     assert client.get("/about", headers={"Host": "example.org"}).status_code == 400
     assert client.get("/health").json() == {
-        "status": "ok", "gpu_available": False, "message": None,
-    }  # fmt: skip
+        "status": "ok",
+        "gpu_available": False,
+        "message": None,
+    }
     assert client.get("/ready").status_code == 200
     for path in ("/", "/health", "/ready"):
         assert client.head(path).status_code == 200
@@ -482,8 +490,8 @@ def test_keys_storage_and_a_deadline(tmp_path, held):
         for headers, code, said in (
             ({}, "key-wanted", "this service needs a key"),
             ({"Authorization": f"Basic {ann}"}, "key-wanted", "this service needs a key"),
-            ({"X-API-Key": "ff_wrong"}, "key-unknown", "this key is not known here"),
-            ({"Authorization": "Bearer ff_wrong"}, "key-unknown", "this key is not known here"),
+            ({"X-API-Key": "ff_wrong"}, "key-unknown", "this key is unknown"),
+            ({"Authorization": "Bearer ff_wrong"}, "key-unknown", "this key is unknown"),
         ):
             response = client.post("/inference", json=body(), headers=headers)
             problem(response, 401, code, said)
@@ -582,7 +590,7 @@ def test_told_to_stop_it_answers_what_it_has_begun(held):
 def test_what_takes_longer_than_it_may_is_told_that_the_service_stops(held):
     with command("--drain", "1") as running:
         response = asked_while_it_is_stopped(*running, held, goes_on=False)
-        problem(response, 503, "stopping", "the service stops")
+        problem(response, 503, "stopping", "the service is stopping")
 
 
 @pytest.mark.slow
@@ -604,7 +612,7 @@ def test_told_twice_to_stop_it_waits_for_nothing(held):
         until(lambda: told("/health") == "draining", "it is told")
         assert told(f"/jobs/{job['id']}") in {"queued", "running"}
         process.send_signal(signal.SIGINT)
-        problem(answer.result(), 503, "stopping", "the service stops")
+        problem(answer.result(), 503, "stopping", "the service is stopping")
         assert process.wait(PATIENCE) == 130
         go_on()  # to its end, or what it could still say would be waited for
         ended(process)
@@ -614,5 +622,5 @@ def test_what_cannot_start_says_so_and_ends(tmp_path):
     wrong = [sys.executable, "-m", "fluxfire", "serve", "--port", str(free_port())]
     wrong += ["--model", str(tmp_path / "nothing")]
     done = subprocess.run(wrong, capture_output=True, text=True, check=False, timeout=PATIENCE)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "error: there is no folder" in done.stderr

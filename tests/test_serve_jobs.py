@@ -13,13 +13,13 @@ pytest.importorskip("fastapi")
 
 import idle_loop
 from fluxfire.serve import jobs as jobs_module
+from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.jobs import Jobs
-from fluxfire.serve.reading import Sent
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.request_body import SentRequest
 from fluxfire.serve.schema import EditRequest
 from fluxfire.serve.settings import Settings
 
-ASKED = Sent(EditRequest(prompt="x", steps=5))
+ASKED = SentRequest(EditRequest(prompt="x", steps=5))
 
 
 @pytest.fixture(autouse=True)
@@ -37,12 +37,12 @@ class Engine:
 
     def reserve(self, level):
         if self.full:
-            raise Refused("full", status=429, code="queue-full")
+            raise RefusedError("full", status=429, code="queue-full")
         place = object()
         self.places.add(place)
         return place
 
-    def leave(self, place):
+    def release(self, place):
         self.places.discard(place)
 
     def position(self, ticket):
@@ -93,7 +93,7 @@ def test_an_ended_job_keeps_its_step_and_lets_go_of_its_ticket():
         (job,) = await begun(service, jobs)
         assert job.shown(service.engine).status == "running"
         assert len(service.engine.places) == 1
-        await end(service, 0, Refused("no", status=422, code="no"))
+        await end(service, 0, RefusedError("no", status=422, code="no"))
         assert job.ticket is None
         shown = job.shown(service.engine)
         assert (shown.status, shown.step, shown.steps, shown.error.code) == ("failed", 3, 5, "no")
@@ -127,7 +127,7 @@ def test_a_job_cancelled_before_it_began_has_ended():
 
 def test_a_cancelled_job_keeps_nothing_of_what_was_sent():
     async def story():
-        service, sent = Service(), Sent(EditRequest(prompt="x"), b"a picture")
+        service, sent = Service(), SentRequest(EditRequest(prompt="x"), b"a picture")
         job = (jobs := Jobs(service)).begin(sent, None)
         watched = weakref.ref(sent)
         del sent
@@ -146,7 +146,7 @@ def test_looking_forgets_nothing_and_beginning_forgets_what_ended_first():
         service = Service(max_jobs=2)
         jobs = Jobs(service)
         early, late = await begun(service, jobs, 2)
-        with pytest.raises(Refused, match="2 jobs are running already"):
+        with pytest.raises(RefusedError, match="2 jobs are running already"):
             jobs.begin(ASKED, None)
         await end(service, 1, ValueError())
         await asyncio.sleep(1)
@@ -157,7 +157,7 @@ def test_looking_forgets_nothing_and_beginning_forgets_what_ended_first():
         third = jobs.begin(ASKED, None)
         assert jobs.find(early.id, None) is early
         assert jobs.find(third.id, None) is third
-        with pytest.raises(Refused, match="there is no such job"):
+        with pytest.raises(RefusedError, match="there is no such job"):
             jobs.find(late.id, None)  # begun later, and ended first
         await jobs.close()
 
@@ -170,7 +170,7 @@ def test_a_result_is_not_forgotten_for_a_job_that_is_not_taken():
         (done,) = await begun(service, jobs := Jobs(service))
         await end(service, 0)
         service.engine.full = True
-        with pytest.raises(Refused, match="full"):
+        with pytest.raises(RefusedError, match="full"):
             jobs.begin(ASKED, None)
         assert jobs.find(done.id, None) is done
 

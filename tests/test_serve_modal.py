@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 modal = pytest.importorskip("modal")
 
 import fluxfire  # noqa: E402
-from fluxfire.serve import deployment, modal_app, prewarm  # noqa: E402
-from fluxfire.serve.deployment import Deployment, DeploymentError  # noqa: E402
-from fluxfire.serve.prestart import Started  # noqa: E402
+import modal_app  # noqa: E402
+from modal_app import Deployment, DeploymentError, Started  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "pages" / "how-to" / "deploy-on-modal.md"
-MODULE = "fluxfire.serve.modal_app"
+EXAMPLES = ROOT / "examples"
+MODULE = "modal_app"
 COUNTS = st.integers(1, 1000)
 CHOICES = st.builds(
     Deployment,
@@ -45,8 +45,9 @@ class Built:
         from modal._functions import _Function
         from modal.mount import _Mount
 
-        made, mounted = {}, []
+        made, mounted, self.sources = {}, [], []
         function, mount = _Function._from_local, _Mount._from_local_python_packages
+        mount_file = _Mount._from_local_file
 
         def record_function(info, **options):
             made[info.get_tag()] = options
@@ -56,8 +57,13 @@ class Built:
             mounted.append(mount(*modules, **options))
             return mounted[-1]
 
+        def record_source(file, remote_path=None):
+            self.sources.append((Path(file), str(remote_path)))
+            return mount_file(file, remote_path)
+
         monkeypatch.setattr(_Function, "_from_local", staticmethod(record_function))
         monkeypatch.setattr(_Mount, "_from_local_python_packages", staticmethod(record_mount))
+        monkeypatch.setattr(_Mount, "_from_local_file", staticmethod(record_source))
         for name, value in environ.items():
             monkeypatch.setenv(name, value)
         monkeypatch.delitem(sys.modules, MODULE)
@@ -68,8 +74,7 @@ class Built:
 
 @pytest.fixture
 def plain(monkeypatch):
-    yield Built(monkeypatch)
-    fluxfire.serve.modal_app = modal_app
+    return Built(monkeypatch)
 
 
 def secrets(options):
@@ -110,7 +115,7 @@ def test_numbers_that_are_none_are_refused(name, value, words):
 def test_settings_have_keys_always_and_what_was_chosen():
     chosen = Deployment(model="spark", preset="fast", storage="s3://b", max_queue=7, max_batch=2)
     keys = Path("keys")
-    assert deployment.settings_arguments(chosen, keys) == {
+    assert modal_app.settings_arguments(chosen, keys) == {
         "model": "spark",
         "preset": "fast",
         "keys_file": keys,
@@ -118,13 +123,13 @@ def test_settings_have_keys_always_and_what_was_chosen():
         "max_queue": 7,
         "max_batch": 2,
     }
-    assert deployment.settings_arguments(chosen, keys, Path("p.json"))["preset"] == "p.json"
-    assert deployment.settings_arguments(Deployment(), keys)["preset"] is None
+    assert modal_app.settings_arguments(chosen, keys, Path("p.json"))["preset"] == "p.json"
+    assert modal_app.settings_arguments(Deployment(), keys)["preset"] is None
 
 
 def test_settings_arguments_are_those_that_the_server_takes(tmp_path):
     settings = pytest.importorskip("fluxfire.serve.settings")
-    made = settings.Settings(**deployment.settings_arguments(Deployment(), tmp_path / "keys"))
+    made = settings.Settings(**modal_app.settings_arguments(Deployment(), tmp_path / "keys"))
     assert made.keys_file == tmp_path / "keys"
 
 
@@ -132,7 +137,7 @@ def test_keys_are_written_for_their_owner_alone(tmp_path):
     file = tmp_path / "keys"
     file.write_text("old")
     file.chmod(0o644)
-    assert deployment.write_keys({"FLUXFIRE_KEYS": "hash one\nhash two\n"}, file) == file
+    assert modal_app.write_keys({"FLUXFIRE_KEYS": "hash one\nhash two\n"}, file) == file
     assert file.read_text() == "hash one\nhash two\n"
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
@@ -140,7 +145,7 @@ def test_keys_are_written_for_their_owner_alone(tmp_path):
 @pytest.mark.parametrize("environ", [{}, {"FLUXFIRE_KEYS": " \n"}])
 def test_without_keys_nothing_starts(environ, tmp_path):
     with pytest.raises(DeploymentError, match="not started without keys"):
-        deployment.write_keys(environ, tmp_path / "keys")
+        modal_app.write_keys(environ, tmp_path / "keys")
     assert not (tmp_path / "keys").exists()
 
 
@@ -152,7 +157,7 @@ def test_requirements_are_those_of_the_extras_with_ceilings():
         'para-attn>=0.3; extra == "para-attn"',
         'tomli>=2; python_version < "3"',
     ]
-    assert deployment.requirements(needed) == (
+    assert modal_app.requirements(needed) == (
         "sentencepiece>=0.2",
         "torch<2.14,>=2.11",
         "uvicorn[standard]>=0.30",
@@ -164,7 +169,9 @@ def test_requirements_are_those_of_the_extras_with_ceilings():
 
 def test_building_the_app_needs_no_torch():
     code = f"import sys, {MODULE}; print('torch' in sys.modules, 'diffusers' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=EXAMPLES
+    )
     assert done.stdout.split() == ["False", "False"]
 
 
@@ -180,14 +187,18 @@ def test_both_functions_share_gpu_volume_secrets_and_image(plain, which):
     assert made["image"] is plain.editor["image"]
 
 
-def test_the_image_brings_our_source_with_weights_and_pages(plain):
+def test_both_functions_bring_this_file(plain):
+    assert set(plain.sources) == {(EXAMPLES / "modal_app.py", "/root/modal_app.py")}
+    assert plain.editor["include_source"] is plain.prepare["include_source"] is True
+
+
+def test_the_image_brings_the_package_with_weights_and_pages(plain):
     entries = plain.mount._entries
     files = {path.as_posix() for e in entries for _, path in e.get_files_to_upload()}
-    assert "/root/fluxfire/serve/modal_app.py" in files
+    assert "/root/fluxfire/serve/app.py" in files
     assert "/root/fluxfire/spark/spark.safetensors" in files
     assert "/root/fluxfire/bench/schema.json" in files
     assert not [f for f in files if "__pycache__" in f]
-    assert plain.editor["include_source"] is plain.prepare["include_source"] is False
 
 
 def test_containers_come_and_go(plain):
@@ -378,27 +389,27 @@ def test_warming_saves_passes_that_find_the_artifacts(tmp_path):
     preset = tmp_path / "mine.json"
     recipes.write([QKVFusion(), FirstBlockCache(0.2), MegaCache("elsewhere")], preset)
     folder = tmp_path / "volume"
-    told = prewarm.warm(folder, "spark", str(preset), sizes=[(64, 64)], _auto_resize=False)
+    told = modal_app.warm(folder, "spark", str(preset), sizes=[(64, 64)], _auto_resize=False)
     assert "mega-cache" in told
     file = folder / "kontext.megacache"
-    passes = recipes.read(prewarm.recipe(folder, str(preset)))
+    passes = recipes.read(modal_app.recipe(folder, str(preset)))
     assert passes == (QKVFusion(), FirstBlockCache(0.2), MegaCache(str(file)))
     fluxfire.optimize(loading.load("spark"), str(folder / "passes-mine.json"))
 
 
 def test_by_default_containers_are_faithful_and_requests_can_ask_for_less(tmp_path):
     from fluxfire.planning import recipes
-    from fluxfire.serve import levels
+    from fluxfire.serve import quality_levels
 
     assert Deployment().preset is None
-    prewarm.warm(tmp_path, "spark", None, sizes=[(64, 64)], _auto_resize=False)
-    file = prewarm.recipe(tmp_path, None)
+    modal_app.warm(tmp_path, "spark", None, sizes=[(64, 64)], _auto_resize=False)
+    file = modal_app.recipe(tmp_path, None)
     passes = recipes.read(file)
     assert passes[-1].name == "mega-cache"
-    assert passes[:-1] == levels.usual("cpu")
-    assert levels.current(passes) == "faithful"
-    assert set(levels.offered(passes)) == {"faithful", "balanced", "fast"}
-    assert deployment.settings_arguments(Deployment(), tmp_path, file)["preset"] == str(file)
+    assert passes[:-1] == quality_levels.default_passes("cpu")
+    assert quality_levels.current_level(passes) == "faithful"
+    assert set(quality_levels.settings_by_level(passes)) == {"faithful", "balanced", "fast"}
+    assert modal_app.settings_arguments(Deployment(), tmp_path, file)["preset"] == str(file)
 
 
 def test_a_wrong_preset_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
@@ -407,7 +418,7 @@ def test_a_wrong_preset_is_told_before_a_model_is_loaded(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loading, "load", lambda model: pytest.fail(f"loaded {model}"))
     with pytest.raises(PlanError, match="there is no preset 'quick'"):
-        prewarm.warm(tmp_path, "spark", "quick")
+        modal_app.warm(tmp_path, "spark", "quick")
 
 
 @pytest.mark.slow
@@ -424,7 +435,7 @@ def test_warming_saves_artifacts(tmp_path, monkeypatch):
 
     monkeypatch.setattr(loading, "load", small)
     recipes.write([Compile()], tmp_path / "mine.json")
-    prewarm.warm(
+    modal_app.warm(
         tmp_path, "small", str(tmp_path / "mine.json"), sizes=[(32, 32)], _auto_resize=False,
         max_sequence_length=24,
     )  # fmt: skip

@@ -18,8 +18,8 @@ sync_api = pytest.importorskip("playwright.sync_api")
 
 from fluxfire.bench import held_out  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
+from fluxfire.serve.errors import RefusedError  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
-from fluxfire.serve.refusing import Refused  # noqa: E402
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -318,7 +318,9 @@ def test_a_picture_chosen_meanwhile_leaves_the_comparison_as_it_was(
 
 def test_a_full_queue_is_told_with_when_to_try_again(page, photo, service, monkeypatch):
     def full(*_):
-        raise Refused("8 requests wait already; try again later", status=429, code="queue-full")
+        raise RefusedError(
+            "8 requests wait already; try again later", status=429, code="queue-full"
+        )
 
     monkeypatch.setattr(service.app.state.jobs, "begin", full)
     fill(page, photo)
@@ -354,7 +356,7 @@ def test_what_is_wrong_is_told_before_anything_is_sent(page, tmp_path):
 
 def test_words_of_others_are_no_markup(page, monkeypatch, service):
     def refuse(*_):
-        raise Refused("<img src=x onerror=alert(1)>", status=422, code="x")
+        raise RefusedError("<img src=x onerror=alert(1)>", status=422, code="x")
 
     monkeypatch.setattr(service.app.state.jobs, "begin", refuse)
     page.fill("#prompt", "x")

@@ -45,7 +45,7 @@ class InstantWorker:
                     ("computed",) * ask.steps,
                     0.0,
                 )
-                for ticket, ask in message.asks.items()
+                for ticket, ask in message.requests.items()
             }
             self.heard(Done(made, 0.01))
 

@@ -16,9 +16,9 @@ pytest.importorskip("fastapi")
 
 import idle_loop
 from fluxfire.serve import service as service_module
-from fluxfire.serve.engine import Place, Ticket
-from fluxfire.serve.reading import Sent, unless
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.engine import QueueSlot, Ticket
+from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.request_body import SentRequest, race
 from fluxfire.serve.schema import EditRequest
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
@@ -35,12 +35,12 @@ class Engine:
     facts = Facts("spark", "cpu", (), {"faithful": "computes every step"}, "faithful")
 
     def __init__(self):
-        self.place, self.ticket, self.left = Place(), None, False
+        self.place, self.ticket, self.left = QueueSlot(), None, False
 
     def reserve(self, level):
         return self.place
 
-    def leave(self, place):
+    def release(self, place):
         self.left = True
 
     def submit(self, ask, place):
@@ -74,10 +74,10 @@ def png():
 
 def sent_as(kind):
     if kind == "file":
-        return Sent(EditRequest(prompt="x"), png())
+        return SentRequest(EditRequest(prompt="x"), png())
     text = base64.b64encode(png()).decode()
     field = {"text": {"image": text}, "url": {"image_url": f"data:image/png;base64,{text}"}}[kind]
-    return Sent(EditRequest(prompt="x", **field))
+    return SentRequest(EditRequest(prompt="x", **field))
 
 
 async def submitted(service):
@@ -93,7 +93,7 @@ def test_a_request_that_waits_has_no_picture_but_its_pixels(kind):
         editing = asyncio.create_task(service.edit(sent))
         ticket = await submitted(service)
         assert (sent.file, sent.request.image, sent.request.image_url) == (None, None, None)
-        assert ticket.ask.picture.picture().size == (16, 16)
+        assert ticket.request.picture.picture().size == (16, 16)
         editing.cancel()
 
     idle_loop.run(story())
@@ -107,15 +107,15 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
         watched.append(weakref.ref(made := Watched(16, 16, bytes(768))))
         return made
 
-    monkeypatch.setattr(service_module, "_decoded", decoded)
+    monkeypatch.setattr(service_module, "_decode", decoded)
 
     async def stop():
         await asyncio.Event().wait()
 
     async def edit(service):
         try:
-            await unless(service.edit(sent_as("file")), stop())
-        except Refused as refusal:
+            await race(service.edit(sent_as("file")), stop())
+        except RefusedError as refusal:
             return refusal.status
 
     async def story():
@@ -124,7 +124,7 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
         ticket = await submitted(service)
         assert watched[0]() is not None
         if end == "failed":
-            ticket.done.set_exception(Refused("no", status=422, code="no"))
+            ticket.done.set_exception(RefusedError("no", status=422, code="no"))
         elif end == "cancelled":
             editing.cancel()
         try:

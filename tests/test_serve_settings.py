@@ -25,7 +25,7 @@ def test_this_machine_needs_no_keys(host):
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "example.org", ""])
 def test_others_do(host, tmp_path):
-    with pytest.raises(FluxfireError, match="so the service needs keys: make one by fluxfire"):
+    with pytest.raises(FluxfireError, match="so the service needs keys: make one with fluxfire"):
         Settings(host=host)
     Settings(host=host, keys_file=tmp_path / "keys")
 
@@ -37,7 +37,7 @@ def test_others_do(host, tmp_path):
         ({"port": 70000}, "port=70000; it must be from 0 to 65535"),
         ({"request_seconds": 0}, "request_seconds=0; it must be above 0"),
         ({"preset": "fast", "passes": "compile"}, "preset and passes exclude each other"),
-        ({"origins": ("*",)}, "would let any page ask; name the sites"),
+        ({"origins": ("*",)}, "would allow every site; name the sites"),
     ],
 )
 def test_what_makes_no_sense(settings, message):
@@ -71,8 +71,8 @@ def test_no_other_key_will_do(guess):
     ("text", "message"),
     [
         ("", "holds no key; fluxfire serve --new-key NAME makes one"),
-        ("ann", r"line 1 of .* is no name and sha256:HASH"),
-        ("ann sha256:12", r"line 1 of .* is no name and sha256:HASH"),
+        ("ann", r"line 1 of .* is not a name and sha256:HASH"),
+        ("ann sha256:12", r"line 1 of .* is not a name and sha256:HASH"),
         ("{0}\n{0}", r"line 2 of .* names a key a second time"),
     ],
 )
@@ -116,13 +116,13 @@ def test_an_address_that_is_taken_is_told_before_a_model_is_loaded(capsys):
         assert main(["serve", "--port", str(port)]) == 1
     said = capsys.readouterr().err
     assert f"cannot listen on 127.0.0.1, port {port}: Address already in use" in said
-    assert "give another --port or --host" in said
+    assert "choose another --port or --host" in said
     assert "Traceback" not in said
 
 
 def test_answers_are_not_held_back_by_nagle():
     pytest.importorskip("uvicorn")
-    from fluxfire.serve.server import listening
+    from fluxfire.serve.server import bind_socket
 
     async def answered():
         nodelay = []
@@ -132,7 +132,7 @@ def test_answers_are_not_held_back_by_nagle():
             nodelay.append(line.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        with listening(Settings(port=0)) as listener:
+        with bind_socket(Settings(port=0)) as listener:
             server = await asyncio.start_server(seen, sock=listener)
             reader, writer = await asyncio.open_connection(*listener.getsockname())
             await reader.read()

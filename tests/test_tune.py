@@ -26,8 +26,8 @@ from fluxfire.bench import (
     search,
     tune,
 )
-from fluxfire.bench.quality import Likeness, Quality
-from fluxfire.bench.tuning import caches
+from fluxfire.bench.quality import Quality, Similarity
+from fluxfire.bench.tuning import cache_families
 from fluxfire.cli import main
 from fluxfire.errors import BenchError, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, ReferenceCache
@@ -35,7 +35,7 @@ from fluxfire.planning import recipes
 from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import edit, tiny_kontext
 
-DIAL = tuple(FirstBlockCache(t) for t in (0.1, 0.2, 0.3, 0.4, 0.5))
+KNOB = tuple(FirstBlockCache(t) for t in (0.1, 0.2, 0.3, 0.4, 0.5))
 MANY = [Example("make it blue", Image.new("RGB", (32, 32), (9 * i, 9, 200))) for i in range(15)]
 EXAMPLES = MANY[:6]
 LOAD = Workload(name="tiny", size=(32, 32), steps=8, auto_resize=False, text_tokens=24)
@@ -46,20 +46,20 @@ PIPE = tiny_kontext()
 class Pretended(Workload):
     """Pictures that are as far from the plain ones as a table says."""
 
-    damage: tuple[tuple[int, ...], ...] = ()  # by rung, by example: levels of grey
+    damage: tuple[tuple[int, ...], ...] = ()  # by index, by example: levels of grey
 
     def run(self, pipe, example, *, seed=0, steps=None):
-        rung = rung_of(pipe)
+        index = index_of(pipe)
         number = EXAMPLES.index(example)
-        shift = 0 if rung is None else self.damage[rung][number]
+        shift = 0 if index is None else self.damage[index][number]
         return Image.new("RGB", (8, 8), (100 + shift,) * 3)
 
 
-def rung_of(pipe):
-    """Where the dial stands; None for the plain pipeline, or with the cache switched off."""
+def index_of(pipe):
+    """Where the knob stands; None for the plain pipeline, or with the cache switched off."""
     conductor = conductor_of(pipe)
     settings = conductor.live[0].settings if conductor and conductor.live else None
-    return DIAL.index(settings) if settings in DIAL else None
+    return KNOB.index(settings) if settings in KNOB else None
 
 
 def psnr(shift):
@@ -68,13 +68,13 @@ def psnr(shift):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A step further on the dial is a tenth faster."""
+    """A step further on the knob is a tenth faster."""
 
     def timed(run):
-        rung = rung_of(PIPE)
-        return run(), 1.0 if rung is None else 0.9 ** (rung + 1)
+        index = index_of(PIPE)
+        return run(), 1.0 if index is None else 0.9 ** (index + 1)
 
-    monkeypatch.setattr(search, "timed", timed)
+    monkeypatch.setattr(search, "time_call", timed)
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def counted_time(monkeypatch):
         kinds = runs[-1].step_kinds if runs else ["computed"] * own.workload.steps
         return picture, float(kinds.count("computed"))
 
-    monkeypatch.setattr(search, "timed", timed)
+    monkeypatch.setattr(search, "time_call", timed)
 
 
 @settings(
@@ -100,13 +100,13 @@ def counted_time(monkeypatch):
     st.sampled_from([20.0, 28.0, 40.0]),
 )
 def test_the_search_finds_what_trying_everything_finds(clock, steps, least):
-    damage = np.cumsum(steps, axis=0)  # no example gets better further on the dial
+    damage = np.cumsum(steps, axis=0)  # no example gets better further on the knob
     load = Pretended(name="pretended", damage=tuple(map(tuple, damage.tolist())))
     found = tune(
-        PIPE, EXAMPLES, Budget(min_psnr=least), candidates=[Family((DIAL[0],), DIAL)], workload=load
+        PIPE, EXAMPLES, Budget(min_psnr=least), candidates=[Family((KNOB[0],), KNOB)], workload=load
     )
     within = [r for r, row in enumerate(damage) if all(psnr(d) >= least for d in row)]
-    assert found.passes == ((DIAL[within[-1]],) if within else ())
+    assert found.passes == ((KNOB[within[-1]],) if within else ())
     assert found.confirmed.examples == found.plain.examples == 2
     assert found.speed == pytest.approx(1 / 0.9 ** len(within))
     assert found.attempts == sum(t.part == "confirm" for t in found.trials)
@@ -116,10 +116,10 @@ def test_the_search_finds_what_trying_everything_finds(clock, steps, least):
 def test_what_is_found_keeps_its_budget_when_run_again(counted_time, tmp_path):
     """Judged by the saved list, a fresh pipeline and arithmetic in float64."""
     pipe = tiny_kontext()
-    dial = tuple(FirstBlockCache(t) for t in (0.05, 0.2, 0.3, 0.33, 0.4, 10.0))
-    candidates = [Family((QKVFusion(), dial[0]), dial)]
+    knob = tuple(FirstBlockCache(t) for t in (0.05, 0.2, 0.3, 0.33, 0.4, 10.0))
+    candidates = [Family((QKVFusion(), knob[0]), knob)]
     worst = {}
-    for cache in dial:
+    for cache in knob:
         with fluxfire.optimized(tiny_kontext(), [cache]) as other:
             worst[cache] = min(values(other, MANY, 0))
     budget = Budget(min_psnr=sorted(set(worst.values()))[1] - 1)  # not met by all, nor by none
@@ -147,7 +147,7 @@ def values(pipe, examples, seed):
 
 
 def test_lost_edits_count(clock):
-    """Each rung loses one more of the two that confirm."""
+    """Each index loses one more of the two that confirm."""
 
     def example(number):
         source = EXAMPLES[number]
@@ -161,19 +161,19 @@ def test_lost_edits_count(clock):
             return super().run(pipe, EXAMPLES[examples.index(example)], **rest)
 
     load = Load(name="pretended", damage=damage)
-    candidates = [Family((DIAL[0],), DIAL[:3])]
-    for most, rung in ((0.0, 0), (0.5, 1), (1.0, 2)):
+    candidates = [Family((KNOB[0],), KNOB[:3])]
+    for most, index in ((0.0, 0), (0.5, 1), (1.0, 2)):
         found = tune(PIPE, examples, Budget(max_lost=most), candidates=candidates, workload=load)
-        assert found.passes == (DIAL[rung],), most
-        assert found.attempts == 3 - rung
+        assert found.passes == (KNOB[index],), most
+        assert found.attempts == 3 - index
         assert found.plain.quality.success == 1
-        lost = f"plain pipeline gets {rung} of 2 edits more right: --max-lost {most:g} allows that"
-        assert (lost in str(found)) == (rung > 0)
+        lost = f"plain pipeline gets {index} more of 2 edits right: --max-lost {most:g} allows that"
+        assert (lost in str(found)) == (index > 0)
         assert "does not limit" not in str(found)
-        assert f"  {1 - rung / 2:.1%} (100.0%)  " in str(found), most
+        assert f"  {1 - index / 2:.1%} (100.0%)  " in str(found), most
     found = tune(PIPE, examples, Budget(min_psnr=1), candidates=candidates, workload=load)
     assert (
-        "The plain pipeline gets 2 of 2 edits more right: this budget does not limit that; "
+        "The plain pipeline gets 2 more of 2 edits right: this budget does not limit that; "
         "--max-lost 0.01 (max_lost=0.01 in Python) allows one in a hundred"
     ) in str(found)
 
@@ -182,19 +182,19 @@ def test_the_fastest_of_what_was_tried_is_returned(clock):
     """One family is turned back below another that was within the budget from the start."""
     damage = ((0,) * 6, (0,) * 6, (0, 0, 9, 0, 0, 0), (0, 0, 90, 0, 0, 0), (0, 0, 90, 0, 0, 0))
     load = Pretended(name="pretended", damage=damage)
-    families = [Family((DIAL[0],), DIAL), Family((DIAL[0],), DIAL[1:3])]
+    families = [Family((KNOB[0],), KNOB), Family((KNOB[0],), KNOB[1:3])]
     found = tune(PIPE, EXAMPLES, Budget(min_psnr=28), candidates=families, workload=load)
-    assert found.passes == (DIAL[2],)
+    assert found.passes == (KNOB[2],)
     assert found.speed == pytest.approx(1 / 0.9**3)
 
 
 def test_what_is_hardly_faster_is_not_worth_a_loss(monkeypatch):
     def timed(run):
-        return run(), 1.0 if rung_of(PIPE) is None else 0.99
+        return run(), 1.0 if index_of(PIPE) is None else 0.99
 
-    monkeypatch.setattr(search, "timed", timed)
+    monkeypatch.setattr(search, "time_call", timed)
     load = Pretended(name="pretended", damage=((1,) * 6,) * 5)
-    candidates = [Family((DIAL[0],), DIAL)]
+    candidates = [Family((KNOB[0],), KNOB)]
     found = tune(PIPE, EXAMPLES, Budget(min_psnr=28), candidates=candidates, workload=load)
     assert found.passes == ()
     assert "Nothing faster than the plain pipeline" in str(found)
@@ -203,14 +203,14 @@ def test_what_is_hardly_faster_is_not_worth_a_loss(monkeypatch):
 def test_a_candidate_that_fails_is_told_and_left_out(clock):
     class Failing(Pretended):
         def run(self, pipe, example, **rest):
-            if rung_of(pipe) in (2, 4):
+            if index_of(pipe) in (2, 4):
                 raise RuntimeError("out of something")
             return super().run(pipe, example, **rest)
 
     load = Failing(name="pretended", damage=((0,) * 6,) * 5)
-    families = [Family((DIAL[0],), DIAL), Family((DIAL[0],), DIAL[:2])]
+    families = [Family((KNOB[0],), KNOB), Family((KNOB[0],), KNOB[:2])]
     found = tune(PIPE, EXAMPLES, Budget(min_psnr=28), candidates=families, workload=load)
-    assert found.passes == (DIAL[1],)
+    assert found.passes == (KNOB[1],)
     assert "failed: RuntimeError: out of something" in str(found)
     assert conductor_of(PIPE) is None
     json.dumps(found.to_dict(), allow_nan=False)
@@ -227,10 +227,10 @@ def test_an_edit_that_compiled_is_not_timed(monkeypatch):
         runs.append(SimpleNamespace(compiles=not runs, tokens=None, step_kinds=["computed"] * 8))
         return picture, 50.0 if len(runs) == 1 else 0.5
 
-    monkeypatch.setattr(search, "timed", timed)
+    monkeypatch.setattr(search, "time_call", timed)
     monkeypatch.setattr(search.api, "report", lambda _: SimpleNamespace(runs=runs))
     load = Pretended(name="pretended", damage=((0,) * 6,) * 5)
-    family = Family((DIAL[0],))
+    family = Family((KNOB[0],))
     found = tune(PIPE, EXAMPLES, Budget(min_psnr=28), candidates=[family], workload=load)
     assert found.trials[0].seconds == 0.5
 
@@ -238,7 +238,7 @@ def test_an_edit_that_compiled_is_not_timed(monkeypatch):
 def test_what_is_edited_is_counted_within_its_part():
     told = []
     load = Pretended(name="pretended", damage=((0,) * 6,) * 5)
-    family = Family((DIAL[0],))
+    family = Family((KNOB[0],))
     budget = Budget(min_psnr=28)
     tune(PIPE, EXAMPLES, budget, candidates=[family], workload=load, on_edit=told.append)
     each = len(EXAMPLES)
@@ -256,7 +256,7 @@ def test_an_exception_leaves_the_pipeline_plain(pipe, reference):
             pipe,
             EXAMPLES,
             Budget(min_psnr=20),
-            candidates=[Family((DIAL[0],), DIAL)],
+            candidates=[Family((KNOB[0],), KNOB)],
             workload=LOAD,
             on_edit=fail,
         )
@@ -268,7 +268,7 @@ def test_an_exception_leaves_the_pipeline_plain(pipe, reference):
     [
         (
             {},
-            "asks for nothing; give at least one of min_psnr, mean_psnr, min_ssim, max_flip, max_",
+            "has no limit; give at least one of min_psnr, mean_psnr, min_ssim, max_flip, max_",
         ),
         ({"min_psnr": 120}, "min_psnr=120 can never be met; it must lie between 0 and 100"),
         ({"max_lost": -0.1}, "max_lost=-0.1 can never be met"),
@@ -288,7 +288,7 @@ def test_what_cannot_be_tuned_is_refused_before_anything_runs(pipe):
     budget = Budget(max_lost=0.01)
     with pytest.raises(BenchError, match="there are 1"):
         tune(pipe, EXAMPLES[:1], budget, on_edit=never)
-    with pytest.raises(BenchError, match="no program can tell"):
+    with pytest.raises(BenchError, match="no program can check"):
         tune(pipe, EXAMPLES, budget, on_edit=never)
     wrong = [Family((Compile(), QKVFusion()))]
     with pytest.raises(PlanError, match="qkv-fusion"):
@@ -319,15 +319,15 @@ def test_prices_decide_in_the_place_of_clocks():
 
 @dataclass(frozen=True)
 class Skipping(Pretended):
-    """Each rung computes a step less; the cache's pictures and fewer steps' have their damage."""
+    """Each index computes a step less; the cache's pictures and fewer steps' have their damage."""
 
     by_steps: tuple[int, ...] = (0,) * 9  # levels of grey, by number of steps
 
     def run(self, pipe, example, *, seed=0, steps=None):
-        rung = rung_of(pipe)
+        index = index_of(pipe)
         number = MANY.index(example)
-        shift = self.by_steps[steps or self.steps] if rung is None else self.damage[rung][number]
-        runs[:] = [run_of(8 - rung - 1 if rung is not None else steps or self.steps)]
+        shift = self.by_steps[steps or self.steps] if index is None else self.damage[index][number]
+        runs[:] = [run_of(8 - index - 1 if index is not None else steps or self.steps)]
         return Image.new("RGB", (8, 8), (100 + shift,) * 3)
 
 
@@ -348,14 +348,14 @@ def pretended_runs(monkeypatch):
         picture = run()
         return picture, float(runs[-1].step_kinds.count("computed"))
 
-    monkeypatch.setattr(search, "timed", timed)
+    monkeypatch.setattr(search, "time_call", timed)
 
 
 BLOCKS = 5  # of the tiny pipeline: a hit is a fifth of a step
 
 
 @pytest.mark.parametrize(
-    ("fewer", "examples", "rung", "said"),
+    ("fewer", "examples", "index", "said"),
     [
         # Rung 4 computes 3 steps and 5 hits: 4 steps of work.
         ((0, 90, 70, 50, 30, 9, 7, 5, 0), 15, 4, "it beats num_inference_steps=4: "),
@@ -369,16 +369,16 @@ BLOCKS = 5  # of the tiny pipeline: a hit is a fifth of a step
         ((0, 90, 70, 50, 30, 9, 7, 5, 0), 12, None, "4 examples are too few to tell"),
     ],
 )
-def test_a_lossy_list_must_beat_plain_at_equal_work(pretended_runs, fewer, examples, rung, said):
+def test_a_lossy_list_must_beat_plain_at_equal_work(pretended_runs, fewer, examples, index, said):
     """Pictures of the cache differ by 6 to 10 levels; those of fewer steps by what a table says."""
     damage = (tuple(6 + i % 5 for i in range(15)),) * 5
     load = Skipping(name="pretended", steps=8, damage=damage, by_steps=fewer)
-    families = [Family((DIAL[4],), DIAL[4:])]
+    families = [Family((KNOB[4],), KNOB[4:])]
     budget = Budget(min_psnr=20)
     found = tune(PIPE, MANY[:examples], budget, candidates=families, workload=load)
-    assert found.passes == ((DIAL[rung],) if rung is not None else ())
+    assert found.passes == ((KNOB[index],) if index is not None else ())
     assert said in str(found)
-    assert ("is not recommended" in str(found)) == (rung is None)
+    assert ("is not recommended" in str(found)) == (index is None)
     data = json.loads(json.dumps(found.to_dict(), allow_nan=False))
     assert data["trials"][-1]["beside_fewer_steps"]["steps"] == 4
     assert conductor_of(PIPE) is None
@@ -388,7 +388,7 @@ def test_work_that_rounds_up_to_all_steps_has_a_control_too(pretended_runs):
     """7 steps and a hit are 7.2 of work: 7 plain steps take as long, and do better."""
     by_steps = (0, 90, 90, 90, 90, 90, 90, 1, 0)
     load = Skipping(name="pretended", steps=8, damage=((6,) * 15,) * 5, by_steps=by_steps)
-    family = Family((DIAL[0],), DIAL[:1])
+    family = Family((KNOB[0],), KNOB[:1])
     found = tune(PIPE, MANY, Budget(min_psnr=20), candidates=[family], workload=load)
     assert found.passes == ()
     assert "num_inference_steps=7 does better" in str(found)
@@ -397,25 +397,25 @@ def test_work_that_rounds_up_to_all_steps_has_a_control_too(pretended_runs):
 def test_a_failed_setting_does_not_end_the_search_of_its_family(clock):
     class Failing(Pretended):
         def run(self, pipe, example, **rest):
-            if rung_of(pipe) == 2:
+            if index_of(pipe) == 2:
                 raise RuntimeError("out of something")
             return super().run(pipe, example, **rest)
 
     load = Failing(name="pretended", damage=((0,) * 6,) * 5)
-    families = [Family((QKVFusion(),)), Family((DIAL[0],), DIAL)]
+    families = [Family((QKVFusion(),)), Family((KNOB[0],), KNOB)]
     found = tune(PIPE, EXAMPLES, Budget(min_psnr=28), candidates=families, workload=load)
-    assert found.passes == (DIAL[1],)
+    assert found.passes == (KNOB[1],)
 
 
 def test_a_more_careful_setting_may_beat_plain_where_a_bold_one_does_not(pretended_runs):
     """Rung 1 computes 6 steps and 2 hits, 6.4 of work: 7 plain steps, which differ by more."""
-    damage = tuple((6 + rung,) * 15 for rung in range(5))
+    damage = tuple((6 + index,) * 15 for index in range(5))
     by_steps = (0, 90, 90, 90, 1, 1, 1, 20, 0)
     load = Skipping(name="pretended", steps=8, damage=damage, by_steps=by_steps)
-    family = Family((DIAL[0],), DIAL)
+    family = Family((KNOB[0],), KNOB)
     found = tune(PIPE, MANY, Budget(min_psnr=20), candidates=[family], workload=load)
-    assert found.passes == (DIAL[1],)
-    assert found.confirmed.beside.steps == 7
+    assert found.passes == (KNOB[1],)
+    assert found.confirmed.comparison.steps == 7
     assert "At equal computed work it beats num_inference_steps=7" in str(found)
 
 
@@ -423,7 +423,7 @@ def test_fewer_steps_may_be_the_fastest_themselves(pretended_runs, tmp_path):
     damage = ((9,) * 15,) * 5
     by_steps = (0, 60, 15, 12, 10, 3, 2, 1, 0)
     load = Skipping(name="pretended", steps=8, damage=damage, by_steps=by_steps)
-    families = [fewer_steps(8), Family((DIAL[0],), DIAL)]
+    families = [fewer_steps(8), Family((KNOB[0],), KNOB)]
     found = tune(PIPE, MANY, Budget(min_psnr=24), candidates=families, workload=load)
     assert (found.passes, found.steps, found.speed) == ((), 2, 4)
     assert "num_inference_steps=2: within the budget (worst PSNR at least 24 dB)" in str(found)
@@ -435,28 +435,28 @@ def test_fewer_steps_may_be_the_fastest_themselves(pretended_runs, tmp_path):
 
 def test_fewer_steps_are_every_number_below():
     family = fewer_steps(4, (QKVFusion(),))
-    assert [family.steps_at(rung) for rung in range(len(family))] == [3, 2, 1]
-    assert {family.at(rung) for rung in range(3)} == {(QKVFusion(),)}
+    assert [family.steps_at(index) for index in range(len(family))] == [3, 2, 1]
+    assert {family.at(index) for index in range(3)} == {(QKVFusion(),)}
     assert Family((QKVFusion(),)).steps_at(0) is None
 
 
 def test_a_budget_of_the_mean():
     budget = Budget(mean_psnr=30)
     assert str(budget) == "mean PSNR at least 30 dB"
-    low, high = (Likeness(psnr, 1.0, 0.0) for psnr in (25.0, 40.0))
-    assert budget.broken(low) is None
-    assert budget.fallen(Quality((low, high), (None, None)), None) is None
-    assert budget.fallen(Quality((low, low, high), (None,) * 3), None) is None
-    assert budget.fallen(Quality((low, low), (None,) * 2), None) == "PSNR 25.0 dB on average"
+    low, high = (Similarity(psnr, 1.0, 0.0) for psnr in (25.0, 40.0))
+    assert budget.violation(low) is None
+    assert budget.shortfall(Quality((low, high), (None, None)), None) is None
+    assert budget.shortfall(Quality((low, low, high), (None,) * 3), None) is None
+    assert budget.shortfall(Quality((low, low), (None,) * 2), None) == "PSNR 25.0 dB on average"
 
 
 def test_the_usual_candidates_are_dials_from_careful_to_fast():
-    for family in caches((QKVFusion(), Compile())):
+    for family in cache_families((QKVFusion(), Compile())):
         stages = [p.stage for p in family.passes]
         assert stages in (["weights", *["caching"] * n, "compile"] for n in (1, 2))
-        turned = [getattr(p, "threshold", None) or p.spacing for p in family.dial]
+        turned = [getattr(p, "threshold", None) or p.spacing for p in family.knob]
         assert turned == sorted(set(turned))
-        assert family.at(3)[1] == family.dial[3]
+        assert family.at(3)[1] == family.knob[3]
 
 
 LISTS = [
@@ -538,9 +538,9 @@ def test_a_missing_file_and_another_suffix_are_refused(pipe, tmp_path):
 
 def test_the_command(counted_time, tmp_path, capsys, monkeypatch):
     """On Spark's own scenes: one step does what a cache does, and the command says so."""
-    monkeypatch.setattr("fluxfire.bench.tuning.bases", list)
+    monkeypatch.setattr("fluxfire.bench.tuning.exact_families", list)
     bold = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
-    monkeypatch.setattr("fluxfire.bench.tuning.caches", lambda _: [Family((bold,))])
+    monkeypatch.setattr("fluxfire.bench.tuning.cache_families", lambda _: [Family((bold,))])
     out = tmp_path / "tuned.json"
     command = ["tune", "-n", "15", "--steps", "6", "--out", str(out)]
     assert main([*command, "--min-psnr", "100"]) == 1
@@ -549,13 +549,13 @@ def test_the_command(counted_time, tmp_path, capsys, monkeypatch):
     assert "starting [00:0" in shown.err
     assert "plain, 1 of 15 [0" in shown.err
     assert recipes.read(out) == ()
-    assert main([*command, "--min-psnr", "5", "--max-lost", "1"]) == 0
+    assert main([*command, "--overwrite", "--min-psnr", "5", "--max-lost", "1"]) == 0
     shown = capsys.readouterr()
     assert (
         "num_inference_steps=1: within the budget (worst PSNR at least 5 dB, edits right at most "
         "100 points fewer)"
     ) in shown.out
-    assert "let 256 or more confirm what you publish" in shown.out
+    assert "confirm what you publish on 256 or more" in shown.out
     assert "no better than fewer steps" in shown.out or "does better" in shown.out
     assert "call the pipeline with num_inference_steps=1 (--steps 1)" in shown.err
 
@@ -573,5 +573,5 @@ def test_the_command(counted_time, tmp_path, capsys, monkeypatch):
     ],
 )
 def test_the_command_refuses(capsys, arguments, said):
-    assert main(["tune", *arguments]) == 1
+    assert main(["tune", *arguments]) == 2
     assert said in capsys.readouterr().err

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluxfire.bench.intervals import Interval
-from fluxfire.bench.tables import measured
+from fluxfire.bench.tables import format_measure
 from regions.results import Row, find, load, markdown, ratio, where
 
 
@@ -83,9 +83,9 @@ def frontier() -> str:
             (
                 row["contender"],
                 f"{row['work']:.1f}",
-                *(measured(mine[name]) for name in ("psnr", "edited")),
+                *(format_measure(mine[name]) for name in ("psnr", "edited")),
                 f"{beside['steps']}",
-                *(measured(other[name]) for name in ("psnr", "edited")),
+                *(format_measure(other[name]) for name in ("psnr", "edited")),
                 difference(beside["psnr"]),
                 Interval(**beside["psnr"]).verdict,
             )

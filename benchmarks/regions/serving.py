@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxfire.serve import capacity
+import capacity
 from regions.results import load, markdown, name_of, where
 
 _FAITHFUL = ("faithful", "faithful, FlashAttention-3")

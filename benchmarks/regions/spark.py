@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fluxfire.bench.tables import measured
+from fluxfire.bench.tables import format_measure
 from regions.results import load, markdown, where
 
 
@@ -67,7 +67,7 @@ def passes_on_spark() -> str:
         (
             row["stack"],
             f"{row['success']:.1%}",
-            "same" if row["stack"] == "plain" else measured(row["psnr"]),
+            "same" if row["stack"] == "plain" else format_measure(row["psnr"]),
         )
         for row in result["rows"]
         if not row["error"]

@@ -11,32 +11,29 @@ from typing import TYPE_CHECKING, Any
 from fluxfire._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from fluxfire import bench, errors, passes, presets, spark, testing
+    from fluxfire import bench, errors, extend, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
-    from fluxfire.bench import Budget, Tuned, tune
-    from fluxfire.model import Call
+    from fluxfire.bench import Budget, Tuned, bisect, tune
+    from fluxfire.loading import load
     from fluxfire.planning.plan import Plan
     from fluxfire.planning.resolve import order
     from fluxfire.protocol import Change, Finding, Pass, Target
     from fluxfire.reporting.report import Report
-    from fluxfire.runtime.generation import Generation, Listener
-    from fluxfire.runtime.transaction import Transaction
 
 __all__ = [
     "Budget",
-    "Call",
     "Change",
     "Finding",
-    "Generation",
-    "Listener",
     "Pass",
     "Plan",
     "Report",
     "Target",
-    "Transaction",
     "Tuned",
     "bench",
+    "bisect",
     "errors",
+    "extend",
+    "load",
     "optimize",
     "optimized",
     "order",
@@ -56,16 +53,16 @@ _HOME = {
     **dict.fromkeys(
         ("optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
     ),
+    **dict.fromkeys(("Budget", "Tuned", "bisect", "tune"), "bench"),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
-    **dict.fromkeys(("Budget", "Tuned", "tune"), "bench"),
-    **dict.fromkeys(("Generation", "Listener"), "runtime.generation"),
-    "Call": "model",
     "Plan": "planning.plan",
     "Report": "reporting.report",
+    "load": "loading",
     "order": "planning.resolve",
-    "Transaction": "runtime.transaction",
+    # For the authors of passes, whom `fluxfire.extend` gives everything in one place.
+    **dict.fromkeys(("Call", "Generation", "Listener", "Transaction"), "extend"),
 }
-_SUBMODULES = ("bench", "errors", "passes", "presets", "spark", "testing")
+_SUBMODULES = ("bench", "errors", "extend", "passes", "presets", "spark", "testing")
 
 
 if not TYPE_CHECKING:  # else a misspelt name would be Any

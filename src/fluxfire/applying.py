@@ -1,35 +1,41 @@
-"""How passes are applied: a plan as one transaction, what was done on record, and undone."""
+"""Applies the passes of a plan in one transaction, keeps a record, and undoes it."""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from fluxfire import modules
-from fluxfire.errors import PassError, PlanError, RestoreError
+from fluxfire.errors import FluxfireError, FluxfireWarning, PassError, PlanError, RestoreError
 from fluxfire.planning.check import make_plan
 from fluxfire.planning.plan import Plan
-from fluxfire.planning.resolve import Passes
+from fluxfire.planning.resolve import Passes, resolve_entries
 from fluxfire.protocol import Change, Pass, configured
 from fluxfire.reporting.applications import Application, Applications
 from fluxfire.reporting.report import PassReport
-from fluxfire.runtime.conductor import Conductor, TransformerCall, conductor_of, private_class
-from fluxfire.runtime.copies import copier
+from fluxfire.runtime.conductor import Conductor, TransformerCall, conductor_of, make_private_class
+from fluxfire.runtime.copies import copy_overrides
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.runtime.turns import Turns
 from fluxfire.supported import MODELS, model_of, refusal
 
 MakeTransaction = Callable[[Any, Conductor], Transaction]
-_one_at_a_time = Turns()  # planned and applied without another thread in between
+logger = logging.getLogger("fluxfire")
+_one_at_a_time = Turns()  # no other thread may apply passes between planning and applying
 
 
-def known_conductor(pipe: object) -> Conductor | None:
-    """Return a pipeline's conductor, or None for a plain one.
+def find_conductor(pipe: object) -> Conductor | None:
+    """Return the conductor of a Kontext pipeline; None for a plain one.
 
     Raises:
         PlanError: this is no Kontext pipeline.
@@ -40,131 +46,174 @@ def known_conductor(pipe: object) -> Conductor | None:
 
 
 def applied_passes(pipe: object) -> list[Pass]:
-    """Return the passes that a pipeline carries, in order; none of a plain one."""
+    """Return the passes that a pipeline carries, in order; an empty list for a plain pipeline."""
     conductor = conductor_of(pipe)
     return Applications.of(conductor).passes if conductor else []
 
 
 def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Transaction) -> None:
-    """Plan, and apply what was planned; see `fluxfire.optimize`.
+    """Make a plan, and carry it out; see `fluxfire.optimize`.
 
     Args:
         pipe: the pipeline.
         passes: as for `optimize`.
-        transaction: makes the transaction; `fluxfire.testing` puts in one that fails.
+        transaction: creates the transaction; `fluxfire.testing` gives one that fails.
 
     Raises:
-        PlanError: the list cannot be applied; nothing was changed.
-        PassError: a pass failed; everything this call did was rolled back.
+        PlanError: the list cannot be applied. Nothing was changed.
+        PassError: a pass failed. Everything that this call did was rolled back.
         BusyError: the pipeline is generating.
     """
     with _one_at_a_time.wait():
-        planned = make_plan(pipe, passes, applied_passes(pipe))
-        planned.raise_if_bad()
-        _carry_out(pipe, planned, transaction)
+        plan = make_plan(pipe, passes, applied_passes(pipe))
+        plan.raise_if_bad()
+        _apply_plan(pipe, plan, transaction)
+    for step in plan.steps:
+        for finding in step.findings:
+            if finding.level == "warning":
+                message = f"{step.pass_.name}: {finding}"
+                warnings.warn(message, FluxfireWarning, stacklevel=_stacklevel_of_user())
+
+
+def replace_passes(pipe: Any, passes: Passes) -> None:
+    """Undo the applied passes, and apply other passes; see `fluxfire.optimize`.
+
+    Raises:
+        PlanError: as for `apply_passes` and `undo`.
+        PassError: as for `apply_passes`.
+        BusyError: the pipeline is generating.
+        RestoreError: some edits could not be undone.
+    """
+    conductor = find_conductor(pipe)
+    before = applied_passes(pipe)
+    if conductor is not None:
+        resolve_entries(passes)  # raises for an unknown preset before anything is undone
+        undo(conductor)
+    try:
+        apply_passes(pipe, passes)
+    except FluxfireError as error:
+        if before:
+            apply_passes(pipe, before)
+            error.add_note("the passes that the pipeline carried before are applied again")
+        raise
 
 
 def undo(conductor: Conductor) -> None:
-    """Undo everything that was done to a conductor's pipeline; see `fluxfire.restore`.
+    """Undo all edits of a conductor's pipeline; see `fluxfire.restore`.
 
-    An interrupt leaves what is not undone yet for the next call.
+    After an interrupt, another call undoes the remaining edits.
 
     Raises:
-        PlanError: a pass let go of what it would need; nothing was changed.
+        PlanError: the edits are irreversible. Nothing was changed.
         BusyError: the pipeline is generating.
         RestoreError: some edits could not be undone; all others were.
     """
-    with conductor.idle("restore"), _editing():
+    with conductor.while_idle("restore"), _outside_inference_mode():
         record = Applications.of(conductor)
-        if gone := record.irreversible:
+        if reasons := record.irreversible:
             raise PlanError(
-                f"{'; '.join(gone)}. Nothing was changed; to have it back, load the pipeline again"
+                f"{'; '.join(reasons)}. Nothing was changed; "
+                f"to have it back, load the pipeline again"
             )
         conductor.changing = True
         failures = [e for tx in reversed(record.transactions) for e in tx.rollback()]
         record.applied.clear()
     if failures:
-        said = "; ".join(f"{type(e).__name__}: {e}" for e in failures)
+        errors = "; ".join(f"{type(e).__name__}: {e}" for e in failures)
         raise RestoreError(
-            f"{len(failures)} edits could not be undone ({said}); all others were. "
+            f"{len(failures)} edits could not be undone ({errors}); all others were. "
             f"Reload the pipeline to be safe",
             failures=tuple(failures),
         ) from failures[0]
 
 
 def finish_warmup(pipe: Any) -> None:
-    """Let the passes do what only a pipeline that has run allows: `after_warmup`.
+    """Call `after_warmup` of every pass that has it.
 
     Args:
-        pipe: an optimized pipeline.
+        pipe: an optimized pipeline, which has run.
 
     Raises:
         PlanError: the pipeline is not optimized.
-        PassError: a pass's `after_warmup` failed; what it did was rolled back.
+        PassError: a pass's `after_warmup` failed. Its edits were rolled back.
         BusyError: the pipeline is generating.
     """
     conductor = conductor_of(pipe)
     if conductor is None:
         raise PlanError("only an optimized pipeline can finish a warm-up; call optimize(pipe)")
-    with conductor.idle("finish the warm-up"), _editing():
+    with conductor.while_idle("finish the warm-up"), _outside_inference_mode():
         tx = Transaction(pipe, conductor)
         with _all_or_nothing(conductor, Application(tx)):
             for pass_ in Applications.of(conductor).passes:
-                if (after := getattr(pass_, "after_warmup", None)) is not None:
-                    with _naming(pass_.name):
-                        after(tx)
+                if (after_warmup := getattr(pass_, "after_warmup", None)) is not None:
+                    with _errors_as_pass_error(pass_.name):
+                        after_warmup(tx)
 
 
-def _carry_out(pipe: Any, planned: Plan, transaction: MakeTransaction) -> None:
-    known = conductor_of(pipe)
-    conductor = known or Conductor(pipe, model_of(pipe), Applications())
-    with conductor.idle("optimize"), _editing():
+def _apply_plan(pipe: Any, plan: Plan, transaction: MakeTransaction) -> None:
+    present = conductor_of(pipe)
+    conductor = present or Conductor(pipe, model_of(pipe), Applications())
+    with conductor.while_idle("optimize"), _outside_inference_mode():
         tx = transaction(pipe, conductor)
-        done = Application(tx)
+        application = Application(tx)
         reports: list[PassReport] = []
         facts: dict[str, Callable[[], Mapping[str, object]]] = {}
-        with _all_or_nothing(conductor, done):
-            if known is None:
-                with _naming("fluxfire"):
-                    _take_over(tx, conductor)
-            for step in planned.steps:
+        with _all_or_nothing(conductor, application):
+            if present is None:
+                with _errors_as_pass_error("fluxfire"):
+                    _install_conductor(tx, conductor)
+            for step in plan.steps:
                 began, tx.facts = time.perf_counter(), None
-                with _naming(step.pass_.name):
-                    change = _checked(step.pass_.apply(tx))
+                with _errors_as_pass_error(step.pass_.name):
+                    change = _require_change(step.pass_.apply(tx))
                 seconds = time.perf_counter() - began
                 reports.append(PassReport.of(step.pass_, change, seconds, step.findings))
+                logger.info("%s", reports[-1])
                 if tx.facts is not None:
                     facts[step.pass_.name] = tx.facts
-            done.reports, done.facts = tuple(reports), facts
-            done.passes = tuple(step.pass_ for step in planned.steps)
+            application.reports, application.facts = tuple(reports), facts
+            application.passes = tuple(step.pass_ for step in plan.steps)
 
 
-def _take_over(tx: Transaction, conductor: Conductor) -> None:
-    """Have the conductor hear of the pipeline's calls, and see to its copies."""
+def _install_conductor(tx: Transaction, conductor: Conductor) -> None:
+    """Make the pipeline and its transformer call the conductor, and make copies plain."""
     pipe, record = tx.pipe, Applications.of(conductor)
-    # First of all: from now on restore(pipe) finds the record, also after an interrupt.
-    tx.set_class(pipe, private_class(pipe, conductor))
+    # This must be the first edit: restore(pipe) finds the record through the class, and must find
+    # it even after an interrupt.
+    tx.set_class(pipe, make_private_class(pipe, conductor))
     tx.on_undo(partial(conductor.model.unmount, pipe.transformer))
     tx.place(TransformerCall(conductor, pipe))
     for _, component in modules.components(pipe):
-        for override in copier(component, pipe, record):
+        for override in copy_overrides(component, pipe, record):
             tx.place(override)
     tx.listen(record.statistics)
 
 
+def _stacklevel_of_user() -> int:
+    """Return the `stacklevel` with which a warning names the user's line, not fluxfire's."""
+    ours = (str(Path(__file__).parent), contextlib.__file__)
+    frame, count = sys._getframe(1), 1  # noqa: SLF001
+    while frame.f_code.co_filename.startswith(ours) and frame.f_back is not None:
+        frame, count = frame.f_back, count + 1
+    return count
+
+
 @contextmanager
-def _editing() -> Iterator[None]:
-    """Make tensors that are good for anything, also where the user is in inference mode."""
+def _outside_inference_mode() -> Iterator[None]:
+    """Create normal tensors inside the block, even if the user is in inference mode.
+
+    Inference tensors could not be used outside inference mode later.
+    """
     with torch.inference_mode(mode=False), torch.no_grad():
         yield
 
 
 @contextmanager
 def _all_or_nothing(conductor: Conductor, application: Application) -> Iterator[None]:
-    """Roll an application back if anything is raised, interrupts included.
+    """Roll an application back if the block raises anything, even KeyboardInterrupt.
 
-    It is on record from the start. If another interrupt cuts the roll-back short, `restore` finds
-    there what is left to do.
+    The record has the application from the start. If another interrupt cuts the rollback short,
+    `restore` finds the remaining edits there.
     """
     record = Applications.of(conductor)
     applied = record.applied
@@ -195,8 +244,8 @@ def _all_or_nothing(conductor: Conductor, application: Application) -> Iterator[
 
 
 @contextmanager
-def _naming(pass_name: str) -> Iterator[None]:
-    """Turn what a pass raises into a PassError that names it."""
+def _errors_as_pass_error(pass_name: str) -> Iterator[None]:
+    """Raise exceptions of a pass as a PassError with the pass's name."""
     try:
         yield
     except Exception as error:
@@ -206,7 +255,7 @@ def _naming(pass_name: str) -> Iterator[None]:
         ) from error
 
 
-def _checked(change: object) -> Change:
+def _require_change(change: object) -> Change:
     if not isinstance(change, Change):
         raise TypeError(f"apply() returned {change!r}, not a fluxfire.Change")
     return change

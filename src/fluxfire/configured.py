@@ -1,4 +1,4 @@
-"""A pass of a list as plain data: what one pass may know of another."""
+"""A pass as plain data, which is all that one pass may know about another; and traits."""
 
 from __future__ import annotations
 
@@ -24,15 +24,14 @@ Trait = Literal[
     "context-parallel",
     "wraps-blocks",
 ]
-"""Something that is true of a pipeline, or that a pass makes true (`Pass.provides`)."""
+"""A fact about a pipeline. Passes add facts, too (`Pass.provides`)."""
 TRAITS: frozenset[str] = frozenset(get_args(Trait))
 
 
 class Traits(frozenset[Trait]):
-    """A set of traits that refuses names that are none: a misspelt one would never be found.
+    """A set of traits whose operations raise ValueError for a name that is no trait.
 
-    Raises:
-        ValueError: by every operation, naming what is no trait.
+    In a plain set, a misspelt trait would just never be found.
     """
 
     def __contains__(self, trait: object) -> bool:
@@ -48,10 +47,10 @@ class Traits(frozenset[Trait]):
 
 
 def known_trait(trait: object) -> object:
-    """Return a trait.
+    """Return a trait unchanged.
 
     Raises:
-        ValueError: it is none.
+        ValueError: there is no such trait.
     """
     if trait not in TRAITS:
         raise ValueError(f"{trait!r} is no trait; there are {', '.join(sorted(TRAITS))}")
@@ -60,13 +59,13 @@ def known_trait(trait: object) -> object:
 
 @dataclass(frozen=True)
 class Configured:
-    """A pass of the list as data: what another pass may know of it.
+    """A pass of the list as plain data, for other passes.
 
     Attributes:
-        name: the pass's `name`.
-        stage: its stage.
-        settings: its fields by name.
-        tunable: those of them that `fluxfire.using` may change.
+        name: the pass's name.
+        stage: the pass's stage.
+        settings: the values of the pass's fields, by name.
+        tunable: the names of the fields that `fluxfire.using` may change.
     """
 
     name: str
@@ -76,5 +75,5 @@ class Configured:
 
     @property
     def fixed(self) -> dict[str, Any]:
-        """Those of the settings that stay as they are while the pass is applied."""
+        """The settings that cannot change while the pass is applied."""
         return {name: value for name, value in self.settings.items() if name not in self.tunable}

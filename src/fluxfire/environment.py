@@ -1,4 +1,4 @@
-"""Versions and device facts, read once."""
+"""Reads versions of packages, and facts about the GPU."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from fluxfire._version import __version__
 
 @dataclass(frozen=True)
 class Environment:
-    """Where the code runs.
+    """Versions and GPU of this process.
 
     Attributes:
         python: version of Python.
-        packages: version by package; None for one that is not installed.
-        cuda: CUDA version torch was built with, or None.
-        gpu: name of the first CUDA device, or None without one.
-        capability: its compute capability, as (major, minor).
-        gpu_bytes: its memory, in bytes.
+        packages: the version of each package; None for a package that is not installed.
+        cuda: the CUDA version that torch was built with; None without CUDA.
+        gpu: name of the first CUDA device; None without a device.
+        capability: compute capability of this device, as (major, minor); None without a device.
+        gpu_bytes: memory of this device in bytes; None without a device.
     """
 
     python: str
@@ -32,14 +32,21 @@ class Environment:
     gpu_bytes: int | None
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data."""
+        """Return the environment as plain data."""
         return asdict(self)
 
 
 _PACKAGES = (
-    "fluxfire", "torch", "triton", "diffusers", "transformers",
-    "safetensors", "accelerate", "peft", "torchao",
-)  # fmt: skip
+    "fluxfire",
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "accelerate",
+    "peft",
+    "torchao",
+)
 
 
 def _version(package: str) -> str | None:
@@ -51,11 +58,12 @@ def _version(package: str) -> str | None:
 
 @cache
 def environment() -> Environment:
-    """Read the environment; the first call imports torch."""
+    """Read the environment, once for each process. The first call imports torch."""
     import torch
 
     packages = {name: _version(name) for name in _PACKAGES}
-    packages |= {"torch": torch.__version__, "fluxfire": __version__}  # torch: with +cpu or +cu130
+    # torch.__version__ has a suffix such as +cpu or +cu130, which the package's metadata may lack.
+    packages |= {"torch": torch.__version__, "fluxfire": __version__}
     if not torch.cuda.is_available():
         return Environment(
             platform.python_version(), packages, torch.version.cuda, None, None, None

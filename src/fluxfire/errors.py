@@ -9,6 +9,7 @@ __all__ = [
     "BusyError",
     "ExampleError",
     "FluxfireError",
+    "FluxfireWarning",
     "LoadError",
     "MegaCacheWarning",
     "PassError",
@@ -78,5 +79,9 @@ class ExampleError(BenchError):
     """A file of examples cannot be read; the message names the line."""
 
 
-class MegaCacheWarning(UserWarning):
+class FluxfireWarning(UserWarning):
+    """A pass is applied, and something about it is worth knowing."""
+
+
+class MegaCacheWarning(FluxfireWarning):
     """A file of compiled artifacts was not used, or not written; the pipeline goes on without."""

@@ -1,4 +1,4 @@
-"""Where pipelines come from: the package, a folder, the Hugging Face hub, or random weights."""
+"""Loads pipelines: from the package, a folder or the Hugging Face hub, or with random weights."""
 
 from __future__ import annotations
 
@@ -15,9 +15,14 @@ from fluxfire.kontext.random_weights import full_kontext, tiny_kontext
 from fluxfire.supported import refusal
 from fluxfire.text import extra_hint
 
-_UNREACHABLE = {  # of httpx, requests and huggingface_hub, whose bases differ by version
-    "ConnectError", "ConnectionError", "LocalEntryNotFoundError", "OfflineModeIsEnabled",
-}  # fmt: skip
+# Names of exception classes of httpx, requests and huggingface_hub. Their base classes differ from
+# version to version, so isinstance would not do.
+_UNREACHABLE = {
+    "ConnectError",
+    "ConnectionError",
+    "LocalEntryNotFoundError",
+    "OfflineModeIsEnabled",
+}
 SPARK = "spark"
 RANDOM = {"random-tiny": tiny_kontext, "random-full": full_kontext}
 
@@ -26,14 +31,14 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
     """Load a Kontext pipeline.
 
     Args:
-        model: a folder written by `save_pretrained`, a hub id such as
-            `black-forest-labs/FLUX.1-Kontext-dev`; or `spark`, the small trained Kontext that
-            ships with fluxfire; or `random-tiny` or `random-full`.
-        device: `"cuda"` by default where there is one, else `"cpu"`.
-        dtype: bfloat16 by default on CUDA, else float32.
+        model: a folder that `save_pretrained` wrote; or a hub id such as
+            `black-forest-labs/FLUX.1-Kontext-dev`; or `spark`, the small trained Kontext that ships
+            with fluxfire; or `random-tiny` or `random-full`, a Kontext with random weights.
+        device: by default `"cuda"` if there is a CUDA device, else `"cpu"`.
+        dtype: by default bfloat16 on CUDA, else float32.
 
     Raises:
-        LoadError: with the reason, and what to do about it.
+        LoadError: the pipeline cannot be loaded. The message says why, and what to do.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
@@ -45,7 +50,8 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
     token = None if folder else hub_token()
     from diffusers import DiffusionPipeline
 
-    try:  # torch_dtype, since diffusers before 0.40 ignores its new name, dtype
+    try:
+        # The argument's new name is dtype, which diffusers before 0.40 ignores.
         pipe = DiffusionPipeline.from_pretrained(folder or model, torch_dtype=dtype, token=token)
     except Exception as error:
         raise LoadError(_explain(model, error)) from error
@@ -55,13 +61,16 @@ def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = N
 
 
 def hub_token(folder: Path | None = None) -> str | None:
-    """Return the user's Hugging Face token: HF_TOKEN of the environment, or of a .env file.
+    """Return HF_TOKEN, the user's Hugging Face token, from the environment or from a .env file.
 
     Args:
-        folder: where to look for `.env`; the current folder by default.
+        folder: the folder with the file `.env`; by default the current folder.
+
+    Returns:
+        The token; None if neither has it.
 
     Raises:
-        LoadError: there is a .env file that cannot be read, or nothing to read it with.
+        LoadError: there is a file `.env`, but it cannot be read, or python-dotenv is not installed.
     """
     if token := os.environ.get("HF_TOKEN"):
         return token
@@ -83,7 +92,11 @@ def hub_token(folder: Path | None = None) -> str | None:
 
 
 def _folder(model: str) -> Path | None:
-    """Tell a folder from a hub id, and a wrong one before anything goes over the network."""
+    """Return the folder that `model` names; None if `model` is a hub id.
+
+    Raises:
+        LoadError: it is neither. This is found out without the network.
+    """
     path = Path(model).expanduser()
     if path.exists():
         if not (path / "model_index.json").is_file():
@@ -101,7 +114,7 @@ def _folder(model: str) -> Path | None:
 
 
 def _explain(model: str, error: BaseException) -> str:
-    """Say in one sentence why loading failed and what to do."""
+    """Return one sentence that says why loading failed, and what to do."""
     statuses = {_status(e) for e in _chain(error)}
     if statuses & {401, 403}:
         return (

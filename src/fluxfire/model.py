@@ -1,7 +1,7 @@
-"""What fluxfire asks of a model architecture. `kontext/` answers for FLUX.1 Kontext.
+"""The interface between fluxfire and a model architecture: tokens, calls, blocks.
 
-Everything above this file works on a `Model`, and so would on another architecture that answers
-the same questions.
+`kontext/` implements it for FLUX.1 Kontext. The rest of fluxfire uses only this interface, so
+another architecture needs another implementation.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import nn
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """How many tokens of each kind a transformer call carries.
+    """Number of tokens of each kind in a transformer call.
 
-    The image stream is `noise` tokens followed by `reference` tokens; only the noise
-    tokens of the output are used. The text stream has `text` tokens.
+    The image stream has `noise` tokens followed by `reference` tokens. The pipeline uses only the
+    noise tokens of the output. The text stream has `text` tokens.
     """
 
     noise: int
@@ -30,16 +30,16 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
-    """One call of the transformer within a generation.
+    """One transformer call of a generation.
 
     Attributes:
         step: denoising step, counted from 0.
-        steps: how many steps the generation plans.
+        steps: number of steps of the generation.
         branch: `"cond"`, or `"uncond"` for the second call of a step under true CFG.
-        timestep: (batch,), in [0, 1]; a tensor, so that it can enter compiled code. In the
-            latents' dtype: bfloat16 rounds it by up to a step's length.
-        sigma: the noise level in float32, a tensor of no dimensions.
-        tokens: how many tokens of each kind.
+        timestep: (batch,), in [0, 1]. A tensor, so that it can enter compiled code. It has the
+            latents' dtype, and bfloat16 rounds it by up to the distance of two steps.
+        sigma: the noise level: float32, without dimensions.
+        tokens: number of tokens of each kind.
     """
 
     step: int
@@ -52,16 +52,17 @@ class Call:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Streams:
-    """What flows through the blocks.
+    """The tensors that pass from block to block, and the other arguments of a block.
 
     Attributes:
         image: (batch, image tokens, width): noise tokens, then reference tokens.
         text: (batch, text tokens, width).
         temb: (batch, width): embedding of timestep, guidance and pooled text.
         rotary: cosine and sine, each (text tokens + image tokens, head width), text first.
-        attention_kwargs: `joint_attention_kwargs` as diffusers passes it on.
-        temb_by_block: what each block gets in the place of `temb`, if not that.
-        arguments: a function that returns more attention arguments for a block, by its index.
+        attention_kwargs: the `joint_attention_kwargs` that diffusers passes to the blocks.
+        temb_by_block: for each block, the tensor that it gets instead of `temb`; None if all blocks
+            get `temb`.
+        arguments: returns additional attention arguments for a block, by the block's index.
     """
 
     image: torch.Tensor
@@ -78,50 +79,50 @@ Run = Callable[[Streams, range], Streams]
 
 
 class Model(Protocol):
-    """One architecture: its parts, its tokens, and how its blocks run.
+    """One architecture: its components, its tokens, and the way to run its blocks.
 
     Attributes:
-        pipelines: the diffusers classes of its pipelines.
+        pipelines: diffusers' pipeline classes of this architecture.
     """
 
     @property
     def pipelines(self) -> tuple[type, ...]: ...  # noqa: D102
 
     def refusal(self, pipe: Any) -> str | None:
-        """Say why fluxfire cannot work on one of these pipelines, or None if it can."""
+        """Return the reason why fluxfire cannot work on a pipeline of these classes, or None."""
         ...
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
-        """Return the transformer's blocks in the order they run."""
+        """Return the transformer's blocks in the order in which they run."""
         ...
 
     def attentions(self, transformer: Any) -> list[Any]:
-        """Return the blocks' attentions, in the same order."""
+        """Return the attentions of all blocks, in the order in which they run."""
         ...
 
     def linears(self, block: Any) -> list[tuple[Any, str]]:
-        """Return where a block's matrix products are: (owner, name of the owner's attribute)."""
+        """Return a block's linear layers, each as (owner, name of the owner's attribute)."""
         ...
 
     def projections(self, attention: Any) -> list[tuple[str, tuple[str, str, str]]]:
         """Return an attention's projections to queries, keys and values.
 
         Returns:
-            For each stream of its own, the name that diffusers gives the fused projection, and the
-            names of the three.
+            For each stream with projections of its own: diffusers' attribute name for the fused
+            projection, and the attribute names of the three separate projections.
         """
         ...
 
     def modulated_norms(self, block: Any) -> list[Any]:
-        """Return a block's norms that compute modulations, the first to run first."""
+        """Return a block's norms that compute modulations, in the order in which they run."""
         ...
 
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
-        """Return the text encoders that a pipeline has."""
+        """Return the text encoders of a pipeline."""
         ...
 
     def sigma(self, pipe: Any) -> torch.Tensor:
-        """Return the noise level of the step that a pipeline is at: float32, no dimensions."""
+        """Return the noise level of a pipeline's current step: float32, without dimensions."""
         ...
 
     def identity(self, inputs: dict[str, Any]) -> object | None:
@@ -131,7 +132,7 @@ class Model(Protocol):
             inputs: keyword arguments of a transformer call.
 
         Returns:
-            None for a call that no pipeline made.
+            The object; None for a call that no pipeline made.
         """
         ...
 
@@ -143,19 +144,20 @@ class Model(Protocol):
         """Return a function that runs blocks exactly as diffusers does.
 
         Args:
-            transformer: the model.
-            inputs: keyword arguments of a call; what the runner sees to itself is taken out.
+            transformer: the transformer.
+            inputs: keyword arguments of a transformer call. Removes those that the function
+                handles itself.
         """
         ...
 
     def mount(
         self, transformer: Any, stack: Callable[[Streams], Streams]
     ) -> AbstractContextManager[None]:
-        """Have the transformer's forward call `stack` where it would run its blocks."""
+        """Make the transformer's forward call `stack` in place of its blocks, in a `with` block."""
         ...
 
     def unmount(self, transformer: Any) -> None:
-        """Give a transformer its blocks back; an interrupt may have kept `mount` from doing so."""
+        """Give a transformer its own blocks back, if an interrupt cut `mount` short."""
         ...
 
     def reference_size(self, pipe: Any, width: int, height: int) -> tuple[int, int]:
@@ -163,13 +165,13 @@ class Model(Protocol):
         ...
 
     def exact_size(self, width: int, height: int) -> dict[str, int]:
-        """Return the arguments of a pipeline call for an output of exactly this size, in pixels."""
+        """Return the arguments of a pipeline call for an output of exactly this size in pixels."""
         ...
 
     def size_multiple(self, pipe: Any) -> int:
-        """Return what the sides of a pipeline's pictures are multiples of, in pixels."""
+        """Return the number of pixels that both sides of every picture must be multiples of."""
         ...
 
     def is_tiny(self, pipe: Any) -> bool:
-        """Whether a pipeline is a small one, as those of tests are."""
+        """Whether a pipeline's model is tiny, as in tests."""
         ...

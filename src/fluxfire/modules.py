@@ -1,7 +1,8 @@
-"""What is true of a pipeline's modules, whatever the architecture: quantized, offloaded, hooked.
+"""Inspects torch modules, whatever the architecture: are they quantized, offloaded, hooked?
 
-A pass refuses by these *traits*, never by the name of another pass. Everything here was read off
-diffusers 0.35 to 0.42 and accelerate; nothing here changes a pipeline.
+The answers are *traits*. A pass refuses a pipeline because of a trait, never because of the name of
+another pass. The attributes that this module reads are those of diffusers 0.35 to 0.42 and of
+accelerate.
 """
 
 from __future__ import annotations
@@ -13,41 +14,42 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.nn.modules import module as torch_module
 
 from fluxfire.configured import Trait
 from fluxfire.edits.override import CALL_SLOT, Override
 
 SWAPPED: frozenset[Trait] = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
-"""Traits of pipelines whose weights are swapped layer by layer while they run."""
+"""Traits of pipelines that swap the weights of each layer while they run."""
 FOREIGN_CACHE = (
     "another library's cache (ParaAttention or cache-dit) is on the transformer",
     "take it off first (cache_dit.disable_cache(pipe)), or reload the pipeline",
 )
-"""Why the trait `foreign-cache` is in the way, and what to do about it."""
+"""Message and remedy for the trait `foreign-cache`."""
 
 
 def components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over the pipeline's components that hold weights, by name."""
+    """Iterate over names and components of a pipeline, for components that are torch modules."""
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             yield name, component
 
 
-def place(pipe: Any, *, device: str | torch.device, dtype: torch.dtype) -> None:
-    """Move and cast every component; diffusers' own `to` warns where there is no cause."""
+def move_and_cast(pipe: Any, *, device: str | torch.device, dtype: torch.dtype) -> None:
+    """Move and cast every component, without the needless warnings of diffusers' `to`."""
     for _, module in components(pipe):
         nn.Module.to(module, device=device, dtype=dtype)
 
 
-def optimizable(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
-    """Iterate over the components that passes work on: the transformer, and the VAE if any."""
+def optimizable_components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+    """Iterate over names and components that passes work on: the transformer, and a VAE if any."""
     for name, component in components(pipe):
         if name in ("transformer", "vae"):
             yield name, component
 
 
 def traits(pipe: Any) -> frozenset[Trait]:
-    """Find out what is already true of a pipeline's transformer and VAE.
+    """Return the traits of a pipeline's transformer and VAE.
 
     Returns:
         Any of `quantized`, `lora`, `ip-adapter`, `compiled`, `fused-qkv`, `native-cache`,
@@ -55,7 +57,7 @@ def traits(pipe: Any) -> frozenset[Trait]:
         `layerwise-casting`, `context-parallel`.
     """
     found: set[Trait] = set()
-    for _, component in optimizable(pipe):
+    for _, component in optimizable_components(pipe):
         for module in component.modules():
             found.update(module_traits(module))
     transformer = pipe.transformer
@@ -67,39 +69,40 @@ def traits(pipe: Any) -> frozenset[Trait]:
     return frozenset(found)
 
 
-def swapped(component: nn.Module) -> frozenset[Trait]:
-    """Find out which of the traits `SWAPPED` a component has now: they may come at any time."""
-    hooked = (m for m in parts(component) if "_hf_hook" in vars(m) or "_diffusers_hook" in vars(m))
+def swapping_traits(component: nn.Module) -> frozenset[Trait]:
+    """Return the traits in `SWAPPED` that a component has now; they can come at any time."""
+    hooks = ("_hf_hook", "_diffusers_hook")
+    hooked = (m for m in submodules(component) if any(hook in vars(m) for hook in hooks))
     return SWAPPED.intersection(trait for module in hooked for trait in module_traits(module))
 
 
-def parts(module: nn.Module) -> list[nn.Module]:
-    """List a module and all below it, in a fraction of the time that `Module.modules()` takes."""
+def submodules(module: nn.Module) -> list[nn.Module]:
+    """List a module and all its submodules. Several times as fast as `Module.modules()`."""
     found = [module]
-    for part in found:  # it grows meanwhile
+    for part in found:  # the loop also visits the modules that it appends
         if children := part.__dict__["_modules"]:
             found += [child for child in children.values() if child is not None]
     return found
 
 
 def cache_traits(transformer: Any) -> set[Trait]:
-    """Find out whose caches are on a transformer: `native-cache`, `foreign-cache`."""
+    """Return the traits of caches on a transformer: `native-cache`, `foreign-cache`."""
     found: set[Trait] = set()
     if getattr(transformer, "is_cache_enabled", False):
         found.add("native-cache")
-    if getattr(transformer, "_is_cached", False):  # ParaAttention's mark, and cache-dit's
+    if getattr(transformer, "_is_cached", False):  # ParaAttention and cache-dit set it
         found.add("foreign-cache")
     return found
 
 
 def module_traits(module: nn.Module) -> Iterator[Trait]:
-    """Find out what is true of one module, its children aside: some of what `traits` lists."""
+    """Return the traits of one module, without those of its submodules."""
     own = vars(module)
     if is_compiled(module):
         yield "compiled"
     if own.get("fused_projections") and _is_fused(module):
         yield "fused-qkv"
-    if hasattr(module, "lora_A"):
+    if has_adapter(module):
         yield "lora"
     if any(is_quantized(p) for p in own["_parameters"].values() if p is not None):
         yield "quantized"
@@ -117,30 +120,46 @@ def module_traits(module: nn.Module) -> Iterator[Trait]:
 
 
 def _is_fused(attention: Any) -> bool:
-    """Whether an attention that says so runs a fused projection.
+    """Whether an attention with `fused_projections` set really runs a fused projection.
 
-    diffusers' `unfuse_qkv_projections` leaves a VAE's fused linears behind, and takes only
-    the processor back; a copy of a pipeline that fluxfire optimized keeps an empty one.
+    diffusers' `unfuse_qkv_projections` resets only the processor of a VAE's attention; the fused
+    layers stay, unused. And a copy of a pipeline that fluxfire optimized keeps a `to_qkv` without
+    weight.
     """
     unused = isinstance(attention, Attention) and "Fused" not in type(attention.processor).__name__
     return not unused and getattr(attention.to_qkv, "weight", None) is not None
 
 
+def has_adapter(module: nn.Module) -> bool:
+    """Whether a module is a layer with one of PEFT's adapters: LoRA, LoHa, LoKr and others."""
+    return hasattr(type(module), "adapter_layer_names")
+
+
 def is_compiled(module: nn.Module) -> bool:
-    """Whether somebody called `compile` on a module: what an override may stand before."""
-    call: Any = vars(module).get(CALL_SLOT)
-    while isinstance(call, Override):
-        call = call.inner
-    return hasattr(call, "_torchdynamo_orig_callable")
+    """Whether a user compiled a module, by `module.compile()` or by replacing its `forward`."""
+    own = vars(module)
+    for call in (own.get(CALL_SLOT), own.get("forward")):
+        inner: Any = call
+        while isinstance(inner, Override):  # an override of fluxfire may hide the compiled function
+            inner = inner.inner
+        if hasattr(inner, "_torchdynamo_orig_callable"):
+            return True
+    return False
+
+
+def has_global_hooks() -> bool:
+    """Whether torch has forward hooks for all modules of the process."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)  # noqa: SLF001
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module is more than its class's forward.
+    """Whether a call of a module runs more than the `forward` of its class.
 
-    Accelerate and diffusers put their hooks into a `forward` of the instance.
+    Accelerate and diffusers replace the instance's `forward` to run their hooks.
     """
     own = vars(module)
-    return "forward" in own or bool(own["_forward_hooks"] or own["_forward_pre_hooks"])
+    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or has_global_hooks()
+    return "forward" in own or bool(hooks)
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
@@ -149,16 +168,17 @@ def is_quantized(weight: torch.Tensor) -> bool:
     return not plain or not weight.is_floating_point()
 
 
-def as_made(weight: torch.Tensor) -> AbstractContextManager[None]:
-    """Make tensors of the kind that a weight is: an inference tensor, or a normal one.
+def matching_inference_mode(weight: torch.Tensor) -> AbstractContextManager[None]:
+    """Turn inference mode on inside the block if a weight is an inference tensor, else off.
 
-    Weights built under `torch.inference_mode` are the former; a layer with both cannot run.
+    Weights that were created under `torch.inference_mode` are inference tensors. A layer that has
+    both inference tensors and normal ones cannot run.
     """
     return torch.inference_mode(mode=weight.is_inference())
 
 
 def storage_bytes(pipe: Any) -> int:
-    """Count the bytes of the pipeline's weights and buffers, shared storage once."""
+    """Count the bytes of a pipeline's weights and buffers. Counts a shared storage once."""
     seen: dict[int, int] = {}
     for _, component in components(pipe):
         for tensor in (*component.parameters(), *component.buffers()):

@@ -1,4 +1,4 @@
-"""Pictures: read from files, and set beside each other."""
+"""Reads pictures from files, and draws differences between pictures."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from PIL import Image, ImageChops, ImageOps, UnidentifiedImageError
 from fluxfire.errors import PictureError
 
 SMALLEST = 16
-"""Pixels of a side that a Kontext pipeline needs: it works on patches of 16."""
+"""Minimum side in pixels: a Kontext pipeline works on patches of 16 × 16 pixels."""
 AMPLIFIED = 8
-"""How many times stronger differences are drawn."""
+"""Factor by which `draw_difference` amplifies differences."""
 
 
 def read_picture(path: str | Path) -> Image.Image:
-    """Read a picture, upright and in RGB, what is transparent white.
+    """Read a picture as RGB.
+
+    Rotates it as its EXIF data says. Transparent pixels become white.
 
     Raises:
-        PictureError: it cannot be read, or is too small to edit; the message says why.
+        PictureError: the file cannot be read, or the picture is too small to edit.
     """
     try:
         with Image.open(path) as file:
-            picture = opaque(ImageOps.exif_transpose(file))
+            picture = flatten_to_rgb(ImageOps.exif_transpose(file))
     except UnidentifiedImageError:
         raise PictureError(f"{path} is not a picture that can be read") from None
     except (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError) as error:
@@ -36,15 +38,16 @@ def read_picture(path: str | Path) -> Image.Image:
     return picture
 
 
-def opaque(picture: Image.Image) -> Image.Image:
-    """Bring a picture to RGB; what is transparent becomes white."""
+def flatten_to_rgb(picture: Image.Image) -> Image.Image:
+    """Convert a picture to RGB, on a white background if it has transparency."""
     if not picture.has_transparency_data:
         return picture.convert("RGB")
-    above = picture.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), above).convert("RGB")
+    foreground = picture.convert("RGBA")
+    background = Image.new("RGBA", picture.size, "white")
+    return Image.alpha_composite(background, foreground).convert("RGB")
 
 
-def difference(one: Image.Image, other: Image.Image) -> Image.Image:
-    """Draw how two pictures of one size differ, `AMPLIFIED` times as strong."""
+def draw_difference(one: Image.Image, other: Image.Image) -> Image.Image:
+    """Draw the absolute difference of two pictures of the same size, amplified by `AMPLIFIED`."""
     table = [min(255, AMPLIFIED * value) for value in range(256)]
     return ImageChops.difference(one, other).point(table * len(one.getbands()))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from fluxfire.errors import PlanError
 from fluxfire.passes import (
     Compile,
@@ -13,9 +15,9 @@ from fluxfire.passes import (
     QKVFusion,
 )
 from fluxfire.protocol import Pass
-from fluxfire.text import meant_hint
+from fluxfire.text import did_you_mean
 
-__all__ = ["article", "balanced", "faithful", "fast", "named"]
+__all__ = ["PresetName", "article", "balanced", "faithful", "fast", "named"]
 
 faithful: tuple[Pass, ...] = (InductorPatch(), FusedBlocks(), Compile())
 """Nothing lossy: all steps, all tokens, the plain precision. What `optimize(pipe)` applies.
@@ -95,7 +97,8 @@ FLUX.1-dev that para-attn and cache-dit publish have 19 to 22 dB. Tuning takes m
 `warmup` saves the compiled code in the user's cache folder.
 """
 
-NAMES = ("faithful", "balanced", "fast", "article")
+PresetName = Literal["faithful", "balanced", "fast", "article"]
+NAMES: tuple[PresetName, ...] = get_args(PresetName)
 
 
 def named(name: str) -> tuple[Pass, ...]:
@@ -106,7 +109,7 @@ def named(name: str) -> tuple[Pass, ...]:
     """
     if name not in NAMES:
         raise PlanError(
-            f"there is no preset {name!r}; there are {', '.join(NAMES)}{meant_hint(name, NAMES)}"
+            f"there is no preset {name!r}; there are {', '.join(NAMES)}{did_you_mean(name, NAMES)}"
         )
     preset: tuple[Pass, ...] = globals()[name]
     return preset

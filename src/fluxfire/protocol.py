@@ -17,13 +17,29 @@ if TYPE_CHECKING:  # so that this file loads no torch
     from fluxfire.runtime.transaction import Transaction
 
 __all__ = [
-    "BOUNDARIES", "EXACTNESS", "STAGES", "TRAITS", "Change", "Configured", "Exactness", "Finding",
-    "Level", "Pass", "Stage", "Target", "Trait", "configured", "provided_traits",
-]  # fmt: skip
+    "BOUNDARIES",
+    "Change",
+    "Configured",
+    "EXACTNESS",
+    "Exactness",
+    "Finding",
+    "Level",
+    "OPTIONAL",
+    "Pass",
+    "STAGES",
+    "Stage",
+    "TRAITS",
+    "Target",
+    "Trait",
+    "configured",
+    "provided_traits",
+]
 
 Exactness = Literal["bitwise", "close", "lossy"]
 Level = Literal["error", "warning", "info"]
 
+OPTIONAL = ("provides", "tunable", "off", "after_warmup")
+"""Members of a pass that it may have. `fluxfire.testing.check_pass` looks at them, too."""
 STAGES: tuple[Stage, ...] = ("environment", "weights", "blocks", "caching", "artifacts", "compile")
 EXACTNESS: tuple[Exactness, ...] = ("bitwise", "close", "lossy")
 
@@ -44,14 +60,15 @@ class Finding:
     """Something that `Pass.check` noticed.
 
     Attributes:
-        level: `"error"` stops the plan; `"warning"` and `"info"` are only reported.
+        level: `"error"` stops the plan. `optimize` issues a `"warning"` as a `FluxfireWarning`. The
+            report shows an `"info"`.
         message: what is the case, with the values seen.
         remedy: what the user can do about it.
-        instead: where it is an error, a pass that could stand in this one's place.
-        trait: where it is an error, the trait that stands in the way: a list without the pass that
-            brings it would do.
+        instead: for an error, a pass that could take this one's place.
+        trait: for an error, the trait that stands in the way. A list without the pass that provides
+            it would work.
 
-    The last two say for programs what the remedy says for people: a plan's suggestion follows them.
+    A plan builds its suggestion from `instead` and `trait`.
     """
 
     level: Level
@@ -106,13 +123,16 @@ class Target:
 
 @runtime_checkable
 class Pass(Protocol):
-    """One reversible optimisation.
+    """One reversible optimization.
 
-    Three members are optional and therefore not part of the protocol's type:
-    `provides: frozenset[Trait]`, traits that hold once the pass is applied;
-    `tunable: frozenset[str]`, fields that `fluxfire.using` may change while it is applied (see
-    `Transaction.live`); and `after_warmup(tx)`, called when `fluxfire.warmup` has run the
-    pipeline.
+    Four members are optional, so a type checker does not ask for them (see `OPTIONAL`):
+
+    - `provides: frozenset[Trait]`: traits that hold once the pass is applied.
+    - `tunable: frozenset[str]`: fields that `fluxfire.using` may change while the pass is applied
+      (see `Transaction.live`).
+    - `off() -> Pass`: for a tunable pass, a copy with settings by which it does nothing. A service
+      switches the pass off with it, for one request.
+    - `after_warmup(tx)`: called once `fluxfire.warmup` has run the pipeline.
     """
 
     name: ClassVar[str]

@@ -1,4 +1,7 @@
-"""The architectures that fluxfire knows: another one is a folder beside `kontext/`, and a line."""
+"""The architectures that fluxfire supports.
+
+To add one, implement `Model` in a folder beside `kontext/`, and add it to `MODELS`.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ MODELS: tuple[Model, ...] = (KONTEXT,)
 
 
 def refusal(pipe: object) -> str | None:
-    """Say why fluxfire cannot work on an object, or None if it can."""
+    """Return the reason why fluxfire cannot work on an object; None if it can."""
     model = _find(pipe)
     if model is not None:
         return model.refusal(pipe)
@@ -25,7 +28,7 @@ def model_of(pipe: Any) -> Model:
     """Return the architecture of a pipeline.
 
     Raises:
-        FluxfireError: fluxfire does not know it.
+        FluxfireError: fluxfire does not support the pipeline's class.
     """
     model = _find(pipe)
     if model is None:

@@ -1,22 +1,23 @@
-"""Plain-text tables, units, hints and files, for everything that fluxfire prints or writes."""
+"""Helpers for text output: tables, units, hints, pass spelling and text files."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from html import escape
 from pathlib import Path
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Lay rows out in columns under a head.
+    """Format a plain-text table.
 
     Args:
         head: names of the columns.
-        rows: cells, as many in each row as there are columns.
+        rows: one cell for each column.
 
     Returns:
-        The table's lines, joined; no line ends in spaces.
+        The lines of the table in one string. No line ends in spaces.
     """
     cells = [list(head), *([str(c) for c in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
@@ -26,45 +27,69 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     )
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file, replacing it in one step, so that a crash leaves the old one whole."""
+def html_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Format an HTML table, for notebooks.
+
+    Args:
+        head: names of the columns.
+        rows: one cell for each column.
+    """
+    lines = [_html_row("th", head), *(_html_row("td", row) for row in rows)]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _html_row(tag: str, cells: Iterable[object]) -> str:
+    return f"<tr>{''.join(f'<{tag}>{escape(str(cell))}</{tag}>' for cell in cells)}</tr>"
+
+
+def html_lines(lines: Iterable[str]) -> str:
+    """Format each line as an HTML block, for notebooks. Leaves empty lines out."""
+    return "".join(f"<div>{escape(line)}</div>" for line in lines if line)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file in one step: after a crash the file has its old or its new text."""
     scratch = path.with_suffix(".part")
     scratch.write_text(text, encoding="utf-8")
     scratch.replace(path)
 
 
 def count_of(count: int, noun: str) -> str:
-    """Write a number with its noun, whose plural takes an s."""
+    """Format a number with its noun. The plural must end in s."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def with_article(noun: str) -> str:
-    """Write a noun behind `a`, or behind `an` where its first letter is a vowel."""
+    """Put `a` before a noun, or `an` if its first letter is a vowel."""
     return f"{'an' if noun[:1].lower() in set('aeiou') else 'a'} {noun}"
 
 
-def meant_hint(name: str, known: Iterable[str]) -> str:
-    """Say which of the known names a wrong one may have meant; nothing if none is near."""
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a hint with the known name most similar to a misspelt one.
+
+    Returns:
+        Such as "; did you mean 'compile'?"; empty if no known name is similar.
+    """
     close = get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def extra_hint(extra: str) -> str:
-    """Say how to install an extra of fluxfire.
+    """Return the command that installs an extra of fluxfire.
 
-    The command holds wherever fluxfire itself came from, an index or a clone: pip leaves what is
-    installed as it is, and adds what the extra lacks.
+    The command is right for an installation from an index and for one from a clone: pip keeps the
+    installed fluxfire, and adds only the packages that are missing.
     """
     return f'pip install "fluxfire[{extra}]"'
 
 
 def human_bytes(count: int) -> str:
-    """Write a number of bytes with its sign and a binary unit."""
+    """Format a number of bytes with its sign and a binary unit."""
     if count == 0:
         return "±0"
     size = float(abs(count))
     units = ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:  # noqa: PLR2004 - a KiB is what it is
+    while size >= 1024 and len(units) > 1:  # noqa: PLR2004 - bytes in a KiB
         size /= 1024
         units.pop(0)
     digits = 0 if units[0] == "B" else 1
@@ -72,18 +97,18 @@ def human_bytes(count: int) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """Write a duration in seconds or milliseconds, with three digits or more."""
+    """Format a duration in seconds or milliseconds, with three digits or more."""
     number, unit = (seconds, "s") if seconds >= 0.9995 else (seconds * 1e3, "ms")  # noqa: PLR2004
     return f"{number:.0f} {unit}" if number >= 99.95 else f"{number:.3g} {unit}"  # noqa: PLR2004
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """Write lines one below the other, as the parts of a message."""
+    """Format lines as a bullet list, for a message."""
     return "\n".join(f"  - {line}" for line in lines)
 
 
-def spelled(pass_: object) -> str:
-    """Write a pass as a user would: its repr without the settings that are the defaults."""
+def spell(pass_: object) -> str:
+    """Spell a pass as a user would write it: its repr without default settings."""
     if not is_dataclass(pass_):
         return repr(pass_)
     given = (
@@ -94,14 +119,14 @@ def spelled(pass_: object) -> str:
     return f"{type(pass_).__name__}({', '.join(given)})"
 
 
-def own_settings(pass_: object) -> str:
-    """Spell a pass; nothing if all its settings are the defaults."""
-    text = spelled(pass_)
+def spell_non_defaults(pass_: object) -> str:
+    """Spell a pass; return "" if all its settings are defaults."""
+    text = spell(pass_)
     return "" if not is_dataclass(pass_) or text == f"{type(pass_).__name__}()" else text
 
 
-def settings_line(told: Iterable[str]) -> list[str]:
-    """Put together what `own_settings` says of several passes: a line, or none."""
-    if said := ", ".join(filter(None, told)):
-        return [f"settings: {said}"]
+def settings_line(spellings: Iterable[str]) -> list[str]:
+    """Join the results of `spell_non_defaults` to one line; no line if all are empty."""
+    if text := ", ".join(filter(None, spellings)):
+        return [f"settings: {text}"]
     return []

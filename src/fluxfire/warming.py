@@ -1,4 +1,4 @@
-"""Blank generations of given sizes, for `fluxfire.warmup`, and a progress bar over them."""
+"""Parts of `fluxfire.warmup`: reads sizes, prepares generations of blank pictures, shows a bar."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ from typing_extensions import override
 
 from fluxfire.errors import PlanError
 from fluxfire.model import Call
-from fluxfire.reporting.compile_counts import hearing
+from fluxfire.reporting.compile_counts import on_compilation
 from fluxfire.runtime.conductor import Conductor
 from fluxfire.runtime.generation import Generation, Listener
 from fluxfire.supported import model_of
 
 Size = tuple[int, int]
 Sizes = Iterable[tuple[SupportsIndex, SupportsIndex]]
-_PICTURES = {"image", "image_reference"}  # arguments of a call that stand for references
+_REFERENCE_ARGUMENTS = {"image", "image_reference"}  # arguments of a pipeline call
 
 
-def output_sizes(pipe: Any, sizes: Sizes) -> list[Size]:
-    """Read output sizes, once. Refuse what is no size, and what the pipeline cannot run exactly.
+def read_output_sizes(pipe: Any, sizes: Sizes) -> list[Size]:
+    """Validate output sizes. Iterates over `sizes` once.
 
     Raises:
-        PlanError: naming the size and what it must be, or there is no size.
+        PlanError: an item is no size, the pipeline cannot generate exactly this size, or there is
+            no item. The message names the item and the requirement.
     """
-    multiple = _multiple(pipe)
-    read = _read(
+    multiple = _size_multiple(pipe)
+    read = _read_sizes(
         sizes,
         "an output",
         lambda n: n > 0 and n % multiple == 0,
@@ -44,31 +45,35 @@ def output_sizes(pipe: Any, sizes: Sizes) -> list[Size]:
     return read
 
 
-def reference_sizes(pipe: Any, references: Sizes | None) -> list[Size] | None:
-    """Read sizes of references, once, and round them down as the pipeline does.
+def read_reference_sizes(pipe: Any, references: Sizes | None) -> list[Size] | None:
+    """Validate sizes of references, and round them down as the pipeline does.
+
+    Iterates over `references` once.
 
     Raises:
-        PlanError: naming what is no size, or too small, and what it must be.
+        PlanError: an item is no size, or is too small. The message names the item and the
+            requirement.
     """
     if references is None:
         return None
-    multiple = _multiple(pipe)
-    read = _read(
+    multiple = _size_multiple(pipe)
+    read = _read_sizes(
         references, "a reference", lambda n: n >= multiple, f"whole numbers of {multiple} or more"
     )
     return [(w // multiple * multiple, h // multiple * multiple) for w, h in read]
 
 
-def check_call(call: dict[str, Any], references: list[Size] | None) -> None:
-    """Refuse arguments that would overrule the sizes.
+def refuse_size_arguments(call: dict[str, Any], references: list[Size] | None) -> None:
+    """Refuse arguments of a pipeline call that contradict the sizes.
 
     Raises:
-        PlanError: naming them.
+        PlanError: there are such arguments. The message names them.
     """
-    overruling = sorted(call.keys() & {"width", "height", "max_area"})
-    if overruling:
-        raise PlanError(f"warmup takes sizes=[(width, height)] instead of {', '.join(overruling)}")
-    pictures = sorted(call.keys() & _PICTURES)
+    contradicting = sorted(call.keys() & {"width", "height", "max_area"})
+    if contradicting:
+        names = ", ".join(contradicting)
+        raise PlanError(f"warmup takes sizes=[(width, height)] instead of {names}")
+    pictures = sorted(call.keys() & _REFERENCE_ARGUMENTS)
     if references is not None and pictures:
         raise PlanError(
             f"warmup would not use references={references!r} beside {' and '.join(pictures)}; "
@@ -76,13 +81,22 @@ def check_call(call: dict[str, Any], references: list[Size] | None) -> None:
         )
 
 
-def _multiple(pipe: Any) -> int:
-    """Return what the sides of all pictures in a pipeline are multiples of, in pixels."""
+def _size_multiple(pipe: Any) -> int:
     return model_of(pipe).size_multiple(pipe)
 
 
-def _read(given: Any, role: str, fits: Callable[[int], bool], must: str) -> list[Size]:
-    """Read the sizes that something in this role may have, once; each side must fit."""
+def _read_sizes(given: Any, role: str, fits: Callable[[int], bool], must: str) -> list[Size]:
+    """Validate sizes.
+
+    Args:
+        given: the sizes as the user wrote them.
+        role: what has such a size, for error messages.
+        fits: whether a side is valid.
+        must: what both sides must be, for error messages.
+
+    Raises:
+        PlanError: an item is no size, or a side does not fit.
+    """
     if isinstance(given, Iterator):
         given = list(given)
         if not given:
@@ -91,12 +105,12 @@ def _read(given: Any, role: str, fits: Callable[[int], bool], must: str) -> list
                 f"an iterator can be read only once, so give a list"
             )
     read = []
-    for one in _items(given):
-        size = _pair(one)
+    for item in _items(given):
+        size = _parse_size(item)
         if size is None or not all(map(fits, size)):
             hint = "" if size else f", in a list such as [(1024, 1024)], not {given!r}"
             raise PlanError(
-                f"warmup cannot use {role} of size {one!r}: "
+                f"warmup cannot use {role} of size {item!r}: "
                 f"it must be (width, height), both {must}{hint}"
             )
         read.append(size)
@@ -104,15 +118,15 @@ def _read(given: Any, role: str, fits: Callable[[int], bool], must: str) -> list
 
 
 def _items(given: Any) -> Iterator[Any]:
-    """Go through what may be a list; through nothing but itself if it is none."""
+    """Iterate over an iterable; treat anything else, and a string, as a single item."""
     try:
         return iter([given] if isinstance(given, str | bytes) else given)
     except TypeError:
         return iter([given])
 
 
-def _pair(size: Any) -> Size | None:
-    """Return a size as two numbers; None if it is not two whole numbers in order."""
+def _parse_size(size: Any) -> Size | None:
+    """Return width and height; None if the item is not two whole numbers in order."""
     if isinstance(size, set | frozenset | Mapping | bytes):
         return None
     try:
@@ -125,14 +139,14 @@ def _pair(size: Any) -> Size | None:
 def blank_calls(
     pipe: Any, size: Size, references: list[Size] | None, call: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the arguments of one generation for each reference.
+    """Yield the arguments of one generation with a blank picture for each reference.
 
     Args:
-        pipe: the pipeline, editing or inpainting.
+        pipe: a pipeline for editing or inpainting.
         size: output size, (width, height).
-        references: sizes of reference pictures before the pipeline resizes them; None for
-            one of the output's shape, empty for none.
-        call: the user's arguments, which win.
+        references: sizes of reference pictures before the pipeline resizes them; None means one
+            reference with the output's aspect ratio, and an empty list means text-to-image.
+        call: the user's arguments, which override these.
     """
     arguments: dict[str, Any] = {
         "prompt": "warm-up",
@@ -144,17 +158,17 @@ def blank_calls(
     if "prompt_embeds" in call:
         del arguments["prompt"]
     inpaints = hasattr(pipe, "mask_processor")
-    if inpaints:  # the output has the picture's size
+    if inpaints:
         arguments |= {"image": _blank(size), "mask_image": _blank(size)}
-    if call.keys() & _PICTURES:
+    if call.keys() & _REFERENCE_ARGUMENTS:
         yield arguments | call
         return
     resized = call.get("_auto_resize", True)
     for reference in [size] if references is None else references:
         picture = _blank(model_of(pipe).reference_size(pipe, *reference) if resized else reference)
-        role = "image_reference" if inpaints else "image"
-        # The blank already has the size that the pipeline would give it.
-        yield arguments | {role: picture} | call | {"_auto_resize": False}
+        name = "image_reference" if inpaints else "image"
+        # The picture has the resized size already; resizing it again could change the size.
+        yield arguments | {name: picture} | call | {"_auto_resize": False}
     if references is not None and not references:
         yield arguments | call | {"_auto_resize": False}
 
@@ -164,10 +178,10 @@ def _blank(size: Size) -> Image.Image:
 
 
 class Progress(Listener):
-    """One bar over all sizes, which says what is being done: load, compile, or run a step.
+    """One progress bar for all sizes. It shows the current phase: load, compile, or a step.
 
-    It follows the pipeline's own `set_progress_bar_config`; the bars of the single
-    generations are off meanwhile.
+    The bar follows the pipeline's own `set_progress_bar_config`. The pipeline's bars for single
+    generations are off in the meantime.
     """
 
     def __init__(self, pipe: Any, total: int) -> None:
@@ -176,9 +190,12 @@ class Progress(Listener):
         self._size = ""
 
     @contextmanager
-    def shown(self, conductor: Conductor) -> Iterator[None]:
-        """Show the bar, and hear of the generations before all passes do."""
-        before: dict[str, Any] = self._pipe._progress_bar_config  # noqa: SLF001 - nothing tells it
+    def show(self, conductor: Conductor) -> Iterator[None]:
+        """Show the bar inside the block.
+
+        The bar is the first listener, so that it also covers the work of the passes' listeners.
+        """
+        before: dict[str, Any] = self._pipe._progress_bar_config  # noqa: SLF001 - no public getter
         self._pipe.set_progress_bar_config(**{**before, "disable": True})
         conductor.listeners.insert(0, self)
         try:
@@ -189,24 +206,27 @@ class Progress(Listener):
             self._pipe.set_progress_bar_config(**before)
 
     def begin(self, size: Size) -> None:
-        """Say which size comes next."""
+        """Show a new size."""
         self._size = f"{size[0]}x{size[1]}"
 
     @override
     @contextmanager
     def on_generation(self, generation: Generation) -> Iterator[None]:
-        """Tell compiling from running."""
-        self._say("load")
-        with hearing(lambda _: self._say("trace and compile"), lambda _: self._say("first step")):
+        """Show compilations, and advance the bar after the generation."""
+        self._show_phase("load")
+        with on_compilation(
+            lambda _: self._show_phase("trace and compile"),
+            lambda _: self._show_phase("first step"),
+        ):
             yield
         self._bar.update()
 
     @override
     @contextmanager
     def on_step(self, call: Call) -> Iterator[None]:
-        """Say which step runs."""
-        self._say(f"step {call.step + 1} of {call.steps}")
+        """Show the step."""
+        self._show_phase(f"step {call.step + 1} of {call.steps}")
         yield
 
-    def _say(self, phase: str) -> None:
+    def _show_phase(self, phase: str) -> None:
         self._bar.set_description(f"warm-up {self._size}: {phase}")

@@ -12,7 +12,6 @@ MODULES = {
     "bench": ["flip_evaluator", "matplotlib", "pynvml", "skimage.metrics", "fluxfire.bench.plots"],
     "serve": ["uvicorn", "fluxfire.serve.app", "fluxfire.serve.worker"],
     "s3": ["boto3", "fluxfire.serve.storage"],
-    "modal": ["modal", "packaging", "fluxfire.serve.modal_app"],
 }
 
 

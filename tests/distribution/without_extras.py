@@ -12,9 +12,7 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "fluxfire"
-OF_EXTRAS = {
-    "fastapi", "httpx", "modal", "multipart", "prometheus_client", "starlette", "uvicorn",
-}  # fmt: skip
+OF_EXTRAS = {"fastapi", "httpx", "multipart", "prometheus_client", "starlette", "uvicorn"}
 OF_TORCH = {"triton"}  # which comes with torch for CUDA
 
 

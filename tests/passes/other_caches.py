@@ -1,4 +1,4 @@
-"""Pipelines for other libraries' caches, and what can be seen of them from outside."""
+"""Pipelines for other libraries' caches, and observation of the caches from outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ THRESHOLDS = [0.2, 0.28, 0.33, 0.4, 1e9]
 def own_class():
     """A tiny pipeline of a class that no other test shares."""
 
-    class FluxOwnPipeline(FluxKontextPipeline):  # cache-dit goes by the name
+    class FluxOwnPipeline(FluxKontextPipeline):  # cache-dit looks at the class's name
         pass
 
     pipe = FluxOwnPipeline(**tiny_kontext().components)

@@ -1,7 +1,8 @@
-"""Attention: the choice, what it leaves alone, and the arithmetic around the float8 kernel."""
+"""Attention: the choice of a kernel, its scope, and the arithmetic around the float8 kernel."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from math import sqrt
 
@@ -21,10 +22,10 @@ from fluxfire import modules
 from fluxfire.environment import environment
 from fluxfire.errors import PlanError
 from fluxfire.kernels.flash_attention import float8_attention
-from fluxfire.kernels.float8 import FLOAT8
+from fluxfire.kernels.float8 import E4M3
 from fluxfire.kernels.heads import Stream, joint_heads
 from fluxfire.kontext import KONTEXT
-from fluxfire.kontext.attention import SCALES, bound
+from fluxfire.kontext.attention import SCALES_ATTRIBUTE, query_key_scale
 from fluxfire.passes import Attention, Compile, FusedBlocks, QKVFusion
 from fluxfire.passes import attention as module
 from fluxfire.passes.shared import attention_backends
@@ -45,7 +46,7 @@ def attentions(pipe):
 
 
 class Calls(TorchDispatchMode):
-    """Counts the calls of an operator of ours."""
+    """Counts the calls of one of fluxfire's operators."""
 
     def __init__(self, name):
         super().__init__()
@@ -59,7 +60,7 @@ class Calls(TorchDispatchMode):
 
 @pytest.fixture
 def unrefused(monkeypatch):
-    """Let a kernel be applied that would be refused here."""
+    """Allow a kernel that the pass refuses on this machine."""
     monkeypatch.setattr(Attention, "check", lambda *_: ())
 
 
@@ -80,13 +81,13 @@ def test_settings():
 def test_auto_on_a_cpu_is_native_and_says_so(pipe, reference):
     fluxfire.optimize(pipe, [Attention()])
     (done,) = fluxfire.report(pipe).passes
-    assert str(done.findings[0]) == "without a GPU nothing is measured: native attention it is"
+    assert str(done.findings[0]) == "no GPU to measure on; using PyTorch's native attention"
     assert done.change.count == LAYERS
     assert done.change.what == "attentions computed by native, unmeasured without a GPU"
     assert np.array_equal(edit(pipe), reference)
 
 
-# What is set, and what is left alone
+# Scope
 
 
 def test_only_this_transformers_processors_are_set():
@@ -144,7 +145,7 @@ def test_float8_composes(before, reference):
 
 @pytest.mark.parametrize("before", [[], [QKVFusion()], [FusedBlocks()]], ids=str)
 def test_flash_attention_composes(before, reference, unrefused):
-    """Without a GPU it is torch's attention: what is tested is all around it."""
+    """Without a GPU this runs torch's attention, so it tests everything around the kernel."""
     pipe = fluxfire.optimize(tiny_kontext(), [*before, Attention("fa3")])
     with Calls("flash_attention") as calls:
         picture = edit(pipe)
@@ -193,7 +194,7 @@ def test_ip_adapters_that_come_and_go(pipe, reference):
 
 
 def refusals(pass_, pipe, **facts):
-    """What `check` says of an environment that is not this machine's."""
+    """Return what `check` says for an environment other than this machine's."""
     target = Target(pipe, dataclasses.replace(environment(), **facts))
     return [str(finding) for finding in pass_.check(target) if finding.level == "error"]
 
@@ -213,7 +214,7 @@ def test_fa3_is_refused_where_it_cannot_run(pipe, monkeypatch):
         ),
     ]
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: True)
-    modules.place(pipe, device="cpu", dtype=torch.bfloat16)
+    modules.move_and_cast(pipe, device="cpu", dtype=torch.bfloat16)
     assert refusals(Attention("fa3-fp8"), pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
 
 
@@ -235,7 +236,7 @@ def test_float8_on_a_cpu_is_told_to_be_emulated(pipe):
 
 
 class Strange(FluxAttnProcessor):
-    """Somebody's own: it may do anything."""
+    """A user's own processor; it may do anything."""
 
 
 @pytest.mark.parametrize("backend", ["auto", "native", "fa3", "fa3-fp8"])
@@ -271,7 +272,7 @@ def test_backends_that_do_not_run_here(pipe, backend, words):
 
 def test_what_is_not_clearly_faster_is_not_chosen():
     def choose(compiles=lambda name: True, **took):
-        return attention_backends.chosen({"native": 1.0} | took, compiles)
+        return attention_backends.choose_backend({"native": 1.0} | took, compiles)
 
     assert choose() == "native"
     assert choose(flash=0.995) == "native"
@@ -282,7 +283,7 @@ def test_what_is_not_clearly_faster_is_not_chosen():
 
 def test_measuring_leaves_out_what_fails(monkeypatch):
     monkeypatch.setattr(attention_backends, "_TOKENS", 48)
-    made = attention_backends.fastest.__wrapped__(SIZES)
+    made = attention_backends.measure.__wrapped__(SIZES)
     assert made.milliseconds["native"] > 0
     assert "flash" in made.failed
     assert made.backend in made.milliseconds
@@ -296,7 +297,7 @@ def test_a_wrong_kernel_is_left_out(monkeypatch):
     arguments = {"query", "key", "value"}
     registry = attention_dispatch._AttentionBackendRegistry
     monkeypatch.setitem(registry._supported_arg_names, name, arguments)
-    assert attention_backends.why_not("_native_math", SIZES).startswith(
+    assert attention_backends.find_problem("_native_math", SIZES).startswith(
         "it is off the native result by "
     )
 
@@ -307,10 +308,10 @@ def test_the_native_kernel_compiles():
 
 
 def test_the_measured_choice_is_set_and_told(pipe, monkeypatch):
-    made = attention_backends.Fastest(
+    made = attention_backends.Measured(
         "_native_math", {"native": 2.0, "_native_math": 1.5}, {"flash": "no"}
     )
-    monkeypatch.setattr(module, "fastest", lambda *_: made)
+    monkeypatch.setattr(module, "measure", lambda *_: made)
     monkeypatch.setattr(module, "_device", lambda pipe: torch.device("cuda"))
     fluxfire.optimize(pipe, [Attention()])
     (done,) = fluxfire.report(pipe).passes
@@ -338,20 +339,20 @@ def rotary(tokens, width=16):
 
 def scales(value, *, weights, width=16):
     largest = value.float().view(*value.shape[:2], -1, width).abs().amax((1, 3))
-    return bound([weights], width), bound([weights], width), largest / 448
+    return query_key_scale([weights], width), query_key_scale([weights], width), largest / 448
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1.0, 1e-4, 1e3])
 def test_float8_attention_against_float64(dtype, size):
-    """Three bits of mantissa err by at most a sixteenth, by a fortieth on average."""
+    """Three bits of mantissa cause an error of at most 1/16, and 1/40 on average."""
     for seed in range(4):
         q, k, v = (x.to(dtype) for x in heads(seed))
         v, ones = v * size, torch.ones(16, dtype=dtype)
         cos, sin = rotary(40)
         by = scales(v, weights=ones)
         made = joint_heads([Stream((q, k, v), (ones, ones))], (cos, sin), 1e-6, scales=by)
-        assert {x.dtype for x in made} == {FLOAT8}
+        assert {x.dtype for x in made} == {E4M3}
         out = float8_attention(*made, *by, dtype)
         assert out.dtype == dtype
         norm = torch.nn.RMSNorm(16, eps=1e-6, elementwise_affine=False)
@@ -388,11 +389,11 @@ def test_normed_and_rotated_heads_keep_to_the_bound(seed, spread, bfloat16):
     with torch.no_grad():
         norm.weight.copy_(torch.randn(width, generator=generator) * spread + 1)
     x = torch.randn(1, tokens, 2, width, generator=generator)
-    x = x**5 if seed % 2 else x  # a head with one large number comes nearest to the bound
+    x = x**5 if seed % 2 else x  # one large number in a head comes nearest to the bound
     angles = (torch.rand(tokens, width // 2, generator=generator) * 6.3).repeat_interleave(2, dim=1)
     with torch.no_grad():
         rotated = apply_rotary_emb(norm(x.to(dtype)), (angles.cos(), angles.sin()), sequence_dim=1)
-    largest = float(bound([norm.weight], width)) * 448
+    largest = float(query_key_scale([norm.weight], width)) * 448
     assert float(rotated.abs().amax()) <= largest * (1 + 2.0**-6)  # the rounding of bfloat16
 
 
@@ -400,19 +401,19 @@ def test_the_bound_is_reached():
     norm = torch.nn.RMSNorm(16, eps=0)
     one_hot = torch.zeros(1, 1, 1, 16).index_fill(-1, torch.tensor([5]), 7.0)
     assert float(norm(one_hot).detach().amax()) == pytest.approx(sqrt(16))
-    assert float(bound([norm.weight], 16)) * 448 == pytest.approx(sqrt(16))
+    assert float(query_key_scale([norm.weight], 16)) * 448 == pytest.approx(sqrt(16))
 
 
 def test_the_bound_follows_the_weights(pipe):
-    """Norms may be replaced after the pass was applied, by ones whose output is larger."""
+    """The user may replace norms by ones with a larger output after the pass was applied."""
     fluxfire.optimize(pipe, [Attention("fa3-fp8")])
     edit(pipe)
     attention = pipe.transformer.single_transformer_blocks[0].attn
-    before = float(getattr(attention, SCALES).query)
+    before = float(getattr(attention, SCALES_ATTRIBUTE).query)
     with torch.no_grad():
         attention.norm_q.weight.mul_(100)
     edit(pipe)
-    assert float(getattr(attention, SCALES).query) == pytest.approx(100 * before)
+    assert float(getattr(attention, SCALES_ATTRIBUTE).query) == pytest.approx(100 * before)
 
 
 @pytest.mark.slow
@@ -426,4 +427,57 @@ def test_a_block_stays_one_graph(before, backend):
     assert np.abs(edit(pipe) - plain).max() < (1e-4 if backend != "fa3-fp8" else 0.02)
     (run,) = fluxfire.report(pipe).runs
     assert run.graph_breaks == 0
-    assert run.compiles <= 3  # as without a choice: double, single, and single after a single
+    assert (
+        run.compiles <= 3
+    )  # double, single, and single after a single: the same as without the pass
+
+
+def _hooked(attention):
+    attention.norm_q.register_forward_hook(lambda *call: call[-1] * 3)
+
+
+def _patched(attention):
+    plain = attention.norm_k.forward
+    attention.norm_k.forward = lambda x: plain(x) * 3
+
+
+def _other_eps(attention):
+    attention.norm_k.eps = 0.5
+
+
+def _layer_norm(attention):
+    attention.norm_q = torch.nn.LayerNorm(attention.norm_q.normalized_shape)
+
+
+@pytest.mark.parametrize("change", [_hooked, _patched, _other_eps, _layer_norm])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_head_norms_that_a_kernel_cannot_compute_are_called(pipe, change, when):
+    plain, before = tiny_kontext(), edit(pipe)
+    if when == "after":
+        fluxfire.optimize(pipe, [Attention("fa3-fp8")])
+        edit(pipe)
+    for each in (plain, pipe):
+        for block in each.transformer.single_transformer_blocks:
+            change(block.attn)
+    if when == "before":
+        fluxfire.optimize(pipe, [Attention("fa3-fp8")])
+    expected = edit(plain)
+    assert np.abs(expected - before).max() > 1e-3
+    assert np.abs(edit(pipe) - expected).max() < 5e-4  # by float8 in the other blocks
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), expected)
+
+
+def test_a_block_put_in_later_has_its_scales(pipe):
+    plain = tiny_kontext()
+    fluxfire.optimize(pipe, [Attention("fa3-fp8")])
+    edit(pipe)
+    for each in (plain, pipe):
+        blocks = each.transformer.single_transformer_blocks
+        blocks.append(copy.deepcopy(blocks[0]))
+        blocks[-1].attn.norm_q.weight.data.mul_(3)
+    expected = edit(fluxfire.optimize(copy.deepcopy(plain), [Attention("fa3-fp8")]))
+    assert np.array_equal(edit(pipe), expected)
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), edit(plain))
+    assert not [k for b in blocks for k in vars(b.attn) if k.startswith("_fluxfire")]

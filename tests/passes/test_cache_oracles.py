@@ -20,7 +20,7 @@ from fluxfire.testing import edit, tiny_kontext
 
 
 def ours(threshold, **settings):
-    """Hits and pixels as the others make them: without limits, adding what was added last."""
+    """Return hits and pixels with the others' settings: no limits, and the last residual held."""
     limits = {"warmup_steps": 0, "tail_steps": 0, "max_consecutive_hits": None, "of_steps": None}
     cache = FirstBlockCache(threshold, predict="hold", **(limits | settings))
     pipe = fluxfire.optimize(tiny_kontext(), [cache])
@@ -57,7 +57,7 @@ def test_diffusers_first_block_cache(threshold):
 
 
 def test_diffusers_first_block_cache_needs_that_context():
-    """Why the oracle is repaired; when this fails, diffusers has been."""
+    """Shows why the oracle needs its repair. If this fails, diffusers has been fixed."""
     pipe = own_class()
     pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.1))
     with pytest.raises(ValueError, match="No context is set|No cache context"):
@@ -115,9 +115,12 @@ def cache_dit():
 def test_cache_dit(cache_dit, threshold, warmup, cap):
     pipe = own_class()
     config = cache_dit.DBCacheConfig(
-        Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=threshold,
-        max_warmup_steps=warmup, max_continuous_cached_steps=-1 if cap is None else cap,
-    )  # fmt: skip
+        Fn_compute_blocks=1,
+        Bn_compute_blocks=0,
+        residual_diff_threshold=threshold,
+        max_warmup_steps=warmup,
+        max_continuous_cached_steps=-1 if cap is None else cap,
+    )
     cache_dit.enable_cache(pipe, cache_config=config)
     made, hits = theirs(pipe)
     expected, ours_hit = ours(threshold, warmup_steps=warmup, max_consecutive_hits=cap)

@@ -1,4 +1,4 @@
-"""Compile, mostly with the inductor on the CPU, and therefore slow."""
+"""Compile, mostly with inductor on the CPU, so most tests are slow."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOSE = 1e-4
 
 
 def smallest():
-    """A pipeline with one block of each kind, where more of them would only be compiled too."""
+    """A pipeline with one block of each kind; more blocks would only take longer to compile."""
     return tiny_kontext(double_blocks=1, single_blocks=1)
 
 
@@ -75,7 +75,7 @@ def test_a_native_cache_is_refused(pipe):
     from diffusers import FirstBlockCacheConfig
 
     pipe.transformer.enable_cache(FirstBlockCacheConfig())
-    with pytest.raises(PlanError, match="the hooks of native-cache cut the graph"):
+    with pytest.raises(PlanError, match="the hooks of native-cache break the graph"):
         fluxfire.optimize(pipe, [Compile()])
 
 
@@ -83,7 +83,7 @@ def test_model_offload_is_refused_for_the_whole_transformer_alone(pipe):
     from accelerate import cpu_offload_with_hook
 
     cpu_offload_with_hook(pipe.transformer, "cpu")
-    assert not any("cut the graph" in c for c in fluxfire.plan(pipe, [Compile()]).complaints())
+    assert not any("break the graph" in c for c in fluxfire.plan(pipe, [Compile()]).complaints())
     refused = fluxfire.plan(pipe, [Compile(region="transformer")])
     assert "model-offload" in refused.complaints()[0]
 
@@ -108,8 +108,8 @@ def test_blocks_share_graphs_and_report_them(reference):
     assert np.abs(edit(pipe) - reference).max() < CLOSE
     edit(pipe)
     first, second = fluxfire.report(pipe).runs
-    # One graph for the double blocks; two for the single ones, of which the first gets
-    # its streams apart and the others get views of one tensor.
+    # One graph for the double blocks, two for the single ones: the first single block gets
+    # separate streams, the others get views of one tensor.
     assert (first.compiles, first.recompiles, first.graph_breaks) == (3, 1, 0)
     assert (second.compiles, second.recompiles) == (0, 0)
     fluxfire.restore(pipe)
@@ -147,7 +147,7 @@ def test_the_vae_too():
 
 @pytest.mark.slow
 def test_a_lora_scale_under_compile_is_right():
-    """Python floats that became symbolic were once baked into graphs by torch's caches."""
+    """torch's caches once stored symbolic Python floats as constants in graphs."""
     from passes.test_qkv_fusion import with_lora
 
     plain = with_lora(smallest())
@@ -230,7 +230,7 @@ def test_the_text_encoders_too():
     assert np.abs(edit(pipe) - plain).max() < CLOSE
     edit(pipe)
     first, second = fluxfire.report(pipe).runs
-    # One graph for CLIP's layers; two for T5's, of which the first computes the position bias.
+    # One graph for CLIP's layers; two for T5's, since its first layer computes the position bias.
     assert (first.compiles, first.graph_breaks, second.compiles) == (2 + 3, 0, 0)
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), plain)

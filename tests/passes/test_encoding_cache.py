@@ -1,4 +1,4 @@
-"""EncodingCache: known again to the last bit, and never after anything changed."""
+"""EncodingCache: bitwise the same results, and no cached result after any change."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def test_hits_are_bitwise(kind, call):
         assert np.array_equal(edit(pipe, **call), plain)
     hits, misses, picture_hits, picture_misses = told(pipe)
     prompts = 2 if call is GUIDED else 1
-    assert (hits, misses) == (4 * prompts, 2 * prompts)  # of CLIP and of T5
-    masked = kind == "inpaint"  # it encodes the picture without what the mask covers, too
+    assert (hits, misses) == (4 * prompts, 2 * prompts)  # one of CLIP, one of T5
+    masked = kind == "inpaint"  # it also encodes the picture without the masked region
     assert picture_misses == 1 + masked
     assert picture_hits >= 2
 
@@ -50,7 +50,7 @@ def test_one_picture_and_many_prompts(pipe):
     assert told(pipe) == [2, 4, 2, 1]
     with phases(pipe) as watched:
         edit(pipe)
-    assert watched.seconds()["reference encoding"] > 0  # that of looking it up
+    assert watched.seconds()["reference encoding"] > 0  # the lookup itself
     assert told(pipe)[2:] == [3, 1]
 
 
@@ -67,7 +67,7 @@ def replaced(pipe):
 
 
 def edited(pipe):
-    """As merging a LoRA does: past the version counter, in the same storage."""
+    """Change a weight as merging a LoRA does: same storage, version counter unchanged."""
     for module in (pipe.text_encoder, pipe.text_encoder_2, pipe.vae):
         for weight in module.parameters():
             weight.data += 0.01
@@ -94,7 +94,7 @@ def test_what_other_weights_made_does_not_count(pipe, change):
     change(other)
     edit(other)
     assert np.array_equal(edit(pipe), edit(other))
-    assert told(pipe)[0] <= 1  # CLIP's, where only T5 was replaced
+    assert told(pipe)[0] <= 1  # CLIP's results stay, since only T5 was replaced
     assert told(pipe)[2] == 0
 
 
@@ -237,7 +237,7 @@ def scaling(pipe):
 
 
 def shift(pipe):
-    for factor in (0.8, 0.9):  # twice: the third configuration may lie where the first one did
+    for factor in (0.8, 0.9):  # twice: the third configuration may have the address of the first
         pipe.vae.register_to_config(shift_factor=factor)
 
 
@@ -339,7 +339,7 @@ CHANGES = [
 
 
 def drawn(pipe, **call):
-    torch.manual_seed(5)  # for what draws, as dropout does
+    torch.manual_seed(5)  # for random layers, such as dropout
     return edit(pipe, steps=1, **call)
 
 
@@ -445,11 +445,11 @@ def test_encoders_are_not_kept_alive(pipe):
     gc.collect()
     assert [ref() for ref in gone] == [None, None]
     facts = fluxfire.report(pipe).passes[0].facts
-    assert (facts["prompts_kept"], facts["pictures_kept"]) == (1, 0)  # CLIP's
+    assert (facts["prompts_kept"], facts["pictures_kept"]) == (1, 0)  # CLIP's results
 
 
 def test_settings():
-    with pytest.raises(ValueError, match="prompts=-1; it must be a whole number from 0 on"):
+    with pytest.raises(ValueError, match="prompts=-1; it must be a whole number, 0 or more"):
         EncodingCache(prompts=-1)
     with pytest.raises(ValueError, match="has nothing to keep"):
         EncodingCache(prompts=0, pictures=0)

@@ -1,4 +1,4 @@
-"""FirstBlockCache: decisions, memory, batches, branches, and getting out again."""
+"""FirstBlockCache: decisions, cached tensors, batches, branches, and undo."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_hit_runs_the_first_block_alone():
 
 
 def test_distances_are_those_of_the_first_block(pipe):
-    """Recomputed from what forward hooks see on a plain pipeline."""
+    """Compared with distances computed from forward hooks on a plain pipeline."""
     seen = []
     block = pipe.transformer.transformer_blocks[0]
     block.register_forward_hook(
@@ -146,7 +146,7 @@ def test_warm_up_and_tail_are_shares_of_the_schedule(warmup, tail, steps, expect
     st.none() | st.integers(1, 5), st.integers(1, 60),
 )  # fmt: skip
 def test_the_most_hits_are_those_of_a_threshold_without_bound(warmup, tail, of, cap, steps):
-    """Walked step by step, as a generation does."""
+    """Compared with a step-by-step count."""
     cache = FirstBlockCache(
         1e9, warmup_steps=warmup, tail_steps=tail, of_steps=of, max_consecutive_hits=cap
     )
@@ -161,7 +161,7 @@ def test_the_most_hits_are_those_of_a_threshold_without_bound(warmup, tail, of, 
 
 
 def test_the_defaults_are_careful():
-    """Within what others measured on the real model: see the docstring."""
+    """They are no bolder than the settings that others measured on the real model."""
     cache = FirstBlockCache()
     assert (cache.threshold, cache.predict) == (0.12, "linear")
     assert 28 - cache.most_hits(28) == 16
@@ -170,7 +170,7 @@ def test_the_defaults_are_careful():
 
 
 def lagrange(points, t):
-    """The polynomial through the points, at t, each point weighed."""
+    """Return the polynomial through the points at t, by Lagrange's formula."""
     total = 0.0
     for i, (ti, value) in enumerate(points):
         weight = 1.0
@@ -183,7 +183,7 @@ def lagrange(points, t):
 @pytest.mark.parametrize("steps", [(3,), (2, 4, 5)])
 @pytest.mark.parametrize("predict", ["hold", "linear", "quadratic"])
 def test_what_a_hit_adds(steps, predict):
-    """The run through the blocks redone by hand, in a wrapper-free plain transformer."""
+    """Compared with blocks that are run by hand, on a plain transformer without wrappers."""
     pipe = cached(schedule=steps, predict=predict)
     made = edit(pipe, steps=7)
     plain = tiny_kontext()
@@ -219,7 +219,7 @@ def test_what_a_hit_adds(steps, predict):
 
 
 def test_lines_are_drawn_through_exact_noise_levels():
-    """In bfloat16 the timesteps that the transformer gets are rounded; the line's are not."""
+    """bfloat16 rounds the timesteps that the transformer gets, but not the sigmas of the line."""
     pipe = tiny_kontext(dtype=torch.bfloat16)
     seen = []
 
@@ -255,7 +255,7 @@ def test_the_branches_of_true_cfg_do_not_mix():
 
 
 def batch(n):
-    """Prompts and noise so different that samples decide differently."""
+    """Return prompts and noise that differ so much that samples decide differently."""
     words = ["make it night", "x", "a very long instruction, with many words in it", "?!"]
     return words[:n], [torch.Generator().manual_seed(10 + i) for i in range(n)]
 

@@ -1,4 +1,4 @@
-"""Float8: which layers, whose weights, and the way back."""
+"""Float8: quantized layers, original weights, and undo."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fluxfire import modules, spark
 from fluxfire.bench import compare
 from fluxfire.environment import Environment
 from fluxfire.errors import FluxfireError, PlanError
-from fluxfire.kernels.float8 import FLOAT8
+from fluxfire.kernels.float8 import E4M3
 from fluxfire.passes import Compile, Float8, FusedBlocks, QKVFusion
 from fluxfire.passes.float8 import Float8Linear, Float8Product
 from fluxfire.protocol import Target
@@ -25,7 +25,7 @@ from passes.test_qkv_fusion import with_lora
 
 
 def quantized(pipe):
-    """Names of the layers whose product is in float8."""
+    """Return the names of the layers with a float8 product."""
     return {
         name
         for name, module in pipe.transformer.named_modules()
@@ -43,7 +43,7 @@ def test_the_rule_which_layers(pipe):
     assert quantized(pipe) == expected
     for module in pipe.transformer.modules():
         if isinstance(module, Float8Product):
-            assert module.weight.dtype is FLOAT8
+            assert module.weight.dtype is E4M3
 
 
 def test_a_product_is_that_of_the_rounded_numbers(pipe):
@@ -58,7 +58,7 @@ def test_a_product_is_that_of_the_rounded_numbers(pipe):
     with torch.no_grad():
         made = linear(x)
     assert 0 < (made - plain).norm() < 0.06 * plain.norm()
-    assert (made - exact).norm() < 0.04 * exact.norm()  # x is rounded, too
+    assert (made - exact).norm() < 0.04 * exact.norm()  # x is rounded as well
 
 
 def test_files_are_those_of_the_plain_pipeline(pipe, tmp_path):
@@ -91,7 +91,9 @@ def test_dropped_originals(generate, reference):
     if not generate:
         fluxfire.restore(pipe)
         assert np.array_equal(edit(pipe), reference)
-        assert differences(before, fingerprint(pipe)) != []  # a first call leaves its marks
+        assert (
+            differences(before, fingerprint(pipe)) != []
+        )  # a first call adds attributes of its own
         return
     picture = edit(pipe)
     assert 0 < np.abs(picture - reference).max() < 0.1
@@ -174,7 +176,7 @@ def test_what_is_known_of_dropped_weights(dropped):
     transformer.requires_grad_(False)
     transformer.zero_grad()
     gone = transformer.single_transformer_blocks[0].proj_mlp.weight
-    assert repr(gone) == "Gone(shape=(192, 48), dtype=torch.float32)"
+    assert repr(gone) == "DroppedWeight(shape=(192, 48), dtype=torch.float32)"
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -186,7 +188,7 @@ def test_dropped_weights_are_loaded_again(dropped, assign):
 
 @pytest.mark.parametrize("assign", [False, True])
 def test_dropped_weights_are_loaded_in_part(dropped, assign):
-    """Those of a product go together; others, and all that is not quantized, need not."""
+    """Weights of one fused product must be loaded together; other weights need not."""
     state = doubled()
     parts = ("blocks.1.", "proj_mlp", "norm.linear", "x_embedder", "bias")
     part = {k: v for k, v in state.items() if any(x in k for x in parts)}
@@ -209,7 +211,7 @@ def test_a_state_of_another_shape_leaves_dropped_weights_alone(dropped):
 
 
 def test_a_lora_beside_dropped_weights(dropped):
-    """On what is not quantized it works; on what is it is refused, and can be taken off."""
+    """On layers that are not quantized it works. On quantized ones it is refused, and removable."""
 
     def add(pipe, target):
         torch.manual_seed(0)
@@ -243,7 +245,7 @@ def test_a_layer_with_a_lora_keeps_its_weights(reference):
 
 @pytest.mark.parametrize("target", ["to_q", "add_v_proj", "to_add_out"])
 def test_a_lora_on_one_projection_leaves_its_neighbours_alone_in_float8(target):
-    """Diffusers knows only of all projections fused, text's and image's, or none."""
+    """diffusers calls either all fused projections, of text and image, or none."""
 
     def made():
         pipe = tiny_kontext()
@@ -276,7 +278,7 @@ def test_a_lora_that_comes_later_is_refused_by_name(pipe):
 
 
 def test_hooks(pipe):
-    """Heard where a layer is called, and refused by name where it is not."""
+    """A hook runs if the layer is called, and is refused by name if it is not."""
     block = pipe.transformer.single_transformer_blocks[0]
     block.attn.to_q.register_forward_hook(lambda *_: None)
     fluxfire.optimize(pipe, [Float8(), FusedBlocks()])
@@ -315,7 +317,7 @@ def test_refusals(pipe):
         "the projections are fused already; leave the fusion out: Float8 fuses",
         "the weights are quantized already; use one quantization",
         (
-            "the weights are moved while the pipeline runs (sequential-offload); "
+            "offloading moves the weights while the pipeline runs (sequential-offload); "
             "float8 halves them: take the offloading off"
         ),
     ]
@@ -336,7 +338,7 @@ def test_casts_leave_float8_alone(pipe):
     product = pipe.transformer.single_transformer_blocks[0].proj_mlp.product
     weight = product.weight.float()
     pipe.to(torch.bfloat16)
-    assert product.weight.dtype is FLOAT8
+    assert product.weight.dtype is E4M3
     assert torch.equal(product.weight.float(), weight)
     assert product.bias.dtype is torch.bfloat16
     assert product.scale.dtype is torch.float32

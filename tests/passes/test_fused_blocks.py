@@ -1,4 +1,4 @@
-"""FusedBlocks: plain Flux's arithmetic where it can, diffusers' own where it cannot."""
+"""FusedBlocks: the arithmetic of the kernels, and the fallback to diffusers' own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSE = 1e-5
 
 @pytest.fixture
 def norms(monkeypatch):
-    """Count the calls of the operator that every fused block begins with."""
+    """Count the calls of the operator that every fused block starts with."""
     calls = []
     plain = module.modulated_norm
 
@@ -93,7 +93,7 @@ def test_a_lora_has_its_effect_whichever_came_first(first, reference):
 
 
 def test_offloading_layer_by_layer(pipe, reference):
-    """Refused where it is there, and diffusers' own way where it comes later."""
+    """Refused if it is enabled before; a fallback to diffusers' own if it is enabled later."""
     from accelerate import cpu_offload
 
     fluxfire.optimize(pipe, [FusedBlocks()])
@@ -103,8 +103,8 @@ def test_offloading_layer_by_layer(pipe, reference):
     found = FusedBlocks().check(Target(pipe, environment(), traits=frozenset({"group-offload"})))
     assert [str(f) for f in found] == [
         (
-            "weights are swapped layer by layer while the pipeline runs (group-offload), and the "
-            "kernels read several layers at once; use enable_model_cpu_offload() or none"
+            "offloading moves weights layer by layer while the pipeline runs (group-offload), "
+            "and the kernels read several layers at once; use enable_model_cpu_offload() or none"
         )
     ]
 
@@ -143,7 +143,7 @@ def test_a_hook_taken_off_is_forgotten(pipe, norms):
 
 
 def test_a_quantized_layer_is_called_as_it_is(pipe, reference):
-    """As torchao leaves it: a plain layer whose weight is a tensor of another kind."""
+    """torchao leaves a plain layer whose weight is a tensor subclass."""
 
     class Quantized(torch.Tensor):
         pass
@@ -179,3 +179,78 @@ def test_a_block_stays_one_graph_at_any_size():
     assert [run.graph_breaks for run in runs] == [0, 0, 0]
     assert runs[0].compiles <= 3  # double, single, and single after a single
     assert runs[2].compiles == 0  # the second size made the graphs dynamic
+
+
+def _affine(norm):
+    made = torch.nn.LayerNorm(norm.normalized_shape, eps=norm.eps)
+    made.weight.data.fill_(2.0)
+    made.bias.data.fill_(0.5)
+    return made
+
+
+class Wrapper(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args, **kwargs):
+        return self.inner(*args, **kwargs) * 1.5
+
+
+def _of_a_subclass(of):
+    """Turn a module into an instance of a subclass with its own forward."""
+
+    def forward(self, *args, **kwargs):
+        out = type(of).__mro__[0].__bases__[0].forward(self, *args, **kwargs)
+        return (out[0] * 1.5, *out[1:]) if isinstance(out, tuple) else out * 1.5
+
+    of.__class__ = type("Own", (of.__class__,), {"forward": forward})
+
+
+def _head_norm(block):
+    block.attn.norm_q = torch.nn.LayerNorm(block.attn.norm_q.normalized_shape)
+
+
+def _double(change):
+    def on(pipe):
+        for block in pipe.transformer.transformer_blocks:
+            change(block)
+
+    return on
+
+
+def _single(change):
+    def on(pipe):
+        for block in pipe.transformer.single_transformer_blocks:
+            change(block)
+
+    return on
+
+
+OTHER_PARTS = {
+    "an affine norm2": _double(lambda b: setattr(b, "norm2", _affine(b.norm2))),
+    "an affine norm": _single(lambda b: setattr(b.norm, "norm", _affine(b.norm.norm))),
+    "an adapter behind an MLP": _double(lambda b: b.ff.net.append(Wrapper(torch.nn.Identity()))),
+    "an MLP within another module": _double(lambda b: setattr(b, "ff", Wrapper(b.ff))),
+    "an MLP of a subclass": _double(lambda b: _of_a_subclass(b.ff)),
+    "an attention of a subclass": _single(lambda b: _of_a_subclass(b.attn)),
+    "a norm of a subclass": _double(lambda b: _of_a_subclass(b.norm1)),
+    "another head norm": _double(_head_norm),
+    "another head norm, single": _single(_head_norm),
+}
+
+
+@pytest.mark.parametrize("what", OTHER_PARTS)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_parts_that_are_not_flux_s_run_as_in_diffusers(pipe, what, when):
+    plain, before = tiny_kontext(), edit(pipe)
+    if when == "after":
+        fluxfire.optimize(pipe, [FusedBlocks()])
+        edit(pipe)
+    for each in (plain, pipe):
+        OTHER_PARTS[what](each)
+    if when == "before":
+        fluxfire.optimize(pipe, [FusedBlocks()])
+    expected = edit(plain)
+    assert np.abs(expected - before).max() > 1e-4
+    assert np.abs(edit(pipe) - expected).max() < 1e-5

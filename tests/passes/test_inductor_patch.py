@@ -1,4 +1,4 @@
-"""InductorPatch, on a torch that needs it: the unguarded function is put back for the test."""
+"""InductorPatch, on a torch that needs it: the test puts the unguarded function back."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Node:
 
 @pytest.fixture
 def unguarded(monkeypatch):
-    """Bring back what torch 2.7 to 2.12 do: ask anything for its size."""
+    """Bring back the function of torch 2.7 to 2.12, which calls `.size()` on anything."""
 
     def same_meta(node1, node2):
         one, two = node1.meta["val"], node2.meta["val"]

@@ -1,4 +1,4 @@
-"""MegaCache: in the process that compiles, and in fresh ones that should not have to."""
+"""MegaCache: in the process that compiles, and in new processes that load."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def fresh(tmp_path, passes, **environ):
     environ |= {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / f"inductor{number}")}
     done = subprocess.run(
         [sys.executable, "-c", FRESH, passes, str(picture)],
-        env=os.environ | environ, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        env=os.environ | environ,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     report = json.loads(done.stdout.splitlines()[-1])
     facts = next(p["facts"] for p in report["passes"] if p["name"] == "mega-cache")
     return facts, report["generations"], np.load(picture), done.stderr
@@ -179,10 +182,13 @@ def test_the_fingerprint_is_the_same_in_every_process(pipe, tmp_path):
     said = {
         subprocess.run(
             [sys.executable, "-c", code],
-            env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert said == {f"{sorted(fingerprint(pipe, ()).items())}\n"}
     pipe.save_pretrained(tmp_path)
     loaded = type(pipe).from_pretrained(tmp_path)
@@ -228,17 +234,17 @@ def test_a_file_that_cannot_be_written_is_a_warning(pipe, tmp_path, path, words,
     (tmp_path / "taken").write_text("a file")
     (tmp_path / "m").mkdir()
     fluxfire.optimize(pipe, [MegaCache(tmp_path / path)])
-    engine = next(e for e in _engines(pipe))
-    engine._new.append(Payload({}, (), 0.0, "", b"x"))
+    store = next(s for s in _stores(pipe))
+    store._new.append(Payload({}, (), 0.0, "", b"x"))
     with pytest.warns(MegaCacheWarning, match=words):
         fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
     assert (tmp_path / "taken").read_text() == "a file"
 
 
-def _engines(pipe):
-    from fluxfire.passes.mega_cache import _Engine
+def _stores(pipe):
+    from fluxfire.passes.mega_cache import _ArtifactStore
 
-    return [one for one in conductor_of(pipe).listeners if isinstance(one, _Engine)]
+    return [one for one in conductor_of(pipe).listeners if isinstance(one, _ArtifactStore)]
 
 
 def test_a_list_that_compiles_nothing_is_remarked_on(pipe, tmp_path):
@@ -255,10 +261,13 @@ def test_the_article_keeps_its_artifacts_in_the_users_cache_folder(tmp_path, mon
 @pytest.mark.parametrize(
     ("path", "error"),
     [
-        (3, TypeError), ("", ValueError), (" ", ValueError), ("a\0b", ValueError),
+        (3, TypeError),
+        ("", ValueError),
+        (" ", ValueError),
+        ("a\0b", ValueError),
         ("~nobody-of-that-name/m", ValueError),
     ],
-)  # fmt: skip
+)
 def test_bad_paths(path, error):
     with pytest.raises(error, match="path="):
         MegaCache(path)
@@ -289,7 +298,7 @@ def test_whatever_torch_raises_is_a_warning(pipe, tmp_path, reference, monkeypat
 
 
 def loads(blob):
-    """By what torch finds what it would load of a blob."""
+    """Return torch's keys of the artifacts in a blob."""
     artifacts = CacheArtifactManager.deserialize(blob) if blob else {}
     return {(kind, a.key) for kind, some in artifacts.items() for a in some}
 
@@ -344,13 +353,13 @@ def test_what_cannot_be_recorded_does_not_fail_the_edit(pipe, tmp_path, referenc
 def test_a_pipeline_that_changed_is_looked_up_anew(pipe, tmp_path):
     fluxfire.optimize(pipe, [MegaCache(tmp_path / "m")])
     edit(pipe)
-    (engine,) = _engines(pipe)
-    assert engine._wanted["dtype"] == "torch.float32"
-    engine._known.add(("inductor", "old"))
+    (store,) = _stores(pipe)
+    assert store._fingerprint["dtype"] == "torch.float32"
+    store._known.add(("inductor", "old"))
     pipe.to(torch.bfloat16)
     edit(pipe)
-    assert engine._wanted["dtype"] == "torch.bfloat16"
-    assert not engine._known
+    assert store._fingerprint["dtype"] == "torch.bfloat16"
+    assert not store._known
 
 
 def test_the_plan_sees_what_the_generation_will(pipe, tmp_path):
@@ -359,10 +368,10 @@ def test_the_plan_sees_what_the_generation_will(pipe, tmp_path):
     wanted = fingerprint(pipe, tuple(map(configured, passes)))
     fluxfire.optimize(pipe, passes)
     seen = []
-    engine = _engines(pipe)[0]
-    load = engine._load
-    engine._load = lambda: seen.append(dict(engine._wanted)) or load()
-    with pytest.raises(RuntimeError, match="enough"), engine.on_generation(conductor_of(pipe)):
+    store = _stores(pipe)[0]
+    load = store._load
+    store._load = lambda: seen.append(dict(store._fingerprint)) or load()
+    with pytest.raises(RuntimeError, match="enough"), store.on_generation(conductor_of(pipe)):
         raise RuntimeError("enough")
     assert seen == [wanted]
 
@@ -395,14 +404,14 @@ def with_lora():
 
 @pytest.mark.slow
 def test_a_loras_scale_does_not_go_stale_in_the_cache(tmp_path, monkeypatch):
-    """pytorch #194976 bakes floats that were symbolic; a LoRA's scale is the one a user varies."""
+    """pytorch #194976 stores symbolic floats as constants; users vary a LoRA's scale."""
 
     def scaled(pipe, scale, **call):
         return edit(pipe, joint_attention_kwargs={"scale": scale}, **call)
 
     plain = with_lora()
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    for scales in ((1.0, 0.5, 0.25), (0.7, 0.2, 0.9)):  # the second time from the cache
+    for scales in ((1.0, 0.5, 0.25), (0.7, 0.2, 0.9)):  # the second time, from the cache
         torch.compiler.reset()
         pipe = fluxfire.optimize(with_lora(), [Compile()])
         for scale in scales:

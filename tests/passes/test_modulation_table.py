@@ -1,7 +1,8 @@
-"""ModulationTable: whose steps it knows, what it looks up, and what it leaves behind."""
+"""ModulationTable: known and unknown time steps, table rows, and undo."""
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxKontextPipeline
+from peft import LoKrConfig
 
 import fluxfire
 from fluxfire.errors import FluxfireError
@@ -55,7 +57,7 @@ def test_inpainting_begins_later(strength):
 
 
 def test_embeddings_are_bitwise_the_plain_ones():
-    """In bfloat16, where the pipeline rounds time steps: each block's modulations, step by step."""
+    """In bfloat16 the pipeline rounds time steps; each block's modulations agree at each step."""
     seen = []
 
     def watch(pipe):
@@ -87,13 +89,13 @@ def test_embeddings_are_bitwise_the_plain_ones():
 def test_steps_that_are_not_the_schedulers_are_computed(pipe, monkeypatch):
     plain = edit(pipe)
     fluxfire.optimize(pipe, [ModulationTable()])
-    monkeypatch.setattr(module._Table, "_times", lambda *_: None)
+    monkeypatch.setattr(module._Tables, "_times", lambda *_: None)
     assert np.array_equal(edit(pipe), plain)
     assert facts(pipe) == {"tables": 0, "without": 1}
 
 
 class Wandering(FlowMatchEulerDiscreteScheduler):
-    """Forgets which time steps it gave out, where it begins or at the step that it is told."""
+    """Replaces its time steps at the start, or at a given step."""
 
     forgets_at = 0
 
@@ -122,7 +124,7 @@ def test_a_scheduler_that_forgets_its_steps(pipe):
 
 
 class Departing(FluxKontextPipeline):
-    """Goes its own way half-way: there its time steps are copies of the scheduler's."""
+    """Uses copies of the scheduler's time steps from the middle on."""
 
     @property
     def current_timestep(self):
@@ -165,18 +167,18 @@ def test_weights_in_host_memory_that_offloading_takes_are_refused(pipe):
 
 def test_nothing_is_kept_also_after_an_exception(pipe):
     fluxfire.optimize(pipe, [ModulationTable()])
-    (table,) = [x for x in pipe._fluxfire_conductor.listeners if isinstance(x, module._Table)]
+    (table,) = [x for x in pipe._fluxfire_conductor.listeners if isinstance(x, module._Tables)]
     rows = []
 
     def stop(pipe, step, timestep, kwargs):
-        rows.extend(weakref.ref(t) for t in table._rows["cond"].blocks)
+        rows.extend(weakref.ref(t) for t in table._by_branch["cond"].blocks)
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         edit(pipe, callback_on_step_end=stop)
     gc.collect()
     assert rows
-    assert table._rows == {}
+    assert table._by_branch == {}
     assert all(row() is None for row in rows)
 
 
@@ -231,3 +233,80 @@ def test_rows_enter_compiled_blocks_as_tensors():
     first, second = fluxfire.report(pipe).runs
     assert (first.recompiles, first.graph_breaks) <= (1, 0)
     assert second.compiles == 0
+
+
+def other_layer(pipe, step, kept):
+    if step == 0:
+        norm = pipe.transformer.transformer_blocks[0].norm1
+        kept.append(norm.linear)  # keeps it alive, to put it back later
+        new = torch.nn.Linear(norm.linear.in_features, norm.linear.out_features)
+        torch.nn.init.constant_(new.weight, 0.05)
+        torch.nn.init.zeros_(new.bias)
+        norm.linear = new
+
+
+def other_layer_edited(pipe, step, kept):
+    other_layer(pipe, step, kept)
+    if step == 1:
+        pipe.transformer.transformer_blocks[0].norm1.linear.weight.data.mul_(-2)
+
+
+def embedder(pipe, step, kept):
+    embed = pipe.transformer.time_text_embed
+    if step == 0:
+        kept.append(embed.timestep_embedder)
+        embed.timestep_embedder = copy.deepcopy(embed.timestep_embedder)
+        embed.timestep_embedder.linear_2.weight.data.mul_(3)
+
+
+def pooled_text(pipe, step, kept):
+    kept[0].mul_(3)
+
+
+def time_steps(pipe, step, kept):
+    if step == 0:
+        pipe.scheduler.timesteps[1:] *= 0.5
+
+
+def adapter_off(pipe, step, kept):
+    if step == 0:
+        pipe.transformer.disable_adapters()
+
+
+BETWEEN_STEPS = [other_layer, other_layer_edited, embedder, pooled_text, time_steps, adapter_off]
+
+
+@pytest.mark.parametrize("change", BETWEEN_STEPS)
+def test_changes_by_a_step_callback(pipe, change):
+    plain = tiny_kontext()
+    config = plain.transformer.config
+
+    def run(of, change=None):
+        pooled = torch.ones(1, config.pooled_projection_dim)
+        kept = [pooled]
+
+        def callback(_, step, *__):
+            if change is not None:
+                change(of, step, kept)
+            return {}
+
+        return edit(
+            of,
+            prompt=None,
+            prompt_embeds=torch.ones(1, 24, config.joint_attention_dim),
+            pooled_prompt_embeds=pooled,
+            num_inference_steps=4,
+            callback_on_step_end=callback,
+        )
+
+    if change is adapter_off:
+        for each in (plain, pipe):
+            targets = r"transformer_blocks\.0\.norm1\.linear"
+            torch.manual_seed(0)
+            config_ = LoKrConfig(r=2, alpha=8, target_modules=targets, init_weights=False)
+            each.transformer.add_adapter(config_)
+    before = run(copy.deepcopy(plain))
+    fluxfire.optimize(pipe, [ModulationTable()])
+    expected = run(plain, change)
+    assert np.abs(expected - before).max() > 1e-4
+    assert np.abs(run(pipe, change) - expected).max() < CLOSE

@@ -1,4 +1,4 @@
-"""ParaAttention: para-attn itself is the oracle, repaired as in test_cache_oracles."""
+"""ParaAttention, compared with para-attn itself, which is repaired as in test_cache_oracles."""
 
 from __future__ import annotations
 
@@ -55,9 +55,11 @@ def test_pixels_and_hits_are_para_attentions(para_attn, threshold, options, sett
 def test_true_cfg_is_its_alternating_cache(para_attn, alter):
     cfg = {"negative_prompt": "dull colours", "true_cfg_scale": 2.0}
     pipe = para_attn(
-        own_class(), residual_diff_threshold=0.33, enable_alter_cache=True,
+        own_class(),
+        residual_diff_threshold=0.33,
+        enable_alter_cache=True,
         alter_residual_diff_threshold=alter,
-    )  # fmt: skip
+    )
     made = edit(pipe, steps=STEPS, **cfg)
     expected, decisions = ours(ParaAttention(0.33, alter_threshold=alter), **cfg)
     assert np.array_equal(made, expected)
@@ -96,7 +98,7 @@ def test_without_para_attn_it_is_refused_with_what_to_do(monkeypatch):
     assert 'para-attn is not installed; pip install "fluxfire[para-attn]"' in said[0]
 
 
-@pytest.mark.parametrize("name", ["threshold", "alter_threshold", "warmup_steps"])
+@pytest.mark.parametrize("name", ["threshold", "alter_threshold"])
 def test_settings_that_make_no_sense(name):
     with pytest.raises(ValueError, match=f"{name}=-1; it must be 0 or more"):
         ParaAttention(**{name: -1})

@@ -1,4 +1,4 @@
-"""QKVFusion: storage, state dicts, and LoRA, against the plain pipeline."""
+"""QKVFusion: storage, state dicts and LoRA, compared with the plain pipeline."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLOSE = 1e-5
 
 
 def lora_weights(pipe, rank=4, seed=5):
-    """Random LoRA weights on attention and feed-forward projections, as a file would hold."""
+    """Random LoRA weights for attention and feed-forward projections, in a file's format."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for name, module in pipe.transformer.named_modules():
@@ -67,7 +67,7 @@ def test_keys_and_parameters_stay_stock(pipe):
 
 
 def test_the_fused_product_is_used(pipe):
-    """Zeroing the fused weight must show, or nothing was fused."""
+    """Zeroing the fused weight must change the picture, or nothing was fused."""
     fluxfire.optimize(pipe, [QKVFusion()])
     picture = edit(pipe)
     pipe.transformer.transformer_blocks[0].attn.to_qkv.weight.zero_()

@@ -1,4 +1,4 @@
-"""ReferenceCache: which steps refresh, what the others compute, and getting out again."""
+"""ReferenceCache: refresh steps, the steps between them, and undo."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 import fluxfire
 from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.kontext import KONTEXT
-from fluxfire.kontext.attention import KeepingAttnProcessor, Kept
+from fluxfire.kontext.attention import ReferenceAttnProcessor, ReferenceKV
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -36,11 +36,11 @@ from passes.test_first_block_cache import hits as hits_of
 from passes.test_qkv_fusion import with_lora
 
 CLOSE = 1e-5
-TOKENS = 64  # of the noise, and as many of the reference
+TOKENS = 64  # noise tokens, and as many reference tokens
 CFG = {"negative_prompt": "dull colours", "true_cfg_scale": 2.0}
 TWO = {"num_images_per_prompt": 2}
 EVERY = ReferenceCache(schedule=range(99))
-NEVER = 9.0  # more than the noise level can fall
+NEVER = 9.0  # more than the sigma can fall
 
 
 def cached(*args, **settings):
@@ -56,7 +56,7 @@ def refreshed(pipe, branch="cond", sample=0):
 
 
 class ByHand:
-    """diffusers' attention, which keeps the reference's keys and values at some steps."""
+    """diffusers' attention with a reference KV cache written by hand."""
 
     def __init__(self, state):
         self.state, self.kept = state, {}
@@ -93,7 +93,7 @@ class ByHand:
 
 
 def by_hand(pipe, due, branches=1):
-    """Have a plain pipeline compute the reference at the steps that are due alone."""
+    """Make a plain pipeline compute the reference at the refresh steps only."""
     state = {"calls": 0}
     blocks = KONTEXT.blocks(pipe.transformer)
 
@@ -157,7 +157,7 @@ def test_inpainting_with_a_reference():
 
 @pytest.mark.parametrize("call", [{}, TWO], ids=["one", "batch"])
 def test_a_reference_is_kept_in_float8_too(call):
-    """Where all steps refresh, float8's own picture; between refreshes, one near the oracle's."""
+    """With only refreshes the picture is float8's own; else it is near the oracle's."""
     float8 = edit(fluxfire.optimize(tiny_kontext(), [Attention("fa3-fp8")]), steps=4, **call)
     pipe = fluxfire.optimize(tiny_kontext(), [Attention("fa3-fp8"), EVERY])
     assert np.array_equal(edit(pipe, steps=4, **call), float8)
@@ -203,7 +203,7 @@ def test_steps_refresh_by_noise_level_or_schedule(shared, steps, spacing, ends, 
 
 
 def test_drift_is_what_changed_of_what_the_first_block_adds_to_the_reference():
-    """Recomputed from a plain pipeline's hooks: up to the second refresh nothing differs there."""
+    """Compared with a plain pipeline's hooks; up to the second refresh both compute the same."""
     pipe = cached(NEVER, drift=1e9)
     seen = []
     pipe.transformer.transformer_blocks[0].register_forward_hook(
@@ -228,7 +228,7 @@ def test_drift_is_what_changed_of_what_the_first_block_adds_to_the_reference():
 
 @pytest.mark.parametrize("others", [[], [FusedBlocks()], [Attention("fa3-fp8")]], ids=str)
 def test_every_sample_of_a_batch_is_what_it_is_alone(others):
-    """Drifts lie so that samples refresh at different steps."""
+    """The drifts differ, so that samples refresh at different steps."""
     passes = [*others, ReferenceCache(NEVER, drift=0.31)]
     call, tolerance = partial(edit, steps=10), 5e-2 if Attention("fa3-fp8") in others else CLOSE
     together = fluxfire.optimize(tiny_kontext(), passes)
@@ -256,7 +256,7 @@ def test_without_a_reference_nothing_is_kept(pipe):
 
 def keeping():
     gc.collect()
-    return [x for x in gc.get_objects() if type(x) is Kept]
+    return [x for x in gc.get_objects() if type(x) is ReferenceKV]
 
 
 def test_nothing_is_kept_after_a_generation_even_one_that_raised(pipe):
@@ -302,7 +302,7 @@ def test_a_refresh_that_a_hit_left_out_is_made_up_for(reverse, by, expected):
 
 @pytest.mark.parametrize("reverse", [False, True])
 def test_so_is_one_that_drift_asked_for(reverse):
-    """The step that has drifted furthest hits; measured from there the next has not drifted."""
+    """The step with the largest drift hits. The next step has no drift relative to it."""
     probe = cached(NEVER, drift=1e9)
     edit(probe, steps=7)
     drifts = [0.0, *(r.drifts[0] for r in refreshes(probe)[1:])]
@@ -357,7 +357,7 @@ def test_a_lora_has_its_effect(scale):
 
 
 def test_controlnet_residuals_reach_the_noise_alone_between_refreshes(monkeypatch):
-    """No pipeline of diffusers for Kontext has them, so they are slipped in."""
+    """No Kontext pipeline of diffusers supports ControlNet; the test adds the residuals itself."""
     width = tiny_kontext().transformer.inner_dim
     generator = torch.Generator().manual_seed(0)
     samples = {
@@ -374,7 +374,7 @@ def test_controlnet_residuals_reach_the_noise_alone_between_refreshes(monkeypatc
     forward = stock.transformer.forward
     stock.transformer.forward = lambda *a, **k: forward(*a, **k, **samples)
     assert np.array_equal(edit(every), edit(stock))
-    # By hand only the noise's rows are added, since diffusers would add them all.
+    # The oracle adds the residuals of the noise tokens only; diffusers would add all of them.
     hand = by_hand(tiny_kontext(), [0])
     for index, block in enumerate(KONTEXT.blocks(hand.transformer)):
         kind = "block_samples" if index < 2 else "single_block_samples"
@@ -475,7 +475,7 @@ def test_refreshes_and_the_steps_between_are_a_graph_each(others):
 
 @pytest.mark.slow
 def test_batches_that_refresh_in_part_stay_compiled():
-    """Their graphs are more than the 8 that dynamo would allow."""
+    """They need more than the 8 graphs that dynamo allows by default."""
     if "recompile_limit" not in inspect.signature(torch.compile).parameters:
         pytest.skip("this torch has no limit of a compilation's own")
     by = ReferenceCache(NEVER, drift=0.31)
@@ -490,28 +490,28 @@ def test_batches_that_refresh_in_part_stay_compiled():
 
 
 def test_a_warmup_run_with_a_drift_makes_the_graphs_of_a_batch(monkeypatch):
-    """Whose due samples are told by a tensor, even where all are."""
+    """With a drift a batch has a refresh mask even if all samples refresh."""
     pipe = fluxfire.optimize(tiny_kontext(), [ReferenceCache(0.2, drift=0.31, tail_steps=2)])
     ways = set()
-    attend = KeepingAttnProcessor._attend
+    attend = ReferenceAttnProcessor._attend
 
     def seen(self, attn, image, text, *more):
-        kept = more[-1]
-        ways.add((text is None, kept.fresh, kept.due is None))
+        kv = more[-1]
+        ways.add((text is None, kv.extract, kv.refresh_mask is None))
         return attend(self, attn, image, text, *more)
 
-    monkeypatch.setattr(KeepingAttnProcessor, "_attend", seen)
+    monkeypatch.setattr(ReferenceAttnProcessor, "_attend", seen)
     prompts, generators = batch(3)
     fluxfire.warmup(pipe, [(32, 32)], prompt=prompts, generator=generators, _auto_resize=False)
     warmed = set(ways)
     ways.clear()
     edit(pipe, prompt=prompts, generator=batch(3)[1], steps=9)
-    assert len(ways) == 5  # the first block, measured, has no mask
+    assert len(ways) == 5  # the first block, which measures the drift, has no mask
     assert ways <= warmed
 
 
 def test_a_warmup_run_takes_every_way_once():
-    """In two steps, whose noise levels lie far apart: a refresh, then a reuse, and no hit."""
+    """Two steps with distant sigmas: a refresh, then a reuse, and no hit."""
     everything = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
     pipe = fluxfire.optimize(tiny_kontext(), [everything, ReferenceCache(0.01)])
     fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False)

@@ -1,4 +1,4 @@
-"""A pass that leaves the last blocks of the transformer out, once a generation is far enough."""
+"""A pass that skips the last blocks of the transformer in late steps."""
 
 from __future__ import annotations
 
@@ -7,10 +7,21 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fluxfire import Change, Finding, Target, Transaction
-from fluxfire.model import Call, Run, Streams
-from fluxfire.protocol import Exactness, Stage
-from fluxfire.runtime.generation import Generation, Listener, Live
+from fluxfire.extend import (
+    Call,
+    Change,
+    Exactness,
+    Finding,
+    Generation,
+    Listener,
+    Live,
+    Run,
+    Stage,
+    Streams,
+    Target,
+    Trait,
+    Transaction,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,8 +29,8 @@ class SkipTail:
     """Skips the last blocks of the transformer in the last part of the steps.
 
     Attributes:
-        blocks: how many to skip.
-        from_fraction: of a generation's steps, from where on.
+        blocks: how many blocks to skip.
+        from_fraction: where skipping begins, as a fraction of the steps.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -32,7 +43,7 @@ class SkipTail:
     stage: ClassVar[Stage] = "caching"
     slot: ClassVar[str | None] = "block-cache"
     exactness: ClassVar[Exactness] = "lossy"
-    provides: ClassVar[frozenset[str]] = frozenset({"wraps-blocks"})
+    provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset({"from_fraction"})
 
     def __post_init__(self) -> None:
@@ -62,7 +73,7 @@ class SkipTail:
 
 
 class _Skipper(Listener):
-    """What runs in the place of all blocks, and hears where a generation begins."""
+    """Runs in the place of all blocks, and reads the settings when a generation begins."""
 
     def __init__(self, live: Live[SkipTail], keep: int) -> None:
         self.live = live

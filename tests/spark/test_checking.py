@@ -11,7 +11,7 @@ import torch
 from fluxfire.spark import checking, examples
 from fluxfire.spark.edits import KINDS
 from fluxfire.spark.rendering import blur, render
-from fluxfire.spark.sampling import changed
+from fluxfire.spark.sampling import changes_enough
 from fluxfire.spark.scenes import Dice
 
 
@@ -61,7 +61,7 @@ def test_another_instructions_target_never_passes(tasks):
         dice = Dice("other", index)
         edit = list(KINDS.values())[int(dice.below(len(KINDS), 1))]
         edited = edit.apply(task.batch.source, edit.draw(task.batch.source, dice))
-        if not (edited.orderly() & changed(task.batch.source, edited, edit)).all():
+        if not (edited.orderly() & changes_enough(task.batch.source, edited, edit)).all():
             return None
         picture = render(edited)[0]
         return picture if (picture - target(task)).abs().max() > 0.05 else None

@@ -59,11 +59,11 @@ def test_demo_shows_a_cache_unless_told_otherwise(capsys, tmp_path):
     plain, cached = capsys.readouterr().out.splitlines()[2:4]
     assert "3 of 3" in plain
     assert cached.startswith("first-block-cache")
-    assert main([*arguments, "--preset", "fast"]) == 0
+    assert main([*arguments, "--preset", "fast", "--overwrite"]) == 0
     told = capsys.readouterr().out
     own = "threshold=0.15, warmup_steps=6, max_consecutive_hits=3"
     assert f"settings: FirstBlockCache({own})" in told
-    assert main([*arguments, "--preset", "nope"]) == 1
+    assert main([*arguments, "--preset", "nope"]) == 2
     assert "nope" in capsys.readouterr().err
 
 
@@ -78,7 +78,7 @@ def test_demo_takes_a_picture_of_ones_own(capsys, tmp_path):
     assert "of 1" not in out  # there is no target to check against
     with Image.open(output) as grid:
         assert grid.width == 4 * (160 + 4) + 4
-    assert main([*own[:3], "-o", str(output)]) == 1
+    assert main([*own[:3], "-o", str(output)]) == 2
     assert "--image and --prompt go together" in capsys.readouterr().err
 
 
@@ -91,8 +91,9 @@ def test_run_edits_with_spark(capsys, tmp_path):
         assert picture.size == (128, 128)
     told = capsys.readouterr().err
     assert "never learned" not in told
-    assert "knows only drawn scenes of shapes" in told
-    assert main([*arguments[:-1], "add a dragon", "-o", str(output), *QUICK]) == 0
+    assert "It edits drawings of flat shapes" in told
+    again = [*arguments[:-1], "add a dragon", "-o", str(output), "--overwrite"]
+    assert main([*again, *QUICK]) == 0
     assert "Spark never learned 'dragon'" in capsys.readouterr().err
 
 

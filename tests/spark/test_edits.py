@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluxfire.spark import language
 from fluxfire.spark.edits import FREE, KEEP, KINDS, PLACES, WAYS
 from fluxfire.spark.rendering import render
-from fluxfire.spark.sampling import draw_edits, held_out
+from fluxfire.spark.sampling import draw_edits, is_held_out
 from fluxfire.spark.scenes import CANONICAL_SIZE, COLOURS, GROUNDS, SHAPES, STYLES, Dice
 
 SQUARE = (1.0, 1.0)
@@ -101,7 +101,9 @@ def test_held_out_combinations_are_kept_apart(kind):
         out = torch.zeros(len(batch.novel), dtype=torch.bool)
         for role in {"subject", "other"} & batch.choice.keys():
             slot = batch.choice[role]
-            out |= held_out(index, batch.target.of("shape", slot), batch.target.of("colour", slot))
+            out |= is_held_out(
+                index, batch.target.of("shape", slot), batch.target.of("colour", slot)
+            )
         assert (out == expected).all()
         assert (batch.novel == expected).all()
 
@@ -111,7 +113,7 @@ def test_training_sees_every_shape_and_colour_in_every_kind():
         torch.arange(len(SHAPES)), torch.arange(len(COLOURS)), indexing="ij"
     )
     for kind in range(len(KINDS)):
-        out = held_out(kind, shape, colour)
+        out = is_held_out(kind, shape, colour)
         assert (out.sum(1) == 1).all()  # one colour of each shape
         assert not out.all(0).any()
 

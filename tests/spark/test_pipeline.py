@@ -80,9 +80,14 @@ def test_at_its_own_defaults_it_is_diffusers_pipeline(untrained):
         np.random.default_rng(0).integers(0, 256, (128, 128, 3), dtype=np.uint8)
     )
     expected = edit(
-        plain, picture, width=128, height=128, max_area=128 * 128, max_sequence_length=32,
+        plain,
+        picture,
+        width=128,
+        height=128,
+        max_area=128 * 128,
+        max_sequence_length=32,
         _auto_resize=False,
-    )  # fmt: skip
+    )
     assert np.array_equal(edit(untrained, picture), expected)
 
 

@@ -22,9 +22,15 @@ def alone(shape, *, size=0.3, angle=0.0, colour="red", ground="white"):
     scene = draw(1, (1.0, 1.0), Dice(0)).on(n + list(GROUNDS).index(ground))
     scene = replace(scene, present=torch.zeros(1, SLOTS, dtype=torch.bool))
     return scene.put(
-        n * 0, shape=SHAPES.index(shape), tint=PALETTE[[list(COLOURS).index(colour)]],
-        x=0.5, y=0.5, size=size, angle=angle, present=True,
-    )  # fmt: skip
+        n * 0,
+        shape=SHAPES.index(shape),
+        tint=PALETTE[[list(COLOURS).index(colour)]],
+        x=0.5,
+        y=0.5,
+        size=size,
+        angle=angle,
+        present=True,
+    )
 
 
 def cover(scene, side=256):

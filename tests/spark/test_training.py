@@ -18,13 +18,13 @@ from fluxfire.spark.rendering import render
 from fluxfire.spark.sampling import draw_edits
 from fluxfire.spark.scenes import Dice
 from fluxfire.spark.scoring import Score, psnr, summarise
-from fluxfire.spark.training import __main__ as command
-from fluxfire.spark.training import lora
-from fluxfire.spark.training.average import Average, Masters, holding
-from fluxfire.spark.training.clock import Budget, Clock, Log, rate
-from fluxfire.spark.training.data import Encoder, pack, position_ids, rows
-from fluxfire.spark.training.flow import Flow
-from fluxfire.spark.training.vae import train_vae
+from spark_training import __main__ as command
+from spark_training import lora
+from spark_training.average import Average, Masters, holding
+from spark_training.clock import Budget, Clock, Log, rate
+from spark_training.data import Encoder, pack, position_ids, rows
+from spark_training.flow import Flow
+from spark_training.vae import train_vae
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +192,7 @@ def test_one_loss_is_not_averaged_with_other_sizes():
 
 @pytest.mark.slow
 def test_the_vae_learns(tmp_path, monkeypatch):
-    monkeypatch.setattr("fluxfire.spark.training.vae._stock", lambda _: 200)
+    monkeypatch.setattr("spark_training.vae._stock", lambda _: 200)
     vae = model.parts()["vae"]
     log = tmp_path / "log.jsonl"
     train_vae(vae, Budget(40, "steps"), Log(log), "cpu", batch=4)
@@ -208,11 +208,11 @@ def test_training_runs_in_small_and_resumes(tmp_path, parts, monkeypatch):
     weights.save({"vae": parts["vae"]}, tmp_path / "vae.safetensors")  # its training has a test
 
     def run(*budget):
-        """As `python -m fluxfire.spark.training` does."""
+        """Do as `python -m spark_training` does."""
         small = ["--out", str(tmp_path), "--pool", "60", "--batch", "4", "--score", "2"]
         monkeypatch.setattr(sys, "argv", ["training", *small, *budget])
-        monkeypatch.delitem(sys.modules, "fluxfire.spark.training.__main__", raising=False)
-        runpy.run_module("fluxfire.spark.training", run_name="__main__")
+        monkeypatch.delitem(sys.modules, "spark_training.__main__", raising=False)
+        runpy.run_module("spark_training", run_name="__main__")
         return (tmp_path / "spark.safetensors").read_bytes(), (tmp_path / "log.jsonl").read_text()
 
     def spent():

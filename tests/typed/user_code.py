@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Literal, assert_type
 from fastapi import FastAPI
 
 import fluxfire
-from fluxfire import Change, Finding, Pass, Target, Transaction, presets
+from fluxfire import Change, Finding, Pass, Target, presets
 from fluxfire.bench import Tuned, held_out
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
+from fluxfire.extend import Transaction
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, InductorPatch, MegaCache
 from fluxfire.planning.plan import Plan
 from fluxfire.protocol import Exactness, Stage

@@ -1,16 +1,16 @@
-"""Measuring: timings that can be trusted, quality beside controls, and results to commit."""
+"""Benchmarks: reliable timings, image quality compared with controls, and result files."""
 
 from __future__ import annotations
 
-from fluxfire.bench.bisection import Culprit, bisect
+from fluxfire.bench.bisection import BisectResult, bisect
 from fluxfire.bench.budget import Budget
 from fluxfire.bench.contenders import Baseline, Contender, controls, ladder
 from fluxfire.bench.examples import Example, held_out, read_examples
 from fluxfire.bench.intervals import Interval, bootstrap
 from fluxfire.bench.measuring import measure
 from fluxfire.bench.prices import Prices
-from fluxfire.bench.quality import Likeness, Quality, compare
-from fluxfire.bench.results import keeping, load_result, save_result, stamp
+from fluxfire.bench.quality import Quality, Similarity, compare
+from fluxfire.bench.results import load_result, row_saver, save_result, stamp
 from fluxfire.bench.rows import Row
 from fluxfire.bench.timing import Sample, repeat
 from fluxfire.bench.trials import Family, Trial
@@ -19,17 +19,17 @@ from fluxfire.bench.workload import Workload
 
 __all__ = [
     "Baseline",
+    "BisectResult",
     "Budget",
     "Contender",
-    "Culprit",
     "Example",
     "Family",
     "Interval",
-    "Likeness",
     "Prices",
     "Quality",
     "Row",
     "Sample",
+    "Similarity",
     "Trial",
     "Tuned",
     "Workload",
@@ -39,12 +39,12 @@ __all__ = [
     "controls",
     "fewer_steps",
     "held_out",
-    "keeping",
     "ladder",
     "load_result",
     "measure",
     "read_examples",
     "repeat",
+    "row_saver",
     "save_result",
     "stamp",
     "tune",

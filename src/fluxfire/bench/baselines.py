@@ -1,7 +1,7 @@
-"""Other libraries' ways to make a Kontext pipeline faster, at the settings that they advise.
+"""Baselines: other libraries that make a Kontext pipeline faster, at their recommended settings.
 
-Each gets a pipeline of its own (`contenders.apart`): cache-dit leaves the transformer's forward
-replaced, and nobody can restore what torchao quantized.
+Each baseline runs on its own copy of the pipeline (`contenders.separate_copy`): cache-dit leaves
+the transformer's forward replaced, and nobody can undo torchao's quantization.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, ParaAttention
 from fluxfire.protocol import Pass
 from fluxfire.supported import model_of
-from fluxfire.text import extra_hint, meant_hint
+from fluxfire.text import did_you_mean, extra_hint
 
-_ADVISED_STEPS = 28  # the number of steps that the advice for FLUX refers to
+_ADVISED_STEPS = 28  # the number of steps that the recommendations for FLUX assume
 
 
 @dataclass(frozen=True)
 class CacheDit:
-    """cache-dit's DBCache, with one block computed ahead and none after.
+    """cache-dit's DBCache, which computes the first block and none of the last blocks.
 
     The defaults are its documentation's example for FLUX-like models: threshold 0.12, 8 warm-up
     steps, at most 2 cached steps in a row.
 
     Attributes:
         threshold: its `residual_diff_threshold`.
-        taylor: with its TaylorSeer calibrator of order 1, which extrapolates.
+        taylor: whether to use its TaylorSeer calibrator of order 1, which extrapolates.
         warmup_steps: its `max_warmup_steps`; 0 for none.
         max_consecutive_hits: its `max_continuous_cached_steps`; -1 for no limit.
     """
@@ -52,20 +52,24 @@ class CacheDit:
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
-        """Enable its cache."""
+        """Enable cache-dit's cache for the length of a `with` block."""
         import cache_dit
         from cache_dit.caching.block_adapters.adapters import flux_adapter
 
         config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1, Bn_compute_blocks=0, residual_diff_threshold=self.threshold,
+            Fn_compute_blocks=1,
+            Bn_compute_blocks=0,
+            residual_diff_threshold=self.threshold,
             max_warmup_steps=self.warmup_steps,
             max_continuous_cached_steps=self.max_consecutive_hits,
-        )  # fmt: skip
+        )
         more: dict[str, Any] = {}
         if self.taylor:
             more["calibrator_config"] = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=1)
         with _quiet():
-            adapter = flux_adapter(pipe)  # by hand: else it goes by the name of the class
+            adapter = flux_adapter(
+                pipe
+            )  # explicit, because cache-dit recognizes pipelines by class name
             cache_dit.enable_cache(adapter, cache_config=config, **more)
         try:
             yield
@@ -74,12 +78,12 @@ class CacheDit:
                 cache_dit.disable_cache(adapter)
 
     def begin(self, run: Callable[[], object], workload: Workload) -> None:
-        """Do nothing: its cache begins anew with each call of the pipeline."""
+        """Do nothing: the cache resets itself at each call of the pipeline."""
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep cache-dit from printing every layer."""
+    """Keep cache-dit from logging every layer."""
     handlers = [(h, h.level) for h in logging.getLogger("CACHE_DIT").handlers]
     for handler, _ in handlers:
         handler.setLevel(logging.ERROR)
@@ -92,12 +96,12 @@ def _quiet() -> Iterator[None]:
 
 @dataclass
 class MagCache:
-    """diffusers' MagCache, calibrated on one run as its documentation asks.
+    """diffusers' MagCache, calibrated on one run as its documentation recommends.
 
-    It scales its warm-up, a fifth of the steps, by itself.
+    Its warm-up is a fifth of the steps.
 
     Attributes:
-        threshold: the error that may accumulate; diffusers' default.
+        threshold: the largest accumulated error; diffusers' default.
     """
 
     threshold: float = 0.06
@@ -108,7 +112,7 @@ class MagCache:
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
-        """Hold its hooks off until `begin` knows the number of steps, and take them away."""
+        """Disable its cache at the end; `begin` enables it, since it knows the number of steps."""
         self._transformer = pipe.transformer
         try:
             yield
@@ -126,7 +130,7 @@ class MagCache:
             transformer.disable_cache()
         if workload not in self._ratios:
             transformer.enable_cache(MagCacheConfig(calibrate=True, num_inference_steps=steps))
-            with redirect_stdout(io.StringIO()) as printed:  # it tells the ratios in no other way
+            with redirect_stdout(io.StringIO()) as printed:  # MagCache only prints the ratios
                 run()
             transformer.disable_cache()
             self._ratios[workload] = ast.literal_eval(printed.getvalue().strip().splitlines()[-1])
@@ -141,14 +145,14 @@ class MagCache:
 
 @dataclass(frozen=True)
 class TorchaoFloat8:
-    """torchao's dynamic float8, scaled by row, with blocks compiled: its own recipe."""
+    """torchao's dynamic float8 with row-wise scales and compiled blocks, as torchao recommends."""
 
     skips: ClassVar[bool] = False
     compiles: ClassVar[bool] = True
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[None]:
-        """Quantize the linear layers of the blocks, and compile these."""
+        """Quantize the linear layers of the blocks, and compile the blocks."""
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,
             PerRow,
@@ -168,16 +172,16 @@ class TorchaoFloat8:
 
 
 def decides_by_content(contender: Contender) -> bool:
-    """Whether it skips steps by what it sees in the pictures: on noise that means nothing."""
+    """Whether a baseline chooses steps to skip by content, which is meaningless on noise."""
     return contender.baseline is None or contender.baseline.skips
 
 
 def _cache_dit(steps: int) -> list[Contender]:
     warmup = -(-8 * steps // _ADVISED_STEPS)
-    said = f"cache-dit F1B0 W{warmup} 0.12"
+    name = f"cache-dit F1B0 W{warmup} 0.12"
     return [
-        *_both(said, CacheDit(warmup_steps=warmup)),
-        *_both(f"{said}, TaylorSeer", CacheDit(taylor=True, warmup_steps=warmup)),
+        *_both(name, CacheDit(warmup_steps=warmup)),
+        *_both(f"{name}, TaylorSeer", CacheDit(taylor=True, warmup_steps=warmup)),
     ]
 
 
@@ -198,7 +202,7 @@ def _torchao(_steps: int) -> list[Contender]:
 def _both(
     name: str, baseline: Baseline | None = None, passes: tuple[Pass, ...] = ()
 ) -> list[Contender]:
-    """Return a baseline eager and compiled."""
+    """Return a baseline twice: eager and compiled."""
     return [
         Contender(name, passes, "baseline", baseline=baseline),
         Contender(f"{name}, compiled", (*passes, Compile()), "baseline", baseline=baseline),
@@ -212,11 +216,11 @@ _MAKERS: dict[str, Callable[[int], list[Contender]]] = {
     "torchao": _torchao,
 }
 NAMES = tuple(_MAKERS)
-"""Names of the baselines, as `fluxfire bench --baselines` takes them."""
+"""Names of the baselines, for `fluxfire bench --baselines`."""
 
 
 def missing(name: str) -> str | None:
-    """Say what a baseline lacks on this machine, or None.
+    """Return what this machine lacks to run a baseline, or None.
 
     Args:
         name: one of `NAMES`.
@@ -233,14 +237,14 @@ def missing(name: str) -> str | None:
 
 
 def choose(names: Sequence[str] | None = None, *, steps: int = _ADVISED_STEPS) -> list[Contender]:
-    """Return baselines at the settings that their authors advise, eager and compiled.
+    """Return baselines at their authors' recommended settings, eager and compiled.
 
     Args:
-        names: from `NAMES`; None for all that can run here.
+        names: from `NAMES`; None for all baselines that can run on this machine.
         steps: number of denoising steps.
 
     Raises:
-        BenchError: a name is unknown, or that baseline cannot run here.
+        BenchError: a name is unknown, or its baseline cannot run on this machine.
     """
     if names is None:
         names = [name for name in NAMES if missing(name) is None]
@@ -249,7 +253,7 @@ def choose(names: Sequence[str] | None = None, *, steps: int = _ADVISED_STEPS) -
         if name not in NAMES:
             raise BenchError(
                 f"there is no baseline {name!r}; there are {', '.join(NAMES)}"
-                f"{meant_hint(name, NAMES)}"
+                f"{did_you_mean(name, NAMES)}"
             )
         if (lack := missing(name)) is not None:
             raise BenchError(f"the baseline {name} needs {lack}")

@@ -1,4 +1,4 @@
-"""Which pass breaks a picture: the first of a list with which it is no longer right."""
+"""Finds the first pass of a list that breaks a picture."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Attempt:
     """A run with the first passes of a list.
 
     Attributes:
-        count: how many of them.
-        last: the name of the last of them.
-        broken: whether the picture was.
-        note: what the judge said, such as its PSNR.
+        count: number of passes that were applied.
+        last: name of the last applied pass.
+        broken: whether the picture is broken.
+        note: the judge's note, such as the PSNR.
     """
 
     count: int
@@ -30,13 +30,13 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Culprit:
-    """What a search found. Prints as a table and a sentence.
+class BisectResult:
+    """The result of `bisect`. Prints as a table and a sentence.
 
     Attributes:
-        passes: the list that was searched.
-        attempts: in the order tried; the whole list is the first.
-        first: position in the list of the first pass that breaks the picture; None if none does.
+        passes: the searched list.
+        attempts: the runs in order; the first run had the whole list.
+        first: position of the first pass that breaks the picture; None if no pass does.
     """
 
     passes: tuple[Pass, ...]
@@ -49,45 +49,45 @@ class Culprit:
             for t in self.attempts
         ]
         if self.first is None:
-            said = "no pass of the list breaks it"
+            verdict = "no pass of the list breaks it"
         else:
-            guilty = self.passes[self.first]
-            said = f"the first pass that breaks it: {guilty.name}, {guilty!r}"
-        return f"{table(('passes', 'picture', 'why'), rows)}\n{said}"
+            found = self.passes[self.first]
+            verdict = f"the first pass that breaks it: {found.name}, {found!r}"
+        return f"{table(('passes', 'picture', 'why'), rows)}\n{verdict}"
 
 
-def bisect(pipe: Any, passes: Passes, judge: Callable[[Any], tuple[bool, str]]) -> Culprit:
-    """Find the first pass of a list with which a picture is broken.
+def bisect(pipe: Any, passes: Passes, judge: Callable[[Any], tuple[bool, str]]) -> BisectResult:
+    """Find the first pass of a list that breaks a picture.
 
-    Halves the list, as git bisect halves a history: a list of n passes takes about log2(n)
-    runs beyond that of the whole. Like it, it takes for granted that what one pass broke no
-    later pass mends.
+    It halves the list, as git bisect halves a history: a list of n passes takes one run of the
+    whole list and about log2(n) more runs. Like git bisect, it assumes that no later pass repairs
+    the picture.
 
     Args:
-        pipe: a plain pipeline; it is plain again at the end, also after an exception.
+        pipe: a plain pipeline; it is plain again afterwards, even after an exception.
         passes: as for `optimize`: passes in order, or the name of a preset.
-        judge: makes the picture with the pipeline it is given, and returns whether it is
-            broken, and a note for the table.
+        judge: function that makes the picture with the given pipeline, and returns whether the
+            picture is broken, and a note for the table.
 
     Raises:
-        PlanError: the list, or a beginning of it, cannot be applied, or the pipeline is not plain.
+        PlanError: the list or its first passes cannot be applied, or the pipeline is not plain.
     """
     planned = api.plan(pipe, passes)
     planned.raise_if_bad()
-    wanted = tuple(step.pass_ for step in planned.steps)
+    planned_passes = tuple(step.pass_ for step in planned.steps)
     tried: dict[int, Attempt] = {}
 
     def broken(count: int) -> bool:
-        with api.optimized(pipe, wanted[:count]):
+        with api.optimized(pipe, planned_passes[:count]):
             found, note = judge(pipe)
-        tried[count] = Attempt(count, wanted[count - 1].name, found, note)
+        tried[count] = Attempt(count, planned_passes[count - 1].name, found, note)
         return found
 
     first: int | None = None
-    if wanted and broken(len(wanted)):
-        right, wrong = 0, len(wanted)
+    if planned_passes and broken(len(planned_passes)):
+        right, wrong = 0, len(planned_passes)
         while wrong - right > 1:
             middle = (right + wrong) // 2
             right, wrong = (right, middle) if broken(middle) else (middle, wrong)
         first = wrong - 1
-    return Culprit(wanted, tuple(tried.values()), first)
+    return BisectResult(planned_passes, tuple(tried.values()), first)

@@ -1,11 +1,11 @@
-"""How much pictures may change: stated by the user, of the worst example or on average."""
+"""The user's budget: how much pictures may change, in the worst example or on average."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 from statistics import mean
 
-from fluxfire.bench.quality import EQUAL, Likeness, Quality, missing
+from fluxfire.bench.quality import EQUAL, Quality, Similarity, missing
 from fluxfire.errors import BenchError
 from fluxfire.text import extra_hint
 
@@ -14,19 +14,19 @@ _ROUNDING = 1e-9
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """What must hold beside the plain pipeline's pictures; None asks for nothing.
+    """Limits on the difference from the plain pipeline's pictures; None sets no limit.
 
     Attributes:
-        min_psnr: dB that the worst picture must reach.
-        mean_psnr: dB that the pictures must reach on average.
-        min_ssim: SSIM that the worst picture must reach.
-        max_flip: FLIP that the worst picture must not exceed.
-        max_lost: by how much the share of right edits may fall below the plain pipeline's,
-            where a program can tell: 0.01 is one point. Edits that are right only with the
-            passes make up for others.
+        min_psnr: lowest allowed PSNR of any picture, in dB.
+        mean_psnr: lowest allowed mean PSNR, in dB.
+        min_ssim: lowest allowed SSIM of any picture.
+        max_flip: highest allowed FLIP of any picture.
+        max_lost: allowed drop of the share of correct edits below the plain pipeline's, as a
+            fraction: 0.01 is one percentage point. Needs examples that a program can check. Edits
+            that are correct only with the passes count against edits that are lost.
 
     Raises:
-        BenchError: when made: nothing is asked for, or something that cannot be.
+        BenchError: in the constructor: there is no limit, or a limit is out of range.
     """
 
     min_psnr: float | None = None
@@ -37,10 +37,10 @@ class Budget:
 
     def __post_init__(self) -> None:
         ranges = {"min_psnr": EQUAL, "mean_psnr": EQUAL}
-        if not self.asked:
+        if not self.limits:
             names = ", ".join(f.name for f in fields(self))
-            raise BenchError(f"the budget asks for nothing; give at least one of {names}")
-        for name, value in self.asked.items():
+            raise BenchError(f"the budget has no limit; give at least one of {names}")
+        for name, value in self.limits.items():
             if not isinstance(value, float | int) or not 0 <= value <= ranges.get(name, 1.0):
                 raise BenchError(
                     f"{name}={value!r} can never be met; it must lie between 0 and "
@@ -48,24 +48,24 @@ class Budget:
                 )
 
     def check_measurable(self, *, checked: bool) -> None:
-        """Refuse what cannot be measured here.
+        """Check that this machine can measure the budget on the examples.
 
         Args:
-            checked: whether a program can tell if the examples' edits are right.
+            checked: whether a program can check the examples' edits.
 
         Raises:
-            BenchError: naming what is missing.
+            BenchError: it cannot; the message names what is missing.
         """
         if absent := [name for name in missing() if name.lower() in self.measures]:
             raise BenchError(f"the budget asks for {' and '.join(absent)}; {extra_hint('bench')}")
         if self.max_lost is not None and not checked:
             raise BenchError(
-                "the budget asks how many edits stay right (max_lost), and no program can tell "
-                "that of these examples; ask for min_psnr, or use Spark's held-out edits"
+                "the budget limits how many edits become wrong (max_lost), but no program can "
+                "check these examples; use min_psnr, or Spark's held-out edits"
             )
 
-    def broken(self, one: Likeness) -> str | None:
-        """Say what a single picture exceeds, or None: one is enough."""
+    def violation(self, one: Similarity) -> str | None:
+        """Return a picture's first violation of a limit, in words, or None."""
         if self.min_psnr is not None and one.psnr < self.min_psnr:
             return f"PSNR {one.psnr:.1f} dB"
         if self.min_ssim is not None and (one.ssim or 0.0) < self.min_ssim:
@@ -75,24 +75,24 @@ class Budget:
         return None
 
     @property
-    def asked(self) -> dict[str, float]:
-        """The limits that were stated, by name."""
+    def limits(self) -> dict[str, float]:
+        """The limits that are not None, by name."""
         return {name: v for name, v in asdict(self).items() if v is not None}
 
     @property
     def measures(self) -> tuple[str, ...]:
-        """Which measures it asks for beside PSNR."""
+        """The required measures other than PSNR."""
         measured = {"min_ssim": "ssim", "max_flip": "flip"}
-        return tuple(measured[name] for name in self.asked if name in measured)
+        return tuple(measured[name] for name in self.limits if name in measured)
 
-    def fallen(self, quality: Quality, plain_success: float | None) -> str | None:
-        """Say what all pictures together fall short of, or None.
+    def shortfall(self, quality: Quality, plain_success: float | None) -> str | None:
+        """Return the violation of a limit on the mean or on correct edits, in words, or None.
 
         Args:
-            quality: of all pictures.
-            plain_success: share of the plain ones that are right.
+            quality: the quality of all pictures.
+            plain_success: share of correct edits of the plain pipeline.
         """
-        average = mean(one.psnr for one in quality.likenesses)
+        average = mean(one.psnr for one in quality.similarities)
         if self.mean_psnr is not None and average < self.mean_psnr:
             return f"PSNR {average:.1f} dB on average"
         if self.max_lost is None or quality.success is None or plain_success is None:
@@ -101,7 +101,7 @@ class Budget:
         return f"{lost * 100:.1f} points fewer right" if lost > self.max_lost + _ROUNDING else None
 
     def __str__(self) -> str:
-        said = {
+        texts = {
             "min_psnr": "worst PSNR at least {} dB",
             "mean_psnr": "mean PSNR at least {} dB",
             "min_ssim": "worst SSIM at least {}",
@@ -109,6 +109,6 @@ class Budget:
             "max_lost": "edits right at most {} points fewer",
         }
         return ", ".join(
-            said[name].format(f"{v * 100 if name == 'max_lost' else v:g}")
-            for name, v in self.asked.items()
+            texts[name].format(f"{v * 100 if name == 'max_lost' else v:g}")
+            for name, v in self.limits.items()
         )

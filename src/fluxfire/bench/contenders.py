@@ -1,4 +1,4 @@
-"""What is measured against what: passes alone and stacked, and the controls beside them."""
+"""Contenders: lists of passes, single passes, baselines and controls that are measured."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ EAGER, COMPILED = "eager", "compile only"
 
 
 class Baseline(Protocol):
-    """Another library's way to make a pipeline faster."""
+    """Another library's method to make a pipeline faster."""
 
     @property
     def skips(self) -> bool:
-        """Whether it may skip steps or blocks; then the harness counts the blocks that run."""
+        """Whether it may skip steps or blocks. Then the benchmark counts the blocks that run."""
 
     @property
     def compiles(self) -> bool:
-        """Whether it compiles the blocks itself; then compilation alone is its exact twin."""
+        """Whether it compiles the blocks itself. Then compilation alone is its exact twin."""
 
     def applied(self, pipe: Any) -> AbstractContextManager[object]:
         """Apply it for the length of a `with` block."""
 
     def begin(self, run: Callable[[], object], workload: Workload) -> None:
-        """Prepare for generations of a workload; `run` makes one to calibrate on."""
+        """Prepare for generations of a workload; `run` makes one for calibration."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to run a pipeline.
+    """One configuration of a pipeline to measure.
 
     Attributes:
         name: its name in the results.
-        passes: fluxfire's passes, in order; none is the plain pipeline.
-        role: a control, one pass of the list alone, a stack of passes, another library's
-            baseline, or a plain list with fewer steps.
-        settings: by workload, a cache's run-time settings for it (as `using` takes).
+        passes: fluxfire's passes, in order; an empty tuple is the plain pipeline.
+        role: `"control"`, `"alone"` (a single pass), `"stack"` (a list of passes), `"baseline"`
+            (another library), or `"fewer steps"` (an exact list with fewer steps).
+        settings: a cache's run-time settings (for `using`) by workload name.
         baseline: another library's method on top of the passes.
-        steps: number of denoising steps, in place of the workload's.
+        steps: number of denoising steps; None for the workload's.
     """
 
     name: str
@@ -59,23 +59,23 @@ class Contender:
 
     @contextmanager
     def applied(self, pipe: Any) -> Iterator[Any]:
-        """Apply it for the length of a `with` block; steps are counted also without passes.
+        """Apply it for the length of a `with` block. Without passes, steps are still counted.
 
         Yields:
-            The pipeline to run: the given one, or for a baseline a copy of its own, because
-            nobody can be sure to remove another library's traces.
+            The pipeline to run: the given one, or a separate copy for a baseline, because another
+            library may leave traces that nobody can remove.
         """
         if self.baseline is None:
             with api.optimized(pipe, list(self.passes)):
                 yield pipe
             return
-        own = apart(pipe)
+        own = separate_copy(pipe)
         with api.optimized(own, list(self.passes)), self.baseline.applied(own):
             yield own
 
     @property
     def scheduled(self) -> bool:
-        """Whether the hits of its cache are a fixed schedule, not the cache's own choice."""
+        """Whether a fixed schedule sets its cache's hits, not the cache itself."""
         caches = (*self.passes, *self.settings.values())
         return any(getattr(p, "schedule", None) is not None for p in caches)
 
@@ -87,12 +87,12 @@ class Contender:
 
     @property
     def bare(self) -> bool:
-        """Whether its passes are all that it is, but for the number of steps."""
+        """Whether it has only passes and a number of steps: no baseline and no settings."""
         return self.baseline is None and not self.settings
 
     @property
     def may_skip(self) -> bool:
-        """Whether it may skip steps, or blocks of a step."""
+        """Whether it may skip steps, or blocks in a step."""
         if self.baseline is not None:
             return self.baseline.skips
         own = (*self.passes, *self.settings.values())
@@ -100,14 +100,14 @@ class Contender:
 
     @property
     def cheaper_steps(self) -> bool:
-        """Whether it makes each step cheaper at a loss, where a cache skips steps."""
+        """Whether it is lossy because each step is cheaper, not because it skips steps."""
         if self.baseline is not None:
             return not self.baseline.skips
         return any(p.exactness == "lossy" and p.stage != "caching" for p in self.passes)
 
     @property
     def twin(self) -> Contender:
-        """The same without what is lossy: the reference for its pictures."""
+        """The same list without lossy passes: the reference for its pictures."""
         retuned = {p.name for p in self.settings.values()}
         exact = tuple(p for p in self.passes if p.exactness != "lossy" and p.name not in retuned)
         if self.baseline is not None and self.baseline.compiles:
@@ -115,12 +115,12 @@ class Contender:
         return Contender(_name(exact), exact, "control")
 
     def with_steps(self, steps: int) -> Contender:
-        """Return the same list, which must be exact, with another number of steps."""
+        """Return this contender, which must be exact, with another number of steps."""
         passes = f" ({self.name})" if self.passes else ""
         name = f"plain, {count_of(steps, 'step')}{passes}"
         return replace(self, name=name, role="fewer steps", steps=steps)
 
-    def beginning(
+    def prepare(
         self, pipe: Any, workload: Workload, run: Callable[[], object]
     ) -> AbstractContextManager[object]:
         """Prepare for generations of one workload."""
@@ -131,24 +131,24 @@ class Contender:
 
 
 def _name(passes: Sequence[Pass]) -> str:
-    """Name an exact list: the controls have names of their own."""
+    """Name an exact list. The controls have fixed names."""
     if len(passes) == 1 and isinstance(passes[0], Compile):
         return COMPILED
     return " + ".join(p.name for p in passes) or EAGER
 
 
 def check_plain(pipe: Any) -> None:
-    """Refuse a pipeline that carries passes: nothing could be judged beside it.
+    """Check that a pipeline is plain, so that it can be the reference.
 
     Raises:
-        PlanError: it carries passes, or it is no Kontext pipeline.
+        PlanError: the pipeline has passes, or is not a Kontext pipeline.
     """
     with api.optimized(pipe, []):
         pass
 
 
-def apart(pipe: Any) -> Any:
-    """Return a pipeline that shares the weights of this one, and whose structure is its own."""
+def separate_copy(pipe: Any) -> Any:
+    """Return a pipeline with its own modules that share this pipeline's weights."""
     transformer = pipe.transformer
     shared = {id(t): t for t in (*transformer.parameters(), *transformer.buffers())}
     components = {**pipe.components, "transformer": copy.deepcopy(transformer, shared)}
@@ -158,10 +158,10 @@ def apart(pipe: Any) -> Any:
 
 
 def controls(passes: Sequence[Pass] = ()) -> list[Contender]:
-    """Return what everything is compared with: eager, and compilation alone.
+    """Return the controls: eager, and compilation alone.
 
-    Compilation moves pixels by itself, so the effect of a lossy pass shows only beside it. The
-    list's own Compile is used, if there is one.
+    Compilation itself changes pixels, so a lossy pass must be compared with compilation alone. The
+    second control uses the Compile of the list, if the list has one.
     """
     compile_ = next((p for p in passes if isinstance(p, Compile)), Compile())
     return [
@@ -171,29 +171,29 @@ def controls(passes: Sequence[Pass] = ()) -> list[Contender]:
 
 
 def ladder(passes: Sequence[Pass], *, partial: bool = True) -> list[Contender]:
-    """Return the controls, each pass alone, and the list built up pass by pass.
+    """Return an ablation: the controls, each single pass, and the list built up pass by pass.
 
     Args:
         passes: the list, in order.
-        partial: include the passes alone and the partial lists; else only the whole list.
+        partial: whether to include single passes and partial lists; else only the whole list.
     """
-    rungs = controls(passes)
+    listed = controls(passes)
     if partial:
-        rungs += [Contender(f"{p.name} alone", (p,), "alone") for p in passes]
+        listed += [Contender(f"{p.name} alone", (p,), "alone") for p in passes]
     for count in range(1, len(passes) + 1):
         some = tuple(passes[:count])
         if partial or count == len(passes):
-            rungs.append(Contender(" + ".join(p.name for p in some), some))
+            listed.append(Contender(" + ".join(p.name for p in some), some))
     seen: dict[tuple[Pass, ...], Contender] = {}
-    for rung in rungs:
-        seen.setdefault(rung.passes, rung)
+    for one in listed:
+        seen.setdefault(one.passes, one)
     return list(seen.values())
 
 
 def with_twins(contenders: Sequence[Contender]) -> list[Contender]:
-    """Put the exact twin of each lossy contender before it, unless it is there already.
+    """Insert the exact twin before each lossy contender, unless the list has it already.
 
-    Twins share their list's turn with the same list at fewer steps, which each lossy contender
+    A twin takes its turn together with the same list at fewer steps, which the lossy contender
     must beat.
     """
     found = list(contenders)
@@ -201,19 +201,19 @@ def with_twins(contenders: Sequence[Contender]) -> list[Contender]:
         if not contender.lossy:
             continue
         if (twin := _twin_among(contender, found)) is not None:
-            if found.index(twin) > found.index(contender):  # its pictures are needed first
+            if found.index(twin) > found.index(contender):  # the twin's pictures must exist first
                 found.remove(twin)
                 found.insert(found.index(contender), twin)
         else:
             twin, taken = contender.twin, {one.name for one in found}
-            if twin.name in taken:  # a list of the same names with other settings
+            if twin.name in taken:  # a list of the same passes with other settings
                 twin = replace(twin, name=f"{twin.name} (of {contender.name})")
             found.insert(found.index(contender), twin)
     return found
 
 
 def _twin_among(contender: Contender, others: Sequence[Contender]) -> Contender | None:
-    """Return the exact contender with the same passes and all steps, or None."""
+    """Return the contender with the twin's passes and all steps, or None."""
     exact = contender.twin.passes
     for other in others:
         if other.bare and other.steps is None and other.passes == exact:
@@ -222,5 +222,5 @@ def _twin_among(contender: Contender, others: Sequence[Contender]) -> Contender 
 
 
 def twin_of(contender: Contender, others: Sequence[Contender]) -> Contender | None:
-    """Return the twin of a lossy contender among others; None for one that is exact."""
+    """Return a lossy contender's twin among others; None for an exact contender."""
     return _twin_among(contender, others) if contender.lossy else None

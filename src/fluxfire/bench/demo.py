@@ -13,13 +13,13 @@ from fluxfire.bench.contenders import EAGER, Contender
 from fluxfire.bench.examples import Example
 from fluxfire.bench.measuring import measure
 from fluxfire.bench.rows import Row
-from fluxfire.bench.tables import decibels, remarks
-from fluxfire.bench.trials import Beside
+from fluxfire.bench.tables import format_decibels, remarks
+from fluxfire.bench.trials import FewerStepsComparison
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
-from fluxfire.pictures import AMPLIFIED, difference
+from fluxfire.pictures import AMPLIFIED, draw_difference
 from fluxfire.protocol import Pass
-from fluxfire.text import human_seconds, own_settings, settings_line, table
+from fluxfire.text import human_seconds, settings_line, spell_non_defaults, table
 
 _MARGIN, _CAPTION, _HEAD = 4, 16, 20
 
@@ -29,10 +29,10 @@ class Demo:
     """The same edits plain and with passes. Prints as a table, with settings and a verdict.
 
     Attributes:
-        examples: what was edited.
-        plain: the plain pipeline.
-        optimized: the pipeline with passes; the plain row if there are none.
-        fewer: plain with as many steps as the passes computed; None if they computed all.
+        examples: the edited examples.
+        plain: row of the plain pipeline.
+        optimized: row of the pipeline with passes; the plain row without passes.
+        fewer: row of plain with as many steps as the passes computed; None if they computed all.
         notes: remarks on the measurement, such as a busy machine.
     """
 
@@ -54,12 +54,18 @@ class Demo:
 
     def __str__(self) -> str:
         head = (
-            "", "an edit", "speed", "first run (2 steps)", "steps computed",
-            "PSNR to plain, dB: mean (worst)", "inside the edit", "edits right",
-        )  # fmt: skip
-        told = settings_line(map(own_settings, self.optimized.contender.passes))
+            "",
+            "an edit",
+            "speed",
+            "first run (2 steps)",
+            "steps computed",
+            "PSNR to plain, dB: mean (worst)",
+            "inside the edit",
+            "edits right",
+        )
+        settings = settings_line(map(spell_non_defaults, self.optimized.contender.passes))
         body = table(head, [(name, *self._cells(row)) for name, row in self.rows])
-        return "\n".join([body, *told, *self._verdict(), *(f"note: {n}" for n in self.notes)])
+        return "\n".join([body, *settings, *self._verdict(), *(f"note: {n}" for n in self.notes)])
 
     def _cells(self, row: Row) -> tuple[str, ...]:
         seconds = median(e.seconds for e in row.edits)
@@ -70,23 +76,23 @@ class Demo:
             f"{median(e.seconds for e in self.plain.edits) / seconds:.2f}x",
             human_seconds(row.first[0].seconds),
             f"{computed:.4g} of {row.steps}",
-            *(self._near(row, measure) for measure in ("psnr", "edited")),
+            *(self._format_similarity(row, measure) for measure in ("psnr", "edited")),
             f"{sum(right)} of {len(right)}" if right else "-",
         )
 
-    def _near(self, row: Row, measure: str) -> str:
-        """Write how near a row's pictures are to the plain ones."""
-        likenesses = row.quality[EAGER].likenesses
-        values = [v for one in likenesses if (v := getattr(one, measure)) is not None]
+    def _format_similarity(self, row: Row, measure: str) -> str:
+        """Format how similar a row's pictures are to the plain ones."""
+        similarities = row.quality[EAGER].similarities
+        values = [v for one in similarities if (v := getattr(one, measure)) is not None]
         if row is self.plain or not values:
             return "-"
-        return f"{decibels(mean(values))} ({decibels(min(values))})"
+        return f"{format_decibels(mean(values))} ({format_decibels(min(values))})"
 
     def _verdict(self) -> Iterator[str]:
-        """Say whether the passes beat the plain pipeline with as many steps as they computed."""
+        """Say whether the passes beat plain with as many steps as the passes computed."""
         if self.fewer is None:
             return
-        # Both beside the same list at all steps: what compiling does to the picture cancels out.
+        # Both are compared with the same list at all steps, so that compiling cancels out.
         reference = self.optimized.twin or EAGER
         gap = self.optimized.quality[reference].minus(self.fewer.quality[reference])
         steps = self.fewer.steps
@@ -99,11 +105,11 @@ class Demo:
         if gap is None:
             yield f"One example does not tell whether this beats num_inference_steps={steps}."
             return
-        near = mean(one.psnr for one in self.fewer.quality[reference].likenesses)
-        yield f"At equal computed work {Beside(steps, near, gap)}."
+        near = mean(one.psnr for one in self.fewer.quality[reference].similarities)
+        yield f"At equal computed work {FewerStepsComparison(steps, near, gap)}."
 
     def grid(self) -> Image.Image:
-        """Draw a row for each edit: reference, what each row made, difference, target."""
+        """Draw a strip for each edit: reference, one picture per row, difference, target."""
         wide = max(i.width for i in self.plain.pictures.values())
         high = max(i.height for i in self.plain.pictures.values())
         names = ["reference", *(name for name, _ in self.rows), f"difference x {AMPLIFIED}"]
@@ -127,7 +133,7 @@ class Demo:
         source = example.picture or plain
         made = [row.pictures[number] for _, row in self.rows]
         pictures = [source.resize(plain.size), *made]
-        pictures.append(difference(plain, self.optimized.pictures[number]))
+        pictures.append(draw_difference(plain, self.optimized.pictures[number]))
         return pictures + ([example.target] if example.target else [])
 
 
@@ -140,9 +146,9 @@ def run(
     seed: int,
     on_edit: Callable[[str], None] = lambda _: None,
 ) -> Demo:
-    """Make every edit plain, with passes, and plain with as many steps as these computed.
+    """Make every edit plain, with passes, and plain with as many steps as the passes computed.
 
-    The pipeline is plain again at the end.
+    The pipeline is plain again afterwards.
 
     Raises:
         BenchError: an edit failed.
@@ -150,14 +156,20 @@ def run(
     name = " + ".join(p.name for p in passes)
     contenders = [Contender(EAGER, (), "control")]
     contenders += [Contender(name, tuple(passes))] if passes else []
-    load = Workload.usual(pipe, steps=steps)
+    load = Workload.for_pipeline(pipe, steps=steps)
     rows = measure(
-        pipe, contenders, [load], examples, rounds=1, seed=seed, keep=len(examples),
+        pipe,
+        contenders,
+        [load],
+        examples,
+        rounds=1,
+        seed=seed,
+        keep=len(examples),
         on_edit=on_edit,
-    )  # fmt: skip
+    )
     for row in rows:
         if row.error is not None:
             raise BenchError(f"{row.contender.name}: {row.error}")
     optimized = next(row for row in rows if row.contender.name == (name or EAGER))
     notes = list(remarks([row.to_dict() for row in rows]))
-    return Demo(examples, rows[0], optimized, optimized.beside, notes)
+    return Demo(examples, rows[0], optimized, optimized.fewer_steps_row, notes)

@@ -1,4 +1,4 @@
-"""What to edit: pictures with instructions, and where it is known, what is right."""
+"""Examples: pictures with instructions, and a check of the result where possible."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class Example:
     """One edit to make.
 
     Attributes:
-        instruction: what to do.
-        picture: what to do it to; None makes a picture from words alone.
-        check: tells whether a result is right; None where no program can.
-        target: the exact result, where there is one to show.
+        instruction: the prompt.
+        picture: the picture to edit; None for text to image.
+        check: returns whether a result is correct; None if no program can check it.
+        target: the exact result, if it is known.
     """
 
     instruction: str
@@ -31,18 +31,18 @@ class Example:
     target: Image.Image | None = None
 
     def right(self, picture: Image.Image) -> bool | None:
-        """Whether a result is right; None where no program can tell, as of another size."""
+        """Whether a result is correct; None if no program can check it, or at another size."""
         if self.check is None or (self.target is not None and picture.size != self.target.size):
             return None
         return self.check(picture)
 
 
 def held_out(n: int, *, first: int = 0) -> list[Example]:
-    """Return edits that Spark's training never showed.
+    """Return edits that are not in Spark's training data.
 
     Args:
-        n: how many.
-        first: how many to pass over; those before it and from it on have none in common.
+        n: number of edits.
+        first: number of edits to skip. Edits before and after it are disjoint.
     """
     drawn = spark.examples(split="test", n=first + n)[first:]
     return [Example(e.instruction, e.source, e.check, e.target) for e in drawn]
@@ -52,11 +52,11 @@ def read_examples(path: Path) -> list[Example]:
     """Read a file of examples: JSON lines such as `{"image": "cat.jpg", "prompt": "…"}`.
 
     Args:
-        path: the file. Images are looked for beside it; a line without one asks for a
-            picture from words alone.
+        path: the file. Image paths are relative to its folder. A line without an image is text to
+            image.
 
     Raises:
-        ExampleError: naming the line that cannot be used.
+        ExampleError: a line cannot be used; the message names the line.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -68,26 +68,26 @@ def read_examples(path: Path) -> list[Example]:
         if line.strip()
     ]
     if not found:
-        raise ExampleError(f"{path} holds no examples; write one JSON object in each line")
+        raise ExampleError(f"{path} has no examples; write one JSON object in each line")
     return found
 
 
 def _example(line: str, folder: Path, where: str) -> Example:
     usage = 'write {"image": "picture.png", "prompt": "the instruction"}'
     try:
-        facts = json.loads(line)
+        fields = json.loads(line)
     except json.JSONDecodeError as error:
         raise ExampleError(f"{where} is not JSON ({error}); {usage}") from None
-    if not isinstance(facts, dict) or not isinstance(facts.get("prompt"), str):
+    if not isinstance(fields, dict) or not isinstance(fields.get("prompt"), str):
         raise ExampleError(f"{where} has no prompt; {usage}")
-    if unknown := sorted(facts.keys() - {"image", "prompt"}):
-        raise ExampleError(f"{where} says {', '.join(unknown)}, which means nothing here; {usage}")
-    name = facts.get("image")
+    if unknown := sorted(fields.keys() - {"image", "prompt"}):
+        raise ExampleError(f"{where} has unknown keys: {', '.join(unknown)}; {usage}")
+    name = fields.get("image")
     if name is None:
-        return Example(facts["prompt"])
+        return Example(fields["prompt"])
     if not isinstance(name, str):
         raise ExampleError(f"{where}: the image is {name!r}, not a file's name; {usage}")
     try:
-        return Example(facts["prompt"], read_picture(folder / name))
+        return Example(fields["prompt"], read_picture(folder / name))
     except PictureError as error:
         raise ExampleError(f"{where}: {error}") from None

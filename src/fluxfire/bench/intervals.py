@@ -9,8 +9,8 @@ from statistics import NormalDist
 import numpy as np
 
 CONFIDENCE = 0.95
-FEWEST = 5
-"""Examples that a claim needs: with fewer, chance alone makes all of them better too often."""
+MIN_EXAMPLES = 5
+"""Fewest examples for a verdict: with fewer, all differences have one sign by chance too often."""
 _RESAMPLES = 10_000
 
 
@@ -32,13 +32,13 @@ class Interval:
 
     @property
     def above_zero(self) -> bool:
-        """Whether the whole interval lies above 0, with at least `FEWEST` examples behind it."""
-        return self.n >= FEWEST and self.low > 0
+        """Whether the whole interval lies above 0, with at least `MIN_EXAMPLES` examples."""
+        return self.n >= MIN_EXAMPLES and self.low > 0
 
     @property
     def verdict(self) -> str:
-        """What a difference shows, in words: `"better"` where it lies above 0."""
-        if self.n < FEWEST:
+        """The verdict on a difference, in words: `"better"` if the interval lies above 0."""
+        if self.n < MIN_EXAMPLES:
             return f"{self.n} examples are too few to tell"
         if self.low > 0:
             return "better"
@@ -48,15 +48,15 @@ class Interval:
 def bootstrap(values: Sequence[float]) -> Interval | None:
     """Return the mean of values with its bootstrap interval.
 
-    To compare two methods on the same examples, pass the differences example by example: that is
-    the paired interval. The same values always give the same interval.
+    To compare two methods on the same examples, pass one difference per example: the result is the
+    paired interval. The same values always give the same interval.
 
     A plain percentile interval is too narrow for few values: of 5 it covers 85% instead of 95%. So
     the percentiles are widened as Student's t is wider than the normal distribution (the expanded
     percentile interval of Hesterberg, 2014, https://arxiv.org/abs/1411.5279).
 
     Args:
-        values: one for each example.
+        values: one value for each example.
 
     Returns:
         None for fewer than two values: one value says nothing about the spread.
@@ -89,11 +89,11 @@ def expanded_tail(n: int) -> float:
     return NormalDist().cdf(-student * (n / (n - 1)) ** 0.5)
 
 
-def of_share(right: Sequence[bool]) -> tuple[float, float] | None:
+def share_interval(right: Sequence[bool]) -> tuple[float, float] | None:
     """Return the 95% interval of a share (Wilson, 1927); None for no values.
 
     Args:
-        right: one for each example. 5 right of 5 give 57% to 100%.
+        right: for each example, whether it is correct. 5 of 5 give 57% to 100%.
     """
     n = len(right)
     if not n:

@@ -1,4 +1,4 @@
-"""A benchmark as one HTML file that needs nothing else: tables, plots and pictures."""
+"""Writes a benchmark as one self-contained HTML file: tables, plots and pictures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from PIL import Image
 from fluxfire.bench.contenders import EAGER
 from fluxfire.bench.examples import Example
 from fluxfire.bench.rows import Row
-from fluxfire.bench.tables import decibels, remarks, tables
-from fluxfire.pictures import AMPLIFIED, difference
+from fluxfire.bench.tables import format_decibels, remarks, tables
+from fluxfire.pictures import AMPLIFIED, draw_difference
 
 _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 _LONGEST_SIDE = 512
@@ -25,11 +25,11 @@ _LONGEST_SIDE = 512
 
 @dataclass(frozen=True)
 class Strip:
-    """One edit in pictures, side by side.
+    """The pictures of one edit, side by side.
 
     Attributes:
-        title: what it shows.
-        pictures: each with its caption, as data for HTML.
+        title: the title.
+        pictures: captions and data: URLs.
     """
 
     title: str
@@ -37,15 +37,15 @@ class Strip:
 
 
 def page(result: dict[str, Any], rows: Sequence[Row], examples: Sequence[Example]) -> str:
-    """Write a result as HTML.
+    """Render a result as HTML.
 
     Args:
-        result: as `fluxfire bench` saves it.
-        rows: what it was made of, which hold the pictures.
-        examples: what was edited.
+        result: a result as `fluxfire bench` saves it.
+        rows: the rows of the result, which have the pictures.
+        examples: the edited examples.
 
     Returns:
-        The page: nothing in it is fetched from elsewhere.
+        The page; it loads nothing from elsewhere.
     """
     from jinja2 import Environment, StrictUndefined
 
@@ -67,7 +67,7 @@ def page(result: dict[str, Any], rows: Sequence[Row], examples: Sequence[Example
 
 
 def _strips(rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[Strip]:
-    """Show each contender's worst picture beside the plain one."""
+    """Yield each contender's worst picture beside the plain one."""
     plain = {row.workload.name: row for row in rows if row.contender.name == EAGER}
     for row in rows:
         base = plain.get(row.workload.name)
@@ -75,24 +75,27 @@ def _strips(rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[Strip]
             continue
         quality = row.quality[EAGER]
         number = quality.worst
-        near, example = quality.likenesses[number], examples[number]
-        made, wanted = row.pictures[number], base.pictures[number]
-        shown = [("eager", wanted), ("this", made), (f"difference × {AMPLIFIED}",
-                 difference(made, wanted))]  # fmt: skip
+        near, example = quality.similarities[number], examples[number]
+        made, eager = row.pictures[number], base.pictures[number]
+        shown = [
+            ("eager", eager),
+            ("this", made),
+            (f"difference × {AMPLIFIED}", draw_difference(made, eager)),
+        ]
         if example.picture is not None:
             shown.insert(0, ("reference", example.picture))
         if example.target is not None:
             shown.append(("exact target", example.target))
         right = {True: ", right", False: ", not right", None: ""}[row.right[number]]
         title = (
-            f"{row.contender.name}, {row.workload.name}: the worst of {len(quality.likenesses)}, "
-            f"“{example.instruction}”, PSNR {decibels(near.psnr)} dB{right}"
+            f"{row.contender.name}, {row.workload.name}: the worst of {len(quality.similarities)}, "
+            f"“{example.instruction}”, PSNR {format_decibels(near.psnr)} dB{right}"
         )
         yield Strip(title, [(caption, _data(picture)) for caption, picture in shown])
 
 
 def _data(picture: Image.Image) -> str:
-    """Write a picture as a data address, no larger than is shown."""
+    """Return a picture as a data: URL, at most 512 pixels a side."""
     picture = picture.copy()
     picture.thumbnail((_LONGEST_SIDE, _LONGEST_SIDE))
     file = io.BytesIO()

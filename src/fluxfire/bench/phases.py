@@ -1,4 +1,4 @@
-"""Where the time of one generation goes, outside the denoising loop too."""
+"""Measures the phases of a generation, also outside the denoising loop."""
 
 from __future__ import annotations
 
@@ -6,55 +6,55 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from fluxfire.reporting.device_events import Marks
+from fluxfire.reporting.device_events import DeviceClock
 
 
 class Phases:
-    """Seconds of each phase, over the generations made while they were watched."""
+    """Seconds of each phase, summed over the generations in a `phases` block."""
 
     def __init__(self, pipe: Any) -> None:
-        self._marks = Marks(pipe._execution_device)  # noqa: SLF001 - the one truth under offloading
+        self._clock = DeviceClock(pipe._execution_device)  # noqa: SLF001 - the only right device under offloading
         self._spans: dict[str, list[tuple[Callable[[], float], Callable[[], float]]]] = {}
 
     def seconds(self) -> dict[str, float]:
-        """Return each phase's total; waits for the device."""
+        """Return each phase's total seconds; waits for the device."""
         return {name: sum(end() - begin() for begin, end in of) for name, of in self._spans.items()}
 
     def bracket(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
-        """Make a function that does what the plain one does, and notes when."""
+        """Return a function that calls `plain` and records the time of the call."""
 
-        def timed(*args: Any, **kwargs: Any) -> Any:
-            begin = self._marks.now()
+        def with_span(*args: Any, **kwargs: Any) -> Any:
+            begin = self._clock.mark()
             try:
                 return plain(*args, **kwargs)
             finally:
-                self._spans.setdefault(name, []).append((begin, self._marks.now()))
+                self._spans.setdefault(name, []).append((begin, self._clock.mark()))
 
-        return timed
+        return with_span
 
 
 @contextmanager
 def phases(pipe: Any) -> Iterator[Phases]:
-    """Watch a pipeline's generations for the length of a `with` block.
+    """Measure the phases of a pipeline's generations in a `with` block.
 
-    The methods that make up its phases are shadowed on the instance, and come back after.
+    It overrides the phases' methods on the instance, and removes the overrides afterwards.
     """
-    watched = Phases(pipe)
+    recorder = Phases(pipe)
     with ExitStack() as undo:
         for name, owner, method in (
             ("text encoding", pipe, "encode_prompt"),
             ("reference encoding", pipe.vae, "encode"),
             ("decoding", pipe.vae, "decode"),
         ):
-            undo.enter_context(_shadowed(owner, method, watched, name))
-        yield watched
+            undo.enter_context(_override(owner, method, recorder, name))
+        yield recorder
 
 
 @contextmanager
-def _shadowed(owner: Any, method: str, watched: Phases, name: str) -> Iterator[None]:
+def _override(owner: Any, method: str, recorder: Phases, name: str) -> Iterator[None]:
     present = vars(owner)
     had, before = method in present, present.get(method)
-    present[method] = watched.bracket(name, getattr(owner, method))
+    present[method] = recorder.bracket(name, getattr(owner, method))
     try:
         yield
     finally:

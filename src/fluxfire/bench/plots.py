@@ -1,4 +1,4 @@
-"""A benchmark's result as plots (SVG), from its JSON alone; needs matplotlib."""
+"""Plots a benchmark's JSON result as SVG; needs matplotlib."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from contextlib import contextmanager
 from typing import Any
 
 from fluxfire.bench.contenders import EAGER
-from fluxfire.bench.tables import faster
+from fluxfire.bench.tables import speedup
 
 Row = dict[str, Any]
 _DPI = 100
-_BESIDE = {"fontsize": "small", "loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
+_LEGEND = {"fontsize": "small", "loc": "center left", "bbox_to_anchor": (1.01, 0.5)}
 
 
 def draw(result: dict[str, Any]) -> dict[str, str]:
-    """Draw every plot that a result has the figures for.
+    """Draw every plot that the result has data for.
 
     Returns:
-        SVG by the plot's name; the same result gives the same bytes.
+        SVG by plot name. The same result gives the same bytes.
     """
     rows = [row for row in result["rows"] if "edit" in row]
     plots: dict[str, Callable[[Any, list[Row]], None]] = {
@@ -31,7 +31,7 @@ def draw(result: dict[str, Any]) -> dict[str, str]:
     for name, plot in plots.items():
         for load in dict.fromkeys(row["workload"]["name"] for row in rows):
             some = [row for row in rows if row["workload"]["name"] == load]
-            if name != "speed and quality" or _judged(some):
+            if name != "speed and quality" or _rows_with_quality(some):
                 drawn[f"{name}, {load}"] = _svg(plot, some, load)
     return drawn
 
@@ -39,7 +39,7 @@ def draw(result: dict[str, Any]) -> dict[str, str]:
 def _svg(plot: Callable[[Any, list[Row]], None], rows: list[Row], title: str) -> str:
     from matplotlib.figure import Figure
 
-    with _settled():
+    with _reproducible():
         height = 1.2 + 0.32 * len(rows) if plot is not _tradeoff else 4.5
         figure = Figure(figsize=(9, height), layout="constrained", dpi=_DPI)
         axes = figure.subplots()
@@ -51,8 +51,8 @@ def _svg(plot: Callable[[Any, list[Row]], None], rows: list[Row], title: str) ->
 
 
 @contextmanager
-def _settled() -> Iterator[None]:
-    """Keep matplotlib from writing anything random, and leave its settings alone."""
+def _reproducible() -> Iterator[None]:
+    """Make matplotlib's output reproducible in a `with` block."""
     import matplotlib as mpl
 
     with mpl.rc_context({"svg.hashsalt": "fluxfire", "font.size": 9}):
@@ -73,35 +73,39 @@ def _speed(axes: Any, rows: list[Row]) -> None:
 
 
 def _phases(axes: Any, rows: list[Row]) -> None:
-    """Draw a bar for each contender, in parts."""
+    """Draw a stacked bar of phases for each contender."""
     left = [0.0] * len(rows)
     for name in dict.fromkeys(name for row in rows for name in row["phases"]):
         parts = [row["phases"].get(name, {"median": 0.0})["median"] for row in rows]
         axes.barh(_names(rows), parts, left=left, label=name)
         left = [before + part for before, part in zip(left, parts, strict=True)]
     axes.set(xlabel="seconds of an edit (medians)")
-    axes.legend(**_BESIDE)
+    axes.legend(**_LEGEND)
     _finish(axes)
 
 
 def _tradeoff(axes: Any, rows: list[Row]) -> None:
-    """Draw a point for each contender, with plain at fewer steps as a line between its points."""
+    """Draw a point for each contender, and a line through plain at fewer steps."""
     plain: list[tuple[float, float]] = []
-    for row in _judged(rows):
+    for row in _rows_with_quality(rows):
         psnr = row["quality"][EAGER]["psnr"]
-        speed = faster(rows, row, EAGER)
+        speed = speedup(rows, row, EAGER)
         low, high = psnr["interval"] or (psnr["mean"], psnr["mean"])
         fewer = row["role"] == "fewer steps"
         axes.errorbar(
-            speed, psnr["mean"], yerr=[[psnr["mean"] - low], [high - psnr["mean"]]],
-            fmt="s" if fewer else "o", mfc="none" if fewer else None, capsize=3,
+            speed,
+            psnr["mean"],
+            yerr=[[psnr["mean"] - low], [high - psnr["mean"]]],
+            fmt="s" if fewer else "o",
+            mfc="none" if fewer else None,
+            capsize=3,
             label=row["contender"],
-        )  # fmt: skip
+        )
         axes.plot([speed], [psnr["worst"]], "v", color="0.5", ms=4)
         if fewer and speed is not None and not row["passes"]:
             plain.append((speed, psnr["mean"]))
     axes.plot(*zip(*sorted(plain), strict=True) if plain else ([], []), ":", color="0.5", zorder=0)
-    axes.legend(**_BESIDE)
+    axes.legend(**_LEGEND)
     axes.set(
         xlabel="times as fast as eager",
         ylabel="PSNR to eager, dB: mean with 95% interval, triangle: worst",
@@ -109,7 +113,7 @@ def _tradeoff(axes: Any, rows: list[Row]) -> None:
     axes.grid(visible=True, alpha=0.3)
 
 
-def _judged(rows: list[Row]) -> list[Row]:
+def _rows_with_quality(rows: list[Row]) -> list[Row]:
     return [r for r in rows if EAGER in r["quality"] and r["contender"] != EAGER]
 
 

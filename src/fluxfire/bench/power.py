@@ -1,4 +1,4 @@
-"""What the GPU itself reports while work runs: energy, power and utilisation, through NVML."""
+"""Reads the GPU's energy and utilisation through NVML while work runs."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 
 from fluxfire.text import extra_hint
 
-_INTERVAL = 0.05  # NVML refreshes its utilisation some six to sixty times a second
+_INTERVAL = 0.05  # seconds; NVML updates the utilisation 6 to 60 times a second
 
 
 @dataclass
-class Drawn:
-    """What was drawn while a `with` block ran.
+class EnergyUse:
+    """The GPU's energy use in a `with` block.
 
     Attributes:
-        seconds: its length.
-        joules: from the GPU's own counter.
-        utilisation: mean share of the time in which a kernel ran, as NVML samples it. Says
-            nothing of how well the kernels use the chip.
+        seconds: duration of the block.
+        joules: energy, from the GPU's own counter.
+        utilisation: mean share of the time in which a kernel ran, as NVML samples it. It does not
+            show how well the kernels use the chip.
     """
 
     seconds: float = 0.0
@@ -34,8 +34,8 @@ class Drawn:
     utilisation: float | None = None
 
 
-def unavailable() -> str | None:
-    """Say why nothing can be read here, or None."""
+def why_unavailable() -> str | None:
+    """Return why the energy cannot be read on this machine, or None."""
     if not torch.cuda.is_available():
         return "there is no CUDA device"
     if find_spec("pynvml") is None:
@@ -44,14 +44,14 @@ def unavailable() -> str | None:
 
 
 @contextmanager
-def metered() -> Iterator[Drawn | None]:
-    """Read the meter of torch's current GPU around a `with` block; gives None where it can't."""
-    if unavailable():
+def measure_energy() -> Iterator[EnergyUse | None]:
+    """Measure the energy of torch's current GPU in a `with` block; yields None if it cannot."""
+    if why_unavailable():
         yield None
         return
     import pynvml
 
-    drawn = Drawn()
+    used = EnergyUse()
     try:
         pynvml.nvmlInit()
         handle = _handle(pynvml)
@@ -73,19 +73,19 @@ def metered() -> Iterator[Drawn | None]:
     watcher.start()
     began = time.perf_counter()
     try:
-        yield drawn
+        yield used
         torch.cuda.synchronize()
     finally:
-        drawn.seconds = time.perf_counter() - began
+        used.seconds = time.perf_counter() - began
         ended.set()
         watcher.join()
         after = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
-        drawn.joules = (after - before) / 1e3
-        drawn.utilisation = mean(shares) if shares else None
+        used.joules = (after - before) / 1e3
+        used.utilisation = mean(shares) if shares else None
         pynvml.nvmlShutdown()
 
 
 def _handle(pynvml: Any) -> Any:
-    """Find the GPU that torch uses, whatever CUDA_VISIBLE_DEVICES renames."""
+    """Return NVML's handle of torch's GPU, whatever CUDA_VISIBLE_DEVICES says."""
     uuid = torch.cuda.get_device_properties(torch.cuda.current_device()).uuid
     return pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")

@@ -1,4 +1,4 @@
-"""What steps take on another machine: quality is found here, speed is told of there."""
+"""Step times of another machine: quality measured here, step times supplied from there."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fluxfire.reporting.statistics import StepKind
 
 @dataclass(frozen=True, kw_only=True)
 class Prices:
-    """Seconds of a step, by what caches leave out of it, and of what surrounds the steps.
+    """Seconds of each kind of step on the target machine, and of the work around the steps.
 
-    A small model's steps on a small machine do not cost what a large model's do on a GPU: there a
-    hit is all but free, and here it is not. What caches decide, though, and what that does to
-    pictures, is the same at any speed. Only caches are priced: what other passes make of a step's
-    time is not seen by its kind.
+    Step times of a small model on a small machine say nothing about a large model on a GPU: there a
+    hit costs almost nothing, and here it does. But the decisions of a cache, and their effect on
+    the pictures, do not depend on speed. Prices apply to caches only: other passes change the time
+    of a step and not its kind.
 
     Attributes:
-        computed: a step in full.
-        reused: a step that reuses the reference.
-        hit: a step that runs the first block alone.
-        around: all outside the steps, of one edit.
+        computed: seconds of a fully computed step.
+        reused: seconds of a step that reuses the reference.
+        hit: seconds of a step that runs only the first block.
+        around: seconds outside the steps, per edit.
 
     Raises:
-        BenchError: when made: something is not above 0.
+        BenchError: in the constructor: a value is not above 0.
     """
 
     computed: float
@@ -40,7 +40,7 @@ class Prices:
                 raise BenchError(f"prices: {name}={seconds!r}; it must be above 0, in seconds")
 
     def of(self, kinds: Sequence[StepKind]) -> float:
-        """Return the seconds of an edit with such steps."""
-        each = asdict(self)
-        steps: float = sum(each[kind] * n for kind, n in Counter(kinds).items())
+        """Return the seconds of an edit with steps of these kinds."""
+        seconds_by_kind = asdict(self)
+        steps: float = sum(seconds_by_kind[kind] * n for kind, n in Counter(kinds).items())
         return self.around + steps

@@ -1,4 +1,4 @@
-"""How near a picture is to another: PSNR, also inside the edit; SSIM and FLIP where installed."""
+"""Image similarity: PSNR, also inside the edit, and SSIM and FLIP if installed."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fluxfire.bench.intervals import Interval, bootstrap, of_share
+from fluxfire.bench.intervals import Interval, bootstrap, share_interval
 from fluxfire.spark import checking
 from fluxfire.spark.scoring import psnr
 
 EQUAL = 100.0
-"""The PSNR, in dB, of equal pictures; no PSNR is higher."""
+"""The PSNR of equal pictures in dB, which is the highest value."""
 _PATCH = 8  # pixels of a side
-_CHANGED = 0.05  # of 1; encoding and decoding alone changes a patch by about 0.02
+_CHANGED = 0.05  # of a range of 1; encoding and decoding changes a patch by about 0.02
 
 
 @dataclass(frozen=True)
-class Likeness:
+class Similarity:
     """One picture compared with its reference.
 
     Attributes:
-        psnr: peak signal-to-noise ratio in dB; 100 for equal pictures, higher is nearer.
+        psnr: peak signal-to-noise ratio in dB; 100 for equal pictures, higher is better.
         ssim: structural similarity (Wang et al., 2004, Gaussian weights) over the three
-            channels, at most 1, higher is nearer; None without scikit-image.
+            channels, at most 1, higher is better; None without scikit-image.
         flip: mean FLIP error (Andersson et al., 2020) at 67 pixels a degree, 0 to 1, lower is
-            nearer: what a viewer sees who flips between the two. None without flip-evaluator.
-        edited: PSNR in dB inside the edited region, where damage shows most: a small edit leaves
-            most pixels alone, and these lift the PSNR of the whole picture. None where there is
-            no source picture, or where the edit changes nothing.
+            better: the difference that a viewer sees when flipping between the two pictures. None
+            without flip-evaluator.
+        edited: PSNR in dB inside the edited region, where damage is most visible: a small edit
+            leaves most pixels unchanged, which raises the PSNR of the whole picture. None without
+            a source picture, or if the edit changes nothing.
     """
 
     psnr: float
@@ -47,61 +48,61 @@ class Quality:
     """Pictures compared with their references.
 
     Attributes:
-        likenesses: one for each pair, in order; at least one.
-        right: for each picture, whether the edit is right; None where no program can tell.
+        similarities: one for each pair, in order; at least one.
+        right: for each picture, whether the edit is correct; None if no program can check it.
     """
 
-    likenesses: tuple[Likeness, ...]
+    similarities: tuple[Similarity, ...]
     right: tuple[bool | None, ...]
 
     @property
     def worst(self) -> int:
         """Position of the pair with the lowest PSNR."""
-        return min(range(len(self.likenesses)), key=lambda i: self.likenesses[i].psnr)
+        return min(range(len(self.similarities)), key=lambda i: self.similarities[i].psnr)
 
     @property
     def worst_psnr(self) -> float:
         """The lowest PSNR, in dB."""
-        return self.likenesses[self.worst].psnr
+        return self.similarities[self.worst].psnr
 
     @property
     def success(self) -> float | None:
-        """Share of right edits among the pictures that a program can check."""
+        """Share of correct edits among the pictures that a program can check."""
         known = [right for right in self.right if right is not None]
         return mean(known) if known else None
 
     def minus(self, other: Quality, measure: str = "psnr") -> Interval | None:
-        """Return the mean difference of a measure to another quality, with its paired interval.
+        """Return the mean difference of a measure from another quality, with its paired interval.
 
         Args:
-            other: of the same examples, in the same order.
+            other: the quality of the same examples, in the same order.
             measure: `"psnr"` or `"edited"`, in dB.
 
         Returns:
-            None for fewer than two examples that have the measure.
+            The interval; None if fewer than two examples have the measure.
         """
-        pairs = zip(self.likenesses, other.likenesses, strict=True)
+        pairs = zip(self.similarities, other.similarities, strict=True)
         values = ((getattr(one, measure), getattr(two, measure)) for one, two in pairs)
         return bootstrap([a - b for a, b in values if a is not None and b is not None])
 
     def to_dict(self) -> dict[str, Any]:
-        """Mean, interval and worst of each measure, and every value."""
-        right = of_share([one for one in self.right if one is not None])
+        """Return the mean, interval and worst value of each measure, and all values."""
+        right = share_interval([one for one in self.right if one is not None])
         return {
-            "n": len(self.likenesses),
+            "n": len(self.similarities),
             **{name: self._summary(name, of) for name, of in _WORST.items()},
             "success": self.success,
             "success_interval": list(right) if right else None,
             "worst": self.worst,
             "each": [
                 {**asdict(one), "right": right}
-                for one, right in zip(self.likenesses, self.right, strict=True)
+                for one, right in zip(self.similarities, self.right, strict=True)
             ],
         }
 
     def _summary(self, name: str, worst_of: Any) -> dict[str, Any] | None:
-        """Summarize a measure over the pairs that have it; `edited` is missing from some."""
-        values = [v for one in self.likenesses if (v := getattr(one, name)) is not None]
+        """Summarize a measure over the pairs that have it; some pairs have no `edited`."""
+        values = [v for one in self.similarities if (v := getattr(one, name)) is not None]
         if not values:
             return None
         interval = _ends(bootstrap(values))
@@ -112,8 +113,8 @@ def _ends(interval: Interval | None) -> list[float] | None:
     return [interval.low, interval.high] if interval else None
 
 
-SAME = Likeness(EQUAL, 1.0, 0.0, EQUAL)
-"""A picture beside itself."""
+SAME = Similarity(EQUAL, 1.0, 0.0, EQUAL)
+"""The similarity of a picture to itself."""
 _WORST = {"psnr": min, "ssim": min, "flip": max, "edited": min}
 
 
@@ -126,44 +127,44 @@ def compare(
     """Compare pictures pair by pair.
 
     Args:
-        made: the pictures to judge.
+        made: the pictures to compare.
         wanted: their references, of the same sizes.
-        right: for each picture, whether the edit is right, where that is known.
-        sources: the unedited pictures, of any size; they tell where the edit is.
+        right: for each picture, whether the edit is correct; None if unknown.
+        sources: the unedited pictures, of any size, to find the edited regions.
 
     Raises:
-        ValueError: no pictures, or not as many of one kind as of the other, or of other sizes.
+        ValueError: there are no pictures, or their numbers or sizes differ.
     """
     if not made or len(made) != len(wanted):
         raise ValueError(f"{len(made)} pictures cannot be compared with {len(wanted)}")
     before = sources if sources is not None else [None] * len(made)
-    likenesses = tuple(
-        likeness(a, b, source=source) for a, b, source in zip(made, wanted, before, strict=True)
+    similarities = tuple(
+        similarity(a, b, source=source) for a, b, source in zip(made, wanted, before, strict=True)
     )
-    return Quality(likenesses, tuple(right) if right is not None else (None,) * len(made))
+    return Quality(similarities, tuple(right) if right is not None else (None,) * len(made))
 
 
-def likeness(
+def similarity(
     made: Image.Image,
     wanted: Image.Image,
     measures: Collection[str] = ("ssim", "flip"),
     source: Image.Image | None = None,
-) -> Likeness:
+) -> Similarity:
     """Compare two pictures of one size.
 
     Args:
-        made: the picture to judge.
+        made: the picture to compare.
         wanted: its reference.
-        measures: which to take beside PSNR; FLIP takes over a second for a megapixel.
+        measures: measures other than PSNR; FLIP takes over a second for a megapixel.
         source: the unedited picture, of any size, for the PSNR inside the edited region.
 
     Raises:
-        ValueError: they have different sizes.
+        ValueError: the pictures have different sizes.
     """
     if made.size != wanted.size:
         raise ValueError(f"a picture of {made.size} cannot be compared with one of {wanted.size}")
     near = psnr(checking.as_tensor(made), checking.as_tensor(wanted))
-    return Likeness(
+    return Similarity(
         near,
         _ssim(made, wanted) if "ssim" in measures else None,
         _flip(made, wanted) if "flip" in measures else None,
@@ -172,14 +173,14 @@ def likeness(
 
 
 def edited_region(source: Image.Image, result: Image.Image) -> Any:
-    """Find where an edit changed its picture.
+    """Return where an edit changed its picture.
 
     A patch of 8 x 8 pixels belongs to the edit if its mean absolute difference from the source,
-    over pixels and channels, is above 0.05 of 1. So do the eight patches around it: an edge that
-    moved by a few pixels must count.
+    over pixels and channels, is above 0.05 of a range of 1. The eight patches around it belong to
+    the edit too, so that an edge that moved by a few pixels counts.
 
     Args:
-        source: the unedited picture; it is resized to the result.
+        source: the unedited picture, which is resized to the result's size.
         result: the edited picture.
 
     Returns:
@@ -210,7 +211,7 @@ def _inside(made: Image.Image, wanted: Image.Image, region: Any) -> float | None
 
 
 def missing() -> list[str]:
-    """Name the measures that are not installed; `fluxfire[bench]` brings them."""
+    """Return the names of measures that are not installed; `fluxfire[bench]` installs them."""
     return [name for name, package in _PACKAGES.items() if find_spec(package) is None]
 
 
@@ -224,9 +225,14 @@ def _ssim(made: Image.Image, wanted: Image.Image) -> float | None:
     from skimage.metrics import structural_similarity
 
     value: float = structural_similarity(
-        _pixels(wanted), _pixels(made), data_range=1.0, channel_axis=-1, gaussian_weights=True,
-        sigma=1.5, use_sample_covariance=False,
-    )  # fmt: skip
+        _pixels(wanted),
+        _pixels(made),
+        data_range=1.0,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
     return float(value)
 
 

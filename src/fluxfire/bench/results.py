@@ -1,4 +1,4 @@
-"""Results as JSON files that say where they come from."""
+"""Result files in JSON, with their time, commit and environment."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxfire.environment import environment
-from fluxfire.text import write_whole
+from fluxfire.text import write_atomically
 
 
 def stamp() -> dict[str, Any]:
-    """Say when, where and with which code a result was measured.
+    """Return the time, commit and environment of a measurement.
 
-    The commit is git's, or FLUXFIRE_COMMIT's where the code runs outside its checkout.
+    The commit comes from git, or from FLUXFIRE_COMMIT if the code runs outside its checkout.
     """
     return {
         "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -27,18 +27,18 @@ def stamp() -> dict[str, Any]:
 
 
 def save_result(result: dict[str, Any], path: Path) -> None:
-    """Write a result, replacing the file in one step so that a crash leaves no half."""
-    write_whole(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
+    """Write a result and replace the file atomically, so that a crash leaves no partial file."""
+    write_atomically(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
-def keeping(result: dict[str, Any], path: Path) -> Callable[[Sequence[Any]], None]:
-    """Make what `measure` hands its rows to: they go into the result, and that into its file."""
+def row_saver(result: dict[str, Any], path: Path) -> Callable[[Sequence[Any]], None]:
+    """Return an `on_rows` callback for `measure` that puts the rows into a result and saves it."""
 
-    def keep(rows: Sequence[Any]) -> None:
+    def save_rows(rows: Sequence[Any]) -> None:
         result["rows"] = [row.to_dict() for row in rows]
         save_result(result, path)
 
-    return keep
+    return save_rows
 
 
 def load_result(path: Path) -> dict[str, Any]:
@@ -51,8 +51,10 @@ def _commit() -> str | None:
     here = Path(__file__)
     git = ["git", "-C", str(here.parent)]
     try:
-        for command in (["ls-files", "--error-unmatch", here.name],  # or it is somebody else's
-                        ["describe", "--always", "--dirty", "--abbrev=12"]):  # fmt: skip
+        for command in (
+            ["ls-files", "--error-unmatch", here.name],  # else the repository is another project's
+            ["describe", "--always", "--dirty", "--abbrev=12"],
+        ):
             done = subprocess.run([*git, *command], capture_output=True, text=True, check=True)  # noqa: S603
     except (OSError, subprocess.CalledProcessError):
         return None

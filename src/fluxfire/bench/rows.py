@@ -1,4 +1,4 @@
-"""What the harness found of one contender on one workload."""
+"""The measurements of one contender on one workload."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from fluxfire.bench.contenders import Contender
-from fluxfire.bench.power import Drawn
+from fluxfire.bench.power import EnergyUse
 from fluxfire.bench.quality import Quality
 from fluxfire.bench.timing import Sample
 from fluxfire.bench.work import Work
@@ -18,17 +18,17 @@ from fluxfire.reporting.statistics import RunStatistics, StepKind
 
 
 @dataclass(frozen=True)
-class Edit:
-    """One edit that counts.
+class TimedEdit:
+    """One timed edit.
 
     Attributes:
         seconds: from the call to the picture.
-        steps: seconds of each step, and what caches left out of it.
+        steps: seconds and kind of each step.
         phases: seconds by phase.
-        hit_rate: share of the cache's decisions that were hits; None without one.
-        compiles: how often torch.compile traced code; none are expected.
-        graph_breaks: places where a graph was cut in two.
-        work: how much was computed, in full steps.
+        hit_rate: share of the cache's decisions that were hits; None without a cache.
+        compiles: how many times torch.compile traced code; 0 is expected.
+        graph_breaks: number of graph breaks.
+        work: the computed work.
     """
 
     seconds: float
@@ -42,48 +42,48 @@ class Edit:
 
 @dataclass(eq=False)
 class Row:
-    """One contender on one workload, over the rounds.
+    """The measurements of one contender on one workload, over all rounds.
 
     Attributes:
         contender: the contender.
         workload: the workload.
-        applied: seconds and memory of applying the passes, the first time.
-        first: the first short run of each round, which compiles.
-        edits: in the order made.
-        drawn: energy of each round's edits, where the device reports it.
-        pictures: the first round's, by the example's position.
-        right: for each example, whether its edit is right, where a program can tell.
-        peak: GiB at most allocated in an edit.
-        weights: bytes of the transformer's weights; 0 where nobody can be sure.
-        quality: by the name of the control: how near the pictures are to its pictures.
-        twin: of a lossy contender, the name of the same list without what is lossy.
-        fewer: of a lossy contender, the name of its twin with as many steps as it computed; None
-            if it computed them all.
-        beside: the row of that contender.
-        again: of the first contender, seconds of its edits at the very end.
-        error: what it raised, if it did.
+        applied: seconds and memory of applying the passes in the first round.
+        first: the first warm-up run of each round, which compiles.
+        edits: the timed edits, in order.
+        energy: energy use of each round, if the device reports it.
+        pictures: the first round's pictures, by the example's position.
+        right: for each example, whether its edit is correct; None if no program can check it.
+        peak: peak of the allocated memory in an edit, in GiB.
+        weights: bytes of the transformer's weights; 0 if unknown.
+        quality: similarity to each reference's pictures, by the reference's name.
+        twin: name of a lossy contender's twin: the same list without lossy passes.
+        fewer_steps_name: name of the twin with as many steps as this row computed; None if it
+            computed all steps.
+        fewer_steps_row: the row of that twin.
+        again: seconds of the first contender's edits in its repetition at the end.
+        error: the contender's error; None without one.
     """
 
     contender: Contender
     workload: Workload
     applied: dict[str, float] = field(default_factory=dict)
     first: list[RunStatistics] = field(default_factory=list)
-    edits: list[Edit] = field(default_factory=list)
-    drawn: list[Drawn] = field(default_factory=list)
+    edits: list[TimedEdit] = field(default_factory=list)
+    energy: list[EnergyUse] = field(default_factory=list)
     pictures: dict[int, Image.Image] = field(default_factory=dict)
     right: list[bool | None] = field(default_factory=list)
     peak: float = 0.0
     weights: int = 0
     quality: dict[str, Quality] = field(default_factory=dict)
     twin: str | None = None
-    fewer: str | None = None
-    beside: Row | None = None
+    fewer_steps_name: str | None = None
+    fewer_steps_row: Row | None = None
     again: list[float] = field(default_factory=list)
     error: str | None = None
 
     @property
-    def begun(self) -> bool:
-        """Whether there is anything to report."""
+    def has_content(self) -> bool:
+        """Whether the row has edits or an error to report."""
         return bool(self.edits) or self.error is not None
 
     @property
@@ -93,14 +93,14 @@ class Row:
 
     @property
     def moved(self) -> float | None:
-        """By how much of itself the median edit moved from the first turn to the very last."""
+        """Relative change of the median edit from the first turn to the repetition at the end."""
         if not self.again:
             return None
         before = median(edit.seconds for edit in self.edits[: len(self.again)])
         return median(self.again) / before - 1
 
     def to_dict(self) -> dict[str, Any]:
-        """The row as plain data; `src/fluxfire/bench/schema.json` describes it."""
+        """Return the row as plain data; `src/fluxfire/bench/schema.json` describes it."""
         settings = self.contender.settings.get(self.workload.name)
         row: dict[str, Any] = {
             "contender": self.contender.name,
@@ -135,34 +135,39 @@ class Row:
                 n: Sample.of(e.phases.get(n, 0.0) for e in self.edits).to_dict() for n in names
             },
             "peak_gib": self.peak,
-            "joules": sum(d.joules for d in self.drawn) / len(self.edits) if self.drawn else None,
+            "joules": sum(d.joules for d in self.energy) / len(self.edits) if self.energy else None,
             "utilisation": self._utilisation(),
             "quality": {name: quality.to_dict() for name, quality in self.quality.items()},
             "twin": self.twin,
-            "beside_fewer_steps": self._beside(),
+            "beside_fewer_steps": self._compare_with_fewer_steps(),
         }
 
-    def _beside(self) -> dict[str, Any] | None:
-        """Compare with plain at fewer steps, in dB: above 0 where this row is nearer."""
-        if self.beside is None or self.twin is None:
+    def _compare_with_fewer_steps(self) -> dict[str, Any] | None:
+        """Return the comparison with fewer steps in dB; above 0 means that this row is better."""
+        if self.fewer_steps_row is None or self.twin is None:
             return None
-        mine, theirs = (row.quality.get(self.twin) for row in (self, self.beside))
+        mine, theirs = (row.quality.get(self.twin) for row in (self, self.fewer_steps_row))
         if mine is None or theirs is None:
             return None
         differences = {name: mine.minus(theirs, name) for name in ("psnr", "edited")}
         return {
-            "contender": self.fewer,
-            "steps": self.beside.steps,
+            "contender": self.fewer_steps_name,
+            "steps": self.fewer_steps_row.steps,
             **{name: asdict(one) if one else None for name, one in differences.items()},
         }
 
     def _steps(self) -> dict[str, Any]:
-        """Steps by kind; nothing of a library whose hits only the block counter sees."""
+        """Return figures by kind of step; None for a baseline that does not report its hits."""
         baseline = self.contender.baseline
         if baseline is not None and baseline.skips:
             unknown = (
-                "step", "hit_step", "hits", "reuse_step", "reuses", "weights_gb_per_second",
-            )  # fmt: skip
+                "step",
+                "hit_step",
+                "hits",
+                "reuse_step",
+                "reuses",
+                "weights_gb_per_second",
+            )
             return dict.fromkeys(unknown)
         steps = [step for edit in self.edits for step in edit.steps]
         computed, reused, hits = (
@@ -182,6 +187,6 @@ class Row:
         }
 
     def _utilisation(self) -> float | None:
-        known = [(d.utilisation, d.seconds) for d in self.drawn if d.utilisation is not None]
+        known = [(d.utilisation, d.seconds) for d in self.energy if d.utilisation is not None]
         seconds = sum(s for _, s in known)
         return sum(u * s for u, s in known) / seconds if seconds else None

@@ -1,4 +1,4 @@
-"""What caches would decide, found on Spark: for timing them on random weights."""
+"""Schedules for caches, taken from Spark, to time caches on random weights."""
 
 from __future__ import annotations
 
@@ -18,65 +18,67 @@ from fluxfire.reporting.statistics import RunStatistics
 _EXAMPLES = 16
 
 
-def most_often(shares: Sequence[float]) -> list[int]:
-    """Return as many steps as do something on average, those that do it most often.
+def most_frequent_steps(shares: Sequence[float]) -> list[int]:
+    """Return the steps that are hits most frequently, as many as are hits on average.
 
     Args:
-        shares: of each step, the share of examples for which it does.
+        shares: for each step, the share of examples where the step is a hit.
     """
     by_share = sorted(range(len(shares)), key=lambda step: -shares[step])
     return sorted(by_share[: round(sum(shares))])
 
 
-def on_spark(passes: Sequence[Pass], steps: int, *, edits: bool = True) -> tuple[Pass, ...]:
-    """Return passes whose caches have the schedules that Spark's own edits give them.
+def schedule_passes(passes: Sequence[Pass], steps: int, *, edits: bool = True) -> tuple[Pass, ...]:
+    """Return passes whose caches follow the schedules that they choose on Spark's edits.
 
-    Random weights change everything from step to step or nothing: what a cache decides on
-    them means nothing. On Spark's trained weights it does. Caches of one list are tried
-    together, since one's decisions change what the other sees.
+    With random weights a step changes everything or nothing, so a cache's decisions mean nothing.
+    With Spark's trained weights they do. All caches of a list run together on Spark, since one
+    cache's decisions change the input of another.
 
     Args:
-        passes: a list; its caches are tried on Spark, without the other passes.
-        steps: denoising steps.
-        edits: whether a reference is edited.
+        passes: a list. Only its caches run on Spark, without the other passes.
+        steps: number of denoising steps.
+        edits: True for edits of a reference, False for text to image.
     """
-    caches = tuple(filter(_decides, passes))
+    caches = tuple(filter(_needs_schedule, passes))
     if not caches:
         return tuple(passes)
-    run = _tried(caches, steps, edits)
+    run = _run_on_spark(caches, steps, edits)
     hits = {d.step: d.hits for d in run.decisions}
     refreshes = {r.step: r.due for r in run.refreshes}
     made: list[Pass] = []
     for pass_ in passes:
         if pass_ in caches and isinstance(pass_, FirstBlockCache):
             shares = [sum(hits[step]) / len(hits[step]) for step in range(steps)]
-            made.append(replace(pass_, schedule=most_often(shares)))
+            made.append(replace(pass_, schedule=most_frequent_steps(shares)))
         elif pass_ in caches and isinstance(pass_, ReferenceCache) and refreshes:
-            done = [_done(refreshes[step], hits.get(step)) for step in range(steps)]
-            made.append(replace(pass_, schedule=[0, *most_often(done)]))
+            refresh_shares = [
+                _refresh_share(refreshes[step], hits.get(step)) for step in range(steps)
+            ]
+            made.append(replace(pass_, schedule=[0, *most_frequent_steps(refresh_shares)]))
         else:
             made.append(pass_)
     return tuple(made)
 
 
-def scheduled(contender: Contender, steps: int, *, edits: bool = True) -> Contender:
-    """Return a contender whose caches follow Spark's schedules."""
-    return replace(contender, passes=on_spark(contender.passes, steps, edits=edits))
+def schedule_contender(contender: Contender, steps: int, *, edits: bool = True) -> Contender:
+    """Return the contender with Spark's schedules in its caches."""
+    return replace(contender, passes=schedule_passes(contender.passes, steps, edits=edits))
 
 
-def _decides(pass_: Pass) -> bool:
+def _needs_schedule(pass_: Pass) -> bool:
     caches = isinstance(pass_, FirstBlockCache | ReferenceCache)
     return caches and pass_.schedule is None and pass_.exactness == "lossy"  # type: ignore[attr-defined]
 
 
-def _done(due: Sequence[bool], hits: Sequence[bool] | None) -> float:
-    """Return the share of samples whose reference was computed: a hit puts it off."""
-    put_off = hits or [False] * len(due)
-    return sum(d and not h for d, h in zip(due, put_off, strict=True)) / len(due)
+def _refresh_share(due: Sequence[bool], hits: Sequence[bool] | None) -> float:
+    """Return the share of samples that computed the reference; a hit postpones that."""
+    postponed = hits or [False] * len(due)
+    return sum(d and not h for d, h in zip(due, postponed, strict=True)) / len(due)
 
 
 @functools.cache
-def _tried(caches: tuple[Pass, ...], steps: int, edits: bool) -> RunStatistics:
+def _run_on_spark(caches: tuple[Pass, ...], steps: int, edits: bool) -> RunStatistics:
     tasks: Sequence[Any] = (
         spark.examples(split="test", n=_EXAMPLES) if edits else spark.drawings(n=_EXAMPLES)
     )

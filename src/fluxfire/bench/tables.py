@@ -1,4 +1,4 @@
-"""A benchmark's result as tables for the terminal, and as CSV, from its JSON alone."""
+"""Formats a benchmark's JSON result as tables for the terminal, and as CSV."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Table = tuple[str, Sequence[str], list[tuple[str, ...]]]
 """A title, the names of the columns, and the cells."""
 
 BUSY = 0.05
-"""By how much the first contender's median may move from its first turn to its last."""
+"""Largest relative change of the first contender's median that counts as a quiet machine."""
 _TIMES = ("Speed", "Where an edit's time goes (medians)")
 _SKIPPED = ("reuse_step", "hit_step")
 _SAME = 99.995  # dB; pictures that differ in no bit have 100
 
 
 def as_text(result: dict[str, Any]) -> str:
-    """Lay a whole result out."""
+    """Format a whole result as text."""
     parts = [f"{title}\n\n{table(head, rows)}" for title, head, rows in tables(result)]
     parts += [f"note: {note}" for note in (*result["notes"], *remarks(result["rows"]))]
     parts += [f"{row['contender']}: {row['error']}" for row in result["rows"] if row["error"]]
@@ -32,7 +32,7 @@ def as_text(result: dict[str, Any]) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> Iterator[str]:
-    """Say what a reader of the tables must know: a busy machine, methods that did nothing."""
+    """Yield warnings for readers of the tables: a busy machine, methods that skipped nothing."""
     for row in rows:
         name, moved = row["contender"], row.get("moved")
         if is_busy(row):
@@ -44,19 +44,18 @@ def remarks(rows: Sequence[Row]) -> Iterator[str]:
             yield f"{name} compiled {row['compiles']} times within the edits that count"
         if row.get("may_skip") and row.get("skipped") == 0 and not row.get("reuses"):
             yield (
-                f"{name} never skipped a step of {row['steps']}: its row shows nothing but its "
-                f"overhead"
+                f"{name} never skipped a step of {row['steps']}: its row shows only its overhead"
             )
 
 
 def is_busy(row: Row) -> bool:
-    """Whether the first contender's row says that the machine's speed changed meanwhile."""
+    """Whether the first contender's row shows that the machine's speed changed."""
     moved: float = row.get("moved") or 0.0
     return abs(moved) > BUSY
 
 
 def tables(result: dict[str, Any]) -> list[Table]:
-    """Return the tables of a result: speed, lossy rows beside fewer steps, phases, quality."""
+    """Return the tables of a result: speed, lossy rows against fewer steps, phases, quality."""
     done = [row for row in result["rows"] if "edit" in row]
     if not done:
         return []
@@ -66,12 +65,12 @@ def tables(result: dict[str, Any]) -> list[Table]:
             (f"{title} (this machine was busy)" if title in _TIMES else title, head, lines)
             for title, head, lines in found
         ]
-    several = len({_load(row) for row in done}) > 1
+    several = len({_workload_name(row) for row in done}) > 1
     return found if several else [_without_workload(one) for one in found]
 
 
 def as_csv(result: dict[str, Any]) -> str:
-    """Write a result as CSV: a line for each contender and workload, seconds and dB as numbers."""
+    """Format a result as CSV: a line for each contender and workload, in seconds and dB."""
     file = io.StringIO()
     lines = csv.DictWriter(file, list(_CSV), lineterminator="\n")
     lines.writeheader()
@@ -110,7 +109,7 @@ _CSV: dict[str, tuple[str, ...]] = {
     "beside_fewer_high": ("beside_fewer_steps", "psnr", "high"),
     "error": ("error",),
 }
-"""Columns of the CSV, and where each stands in a row of the JSON."""
+"""Columns of the CSV, with each value's path in a row of the JSON."""
 
 
 def _cell(row: Row, path: Sequence[str]) -> Any:
@@ -124,62 +123,75 @@ def _cell(row: Row, path: Sequence[str]) -> Any:
 
 
 def _without_workload(one: Table) -> Table:
-    """Say in the title what would be the same in every line."""
+    """Move a workload that all lines share from the lines into the title."""
     title, head, lines = one
     (load,) = {line[1] for line in lines}
     return f"{title}: {load}", (head[0], *head[2:]), [(line[0], *line[2:]) for line in lines]
 
 
-def faster(rows: Sequence[Row], row: Row, control: str) -> float | None:
-    """Return how many times as fast as a control a row is: the median over the same examples."""
-    base = next((r for r in rows if (r["contender"], _load(r)) == (control, _load(row))), None)
+def speedup(rows: Sequence[Row], row: Row, control: str) -> float | None:
+    """Return a row's speedup over a control: the median over the same examples."""
+    base = next(
+        (r for r in rows if (r["contender"], _workload_name(r)) == (control, _workload_name(row))),
+        None,
+    )
     if base is None:
         return None
     ours, theirs = row["edit"]["seconds"], base["edit"]["seconds"]
-    if len(ours) != len(theirs):  # one of them was cut short
+    if len(ours) != len(theirs):  # one of them stopped early
         return float(base["edit"]["median"] / row["edit"]["median"])
     return float(median(b / a for a, b in zip(ours, theirs, strict=True)))
 
 
-def _times(ratio: float | None) -> str:
+def _format_speedup(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def spread(sample: dict[str, Any] | None) -> str:
-    """Write a median with its least and greatest."""
+def format_spread(sample: dict[str, Any] | None) -> str:
+    """Format a median with its minimum and maximum."""
     if sample is None:
         return "-"
     least, most = human_seconds(sample["min"]), human_seconds(sample["max"])
     return f"{human_seconds(sample['median'])} ({least} to {most})"
 
 
-def decibels(value: float) -> str:
-    """Write a PSNR."""
+def format_decibels(value: float) -> str:
+    """Format a PSNR."""
     return "same" if value > _SAME else f"{value:.1f}"
 
 
-def _load(row: Row) -> str:
+def _workload_name(row: Row) -> str:
     name: str = row["workload"]["name"]
     return name
 
 
 def _names(row: Row) -> tuple[str, str]:
     failed = " (failed later)" if row["error"] else ""
-    return f"{row['contender']}{failed}", _load(row)
+    return f"{row['contender']}{failed}", _workload_name(row)
 
 
 def _speed(rows: Sequence[Row]) -> Table:
     head = (
-        "contender", "workload", "edit: median (spread)", "× eager", "× compiled",
-        "computed step", "reuse", "hit", "steps computed", "first run, 2 steps", "peak GiB",
-        "J an edit", "GPU busy",
-    )  # fmt: skip
+        "contender",
+        "workload",
+        "edit: median (spread)",
+        "× eager",
+        "× compiled",
+        "computed step",
+        "reuse",
+        "hit",
+        "steps computed",
+        "first run, 2 steps",
+        "peak GiB",
+        "J an edit",
+        "GPU busy",
+    )
     lines: list[tuple[str, ...]] = [
         (
             *_names(row),
-            spread(row["edit"]),
-            _times(faster(rows, row, EAGER)),
-            _times(faster(rows, row, COMPILED)),
+            format_spread(row["edit"]),
+            _format_speedup(speedup(rows, row, EAGER)),
+            _format_speedup(speedup(rows, row, COMPILED)),
             human_seconds(row["step"]["median"]) if row["step"] else "-",
             *(human_seconds(row[k]["median"]) if row.get(k) else "-" for k in _SKIPPED),
             _computed(row),
@@ -194,7 +206,7 @@ def _speed(rows: Sequence[Row]) -> Table:
 
 
 def _computed(row: Row) -> str:
-    """Write how many steps ran all blocks, and how many of these left the reference out."""
+    """Format how many steps ran all blocks, and how many of these skipped the reference."""
     mark = "*" if row["scheduled"] else ""
     reuses = f", {row['reuses']:.1f} without the reference" if row.get("reuse_step") else ""
     none = " (skipped none)" if row["may_skip"] and not row["skipped"] and not reuses else ""
@@ -202,43 +214,56 @@ def _computed(row: Row) -> str:
 
 
 def _fewer_steps(rows: Sequence[Row]) -> Iterator[Table]:
-    """Lossy rows beside the same list without what is lossy, at as many steps as they computed."""
+    """Compare lossy rows with their exact lists at as many steps as the rows computed."""
     judged = [row for row in rows if row.get("twin") and row["twin"] in row["quality"]]
     if not judged:
         return
     head = (
-        "contender", "workload", "steps of work", "PSNR, dB: mean [95%] (worst)",
-        "inside the edit", "plain, fewer steps", "plain's PSNR", "plain's inside",
-        "difference, dB [95%]", "verdict",
-    )  # fmt: skip
+        "contender",
+        "workload",
+        "steps of work",
+        "PSNR, dB: mean [95%] (worst)",
+        "inside the edit",
+        "plain, fewer steps",
+        "plain's PSNR",
+        "plain's inside",
+        "difference, dB [95%]",
+        "verdict",
+    )
     lines = []
     for row in judged:
-        beside = row.get("beside_fewer_steps")
+        comparison = row.get("beside_fewer_steps")
         quality = row["quality"][row["twin"]]
-        told = ["-"] * 5
-        if beside is not None:
+        cells = ["-"] * 5
+        if comparison is not None:
             other = next(
-                r for r in rows if (r["contender"], _load(r)) == (beside["contender"], _load(row))
+                r
+                for r in rows
+                if (r["contender"], _workload_name(r))
+                == (comparison["contender"], _workload_name(row))
             )["quality"][row["twin"]]
-            gap = Interval(**beside["psnr"]) if beside["psnr"] else None
-            told = [
-                f"{beside['steps']} steps",
-                measured(other["psnr"]),
-                measured(other["edited"]),
+            gap = Interval(**comparison["psnr"]) if comparison["psnr"] else None
+            cells = [
+                f"{comparison['steps']} steps",
+                format_measure(other["psnr"]),
+                format_measure(other["edited"]),
                 f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else "-",
                 gap.verdict if gap else "one example is too few to tell",
             ]
         lines.append(
             (
-                *_names(row), f"{row['work']:.1f}", measured(quality["psnr"]),
-                measured(quality["edited"]), *told,
+                *_names(row),
+                f"{row['work']:.1f}",
+                format_measure(quality["psnr"]),
+                format_measure(quality["edited"]),
+                *cells,
             )
-        )  # fmt: skip
+        )
     yield "Lossy methods beside plain with fewer steps, at equal computed work", head, lines
 
 
-def measured(one: dict[str, Any] | None) -> str:
-    """Write a measure in dB: its mean, the mean's interval, and the worst."""
+def format_measure(one: dict[str, Any] | None) -> str:
+    """Format a measure in dB: its mean, the mean's interval, and the worst value."""
     if one is None:
         return "-"
     if one["worst"] > _SAME:
@@ -264,17 +289,23 @@ def _qualities(rows: Sequence[Row]) -> Iterator[Table]:
             continue
         lines = [(*_names(row), *_quality(row["quality"][control])) for row in judged]
         head = (
-            "contender", "workload", "pictures", "PSNR, dB: mean [95%] (worst)",
-            "inside the edit", "SSIM", "FLIP", "right [95%]",
-        )  # fmt: skip
-        yield f"Pictures beside those of {control}", head, lines
+            "contender",
+            "workload",
+            "pictures",
+            "PSNR, dB: mean [95%] (worst)",
+            "inside the edit",
+            "SSIM",
+            "FLIP",
+            "right [95%]",
+        )
+        yield f"Similarity to the pictures of {control}", head, lines
 
 
-def _quality(told: dict[str, Any]) -> tuple[str, ...]:
-    right, ends = told["success"], told["success_interval"]
-    cells = [f"{told['n']}", measured(told["psnr"]), measured(told["edited"])]
+def _quality(quality: dict[str, Any]) -> tuple[str, ...]:
+    right, ends = quality["success"], quality["success_interval"]
+    cells = [f"{quality['n']}", format_measure(quality["psnr"]), format_measure(quality["edited"])]
     for name in ("ssim", "flip"):
-        one = told[name]
+        one = quality[name]
         cells.append(f"{one['mean']:.4f} ({one['worst']:.4f})" if one else "-")
     interval = f" [{ends[0]:.0%}, {ends[1]:.0%}]" if ends else ""
     return (*cells, "-" if right is None else f"{right:.1%}{interval}")

@@ -1,4 +1,4 @@
-"""Repeated measurements, told as a median with its spread."""
+"""Repeated time measurements, with their median and spread."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Sample:
 
     @property
     def median(self) -> float:
-        """The figure to quote."""
+        """The median in seconds."""
         return median(self.seconds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Median, smallest, largest, and every measurement."""
+        """Return the median, minimum, maximum, and all measurements."""
         return {
             "median": self.median,
             "min": min(self.seconds),
@@ -44,7 +44,7 @@ class Sample:
 
     @classmethod
     def of(cls, seconds: Iterable[float]) -> Sample:
-        """Collect measurements."""
+        """Create a sample from measurements."""
         return cls(tuple(seconds))
 
 
@@ -52,31 +52,31 @@ def repeat(run: Callable[[], object], *, warmups: int = 1, repeats: int = 5) -> 
     """Time a function by the wall clock, waiting for the device before each reading.
 
     Args:
-        run: what to time.
-        warmups: calls before the first that counts.
-        repeats: calls that count.
+        run: the function to time.
+        warmups: number of warm-up calls.
+        repeats: number of timed calls.
     """
     for _ in range(warmups):
         run()
-    return Sample.of(timed(run)[1] for _ in range(repeats))
+    return Sample.of(time_call(run)[1] for _ in range(repeats))
 
 
-def timed(run: Callable[[], T]) -> tuple[T, float]:
-    """Run a function once; return its result, and the seconds until the device was done."""
-    settle()
+def time_call(run: Callable[[], T]) -> tuple[T, float]:
+    """Call a function; return its result, and the seconds until the device has finished."""
+    synchronize()
     began = time.perf_counter()
     result = run()
-    settle()
+    synchronize()
     return result, time.perf_counter() - began
 
 
 def on_device(pipe: Any) -> AbstractContextManager[object]:
-    """Make a pipeline's own GPU torch's current one: its clock, memory and energy are read."""
-    device = pipe._execution_device  # noqa: SLF001 - the one truth under offloading
+    """Make the pipeline's GPU torch's current one, whose time, memory and energy are measured."""
+    device = pipe._execution_device  # noqa: SLF001 - the only right device under offloading
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def settle() -> None:
-    """Wait until the device has done all its work."""
+def synchronize() -> None:
+    """Wait until the device has finished all work."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""What `tune` searches among, and what it saw of each: families of lists, trials, candidates."""
+"""The data of `tune`: families of lists, trials of them, and candidates."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from fluxfire.bench.intervals import Interval
 from fluxfire.bench.quality import Quality
 from fluxfire.protocol import Pass, configured
 
-MARGIN = 1.02
-"""A list that is faster by less than this is not worth its risk."""
+MIN_SPEEDUP = 1.02
+"""Smallest speedup that makes a lossy list worth its risk."""
 Part = Literal["search", "choose", "confirm"]
 Verdict = Literal["within", "outside", "slower", "failed", "no better than fewer steps"]
 
@@ -21,40 +21,40 @@ class Family:
     """Lists of passes that differ in the settings of one, or in the number of steps.
 
     Attributes:
-        passes: what is applied, in order.
-        dial: settings of one of these passes, from careful to fast, which `using` can change
-            at run time; none if there is nothing to turn.
-        steps: numbers of denoising steps, from many to few, in place of a dial.
+        passes: the passes, in order.
+        knob: settings of one of these passes, from careful to fast, which `using` can change at
+            run time; empty if there is only one setting.
+        steps: numbers of denoising steps, from many to few, in place of a knob.
     """
 
     passes: tuple[Pass, ...] = ()
-    dial: tuple[Pass, ...] = ()
+    knob: tuple[Pass, ...] = ()
     steps: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        """Count the settings."""
-        return len(self.dial or self.steps) or 1
+        """Return the number of settings."""
+        return len(self.knob or self.steps) or 1
 
-    def at(self, rung: int) -> tuple[Pass, ...]:
-        """Return the list with the dial at one of its settings."""
-        if not self.dial:
+    def at(self, index: int) -> tuple[Pass, ...]:
+        """Return the list of passes at one setting."""
+        if not self.knob:
             return self.passes
-        turned = self.dial[rung]
+        turned = self.knob[index]
         return tuple(turned if p.name == turned.name else p for p in self.passes)
 
-    def steps_at(self, rung: int) -> int | None:
-        """Return the number of steps of a setting; None for the workload's."""
-        return self.steps[rung] if self.steps else None
+    def steps_at(self, index: int) -> int | None:
+        """Return the number of steps at one setting; None for the workload's."""
+        return self.steps[index] if self.steps else None
 
 
 @dataclass(frozen=True)
-class Beside:
+class FewerStepsComparison:
     """A lossy list compared with plain at fewer steps, on the same examples and noise.
 
     Attributes:
-        steps: of plain: as many as the list computed, rounded up.
-        psnr: mean PSNR of plain with so many steps, in dB.
-        difference: what the list has more, in dB; None for a single example.
+        steps: plain's number of steps: as many as the list computed, rounded up.
+        psnr: mean PSNR of plain with this number of steps, in dB.
+        difference: the list's PSNR minus plain's, in dB; None for a single example.
     """
 
     steps: int
@@ -62,22 +62,22 @@ class Beside:
     difference: Interval | None
 
     @property
-    def beaten(self) -> bool:
-        """Whether the list is clearly nearer to the plain pictures: its whole interval is."""
+    def beats_fewer_steps(self) -> bool:
+        """Whether the list is certainly better: the whole interval lies above 0."""
         return self.difference is not None and self.difference.above_zero
 
     def __str__(self) -> str:
         if self.difference is None:
-            return f"one example does not tell it from num_inference_steps={self.steps}"
+            return f"one example is too few to compare with num_inference_steps={self.steps}"
         gap = self.difference
-        said = f"this list has {gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
+        gap_text = f"this list has {gap.mean:+.1f} dB [{gap.low:+.1f}, {gap.high:+.1f}]"
         answers = {
-            "better": f"it beats num_inference_steps={self.steps}: {said}",
-            "worse": f"num_inference_steps={self.steps} does better: {said}",
+            "better": f"it beats num_inference_steps={self.steps}: {gap_text}",
+            "worse": f"num_inference_steps={self.steps} does better: {gap_text}",
             "no difference shown": f"num_inference_steps={self.steps} does the same, as far as "
-            f"{gap.n} examples show: {said}",
+            f"{gap.n} examples show: {gap_text}",
         }
-        unsure = f"beside num_inference_steps={self.steps}: {said}; {gap.verdict}"
+        unsure = f"compared with num_inference_steps={self.steps}: {gap_text}; {gap.verdict}"
         return answers.get(gap.verdict, unsure)
 
 
@@ -87,18 +87,18 @@ class Trial:
 
     Attributes:
         passes: the list.
-        part: which examples.
-        verdict: whether all is within the budget. A trial ends with the first picture
-            outside, or when it is slower than the best so far.
-        why: what was outside, or what was raised; empty where all is well.
-        quality: beside the plain pipeline's pictures, example by example; None if it failed.
-        seconds: of an edit, the median; nan if it failed.
-        speed: how many times as fast as plain, the median over the same examples.
-        plain_success: share of right edits among the same examples without passes; None where
-            no program can tell, or if it failed.
-        steps: number of denoising steps, where it is not the workload's.
-        work: computed work of an edit in full steps, the mean over the examples.
-        beside: of a lossy list: plain with as many steps as it computed.
+        part: the part of the examples.
+        verdict: `"within"` the budget or a reason for rejection. A trial ends with the first
+            picture outside the budget, or when it is slower than the best list so far.
+        why: the exceeded limit, or the error; empty if all pictures are within the budget.
+        quality: similarity to the plain pipeline's pictures, per example; None if it failed.
+        seconds: median seconds of an edit; nan if it failed.
+        speed: speedup over plain, the median over the same examples.
+        plain_success: share of correct edits of the plain pipeline on the same examples; None if
+            no program can check them, or if the trial failed.
+        steps: number of denoising steps; None for the workload's.
+        work: mean computed work of an edit, in full steps.
+        comparison: a lossy list's comparison with plain at as many steps as it computed.
     """
 
     passes: tuple[Pass, ...]
@@ -111,7 +111,7 @@ class Trial:
     plain_success: float | None = None
     steps: int | None = None
     work: float = 0.0
-    beside: Beside | None = None
+    comparison: FewerStepsComparison | None = None
 
     @property
     def lossy(self) -> bool:
@@ -120,49 +120,49 @@ class Trial:
 
     @property
     def examples(self) -> int:
-        """How many were edited."""
-        return len(self.quality.likenesses) if self.quality else 0
+        """Number of edited examples."""
+        return len(self.quality.similarities) if self.quality else 0
 
     @property
     def worth(self) -> float:
-        """Its speed; an exact list counts 2% more, and plain 2% more again."""
+        """Its speed, with a bonus of 2% for an exact list and another 2% for plain."""
         exact = not self.lossy and self.steps is None
         plain = exact and not self.passes
-        return self.speed * (MARGIN if exact else 1.0) * (MARGIN if plain else 1.0)
+        return self.speed * (MIN_SPEEDUP if exact else 1.0) * (MIN_SPEEDUP if plain else 1.0)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A family with its dial at a setting, and how that did.
+    """One setting of a family, with its trial.
 
     Attributes:
         family: the family.
-        rung: position on its dial.
-        trial: what was seen of it.
+        index: position of the setting.
+        trial: the trial of this setting.
     """
 
     family: Family
-    rung: int
+    index: int
     trial: Trial
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is the plain pipeline with all its steps."""
+        """Whether it is the plain pipeline with all steps."""
         return not self.family.passes and not self.family.steps
 
 
-def names(passes: Sequence[Pass]) -> str:
-    """Write a list in short: names, and of settings those that are not the defaults."""
-    return " + ".join(map(_brief, passes)) or "plain"
+def describe_passes(passes: Sequence[Pass]) -> str:
+    """Return a short description of a list: names, and settings that are not defaults."""
+    return " + ".join(map(_describe_pass, passes)) or "plain"
 
 
-def _brief(pass_: Pass) -> str:
+def _describe_pass(pass_: Pass) -> str:
     if not is_dataclass(pass_):
         return pass_.name
     try:
-        usual: Any = type(pass_)()
+        default: Any = type(pass_)()
     except TypeError:
         return repr(pass_)
     own = configured(pass_).settings
-    changed = [f"{k}={v!r}" for k, v in own.items() if v != getattr(usual, k)]
+    changed = [f"{k}={v!r}" for k, v in own.items() if v != getattr(default, k)]
     return f"{pass_.name}({', '.join(changed)})" if changed else pass_.name

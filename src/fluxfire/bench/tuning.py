@@ -1,4 +1,4 @@
-"""The fastest way to edit within a stated budget: a list of passes, or just fewer steps."""
+"""Finds the fastest way to edit within a budget: a list of passes, or fewer steps."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import Quality
 from fluxfire.bench.results import stamp
 from fluxfire.bench.search import Search
-from fluxfire.bench.tables import decibels
-from fluxfire.bench.trials import Candidate, Family, Trial, names
+from fluxfire.bench.tables import format_decibels
+from fluxfire.bench.trials import Candidate, Family, Trial, describe_passes
 from fluxfire.bench.workload import Workload
 from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
@@ -26,31 +26,29 @@ from fluxfire.protocol import Pass
 from fluxfire.text import count_of, human_seconds, table
 
 PUBLISHABLE = 256
-"""Examples that must lie behind a minimum before it is worth publishing."""
+"""Fewest examples for a minimum that is worth publishing."""
 _THRESHOLDS = (
     0.03, 0.04, 0.05, 0.065, 0.08, 0.1, 0.12, 0.15, 0.18, 0.22, 0.27, 0.33, 0.4, 0.5,
 )  # fmt: skip
-
-
 _SPACINGS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.33, 0.4, 0.5, 0.65)
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """What `tune` found. Prints as the trials, a verdict, and the list as Python.
+    """The result of `tune`. Prints as the trials, a verdict, and the list as Python.
 
     Attributes:
-        passes: the fastest list within the budget; empty if only the plain pipeline is.
-        steps: the number of steps to call the pipeline with, where fewer steps are the fastest;
-            None means the workload's.
-        budget: as stated.
-        workload: how the examples were edited: thresholds hold for its steps and size.
-        prices: the assumed cost of each kind of step; None if speed was measured.
-        seed: of the first example's noise.
-        plain: the plain pipeline on the examples that confirm.
-        confirmed: what was found, on them.
-        attempts: how many lists were tried on these examples; the first, if 1.
-        trials: all, in the order made.
+        passes: the fastest list within the budget; empty if only the plain pipeline is within it.
+        steps: number of steps for the pipeline's call, if fewer steps are fastest; None means the
+            workload's.
+        budget: the user's budget.
+        workload: size and number of steps of the edits; thresholds hold only for these.
+        prices: the assumed seconds of each kind of step; None if speed was measured.
+        seed: seed of the first example's noise.
+        plain: the plain pipeline's trial on the confirming examples.
+        confirmed: the chosen list's trial on the confirming examples.
+        attempts: number of lists tried on the confirming examples; 1 if the first passed.
+        trials: all trials, in order.
     """
 
     passes: tuple[Pass, ...]
@@ -66,11 +64,11 @@ class Tuned:
 
     @property
     def speed(self) -> float:
-        """How many times as fast as the plain pipeline: the median over the confirming edits."""
+        """Speedup over the plain pipeline: the median over the confirming examples."""
         return self.confirmed.speed
 
     def to_python(self) -> str:
-        """Return lines of Python that make the list."""
+        """Return Python code that creates the list."""
         homes: dict[str, set[str]] = {}
         for pass_ in self.passes:
             cls = type(pass_)
@@ -83,7 +81,7 @@ class Tuned:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """What was found and tried, as plain data."""
+        """Return the result and all trials as plain data."""
         return {
             "budget": asdict(self.budget),
             "workload": asdict(self.workload),
@@ -91,13 +89,13 @@ class Tuned:
             "seed": self.seed,
             "attempts": self.attempts,
             "steps": self.steps,
-            "plain": _told(self.plain),
-            "confirmed": _told(self.confirmed),
-            "trials": [_told(trial) for trial in self.trials],
+            "plain": _trial_to_dict(self.plain),
+            "confirmed": _trial_to_dict(self.confirmed),
+            "trials": [_trial_to_dict(trial) for trial in self.trials],
         }
 
     def save(self, path: str | Path) -> None:
-        """Write the list where `optimize(pipe, "….json")` finds it, and how it was found.
+        """Save the list for `optimize(pipe, "….json")`, together with this result.
 
         Raises:
             PlanError: the name does not end in `.json`, or a pass cannot be written.
@@ -107,11 +105,17 @@ class Tuned:
 
     def __str__(self) -> str:
         head = (
-            "passes", "part", "examples", "an edit", "speed", "worst PSNR, dB",
-            "right (plain)", "verdict",
-        )  # fmt: skip
-        told = table(head, map(line, self.trials))
-        return f"{told}\n\n{self._verdict()}\n\n{self.to_python()}"
+            "passes",
+            "part",
+            "examples",
+            "an edit",
+            "speed",
+            "worst PSNR, dB",
+            "right (plain)",
+            "verdict",
+        )
+        trials = table(head, map(format_trial, self.trials))
+        return f"{trials}\n\n{self._verdict()}\n\n{self.to_python()}"
 
     @property
     def no_better(self) -> Trial | None:
@@ -122,43 +126,45 @@ class Tuned:
     def _verdict(self) -> str:
         quality = self.confirmed.quality
         if quality is None or not (self.passes or self.steps):
-            said = f"Nothing faster than the plain pipeline keeps to the budget ({self.budget})."
-            return "\n".join([said, *self._turned_down()])
+            verdict = (
+                f"Nothing faster than the plain pipeline is within the budget ({self.budget})."
+            )
+            return "\n".join([verdict, *self._rejected_list()])
         what = f"num_inference_steps={self.steps}: w" if self.steps else "W"
-        said = (
+        verdict = (
             f"{what}ithin the budget ({self.budget}) on {self.confirmed.examples} examples that "
-            f"played no part in the choice: {self.speed:.2f} times as fast as plain"
+            f"the search did not use: {self.speed:.2f} times as fast as plain"
             f"{' at the prices given' if self.prices else ''}, worst PSNR "
-            f"{decibels(quality.worst_psnr)} dB"
+            f"{format_decibels(quality.worst_psnr)} dB"
         )
         plain = self.plain.quality
         if plain is not None and quality.success is not None and plain.success is not None:
-            said += f", {quality.success:.1%} of the edits right (plain {plain.success:.1%})"
-            said += self._lost(plain, quality)
+            verdict += f", {quality.success:.1%} of the edits right (plain {plain.success:.1%})"
+            verdict += self._describe_lost_edits(plain, quality)
         if self.attempts > 1:
-            said += (
-                f".\n{self.attempts} lists were tried on these examples, because faster ones were "
-                f"turned down there: so they did play a small part"
+            verdict += (
+                f".\n{self.attempts} lists were tried on these examples, because faster ones "
+                f"failed there, so these examples had a small part in the choice"
             )
         if self.confirmed.examples < PUBLISHABLE:
-            said += (
-                f".\nA minimum over {self.confirmed.examples} examples is a rough one: let "
-                f"{PUBLISHABLE} or more confirm what you publish"
+            verdict += (
+                f".\nA minimum over {self.confirmed.examples} examples is rough: confirm "
+                f"what you publish on {PUBLISHABLE} or more"
             )
-        lines = [f"{said}."]
-        if self.confirmed.beside is not None:
-            lines.append(f"At equal computed work {self.confirmed.beside}.")
-        return "\n".join([*lines, *self._turned_down()])
+        lines = [f"{verdict}."]
+        if self.confirmed.comparison is not None:
+            lines.append(f"At equal computed work {self.confirmed.comparison}.")
+        return "\n".join([*lines, *self._rejected_list()])
 
-    def _turned_down(self) -> list[str]:
-        """Say which lossy list, the fastest of them, is no better than fewer plain steps."""
+    def _rejected_list(self) -> list[str]:
+        """Return a line about the fastest lossy list that does not beat fewer plain steps."""
         if (trial := self.no_better) is None:
             return []
         speed = f"{trial.speed:.2f} times as fast as plain"
-        return [f"{names(trial.passes)}, {speed}, is not recommended: {trial.why}."]
+        return [f"{describe_passes(trial.passes)}, {speed}, is not recommended: {trial.why}."]
 
-    def _lost(self, plain: Quality, quality: Quality) -> str:
-        """Say how many edits fewer are right than without passes, and what limits that."""
+    def _describe_lost_edits(self, plain: Quality, quality: Quality) -> str:
+        """Say how many more edits plain gets right, and what the budget allows."""
         lost = plain.right.count(True) - quality.right.count(True)
         if lost <= 0:
             return ""
@@ -169,11 +175,11 @@ class Tuned:
             if self.budget.max_lost is None
             else f"--max-lost {self.budget.max_lost:g} allows that"
         )
-        return f".\nThe plain pipeline gets {lost} of {checked} edits more right: {limit}"
+        return f".\nThe plain pipeline gets {lost} more of {checked} edits right: {limit}"
 
 
-def line(trial: Trial) -> tuple[str, ...]:
-    """Write a trial as cells of a table."""
+def format_trial(trial: Trial) -> tuple[str, ...]:
+    """Format a trial as cells of a table."""
     quality = trial.quality
     if quality is None:
         return (_label(trial), trial.part, "-", "-", "-", "-", "-", f"failed: {trial.why}")
@@ -183,42 +189,44 @@ def line(trial: Trial) -> tuple[str, ...]:
         f"{trial.examples}",
         human_seconds(trial.seconds),
         f"{trial.speed:.2f}x",
-        decibels(quality.worst_psnr),
-        _right(quality.success, trial.plain_success),
+        format_decibels(quality.worst_psnr),
+        _format_correct(quality.success, trial.plain_success),
         trial.why or trial.verdict,
     )
 
 
 def _label(trial: Trial) -> str:
-    return names(trial.passes) + (f", {count_of(trial.steps, 'step')}" if trial.steps else "")
+    return describe_passes(trial.passes) + (
+        f", {count_of(trial.steps, 'step')}" if trial.steps else ""
+    )
 
 
-def _right(share: float | None, plain: float | None) -> str:
-    """Write how many edits are right, and how many of the same without passes."""
+def _format_correct(share: float | None, plain: float | None) -> str:
+    """Format the share of correct edits, and plain's share on the same examples."""
     return "-" if share is None or plain is None else f"{share:.1%} ({plain:.1%})"
 
 
-def _told(trial: Trial) -> dict[str, Any]:
+def _trial_to_dict(trial: Trial) -> dict[str, Any]:
     """Return a trial as plain data."""
-    told = trial.quality.to_dict() if trial.quality else {}
+    quality = trial.quality.to_dict() if trial.quality else {}
     failed = trial.quality is None
     return {
         "passes": [repr(p) for p in trial.passes],
         "steps": trial.steps,
         "work": trial.work,
-        "beside_fewer_steps": asdict(trial.beside) if trial.beside else None,
+        "beside_fewer_steps": asdict(trial.comparison) if trial.comparison else None,
         "part": trial.part,
         "verdict": trial.verdict,
         "why": trial.why,
         "seconds": None if failed else trial.seconds,
         "speed": None if failed else trial.speed,
         "plain_success": trial.plain_success,
-        **{k: v for k, v in told.items() if k != "each"},
+        **{k: v for k, v in quality.items() if k != "each"},
     }
 
 
-def bases() -> list[Family]:
-    """Return the exact lists of which the fastest carries the lossy ones."""
+def exact_families() -> list[Family]:
+    """Return the exact lists; the fastest one is the base of the lossy lists."""
     return [Family((Compile(),)), Family((FusedBlocks(), Compile()))]
 
 
@@ -226,14 +234,14 @@ def fewer_steps(steps: int, base: Sequence[Pass] = ()) -> Family:
     """Return an exact list with every number of steps below the workload's.
 
     Args:
-        steps: the workload's.
-        base: the list.
+        steps: the workload's number of steps.
+        base: the exact list.
     """
     return Family(tuple(base), steps=tuple(range(steps - 1, 0, -1)))
 
 
-def caches(base: Sequence[Pass] = ()) -> list[Family]:
-    """Return the lossy lists that are searched by default, on top of an exact one."""
+def cache_families(base: Sequence[Pass] = ()) -> list[Family]:
+    """Return the lossy lists that `tune` searches by default, on top of an exact list."""
     cache = FirstBlockCache(warmup_steps=6, max_consecutive_hits=3)
     kinds = (
         cache,
@@ -271,58 +279,59 @@ def tune(
     seed: int = 0,
     on_edit: Callable[[str], None] = lambda _: None,
 ) -> Tuned:
-    """Find the fastest way to edit whose worst picture keeps to a budget.
+    """Find the fastest way to edit whose worst picture stays within a budget.
 
-    First the fastest exact list is found. Then the number of steps is lowered, and each lossy
-    list's dial is turned, as far as the budget allows on a few examples, by halving. The best is
-    tried on others, and turned back where one of these is outside. The choice is confirmed on the
-    rest, which played no part in it. The worst example decides, not the mean. A lossy list must be
-    2% faster than an exact one, and it must clearly beat plain with as many steps as it computed:
-    on the confirming examples the whole interval of the paired difference must lie above 0. Where
-    it does not, `num_inference_steps` does the same, and the result says so.
+    `tune` first finds the fastest exact list. Then it bisects the number of steps, and the knob of
+    each lossy list, on the first part of the examples. It tries the best list on the second part,
+    and steps its knob back while a picture exceeds the budget. It confirms the choice on the third
+    part, which the search did not use. The worst example decides, not the mean.
 
-    The budget compares with the eager pictures. On the real model compiling alone moves a picture
-    to 20 to 30 dB, so a budget of the PSNR must leave room for it. The comparison with fewer steps
-    is with the same list at all steps, so there compiling cancels out.
+    A lossy list must be 2% faster than an exact one, and it must clearly beat plain with as many
+    steps as it computed: on the confirming examples the whole interval of the paired difference
+    must lie above 0. Otherwise `num_inference_steps` does the same, and the result says so.
+
+    The budget compares with the eager pictures. On the real model compiling alone changes a picture
+    to 20 to 30 dB, so a PSNR budget must allow for that. The comparison with fewer steps uses the
+    same list at all steps as its reference, so there compiling cancels out.
 
     Args:
-        pipe: a plain pipeline, with trained weights; it is plain again at the end, also after
-            an exception.
-        examples: three or more: at most 24, and a third, to search with; at most 96, and a
-            third, to choose by; the rest confirms.
-        budget: what must hold beside the plain pipeline's own pictures.
+        pipe: a plain pipeline with trained weights; it is plain again afterwards, even after an
+            exception.
+        examples: three or more. A third of them, at most 24, are for the search; a third, at most
+            96, are for the choice; the rest confirms.
+        budget: limits on the difference from the plain pipeline's pictures.
         candidates: lists to search, in place of exact passes, fewer steps (`fewer_steps`) and
-            caches. One that fails stands among the trials, and is left out.
-        workload: how to edit; the pipeline's usual size and 28 steps by default.
-        prices: seconds of each kind of step on the target machine, in place of those measured
-            here. By default only fewer steps and caches are searched then, uncompiled; the result
-            is for the compiled list that the prices belong to.
-        seed: of the first example's noise; each has its own.
-        on_edit: called before each edit, with what comes next.
+            caches. A list that fails stays among the trials and is rejected.
+        workload: size and number of steps; the pipeline's default size and 28 steps by default.
+        prices: seconds of each kind of step on the target machine, in place of measured times. Then
+            `tune` searches by default only fewer steps and caches, uncompiled; the result is for
+            the compiled list that the prices belong to.
+        seed: seed of the first example's noise; each example has its own.
+        on_edit: callback before each edit, with a description of it.
 
     Raises:
-        BenchError: fewer than three examples, or a budget that cannot be measured on them.
+        BenchError: there are fewer than three examples, or the budget cannot be measured on them.
         PlanError: the pipeline is not plain, or a candidate cannot be applied to it.
     """
-    if len(examples) < 3:  # noqa: PLR2004 - to search with, to choose by, and to confirm on
+    if len(examples) < 3:  # noqa: PLR2004 - one each to search, choose and confirm
         raise BenchError(
-            f"tune needs three examples or more, to search with, to choose by and to confirm on; "
+            f"tune needs three examples or more, for its search, choice and confirmation; "
             f"there are {len(examples)}"
         )
     budget.check_measurable(checked=any(e.check for e in examples))
     check_plain(pipe)
     for family in candidates or ():
         api.plan(pipe, family.passes).raise_if_bad()
-    load = workload or Workload.usual(pipe)
+    load = workload or Workload.for_pipeline(pipe)
     with Search(pipe, examples, budget, load, seed, on_edit, prices) as search:
         found: list[Candidate] = []
         if candidates is None and prices is not None:
-            candidates = [fewer_steps(load.steps), *caches()]
+            candidates = [fewer_steps(load.steps), *cache_families()]
         elif candidates is None:
-            found += _turned(search, bases())
+            found += _search_families(search, exact_families())
             base = max([search.plain("search"), *found], key=lambda c: c.trial.worth).family.passes
-            candidates = [fewer_steps(load.steps, base), *caches(base)]
-        found += _turned(search, candidates)
+            candidates = [fewer_steps(load.steps, base), *cache_families(base)]
+        found += _search_families(search, candidates)
         attempts = 0
         while True:
             chosen = search.choose(found)
@@ -333,17 +342,25 @@ def tune(
             found = [c for c in found if c.family is not chosen.family]
         plain = search.plain("confirm")
     return Tuned(
-        confirmed.trial.passes, budget, load, prices, seed, plain.trial, confirmed.trial, attempts,
-        tuple(search.trials), confirmed.trial.steps,
-    )  # fmt: skip
+        confirmed.trial.passes,
+        budget,
+        load,
+        prices,
+        seed,
+        plain.trial,
+        confirmed.trial,
+        attempts,
+        tuple(search.trials),
+        confirmed.trial.steps,
+    )
 
 
-def _turned(search: Search, families: Sequence[Family]) -> list[Candidate]:
-    """Turn the dials of the families that can be applied here."""
+def _search_families(search: Search, families: Sequence[Family]) -> list[Candidate]:
+    """Search the knobs of all families that can be applied on this machine."""
     found: list[Candidate] = []
     for family in families:
         if search.applies(family):
             best = max([c.trial.speed for c in found], default=0.0)
-            candidate = search.turn(family, best)
+            candidate = search.search_knob(family, best)
             found += [candidate] if candidate else []
     return found

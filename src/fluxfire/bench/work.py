@@ -1,4 +1,4 @@
-"""How much of an edit was computed, in steps: what a method must be compared at."""
+"""Computed work of an edit in full steps, to compare methods at equal work."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ _ROUNDING = 1e-6
 
 @dataclass(frozen=True)
 class Work:
-    """What one edit computed.
+    """The computed work of one edit.
 
     Attributes:
-        steps: computed work, counted in full steps. A step that only runs the first of FLUX's 57
-            blocks counts 1/57; a step that leaves the reference out counts its share of tokens.
+        steps: work in full steps. A step that runs only the first of FLUX's 57 blocks counts 1/57;
+            a step that skips the reference counts its share of the tokens.
         skipped: number of steps that did not run all blocks.
     """
 
@@ -32,25 +32,25 @@ class Work:
     skipped: int
 
 
-def of_run(run: RunStatistics, blocks: int) -> Work:
+def work_of_run(run: RunStatistics, blocks: int) -> Work:
     """Count the work of a generation from its statistics.
 
     Example: 28 steps at 1024 x 1024, 12 of them hits, are 16 + 12 / 57 = 16.2 steps of work.
 
     Args:
-        run: the generation.
-        blocks: how many blocks the transformer has.
+        run: statistics of the generation.
+        blocks: number of blocks of the transformer.
     """
-    return of_kinds(run.step_kinds, run.tokens, blocks)
+    return work_of_steps(run.step_kinds, run.tokens, blocks)
 
 
-def of_kinds(kinds: Sequence[StepKind], tokens: Tokens | None, blocks: int) -> Work:
+def work_of_steps(kinds: Sequence[StepKind], tokens: Tokens | None, blocks: int) -> Work:
     """Count the work of steps by their kinds.
 
     Args:
-        kinds: of each step, what a cache left out.
-        tokens: of a call of the transformer; None if nothing ran.
-        blocks: how many blocks the transformer has.
+        kinds: the kind of each step.
+        tokens: tokens of a transformer call; None if nothing ran.
+        blocks: number of blocks of the transformer.
     """
     share = {"computed": 1.0, "hit": 1 / blocks, "reused": 1.0}
     if tokens is not None:
@@ -60,22 +60,22 @@ def of_kinds(kinds: Sequence[StepKind], tokens: Tokens | None, blocks: int) -> W
 
 
 def equal_steps(work: float, step_cost: float = 1.0) -> int:
-    """Return how many plain steps are as much work, rounded up in the plain pipeline's favour.
+    """Return the number of plain steps of equal work, rounded up in plain's favour.
 
     Args:
-        work: in full steps.
-        step_cost: seconds of a full step over those of a plain one; below 1 for a method that
-            makes each step cheaper, such as eight-bit weights.
+        work: the work in full steps.
+        step_cost: seconds of a full step divided by seconds of a plain step; below 1 for a method
+            that makes each step cheaper, such as eight-bit weights.
     """
     return max(1, ceil(work * step_cost - _ROUNDING))
 
 
 class BlockCounter:
-    """Counts how often each block runs: the work of a library that does not report it.
+    """Counts how many times each block runs, for a library that does not report its work.
 
-    It counts the calls of each block from outside, so that a compiled block stays one graph and
-    `FusedBlocks` sees no hook. Only where a hook of diffusers replaced a block's forward, and may
-    skip what is inside, it counts the calls of the block's first norm. A context manager.
+    It counts calls of each block from outside, so that a compiled block stays one graph and
+    `FusedBlocks` sees no hook. If a diffusers hook replaced a block's forward, the hook may skip
+    the block, so the counter counts calls of the block's first norm. A context manager.
     """
 
     def __init__(self, pipe: Any) -> None:
@@ -85,41 +85,43 @@ class BlockCounter:
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        """Begin to count."""
+        """Start counting."""
         for index, block in enumerate(self._blocks):
             if "forward" in vars(block):
                 norm, *_ = self._model.modulated_norms(block)
-                self._undo.callback(norm.register_forward_pre_hook(self._seen(index)).remove)
+                self._undo.callback(
+                    norm.register_forward_pre_hook(self._counting_hook(index)).remove
+                )
             else:
                 self._undo.callback(self._watch(index, block))
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the blocks as they were."""
+        """Stop counting, and restore the blocks."""
         self._undo.close()
 
     def work(self, steps: int) -> Work:
-        """Return what was counted.
+        """Return the counted work.
 
         Args:
-            steps: how many steps the edit had.
+            steps: number of steps of the edit.
         """
         return Work(sum(self._runs) / len(self._runs), max(0, steps - min(self._runs)))
 
-    def _seen(self, index: int) -> Callable[..., None]:
-        def seen(*_: object) -> None:
+    def _counting_hook(self, index: int) -> Callable[..., None]:
+        def count_run(*_: object) -> None:
             self._runs[index] += 1
 
-        return seen
+        return count_run
 
     def _watch(self, index: int, block: nn.Module) -> Callable[[], None]:
-        """Count the calls of a block, compiled or not; return how to stop."""
+        """Count the calls of a block, compiled or not; return a function that stops it."""
         own: dict[str, Any] = vars(block)
-        before, seen = own.get(CALL_SLOT), self._seen(index)
+        before, count_run = own.get(CALL_SLOT), self._counting_hook(index)
         run = before or block._call_impl  # noqa: SLF001 - what torch.nn.Module.__call__ runs
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            seen()
+            count_run()
             return run(*args, **kwargs)
 
         def stop() -> None:

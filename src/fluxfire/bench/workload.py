@@ -1,4 +1,4 @@
-"""How an example is edited: at which size, in how many steps."""
+"""Workloads: size and number of steps of edits."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ _TINY_SIZE = (128, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """One kind of edit.
+    """Size and number of steps of an edit.
 
     Attributes:
-        name: how results call it.
-        steps: denoising steps.
-        size: output width and height in pixels, exactly; None takes the size that the
-            pipeline gives to the example's picture by default.
-        auto_resize: let Kontext resize the reference to about a megapixel, as it does by
+        name: its name in results.
+        steps: number of denoising steps.
+        size: exact output width and height in pixels; None for the pipeline's default for the
+            example's picture.
+        auto_resize: whether Kontext resizes the reference to about a megapixel, as it does by
             default, whatever the output's size.
-        text_tokens: length to which the prompt is padded; None leaves it to the pipeline.
-        reference: edit the example's picture; False makes one from words alone.
+        text_tokens: padded length of the prompt; None for the pipeline's default.
+        reference: True to edit the example's picture, False for text to image.
     """
 
     name: str
@@ -38,22 +38,26 @@ class Workload:
     reference: bool = True
 
     @classmethod
-    def usual(cls, pipe: Any, *, steps: int = 28, size: tuple[int, int] | None = None) -> Workload:
-        """Return what suits a pipeline: its own defaults, or a small size for a tiny one."""
+    def for_pipeline(
+        cls, pipe: Any, *, steps: int = 28, size: tuple[int, int] | None = None
+    ) -> Workload:
+        """Return a pipeline's default workload: its own size, or a small size if it is tiny."""
         name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}, {steps} steps"
-        if model_of(pipe).is_tiny(pipe):  # a megapixel of its small patches would take minutes
+        if model_of(pipe).is_tiny(
+            pipe
+        ):  # a megapixel has so many of its small patches that it would take minutes
             size = size or _TINY_SIZE
             return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
         return cls(name=name, steps=steps, size=size)
 
     def output_size(self, pipe: Any, example: Example) -> tuple[int, int] | None:
-        """Return the output's width and height; None leaves it to the pipeline."""
+        """Return the output's width and height; None for the pipeline's default."""
         if self.size is not None or example.picture is None or not self.reference:
             return self.size
         return model_of(pipe).reference_size(pipe, *example.picture.size)
 
     def of_each_size(self, pipe: Any, examples: Sequence[Example]) -> list[Example]:
-        """Return the first example of each output size: each may compile something."""
+        """Return the first example of each output size, because each size may compile."""
         first: dict[object, Example] = {}
         for example in examples:
             first.setdefault((self.output_size(pipe, example), example.picture is None), example)
@@ -64,12 +68,12 @@ class Workload:
 
         Args:
             pipe: the pipeline.
-            example: what to edit.
-            seed: of the noise.
-            steps: number of denoising steps, in place of the workload's.
+            example: the example to edit.
+            seed: seed of the noise.
+            steps: number of denoising steps; None for the workload's.
 
         Returns:
-            The picture, as Pillow's.
+            The Pillow picture.
         """
         picture = example.picture if self.reference else None
         call: dict[str, Any] = {}

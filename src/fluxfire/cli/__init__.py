@@ -1,27 +1,30 @@
-"""The command `fluxfire`: one module for each group of commands.
+# PYTHON_ARGCOMPLETE_OK
+"""The command `fluxfire`: one module for each command, or for a few that belong together.
 
-Each of those modules has `add(commands)`, which adds its commands to the parser. Heavy libraries
-are imported inside the commands, so that `--help` and a wrong argument are answered at once.
+Each of those modules has `add(commands)`, which adds its commands to the parser. A command first
+checks its options, without torch; importing that takes seconds.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import NoReturn
 
 from fluxfire._version import __version__
-from fluxfire.cli import bench, bisect, demo, look, megacache, run, serve, tune
-from fluxfire.cli.options import UsageError, note, note_option
+from fluxfire.cli import bench, bisect, demo, info, megacache, run, serve, tune
+from fluxfire.cli.console import UsageError, note, note_suggestion
 from fluxfire.errors import FluxfireError, PlanError
 
 __all__ = ["UsageError", "main"]
 
 _MODULES = (
-    look,
+    info,
     run,
     bench,
     tune,
@@ -30,48 +33,55 @@ _MODULES = (
     demo,
     serve,
 )  # in the order of `fluxfire --help`
+_FAILURE, _USAGE_ERROR = 1, 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Args:
-        argv: arguments; those of the process by default.
+        argv: the arguments; the process's own by default.
 
     Returns:
-        0, or 1 after an error (printed as `error: …`), or 130 after Ctrl-C; argparse itself exits
-        with 2, as does a call without a command, which shows them.
+        0; 1 if the work failed, or the answer is no; 2 if the command line cannot work as typed;
+        130 after Ctrl-C. argparse itself exits with 2.
     """
-    arguments = _parser().parse_args(argv)
+    parser = _make_parser()
+    if "_ARGCOMPLETE" in os.environ:  # set by the shell while it completes a line
+        with suppress(ImportError):
+            importlib.import_module("argcomplete").autocomplete(parser)
+    arguments = parser.parse_args(argv)
     arguments.wait_policy = os.environ.get("OMP_WAIT_POLICY")  # the user's own, for `doctor`
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of what nobody uses
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # users cannot act on its warnings
     # Threads that spin while they wait can slow a shared CPU down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     command: Callable[[argparse.Namespace], int] = arguments.command
     try:
+        for check in arguments.checks:
+            check(arguments)
         return command(arguments)
     except FluxfireError as error:
         note(f"error: {error}")
-        if isinstance(error, PlanError):
-            note_option(error.suggestion)
-        return 1
-    except BrokenPipeError:  # as when piped into head; nobody is left to tell
+        if isinstance(error, PlanError | UsageError):
+            note_suggestion(error.suggestion)
+        return _USAGE_ERROR if isinstance(error, UsageError) else _FAILURE
+    except BrokenPipeError:  # the reader of a pipe has closed it, as head does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except KeyboardInterrupt:  # Ctrl-C, which is no fault to be traced
+        return _FAILURE
+    except KeyboardInterrupt:  # Ctrl-C is no fault that needs a traceback
         return 128 + signal.SIGINT
 
 
-def _no_command(parser: argparse.ArgumentParser) -> NoReturn:
-    """Show what there is to type."""
+def _print_help(parser: argparse.ArgumentParser) -> NoReturn:
+    """Print what commands there are, where none was typed."""
     parser.print_help(sys.stderr)
-    parser.exit(2)
+    parser.exit(_USAGE_ERROR)
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("fluxfire", description="Faster FLUX.1 Kontext pipelines.")
     parser.add_argument("--version", action="version", version=f"fluxfire {__version__}")
-    parser.set_defaults(command=lambda _: _no_command(parser))
+    parser.set_defaults(command=lambda _: _print_help(parser), checks=[])
     commands = parser.add_subparsers(metavar="COMMAND")
     for module in _MODULES:
         module.add(commands)

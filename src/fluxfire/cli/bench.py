@@ -4,186 +4,182 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from fluxfire.cli.console import UsageError, edits_bar, note, say, usage_errors
 from fluxfire.cli.options import (
+    RANDOM_MODELS,
     Commands,
-    UsageError,
+    add_check,
     add_command,
     add_examples,
     add_model,
+    add_output,
     add_passes,
     add_sampling,
-    edits_bar,
-    examples_wanted,
+    add_size,
+    check_outputs,
     load_model,
-    note,
-    say,
-    wanted,
+    selected_examples,
+    selected_passes,
 )
-from fluxfire.cli.pictures import check_size
-from fluxfire.cli.values import counts, positive, size, whole
-from fluxfire.text import extra_hint
+from fluxfire.cli.values import positive_number, positive_numbers, whole_number
+from fluxfire.text import did_you_mean, extra_hint
+
+BASELINES = ("cache-dit", "mag-cache", "para-attn", "torchao")
+_NO_BASELINES = "none"
 
 
 def add(commands: Commands) -> None:
-    """Add `bench`.
-
-    Args:
-        commands: the commands there are already.
-    """
+    """Add `bench`."""
     parser = add_command(
         commands, "bench", bench,
-        "measure passes, alone and stacked, beside plain with fewer steps and other libraries",
+        "measure passes beside the plain pipeline, fewer steps, and other libraries",
+        example="fluxfire bench --preset faithful --html bench.html",
     )  # fmt: skip
     add_model(parser)
     parser.add_argument(
-        "--random-full",
-        action="store_const", const="random-full", dest="model",
-        help="the full architecture with random weights, as --model random-full: time and "
+        "--random-full", action="store_const", const="random-full", dest="model",
+        help="same as --model random-full: the full architecture with random weights; time and "
         "memory are real, pictures are noise",
     )  # fmt: skip
     add_passes(parser)
     add_examples(parser, 8)
     add_sampling(parser)
-    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT (default: each picture's shape)")
+    add_size(parser)
     parser.add_argument(
-        "--rounds", type=positive, default=2, help="turns of each contender (default: %(default)s)"
-    )
+        "--rounds", type=positive_number, default=2, metavar="N",
+        help="turns per contender (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--warmups", type=whole, default=1,
-        help="untimed runs of two steps before each turn; 0 times the first run too "
+        "--warmups", type=whole_number, default=1, metavar="N",
+        help="untimed warm-up runs of two steps per turn; 0 times the first run too "
         "(default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--only-stack", action="store_true",
-        help="measure the whole list only, without each pass alone and partial lists",
+        "--no-ablation", action="store_true",
+        help="measure the whole list only: no pass alone, no partial lists",
     )  # fmt: skip
     parser.add_argument(
-        "--plain-steps", type=counts, default=[], metavar="N,N,…",
-        help="also run the plain pipeline with these numbers of steps; each lossy list gets plain "
-        "at its own work anyway",
+        "--plain-steps", type=positive_numbers, default=[], metavar="N,N,…",
+        help="also measure the plain pipeline with these numbers of steps; bench always adds one "
+        "for each lossy list, at equal computed work",
     )  # fmt: skip
     parser.add_argument(
-        "--baselines", metavar="LIST",
-        help="other libraries to compare with: cache-dit, mag-cache, para-attn, torchao, separated "
-        "by commas, or none (default: all that are installed)",
+        "--baselines", type=_read_baselines, metavar="NAME,NAME,…",
+        help=f"other libraries to compare with: {', '.join(BASELINES)}, or {_NO_BASELINES} "
+        f"(default: all that are installed)",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("bench.json"), help="default: %(default)s")
-    parser.add_argument("--csv", type=Path, help="a line of numbers for each contender")
-    parser.add_argument("--html", type=Path, help="a page with tables, plots and pictures")
-    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="where to write plots (SVG)")
+    add_output(parser, "bench.json", "the raw result, as JSON")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row of numbers per contender")
+    parser.add_argument(
+        "--html", type=Path, metavar="FILE", help="a page with tables, plots and pictures"
+    )
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="plots, as SVG")
+    add_check(parser, _check_files)
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure.
-
-    Args:
-        arguments: the command's.
-
-    Returns:
-        The exit status: 1 if a contender failed; the others' rows are kept.
-
-    Raises:
-        UsageError: if nothing can be measured so.
-    """
-    _check(arguments)
-    passes = wanted(arguments)
-    examples = examples_wanted(arguments)
-    from fluxfire.bench import Workload, keeping, measure, tables
+    """Measure; 1 means that a contender failed. The rows of the others are kept."""
+    _check_device(arguments.model)
+    passes = selected_passes(arguments)
+    examples = selected_examples(arguments)
+    from fluxfire.bench import Workload, measure, row_saver, tables
 
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
-    load = Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
+    load = Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
     contenders, notes = _contenders(arguments, passes, examples)
-    result = _result(arguments, len(examples), notes)
-    with edits_bar() as tell:
+    result = _empty_result(arguments, len(examples), notes)
+    with edits_bar(compiles=True) as show:
         rows = measure(
             pipe, contenders, [load], examples, rounds=arguments.rounds,
-            warmups=arguments.warmups, seed=arguments.seed, on_edit=tell,
-            on_rows=keeping(result, arguments.out),
+            warmups=arguments.warmups, seed=arguments.seed, on_edit=show,
+            on_rows=row_saver(result, arguments.output),
         )  # fmt: skip
     say(tables.as_text(result))
     _write(arguments, result, rows, examples)
     return 1 if any(row.error for row in rows) else 0
 
 
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse what would fail after minutes of work."""
-    if arguments.size is not None:
-        check_size(*arguments.size)
-    if arguments.warmups < 0:
-        raise UsageError(f"--warmups {arguments.warmups} is negative")
-    for path in (arguments.out, arguments.csv, arguments.html):
-        if path is not None and not path.resolve().parent.is_dir():
-            raise UsageError(f"cannot write {path}: there is no folder {path.resolve().parent}")
-        if path is not None and path.is_dir():
-            raise UsageError(f"cannot write {path}: it is a folder")
-    given = [p.resolve() for p in (arguments.out, arguments.csv, arguments.html) if p is not None]
-    if len(set(given)) < len(given):
-        raise UsageError("--out, --csv and --html must name different files")
-    if arguments.plots is not None:
-        if arguments.plots.exists() and not arguments.plots.is_dir():
-            raise UsageError(f"cannot write plots to {arguments.plots}: it is no folder")
-        from importlib.util import find_spec
-
-        if find_spec("matplotlib") is None:
-            raise UsageError(f"plots need matplotlib; {extra_hint('bench')}")
-    if arguments.model == "random-full":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UsageError(
-                "--random-full measures a CUDA device, and there is none here: an edit of this "
-                "size takes hours on a CPU; the default --model spark runs anywhere"
+def _read_baselines(text: str) -> list[str]:
+    """Read names of baselines, separated by commas, or `none`."""
+    names = [] if text == _NO_BASELINES else [name.strip() for name in text.split(",")]
+    for name in names:
+        if name not in BASELINES:
+            raise argparse.ArgumentTypeError(
+                f"there is no baseline {name!r}; there are {', '.join(BASELINES)}"
+                f"{did_you_mean(name, BASELINES)}"
             )
+    return names
 
 
-def _names(asked: str | None) -> list[str] | None:
-    """Read `--baselines`: None is all that are installed."""
-    if asked is None:
-        return None
-    return [] if asked == "none" else [name.strip() for name in asked.split(",")]
+def _check_files(arguments: argparse.Namespace) -> None:
+    check_outputs(arguments, arguments.csv, arguments.html)
+    files = [p.resolve() for p in (arguments.output, arguments.csv, arguments.html) if p]
+    if len(set(files)) < len(files):
+        raise UsageError("--output, --csv and --html must name different files")
+    folder = arguments.plots
+    if folder is None:
+        return
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"cannot write plots to {folder}: it is not a folder")
+    if not arguments.overwrite and any(folder.glob("*.svg")):
+        raise UsageError(f"{folder} holds plots; name another folder, or add --overwrite")
+    if find_spec("matplotlib") is None:
+        raise UsageError(f"plots need matplotlib; {extra_hint('bench')}")
+
+
+def _check_device(model: str) -> None:
+    import torch
+
+    if model == "random-full" and not torch.cuda.is_available():
+        raise UsageError(
+            "random-full needs a CUDA device, and there is none here: an edit of this size takes "
+            "hours on a CPU. The default --model spark runs anywhere"
+        )
 
 
 def _contenders(
     arguments: argparse.Namespace, passes: Sequence[Any], examples: Sequence[Any]
 ) -> tuple[list[Any], list[str]]:
-    """Return what is compared, and notes that belong to the tables."""
-    from fluxfire import loading
+    """Return the contenders, and notes for the tables."""
     from fluxfire.bench import Contender, baselines, ladder, quality, schedules
-    from fluxfire.bench.intervals import FEWEST
-    from fluxfire.bench.power import unavailable
+    from fluxfire.bench.intervals import MIN_EXAMPLES
+    from fluxfire.bench.power import why_unavailable
 
     notes = []
-    contenders = ladder(passes, partial=not arguments.only_stack)
+    contenders = ladder(passes, partial=not arguments.no_ablation)
     contenders += [Contender("plain").with_steps(n) for n in arguments.plain_steps]
-    others = baselines.choose(_names(arguments.baselines), steps=arguments.steps)
-    if arguments.model in loading.RANDOM:
+    with usage_errors():
+        others = baselines.choose(arguments.baselines, steps=arguments.steps)
+    if arguments.model in RANDOM_MODELS:
         notes.append(
-            "the weights are random: pictures are noise, so their comparison only tells exact "
-            "passes from lossy ones; quality on Kontext was not measured"
+            "the weights are random and the pictures are noise: comparing them only tells exact "
+            "passes from lossy ones. bench did not measure quality on Kontext"
         )
         edits = any(e.picture is not None for e in examples)
-        contenders = [schedules.scheduled(c, arguments.steps, edits=edits) for c in contenders]
+        contenders = [
+            schedules.schedule_contender(c, arguments.steps, edits=edits) for c in contenders
+        ]
         if any(c.scheduled for c in contenders):
-            notes.append("*: the steps that a cache skips were chosen on Spark, and fixed")
+            notes.append("*: the cache skips fixed steps, chosen on Spark")
         others = [c for c in others if not baselines.decides_by_content(c)]
-    elif len(examples) < FEWEST:
+    elif len(examples) < MIN_EXAMPLES:
         notes.append(
             f"{len(examples)} examples are too few to tell a method from plain with fewer steps: "
-            f"give {FEWEST} or more"
+            f"give {MIN_EXAMPLES} or more"
         )
     if missing := quality.missing():
         notes.append(f"not installed: {', '.join(missing)}; {extra_hint('bench')}")
-    if why := unavailable():
-        notes.append(f"energy and utilisation are not measured: {why}")
+    if why := why_unavailable():
+        notes.append(f"energy and utilization are not measured: {why}")
     return [*contenders, *others], notes
 
 
-def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> dict[str, Any]:
-    from fluxfire import loading
+def _empty_result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> dict[str, Any]:
     from fluxfire.bench import stamp
 
     settings = {
@@ -198,7 +194,7 @@ def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> d
         "schema": 2,
         **stamp(),
         "model": arguments.model,
-        "random_weights": arguments.model in loading.RANDOM,
+        "random_weights": arguments.model in RANDOM_MODELS,
         "settings": settings,
         "notes": notes,
         "rows": [],
@@ -208,17 +204,18 @@ def _result(arguments: argparse.Namespace, examples: int, notes: list[str]) -> d
 def _write(
     arguments: argparse.Namespace, result: dict[str, Any], rows: Sequence[Any], examples: Any
 ) -> None:
-    note(f"the raw result is in {arguments.out}")
+    """Write the files that the command line asks for; the raw result is written already."""
+    note(f"saved the raw result: {arguments.output}")
     if arguments.csv is not None:
         from fluxfire.bench import tables
 
         arguments.csv.write_text(tables.as_csv(result), encoding="utf-8")
-        note(f"the numbers are in {arguments.csv}")
+        note(f"saved the numbers: {arguments.csv}")
     if arguments.html is not None:
         from fluxfire.bench import page
 
         arguments.html.write_text(page.page(result, rows, examples), encoding="utf-8")
-        note(f"the page is {arguments.html}")
+        note(f"saved the page: {arguments.html}")
     if arguments.plots is not None:
         from fluxfire.bench import plots
 
@@ -226,4 +223,4 @@ def _write(
         for name, svg in plots.draw(result).items():
             stem = "".join(c if c.isalnum() else "_" for c in name)
             (arguments.plots / f"{stem}.svg").write_text(svg, encoding="utf-8")
-        note(f"the plots are in {arguments.plots}")
+        note(f"saved the plots: {arguments.plots}")

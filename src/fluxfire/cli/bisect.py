@@ -5,93 +5,77 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from fluxfire.cli.console import UsageError, say
 from fluxfire.cli.options import (
-    MOST_EXAMPLES,
+    MAX_EXAMPLES,
     Commands,
-    UsageError,
+    add_check,
     add_command,
     add_model,
     add_passes,
+    add_picture,
     add_sampling,
-    check_pair,
     load_model,
-    say,
-    wanted,
+    selected_passes,
 )
-from fluxfire.cli.values import seed, words
+from fluxfire.cli.values import psnr, whole_number
 
 
 def add(commands: Commands) -> None:
-    """Add `bisect`.
-
-    Args:
-        commands: the commands there are already.
-    """
+    """Add `bisect`."""
     parser = add_command(
-        commands, "bisect", find, "find the first pass of a list that breaks a picture"
-    )
+        commands, "bisect", bisect_passes, "find the first pass of a list that breaks a picture",
+        example="fluxfire bisect --preset fast --min-psnr 35",
+    )  # fmt: skip
     add_model(parser)
     add_passes(parser)
+    add_picture(parser)
     parser.add_argument(
-        "--image", help="the picture to edit (default: a held-out scene of Spark's)"
-    )
-    parser.add_argument("--prompt", type=words, help="the instruction for it")
+        "--example", type=whole_number, default=0, metavar="N",
+        help="without --image: the number of a held-out scene of Spark's (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--example", type=seed, default=0, help="which held-out scene (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--min-psnr", type=float, default=30.0, metavar="DB",
-        help="broken below this PSNR to the plain picture (default: %(default)s)",
+        "--min-psnr", type=psnr, default=30.0, metavar="DB",
+        help="a picture is broken below this PSNR to the plain picture (default: %(default)g)",
     )  # fmt: skip
     add_sampling(parser)
+    add_check(parser, _check_example)
 
 
-def find(arguments: argparse.Namespace) -> int:
-    """Find the first pass that breaks a picture.
-
-    Args:
-        arguments: the command's.
-
-    Returns:
-        The exit status: 1 if a pass breaks it.
-    """
-    check_pair(arguments)
-    if arguments.example >= MOST_EXAMPLES:
+def _check_example(arguments: argparse.Namespace) -> None:
+    if arguments.example >= MAX_EXAMPLES:
         raise UsageError(
-            f"--example {arguments.example} is past the last scene, {MOST_EXAMPLES - 1}"
+            f"--example {arguments.example} is past the last scene, {MAX_EXAMPLES - 1}"
         )
+
+
+def bisect_passes(arguments: argparse.Namespace) -> int:
+    """Find the first pass that breaks the picture; 1 means that one does."""
+    passes = selected_passes(arguments)
     from fluxfire.bench import Example, Workload, bisect, held_out
-    from fluxfire.bench.quality import EQUAL, likeness
-    from fluxfire.pictures import read_picture
-
-    if not 0 <= arguments.min_psnr <= EQUAL:
-        raise UsageError(
-            f"--min-psnr {arguments.min_psnr:g} is not between 0 and {EQUAL:g}, which equal "
-            f"pictures count as"
-        )
-    passes = wanted(arguments)
+    from fluxfire.bench.quality import EQUAL, similarity
 
     if arguments.image is None:
         (example,) = held_out(1, first=arguments.example)
     else:
-        example = Example(arguments.prompt, read_picture(arguments.image))
+        example = Example(arguments.prompt, arguments.picture)
     pipe = load_model(arguments.model)
-    load = Workload.usual(pipe, steps=arguments.steps)
+    load = Workload.for_pipeline(pipe, steps=arguments.steps)
 
-    def right(picture: Any) -> bool:
+    def is_right(picture: Any) -> bool:
         return example.right(picture) is not False
 
     plain = load.run(pipe, example, seed=arguments.seed)
-    was_right = right(plain)
+    plain_is_right = is_right(plain)
 
     def judge(_: Any) -> tuple[bool, str]:
         picture = load.run(pipe, example, seed=arguments.seed)
-        near = likeness(picture, plain).psnr
-        undone = was_right and not right(picture)
-        note = "same as plain" if near == EQUAL else f"PSNR to plain {near:.1f} dB"
-        note += ", edit no longer right" if undone else ""
-        return undone or near < arguments.min_psnr, note
+        distance = similarity(picture, plain).psnr
+        spoiled = plain_is_right and not is_right(picture)
+        remark = "same as plain" if distance == EQUAL else f"PSNR to plain {distance:.1f} dB"
+        remark += ", edit no longer right" if spoiled else ""
+        return spoiled or distance < arguments.min_psnr, remark
 
-    found = bisect(pipe, passes, judge)
-    say(found)
-    return 0 if found.first is None else 1
+    result = bisect(pipe, passes, judge)
+    say(result)
+    return 0 if result.first is None else 1

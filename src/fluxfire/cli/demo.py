@@ -1,77 +1,64 @@
 """The command `demo`: edit pictures with Spark, plain and with passes, and compare.
 
-With lossy passes, plain with as many steps as they computed stands beside them.
+With lossy passes, a row for plain with fewer steps, at equal computed work, stands beside them.
 """
 
 from __future__ import annotations
 
 import argparse
 
+from fluxfire.cli.console import edits_bar, note, say
 from fluxfire.cli.options import (
     Commands,
     add_command,
     add_examples,
+    add_output,
     add_passes,
     add_sampling,
-    check_pair,
-    edits_bar,
-    examples_wanted,
-    note,
-    say,
-    wanted,
+    note_spark_limits,
+    selected_examples,
+    selected_passes,
 )
-from fluxfire.cli.pictures import note_limits, writable
+from fluxfire.text import count_of
 
 
 def add(commands: Commands) -> None:
-    """Add `demo`.
-
-    Args:
-        commands: the commands there are already.
-    """
+    """Add `demo`."""
     parser = add_command(
-        commands, "demo", compare, "edit pictures with Spark, plain and with passes, and compare"
-    )
+        commands, "demo", compare, "edit pictures with Spark, plain and with passes, and compare",
+        example="fluxfire demo -n 2",
+    )  # fmt: skip
     add_passes(parser, default="first-block-cache alone")
     parser.set_defaults(passes="first-block-cache")  # it needs no compiler and no GPU
     add_examples(parser, 8)
-    parser.add_argument("-o", "--output", default="demo.png", help="default: %(default)s")
+    add_output(parser, "demo.png", "the pictures, side by side", picture=True)
     add_sampling(parser)
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    """Edit pictures plain and with passes, and compare.
-
-    Args:
-        arguments: the command's.
-
-    Returns:
-        The exit status.
-    """
-    check_pair(arguments)
-    output = writable(arguments.output)
-    passes = wanted(arguments)
+    """Edit the pictures plain and with passes, and print the comparison."""
+    passes = selected_passes(arguments)
     from fluxfire import api, spark
     from fluxfire.bench import demo
 
-    examples = examples_wanted(arguments)
+    examples = selected_examples(arguments)
     if arguments.image is not None:
-        note_limits(arguments.prompt, examples[0].picture)
+        note_spark_limits(arguments.prompt, arguments.picture)
     pipe = spark.load()
-    planned = api.plan(pipe, passes)
-    if not planned.ok and arguments.preset is not None and planned.suggestion:
-        passes = list(planned.suggestion)
+    plan = api.plan(pipe, passes)
+    if not plan.ok and arguments.preset is not None and plan.suggestion:
+        passes = list(plan.suggestion)
         names = " + ".join(p.name for p in passes) or "no passes"
-        note(f"note: here {names} instead of all of it: " + "; ".join(planned.complaints()))
+        note(f"note: {arguments.preset} does not apply here: {'; '.join(plan.complaints())}")
+        note(f"note: the demo uses {names}")
     else:
-        planned.raise_if_bad()
-    pictures = "one picture" if len(examples) == 1 else f"{len(examples)} pictures"
-    note(f"editing {pictures} plain, then with passes, on {pipe.device}")
-    with edits_bar() as tell:
-        done = demo.run(
-            pipe, passes, examples, steps=arguments.steps, seed=arguments.seed, on_edit=tell
+        plan.raise_if_bad()
+    note(f"editing {count_of(len(examples), 'picture')} plain, then with passes, on {pipe.device}")
+    with edits_bar(compiles=any(p.stage == "compile" for p in passes)) as show:
+        comparison = demo.run(
+            pipe, passes, examples, steps=arguments.steps, seed=arguments.seed, on_edit=show
         )
-    say(done)
-    done.grid().save(output)
-    note(f"the pictures are in {output.resolve()}")
+    say(comparison)
+    comparison.grid().save(arguments.output)
+    note(f"saved the pictures: {arguments.output.resolve()}")
     return 0

@@ -1,230 +1,314 @@
-"""What the commands share: options, the passes and the model that they ask for, and printing."""
+"""Options that commands share: the model, the passes, the examples, and the files to write.
+
+Each `add_` function also adds the checks of its options. `main` runs them before the command, so
+they come before torch is imported.
+"""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from fluxfire.cli.values import positive, seed, words
-from fluxfire.errors import FluxfireError
+from fluxfire.cli import catalog
+from fluxfire.cli.console import UsageError, note, usage_errors
+from fluxfire.cli.files import check_output, check_picture_format, free_path
+from fluxfire.cli.values import positive_number, prompt, seed, size
 from fluxfire.protocol import Pass
-from fluxfire.text import own_settings
 
-_DEFAULT_MODEL = "spark"
-MOST_EXAMPLES = 5000
-_RANDOM_NOTE = (
-    "note: {} has random weights: the result is noise, and only shows that all parts work"
-)
+RANDOM_MODELS = ("random-tiny", "random-full")
+SPARK = "spark"
+MAX_EXAMPLES = 5000
+_KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
 
 # What `add_subparsers` returns; argparse has no public name for it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
-
-
-class UsageError(FluxfireError):
-    """The command line asks for something impossible."""
-
-
-def say(text: object = "") -> None:
-    """Print a command's result.
-
-    Args:
-        text: what to print; an empty line by default.
-    """
-    print(text)  # noqa: T201 - this is a command line
-
-
-def note_option(passes: Sequence[Pass]) -> None:
-    """Note how a suggested list is asked for here, where names alone can.
-
-    Args:
-        passes: the list; nothing is noted of none.
-    """
-    if passes and not any(map(own_settings, passes)):
-        note(f"On the command line: --passes {','.join(p.name for p in passes)}")
-
-
-def note(text: str) -> None:
-    """Print what is not the result itself, apart from it: on the standard error stream.
-
-    Args:
-        text: what to print.
-    """
-    print(text, file=sys.stderr)  # noqa: T201 - this is a command line
+Command: TypeAlias = Callable[[argparse.Namespace], int]
 
 
 def add_command(
-    commands: Commands, name: str, command: Callable[[argparse.Namespace], int], about: str
+    commands: Commands, name: str, command: Command, summary: str, *, example: str
 ) -> argparse.ArgumentParser:
     """Add a command to the parser.
 
     Args:
-        commands: the commands there are already.
+        commands: the commands so far.
         name: what the user types.
-        command: what then runs; it returns the exit status.
-        about: one line of help.
+        command: the function to run; it returns the exit status.
+        summary: one line of help.
+        example: a command line to copy.
 
     Returns:
-        The command's own parser, to which its options are added.
+        The command's parser, for its options.
     """
-    parser = commands.add_parser(name, help=about, description=about)
-    parser.set_defaults(command=command)
+    parser = commands.add_parser(
+        name, help=summary, description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: {example}",
+    )  # fmt: skip
+    parser.set_defaults(command=command, checks=[])
     return parser
 
 
+def add_check(parser: argparse.ArgumentParser, check: Callable[[argparse.Namespace], None]) -> None:
+    """Add a check of a command's options; it raises `UsageError`, and must not import torch."""
+    parser.get_default("checks").append(check)
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`.
+    """Add `--model`."""
+    option = parser.add_argument(
+        "--model", default=SPARK,
+        help=f"{SPARK} (a tiny model for drawn scenes), a folder, a hub id such as {_KONTEXT}, "
+        f"{' or '.join(RANDOM_MODELS)} (default: %(default)s)",
+    )  # fmt: skip
+    option.completer = lambda **_: [SPARK, *RANDOM_MODELS, _KONTEXT]  # type: ignore[attr-defined]
+    add_check(parser, _check_model)
+
+
+def add_passes(
+    parser: argparse.ArgumentParser, default: str = "faithful, without compile on a CPU"
+) -> None:
+    """Add `--preset` and `--passes`, one of which may be given.
 
     Args:
-        parser: the command's parser.
+        parser: the command's.
+        default: what the help says about the default.
     """
-    parser.add_argument(
-        "--model",
-        default=_DEFAULT_MODEL,
-        help="spark, a folder, a hub id, random-tiny or random-full (default: %(default)s)",
-    )
-
-
-def add_passes(parser: argparse.ArgumentParser, default: str = "faithful") -> None:
-    """Add `--preset` and `--passes`, which exclude each other; `wanted` reads them.
-
-    Args:
-        parser: the command's parser.
-        default: what the help says is done without either.
-    """
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument(
+    group = parser.add_mutually_exclusive_group()
+    preset = group.add_argument(
         "--preset",
         help="faithful (nothing lossy), balanced or fast (both skip steps: lossy), article, or a "
-        f"file that tune wrote (default: {default})",
+        f"file from fluxfire tune (default: {default})",
     )
-    which.add_argument("--passes", help="names in order, separated by commas, or none")
+    passes = group.add_argument("--passes", help="names in order, separated by commas, or none")
+    preset.completer = lambda **_: catalog.presets()  # type: ignore[attr-defined]
+    passes.completer = _complete_passes  # type: ignore[attr-defined]
+    add_check(parser, _check_passes)
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """Add `--seed` and `--steps`.
-
-    Args:
-        parser: the command's parser.
-    """
-    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
+    """Add `--seed` and `--steps`."""
     parser.add_argument(
-        "--steps", type=positive, default=28, help="denoising steps (default: %(default)s)"
+        "--seed", type=seed, default=0, help="seed of the noise (default: %(default)s)"
     )
+    parser.add_argument(
+        "--steps", type=positive_number, default=28, help="denoising steps (default: %(default)s)"
+    )
+
+
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """Add `--size`."""
+    parser.add_argument(
+        "--size", type=size, metavar="WIDTHxHEIGHT",
+        help="size of the result (default: the picture's shape)",
+    )  # fmt: skip
+
+
+def add_picture(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add `--image` and `--prompt`; the check reads the picture into `arguments.picture`."""
+    parser.add_argument("--image", required=required, metavar="FILE", help="the picture to edit")
+    _add_prompt(parser, required=required)
 
 
 def add_examples(parser: argparse.ArgumentParser, n: int) -> None:
     """Add what to edit: `-n`, `--examples`, or `--image` with `--prompt`.
 
     Args:
-        parser: the command's parser.
-        n: how many of Spark's held-out edits by default.
+        parser: the command's.
+        n: the default number of Spark's held-out edits.
     """
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument(
-        "-n", type=positive, default=n, help="held-out edits of Spark's (default: %(default)s)"
-    )
-    what.add_argument(
-        "--examples", type=Path, metavar="FILE",
-        help='your own: lines such as {"image": "cat.jpg", "prompt": "make it night"}',
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "-n", type=positive_number, default=n,
+        help="number of Spark's held-out edits (default: %(default)s)",
     )  # fmt: skip
-    what.add_argument("--image", help="a single picture of your own")
-    parser.add_argument("--prompt", type=words, help="the instruction for it")
+    group.add_argument(
+        "--examples", type=Path, metavar="FILE",
+        help='your own edits, one JSON object a line: {"image": "cat.jpg", "prompt": "…"}',
+    )  # fmt: skip
+    group.add_argument("--image", metavar="FILE", help="one picture of your own")
+    _add_prompt(parser, required=False)
+    add_check(parser, _check_examples)
 
 
-def examples_wanted(arguments: argparse.Namespace) -> list[Any]:
-    """Read or draw the examples asked for.
+def add_output(
+    parser: argparse.ArgumentParser, default: str, content: str, *, picture: bool = False
+) -> None:
+    """Add `--output` and `--overwrite`; the check puts a path into `arguments.output`.
 
     Args:
-        arguments: parsed by a parser with `add_examples`.
+        parser: the command's.
+        default: the file's name; a number is added if it exists.
+        content: what the file holds.
+        picture: whether its suffix must be a picture format.
+    """
+    parser.add_argument(
+        "-o", "--output", type=Path, metavar="FILE",
+        help=f"{content} (default: {default}; if that exists, the first free number is added)",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace files that exist")
+
+    def check(arguments: argparse.Namespace) -> None:
+        if arguments.output is None:
+            arguments.output = free_path(default)
+        check_outputs(arguments, arguments.output)
+        if picture:
+            check_picture_format(arguments.output)
+
+    add_check(parser, check)
+
+
+def check_outputs(arguments: argparse.Namespace, *paths: Path | None) -> None:
+    """Check that files can be written, and that none of them is an input.
 
     Raises:
-        UsageError: if `--image` and `--prompt` are not given both, or neither.
-        ExampleError: a file of examples cannot be used.
-        PictureError: the picture cannot be read.
+        UsageError: one cannot be written.
     """
-    check_pair(arguments)
+    inputs = [getattr(arguments, name, None) for name in ("image", "examples", "preset")]
+    for path in paths:
+        if path is not None:
+            check_output(path, inputs=inputs, overwrite=arguments.overwrite)
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def selected_examples(arguments: argparse.Namespace) -> list[Any]:
+    """Return the examples that a parser with `add_examples` asks for.
+
+    Raises:
+        UsageError: the file of examples cannot be used.
+    """
     from fluxfire.bench import Example, held_out, read_examples
-    from fluxfire.pictures import read_picture
 
-    if arguments.examples is not None:
-        return read_examples(arguments.examples)
-    if arguments.n > MOST_EXAMPLES:
-        raise UsageError(f"-n {arguments.n} is more than {MOST_EXAMPLES}, the most that are drawn")
     if arguments.image is not None:
-        return [Example(arguments.prompt, read_picture(arguments.image))]
-    return held_out(arguments.n)
+        return [Example(arguments.prompt, arguments.picture)]
+    if arguments.examples is None:
+        return held_out(arguments.n)
+    with usage_errors():
+        examples = read_examples(arguments.examples)
+    for number, example in enumerate(examples, 1):
+        if not example.instruction.strip():
+            raise UsageError(f"{arguments.examples}: the prompt of example {number} is empty")
+    return examples
 
 
-@contextmanager
-def edits_bar(total: int | None = None) -> Iterator[Callable[[str], None]]:
-    """Show a progress bar over edits.
-
-    Args:
-        total: how many there will be, if that is known.
-
-    Yields:
-        What to call before each edit, with words that say which it is.
-    """
-    from tqdm import tqdm
-
-    shown = "{desc} [{elapsed}]" if total is None else None
-    with tqdm(
-        desc="starting", total=total, unit="edit", bar_format=shown, leave=False,
-        dynamic_ncols=True, mininterval=0, miniters=1,
-    ) as bar:  # fmt: skip
-
-        def tell(what: str) -> None:
-            bar.set_description_str(what, refresh=False)
-            bar.update()
-
-        yield tell
-
-
-def check_pair(arguments: argparse.Namespace) -> None:
-    """Check that `--image` and `--prompt` are given both, or neither.
-
-    Args:
-        arguments: parsed by a parser with both.
+def selected_passes(arguments: argparse.Namespace) -> list[Pass]:
+    """Return the passes that a parser with `add_passes` asks for.
 
     Raises:
-        UsageError: if one of them is missing.
+        UsageError: a file of passes cannot be used.
     """
-    if (arguments.image is None) != (arguments.prompt is None):
-        raise UsageError("--image and --prompt go together: give both, or neither")
+    import torch
 
+    from fluxfire.planning.resolve import passes_from_options
 
-def wanted(arguments: argparse.Namespace) -> list[Pass]:
-    """Find the passes asked for; names are checked before any model is loaded.
-
-    Args:
-        arguments: parsed by a parser with `add_passes`.
-
-    Returns:
-        The passes, in order.
-
-    Raises:
-        PlanError: if there is no such preset, file or pass.
-    """
-    from fluxfire.planning.resolve import chosen
-
-    return chosen(arguments.preset, arguments.passes)
+    with usage_errors():
+        passes = passes_from_options(arguments.preset, arguments.passes)
+    is_default = arguments.preset is None and arguments.passes is None
+    if is_default and not torch.cuda.is_available():
+        passes = [p for p in passes if p.stage != "compile"]
+        note(
+            "note: there is no GPU, so the default leaves out compile: on a CPU it takes minutes. "
+            "--preset faithful includes it"
+        )
+    return passes
 
 
 def load_model(model: str) -> Any:
-    """Load a model, with a note if its weights are random.
-
-    Args:
-        model: the value of `--model`.
-
-    Returns:
-        The pipeline.
-    """
+    """Load the pipeline that `--model` names."""
     from fluxfire import loading
 
-    if model in loading.RANDOM:
-        note(_RANDOM_NOTE.format(model))
+    if model in RANDOM_MODELS:
+        note(
+            f"note: {model} has random weights. The result is noise; it only shows that all parts "
+            f"work"
+        )
     return loading.load(model)
+
+
+def note_spark_limits(instruction: str, picture: Any) -> None:
+    """Print what Spark cannot do with this instruction and picture."""
+    from fluxfire import spark
+
+    width, height = spark.SparkPipeline.reference_size(*picture.size)
+    resized = "" if (width, height) == picture.size else f"; yours becomes {width}x{height}"
+    note(
+        f"note: Spark is a tiny model. It edits drawings of flat shapes at about 128x128{resized}. "
+        f"For photographs use --model {_KONTEXT}"
+    )
+    if foreign := spark.unknown(instruction):
+        note(
+            f"note: Spark never learned {', '.join(map(repr, foreign))}, so the result means "
+            f'little. It knows instructions such as "make the red circle blue"'
+        )
+
+
+def _add_prompt(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    parser.add_argument(
+        "--prompt", type=prompt, required=required, metavar="TEXT",
+        help='the instruction, such as "make it night"',
+    )  # fmt: skip
+    add_check(parser, _check_picture)
+
+
+def _check_picture(arguments: argparse.Namespace) -> None:
+    """Check `--image` and `--prompt`, and read the picture."""
+    if (arguments.image is None) != (arguments.prompt is None):
+        raise UsageError("--image and --prompt go together: give both, or neither")
+    if arguments.image is not None:
+        from fluxfire.pictures import read_picture
+
+        with usage_errors():
+            arguments.picture = read_picture(arguments.image)
+
+
+def _check_examples(arguments: argparse.Namespace) -> None:
+    if arguments.n > MAX_EXAMPLES:
+        raise UsageError(f"-n {arguments.n} is more than {MAX_EXAMPLES}, the number of scenes")
+    if arguments.examples is not None:
+        try:
+            arguments.examples.open("rb").close()
+        except OSError as error:
+            raise UsageError(
+                f"cannot read examples from {arguments.examples}: {error.strerror}"
+            ) from None
+
+
+def _check_model(arguments: argparse.Namespace) -> None:
+    """Tell a folder from a hub id."""
+    model = arguments.model
+    folder = Path(model).expanduser()
+    if model == SPARK or model in RANDOM_MODELS:
+        return
+    if folder.exists():
+        if not (folder / "model_index.json").is_file():
+            raise UsageError(
+                f"{model} holds no diffusers pipeline: it has no model_index.json "
+                f"(pipe.save_pretrained writes one)"
+            )
+    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise UsageError(
+            f"there is no folder {model}, and it is no hub id (such as {_KONTEXT}); fluxfire "
+            f"brings {', '.join((SPARK, *RANDOM_MODELS))}"
+        )
+
+
+def _check_passes(arguments: argparse.Namespace) -> None:
+    preset = arguments.preset
+    if preset is None:
+        if arguments.passes is not None:
+            catalog.check_passes(arguments.passes)
+    elif not preset.endswith(".json"):
+        catalog.check_preset(preset)
+    elif not Path(preset).is_file():
+        raise UsageError(f"cannot read passes from {preset}: there is no such file")
+
+
+def _complete_passes(prefix: str, **_: object) -> list[str]:
+    """Complete the last name of a list."""
+    head, comma, _last = prefix.rpartition(",")
+    return [f"{head}{comma}{name}" for name in catalog.pass_names()]

@@ -3,94 +3,112 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
+from typing import Any
 
+from fluxfire.cli.console import announce_compilation, note, say, say_json
 from fluxfire.cli.options import (
+    SPARK,
     Commands,
-    UsageError,
     add_command,
     add_model,
+    add_output,
     add_passes,
+    add_picture,
     add_sampling,
+    add_size,
     load_model,
-    note,
-    say,
-    wanted,
+    note_spark_limits,
+    selected_passes,
 )
-from fluxfire.cli.pictures import check_size, note_limits, writable
-from fluxfire.cli.values import size, words
+from fluxfire.errors import FluxfireError
 from fluxfire.text import human_seconds
+
+_NOTABLE_SECONDS = 1.0
 
 
 def add(commands: Commands) -> None:
-    """Add `run`.
-
-    Args:
-        commands: the commands there are already.
-    """
+    """Add `run`."""
     parser = add_command(
-        commands, "run", run, "edit a picture with an optimized pipeline, and report"
-    )
+        commands, "run", run, "edit a picture with an optimized pipeline",
+        example='fluxfire run --image scene.png --prompt "make it night" -o night.png',
+    )  # fmt: skip
     add_model(parser)
     add_passes(parser)
-    parser.add_argument("--image", required=True, help="the picture to edit")
-    parser.add_argument("--prompt", type=words, required=True, help="the instruction")
-    parser.add_argument(
-        "-o", "--output", default="out.png", help="where to write (default: out.png)"
-    )
+    add_picture(parser, required=True)
+    add_output(parser, "out.png", "the edited picture", picture=True)
     add_sampling(parser)
-    parser.add_argument("--size", type=size, help="WIDTHxHEIGHT (default: the picture's shape)")
-    parser.add_argument("--report", choices=("table", "json"), default="table")
+    add_size(parser)
+    report = parser.add_mutually_exclusive_group()
+    report.add_argument(
+        "-v", "--verbose", action="store_true",
+        help="also print the full report: passes, memory, time per step, compilation",
+    )  # fmt: skip
+    report.add_argument("--json", action="store_true", help="print the full report as JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Edit a picture, and report.
-
-    Args:
-        arguments: the command's.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UsageError: if a file or the size is impossible, or memory runs out.
-    """
-    from fluxfire.pictures import read_picture
-
-    picture = read_picture(arguments.image)
-    output = writable(arguments.output)
-    if arguments.size is not None:
-        check_size(*arguments.size)
-    passes = wanted(arguments)
-    if arguments.model == "spark":
-        note_limits(arguments.prompt, picture)
-    import torch
-
+    """Edit the picture, save it, and report."""
+    passes = selected_passes(arguments)
+    if arguments.model == SPARK:
+        note_spark_limits(arguments.prompt, arguments.picture)
     from fluxfire import api
-    from fluxfire.bench import Example, Workload
     from fluxfire.environment import environment
 
     pipe = load_model(arguments.model)
     api.optimize(pipe, passes)
-    pipe.set_progress_bar_config(disable=False)
     began = time.perf_counter()
-    try:
-        load = Workload.usual(pipe, steps=arguments.steps, size=arguments.size)
-        result = load.run(pipe, Example(arguments.prompt, picture), seed=arguments.seed)
-    except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
-        raise UsageError(f"{first} Try a smaller --size, or a GPU with more memory") from None
+    picture = _edit(pipe, arguments)
     seconds = time.perf_counter() - began
     try:
-        result.save(output)
+        picture.save(arguments.output)
     except (OSError, ValueError) as error:
-        raise UsageError(f"cannot write {output}: {error}") from None
-    note(f"{output}: {result.width}x{result.height} in {human_seconds(seconds)}")
+        raise FluxfireError(f"cannot write {arguments.output}: {error}") from None
     report = api.report(pipe)
-    if arguments.report == "json":
-        facts = {"environment": environment().to_dict(), **report.to_dict()}
-        say(json.dumps(facts, indent=2))
-    else:
-        say(report)
+    saved = f"saved {arguments.output} ({picture.width}x{picture.height}) in "
+    saved += _summary(seconds, report.runs[-1] if report.runs else None)
+    if arguments.json:
+        note(saved)
+        say_json({"environment": environment().to_dict(), **report.to_dict()})
+        return 0
+    say(saved)
+    if arguments.verbose:
+        say(f"\n{report}")
     return 0
+
+
+def _edit(pipe: Any, arguments: argparse.Namespace) -> Any:
+    """Return the edited picture."""
+    import torch
+
+    from fluxfire.bench import Example, Workload
+
+    pipe.set_progress_bar_config(disable=False)
+    load = Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
+    example = Example(arguments.prompt, arguments.picture)
+    try:
+        with announce_compilation():
+            return load.run(pipe, example, seed=arguments.seed)
+    except torch.OutOfMemoryError as error:
+        first = str(error).splitlines()[0]
+        raise FluxfireError(f"{first} Try a smaller --size, or a GPU with more memory") from None
+
+
+def _summary(seconds: float, run: Any) -> str:
+    """Say how long an edit took, and what its caches skipped.
+
+    Args:
+        seconds: of the whole edit.
+        run: its statistics; None for a plain pipeline.
+    """
+    parts = [human_seconds(seconds)]
+    if run is not None:
+        compiling = run.compiled.trace_seconds + run.compiled.compile_seconds
+        if compiling > _NOTABLE_SECONDS:
+            parts[0] += f", including {human_seconds(compiling)} to compile once"
+        kinds = run.step_kinds
+        if skipped := kinds.count("hit"):
+            parts.append(f"{skipped} of {len(kinds)} steps skipped")
+        if reused := kinds.count("reused"):
+            parts.append(f"the reference reused in {reused} of {len(kinds)} steps")
+    return "; ".join(parts)

@@ -8,86 +8,117 @@ import os
 import sys
 from pathlib import Path
 
-from fluxfire.cli.options import Commands, UsageError, add_command, add_model, add_passes, note, say
-from fluxfire.cli.values import positive, size, whole
+from fluxfire.cli.console import UsageError, note, say, usage_errors
+from fluxfire.cli.options import Commands, add_command, add_model, add_passes
+from fluxfire.cli.values import port, positive_number, size
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 from fluxfire.text import extra_hint
 
 
 def add(commands: Commands) -> None:
-    """Add `serve`.
-
-    Args:
-        commands: the commands there are already.
-    """
-    parser = add_command(commands, "serve", serve, "edit pictures for others, over HTTP")
+    """Add `serve`."""
+    parser = add_command(
+        commands, "serve", serve, "run an HTTP editing service, with a page to try it on",
+        example="fluxfire serve --model black-forest-labs/FLUX.1-Kontext-dev",
+    )  # fmt: skip
     add_model(parser)
-    add_passes(parser, default="faithful, where requests may ask for balanced or fast")
-    parser.add_argument("--host", default=Settings.host, help="default: %(default)s")
-    parser.add_argument("--port", type=whole, default=Settings.port, help="default: %(default)s")
+    add_passes(parser, default="faithful; a request may ask for balanced or fast")
     parser.add_argument(
-        "--keys", type=Path, metavar="FILE", help="whom to serve; wanted beyond this machine"
+        "--host", default=Settings.host, help="address to listen on (default: %(default)s)"
     )
-    parser.add_argument("--new-key", metavar="NAME", help="make a key, print it, and end")
+    parser.add_argument(
+        "--port", type=port, default=Settings.port,
+        help="port to listen on; 0 for any (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--keys", type=Path, metavar="FILE",
+        help="file of API keys (required unless --host is this machine's own)",
+    )  # fmt: skip
+    parser.add_argument("--new-key", metavar="NAME", help="make an API key, print it, and exit")
     parser.add_argument(
         "--image-host", action="append", default=[], metavar="HOST",
-        help="a host that image_url may name, such as *.example.org; may be given again",
+        help="host that a request's image_url may name, such as *.example.org (repeatable)",
     )  # fmt: skip
     parser.add_argument(
         "--origin", action="append", default=[], metavar="URL",
-        help="another site whose pages may ask; may be given again",
+        help="allowed CORS origin (repeatable)",
     )  # fmt: skip
     parser.add_argument(
-        "--storage", metavar="WHERE",
-        help="a folder, or s3://bucket/prefix?endpoint=…: answers then hold links "
-        "(a folder's are signed with FLUXFIRE_SECRET of the environment)",
+        "--storage", metavar="PLACE",
+        help="store results in a folder or in s3://bucket/prefix?endpoint=…, and answer with "
+        "links (FLUXFIRE_SECRET in the environment signs a folder's links)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-queue", type=positive, default=Settings.max_queue, help="default: %(default)s"
-    )
+        "--max-queue", type=positive_number, default=Settings.max_queue, metavar="N",
+        help="requests that may wait (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
-        "--max-batch", type=positive, help="pictures at once (default: 4 of a small model, else 1)"
-    )
+        "--max-batch", type=positive_number, metavar="N",
+        help="pictures to make at once (default: 4 with a small model, else 1)",
+    )  # fmt: skip
     parser.add_argument(
-        "--drain", type=positive, default=Settings.drain_seconds, metavar="SECONDS",
-        help="how long requests may go on when it is told to stop (default: %(default)g)",
+        "--drain", type=positive_number, default=Settings.drain_seconds, metavar="SECONDS",
+        help="seconds to finish requests on shutdown (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
         "--warm-up", type=size, action="append", metavar="WIDTHxHEIGHT",
-        help="a size to run before requests are taken; may be given again",
+        help="size to run before the service is ready (repeatable)",
     )  # fmt: skip
 
 
 def serve(arguments: argparse.Namespace) -> int:
-    """Serve until told to stop.
-
-    Args:
-        arguments: the command's.
-
-    Returns:
-        The exit status.
-
-    Raises:
-        UsageError: if the extra is not installed.
-        FluxfireError: if a setting cannot be used, or the address is taken.
-    """
+    """Serve until a signal ends the service."""
     if arguments.new_key is not None:
-        from fluxfire.serve.keys import new_key
-
-        key, line = new_key(arguments.new_key)
-        say(line)
-        note(f"the key, which is told only now: {key}")
-        if sys.stdout.isatty():
-            note("append the line above to the file that --keys names")
+        _print_new_key(arguments.new_key)
         return 0
     try:
         from fluxfire.serve import create_app
-        from fluxfire.serve.server import Server, listening
+        from fluxfire.serve.server import Server, bind_socket
         from fluxfire.serve.wire import Facts
     except ImportError as error:
         raise UsageError(f"{error.name} is missing: {extra_hint('serve')}") from error
-    settings = Settings(
+    troubles: list[str] = []
+
+    def end(why: str) -> None:
+        troubles.append(why)
+        server.should_exit = True
+
+    def announce(facts: Facts) -> None:
+        passes = ", ".join(facts.passes) or "no passes"
+        text = f"ready: {settings.model} on {facts.device} with {passes}; quality {facts.level}"
+        if others := [level for level in facts.levels if level != facts.level]:
+            text += f", unless a request asks for {' or '.join(others)}"
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            note(text)
+
+    with usage_errors():
+        settings = _settings(arguments)
+        app = create_app(settings, on_ready=announce, on_trouble=end)
+    server = Server(app, settings.drain_seconds)
+    with bind_socket(settings) as listener:
+        address, number = listener.getsockname()[:2]
+        host = f"[{address}]" if ":" in address else address
+        note(f"loading {settings.model}; the page is at http://{host}:{number}")
+        server.run([listener])
+    if troubles:
+        raise FluxfireError(troubles[0])
+    return 0
+
+
+def _print_new_key(name: str) -> None:
+    from fluxfire.serve.keys import new_key
+
+    with usage_errors():
+        key, line = new_key(name)
+    say(line)
+    note(f"the key, which nothing will show again: {key}")
+    if sys.stdout.isatty():
+        note("append the line above to the file that --keys names")
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    return Settings(
         model=arguments.model,
         preset=arguments.preset,
         passes=arguments.passes,
@@ -103,28 +134,3 @@ def serve(arguments: argparse.Namespace) -> int:
         drain_seconds=arguments.drain,
         warm_up=tuple(arguments.warm_up) if arguments.warm_up else None,
     )
-    troubles: list[str] = []
-
-    def end(why: str) -> None:
-        troubles.append(why)
-        server.should_exit = True
-
-    def tell(facts: Facts) -> None:
-        passes = ", ".join(facts.passes) or "no passes"
-        said = f"ready: {settings.model} on {facts.device} with {passes}; quality {facts.level}"
-        if others := [level for level in facts.levels if level != facts.level]:
-            said += f", unless a request asks for {' or '.join(others)}"
-        with contextlib.suppress(OSError):  # nobody may read it any more
-            note(said)
-
-    app = create_app(settings, on_ready=tell, on_trouble=end)
-    server = Server(app, settings.drain_seconds)
-    with listening(settings) as listener:
-        address, port = listener.getsockname()[:2]
-        host = f"[{address}]" if ":" in address else address
-        url = f"http://{host}:{port}"
-        note(f"loading {settings.model}; the page at {url} opens meanwhile")
-        server.run([listener])
-    if troubles:
-        raise FluxfireError(troubles[0])
-    return 0

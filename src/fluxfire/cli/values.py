@@ -1,140 +1,112 @@
-"""Types of arguments: each reads a text, or says what is wrong with it."""
+"""Types of options: each reads one text, or raises with what is wrong with it."""
 
 from __future__ import annotations
 
-import argparse
 import re
+from argparse import ArgumentTypeError
 from math import isfinite
 
+HIGHEST_PSNR = 100.0
+"""What the PSNR of equal pictures counts as, in dB."""
 _LARGEST_SEED = 2**63 - 1
+_LARGEST_PORT = 65535
+_LONGEST_SIDE = 4096
 
 
-def words(text: str) -> str:
-    """Read an argument of words: any text that is valid UTF-8.
-
-    Args:
-        text: the argument.
-
-    Returns:
-        The same text.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is not valid UTF-8.
-    """
+def prompt(text: str) -> str:
+    """Read a prompt: some words in valid UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+        raise ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
+    if not text.strip():
+        raise ArgumentTypeError("the prompt is empty")
     return text
 
 
-def whole(text: str) -> int:
-    """Read a whole number.
-
-    Args:
-        text: the argument.
-
-    Returns:
-        The number.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none.
-    """
+def whole_number(text: str) -> int:
+    """Read a whole number that is not negative."""
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
-
-
-def positive(text: str) -> int:
-    """Read a whole number above zero.
-
-    Args:
-        text: the argument.
-
-    Returns:
-        The number.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none.
-    """
-    number = whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
+        raise ArgumentTypeError(f"{text!r} is not a whole number") from None
+    if number < 0:
+        raise ArgumentTypeError(f"{text} is negative")
     return number
 
 
-def counts(text: str) -> list[int]:
-    """Read whole numbers above zero, separated by commas.
+def positive_number(text: str) -> int:
+    """Read a whole number above 0."""
+    number = whole_number(text)
+    if number == 0:
+        raise ArgumentTypeError("0 is not positive")
+    return number
 
-    Args:
-        text: the argument.
 
-    Returns:
-        The numbers, each once.
-
-    Raises:
-        argparse.ArgumentTypeError: if one of them is none.
-    """
-    return list(dict.fromkeys(positive(part) for part in text.split(",")))
+def positive_numbers(text: str) -> list[int]:
+    """Read whole numbers above 0, separated by commas; each once."""
+    return list(dict.fromkeys(positive_number(part) for part in text.split(",")))
 
 
 def seed(text: str) -> int:
-    """Read a number that seeds a generator.
+    """Read a number that can seed a generator."""
+    number = whole_number(text)
+    if number > _LARGEST_SEED:
+        raise ArgumentTypeError(f"{text} is more than {_LARGEST_SEED}")
+    return number
 
-    Args:
-        text: the argument.
 
-    Returns:
-        The number.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is none, negative, or too large for a generator.
-    """
-    number = whole(text)
-    if not 0 <= number <= _LARGEST_SEED:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {_LARGEST_SEED}")
+def port(text: str) -> int:
+    """Read a port; 0 means any that is free."""
+    number = whole_number(text)
+    if number > _LARGEST_PORT:
+        raise ArgumentTypeError(f"{text} is more than {_LARGEST_PORT}")
     return number
 
 
 def size(text: str) -> tuple[int, int]:
-    """Read a size such as 1024x1024.
-
-    Args:
-        text: the argument.
-
-    Returns:
-        Width and height.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is not WIDTHxHEIGHT.
-    """
+    """Read the width and height of a picture that can be generated."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
-    return int(match[1]), int(match[2])
+        raise ArgumentTypeError(f"{text!r} is not WIDTHxHEIGHT, such as 1024x1024")
+    width, height = int(match[1]), int(match[2])
+    if any(n == 0 or n % 16 for n in (width, height)):
+        raise ArgumentTypeError(f"{text}: both sides must be positive multiples of 16")
+    if max(width, height) > _LONGEST_SIDE:
+        raise ArgumentTypeError(f"{text}: no side can be longer than {_LONGEST_SIDE}")
+    return width, height
+
+
+def psnr(text: str) -> float:
+    """Read a PSNR in dB."""
+    return _between_zero_and(HIGHEST_PSNR, text)
+
+
+def fraction(text: str) -> float:
+    """Read a number from 0 to 1."""
+    return _between_zero_and(1.0, text)
 
 
 def prices(text: str) -> dict[str, float]:
-    """Read what steps cost: `computed=0.27,reused=0.14,hit=0.01,around=0.2`.
-
-    Args:
-        text: the argument.
-
-    Returns:
-        Seconds by kind of step, and of the rest of an edit.
-
-    Raises:
-        argparse.ArgumentTypeError: if it is not four such numbers.
-    """
-    wanted = ("computed", "reused", "hit", "around")
+    """Read seconds by kind of step: `computed=0.27,reused=0.14,hit=0.01,around=0.2`."""
+    kinds = ("computed", "reused", "hit", "around")
     pairs = [part.partition("=") for part in text.split(",")]
     try:
-        if sorted(name for name, *_ in pairs) == sorted(wanted):
+        if sorted(name for name, *_ in pairs) == sorted(kinds):
             found = {name: float(number) for name, _, number in pairs}
-            if all(map(isfinite, found.values())):
+            if all(isfinite(seconds) and seconds > 0 for seconds in found.values()):
                 return found
     except ValueError:
         pass
-    said = ",".join(f"{name}=SECONDS" for name in wanted)
-    raise argparse.ArgumentTypeError(f"{text!r} is not {said}")
+    form = ",".join(f"{name}=SECONDS" for name in kinds)
+    raise ArgumentTypeError(f"{text!r} is not {form}, all above 0")
+
+
+def _between_zero_and(highest: float, text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a number") from None
+    if not 0 <= number <= highest:
+        raise ArgumentTypeError(f"{text} is not between 0 and {highest:g}")
+    return number

@@ -1,1 +1,1 @@
-"""Edits of live objects that can be undone. Nothing in here knows what a pipeline is."""
+"""Reversible edits of live objects. This package knows nothing about pipelines."""

@@ -1,4 +1,4 @@
-"""Callables that stand in the place of one object's method, and can be taken out again."""
+"""Overrides a method of one object. The override can be removed again."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 
 from fluxfire.edits.log import InverseCall, Memo
 
-__all__ = ["Override", "copied_by_state"]
+__all__ = ["CALL_SLOT", "Override"]
 
 CALL_SLOT = "_compiled_call_impl"
-"""Where torch.nn.Module looks first when an instance is called; Module.compile fills it."""
+"""The attribute that `torch.nn.Module.__call__` looks at first; `Module.compile` sets it."""
 
 
 class Override:
-    """An instance attribute in the place of a method of its owner's class; an `Edit`.
+    """An `Edit`: an attribute of one object that hides a method of the object's class.
 
-    It is taken out in any order, whoever came after it. Overrides of one place form a chain, and a
-    link leaves it wherever it is. Somebody else may keep one for good, as a hook keeps the
-    `forward` that it found: once undone it does nothing but call what it stood in the place of.
+    Overrides of the same method form a chain: each calls the next through `inner`. Any of them can
+    be removed, in any order. Somebody else may keep a reference to one, as a hook keeps the
+    `forward` that it found. A removed override only passes calls on to `inner`.
 
     Attributes:
-        inner: what it stands in the place of: another attribute of the instance, or None for the
-            class's method.
-        undone: whether it was taken out.
+        label: what the edit does, for error messages.
+        inner: the attribute that was there before; None if there was only the class's method.
+        undone: whether the override was removed.
     """
 
     def __init__(self, owner: Any, name: str, call: Callable[..., Any]) -> None:
@@ -37,80 +37,84 @@ class Override:
 
     @property
     def obj(self) -> Any:
-        """Its owner; None once that is gone, which an override does not prevent."""
+        """The owner; None once it is deleted, because an override does not keep it alive."""
         return self._owner()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Do what the method's place is taken for."""
+        """Call the new function, with the plain method as first argument."""
         if self.undone:
             return self.plain(*args, **kwargs)
         return self._call(self.plain, *args, **kwargs)
 
     @property
     def plain(self) -> Callable[..., Any]:
-        """What is called without it."""
-        return self.inner or _of_class(self.obj, self._name)
+        """The method as it would be called without this override."""
+        return self.inner or _method_of_class(self.obj, self._name)
 
     def make(self) -> None:
-        """Put it there."""
+        """Set the attribute."""
         setattr(self.obj, self._name, self)
 
     def undo(self) -> None:
-        """Take it out; leave what others put in its place since."""
+        """Remove the override from the chain. Attributes of others stay in place."""
         self.undone = True
         if (owner := self.obj) is None:
             return
         outer: Any = vars(owner).get(self._name)
         if outer is self:
-            _put(owner, self._name, self.inner)
+            _set_or_delete(owner, self._name, self.inner)
         while isinstance(outer, Override):
             if outer.inner is self:
                 outer.inner = self.inner
             outer = outer.inner
 
-    def copied(self, memo: Memo) -> InverseCall | None:
-        """Return what takes it out of its owner's deep copy."""
+    def for_copies(self, memo: Memo) -> InverseCall | None:
+        """Return the edit of the owner's deep copy; None if `memo` has no copy of the owner."""
         if self.obj is None or id(self.obj) not in memo:
             return None
-        owner, inner = (copy.deepcopy(of, memo) for of in (self.obj, self.inner))
-        return InverseCall(partial(_put_if_there, owner, self._name, inner))
+        owner, inner = (copy.deepcopy(value, memo) for value in (self.obj, self.inner))
+        return InverseCall(partial(_replace_if_set, owner, self._name, inner))
 
-    def on(self, twin: Any) -> InverseCall:
-        """Return what takes it out of its owner's shallow copy."""
-        return InverseCall(partial(_put_if_there, twin, self._name, self.inner))
+    def for_object(self, obj: Any) -> InverseCall:
+        """Return the edit of the owner's shallow copy."""
+        return InverseCall(partial(_replace_if_set, obj, self._name, self.inner))
 
     def __deepcopy__(self, memo: Memo) -> Any:
-        return _of_class(copy.deepcopy(self.obj, memo), self._name)
+        return _method_of_class(copy.deepcopy(self.obj, memo), self._name)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _of_class, (self.obj, self._name)
+        return _method_of_class, (self.obj, self._name)
 
 
-def copied_by_state(owner: Any, memo: Memo) -> Any:
-    """Copy a module as `copy.deepcopy` does where the module has no say in it."""
+def _deepcopy_by_state(owner: Any, memo: Memo) -> Any:
+    """Copy a module as `copy.deepcopy` copies a module without `__deepcopy__`."""
     cls: Any = type(owner)
     twin = memo[id(owner)] = cls.__new__(cls)
     twin.__setstate__(copy.deepcopy(owner.__getstate__(), memo))
     return twin
 
 
-def _of_class(owner: Any, name: str) -> Callable[..., Any]:
-    """Return an object's method by its class, or what stands for it in Python and torch."""
+def _method_of_class(owner: Any, name: str) -> Callable[..., Any]:
+    """Return the method of an object's class that an attribute hides.
+
+    Two names need more than a look-up: torch keeps the method for `CALL_SLOT` under another name,
+    and a class need not define `__deepcopy__`.
+    """
     method = getattr(type(owner), "_call_impl" if name == CALL_SLOT else name, None)
     if method is None and name == "__deepcopy__":
-        method = copied_by_state
-    assert method is not None, name  # noqa: S101 - overrides are of methods
+        method = _deepcopy_by_state
+    assert method is not None, name  # noqa: S101 - only methods are overridden
     bound: Callable[..., Any] = method.__get__(owner)
     return bound
 
 
-def _put(owner: Any, name: str, inner: Callable[..., Any] | None) -> None:
+def _set_or_delete(owner: Any, name: str, inner: Callable[..., Any] | None) -> None:
     if inner is None:
         vars(owner).pop(name, None)
     else:
         setattr(owner, name, inner)
 
 
-def _put_if_there(owner: Any, name: str, inner: Callable[..., Any] | None) -> None:
-    if name in vars(owner):  # torch leaves the slot for calls out of copies
-        _put(owner, name, inner)
+def _replace_if_set(owner: Any, name: str, inner: Callable[..., Any] | None) -> None:
+    if name in vars(owner):  # a copied torch module has no attribute CALL_SLOT
+        _set_or_delete(owner, name, inner)

@@ -1,4 +1,4 @@
-"""Classes that an object takes on while a pass is applied."""
+"""Subclasses that an object becomes an instance of while a pass is applied."""
 
 from __future__ import annotations
 
@@ -15,53 +15,70 @@ _CLASS: Any = vars(object)["__class__"]
 
 
 def own_class(obj: object) -> type:
-    """Return the class that an object has when nothing stands in for it."""
+    """Return an object's plain class: its first class that is no stand-in."""
     return next(cls for cls in type(obj).__mro__ if not issubclass(cls, StandIn))
 
 
-def _shown(obj: object) -> type:
-    """Return the class that others see: the own one, but for torch's compiler.
+def _visible_class(obj: object) -> type:
+    """Return the value of `obj.__class__`: the plain class, except while torch compiles.
 
-    That looks methods up by `__class__`, and would trace the plain ones.
+    torch's compiler looks methods up by `__class__`, and must find those of the stand-in.
     """
     return type(obj) if TracingContext.try_get() is not None else own_class(obj)
 
 
-def _turn(obj: object, cls: type) -> None:
+def _set_class(obj: object, cls: type) -> None:
     _CLASS.__set__(obj, cls)
 
 
 class StandIn:
-    """The first base of a class for `Transaction.set_class`; the plain class is the second.
+    """The first base of a class for `Transaction.set_class`. The plain class is the second base.
 
-    Others go on seeing the plain class. `type(obj)` is the stand-in, `obj.__class__` the plain one:
-    by that diffusers finds blocks to cache, to compile and to offload, makes other processors of
-    the same kind, and writes files. Copies are of the plain class.
+    Code outside fluxfire goes on seeing the plain class: `type(obj)` is the stand-in, but
+    `obj.__class__` is the plain class. By `__class__`, diffusers finds the blocks to cache, compile
+    and offload, creates more processors of the same class, and writes class names into files.
+    Copies have the plain class.
 
-    A `forward` does not outlive the stand-in. A hook keeps the bound `forward` that it finds, as
-    those for offloading do, and still calls it when `restore` has given the object its own class
-    back. Then the call goes to that class's `forward`.
+    A `forward` of a stand-in works only while the object has the stand-in's class. An offloading
+    hook keeps the bound `forward` that it finds, and calls it even after `restore`. Such a call
+    then goes to the plain class's `forward`.
     """
 
-    # A bare `super()` in a method of this class would take the name `__class__` for itself.
-    __class__ = property(_shown, _turn)
+    # Methods of this class write super(StandIn, self). With a bare super(), Python would take the
+    # name `__class__` of the class body for itself, and the class could not have this property.
+    __class__ = property(_visible_class, _set_class)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super(StandIn, cls).__init_subclass__(**kwargs)  # noqa: UP008 - see above
         if "forward" in vars(cls):
-            cls.forward = _while_of_class(cls, vars(cls)["forward"])  # type: ignore[attr-defined]
+            cls.forward = _only_for_instances(cls, vars(cls)["forward"])  # type: ignore[attr-defined]
+
+    of_ours: tuple[str, ...] = ()
+    """Attributes and submodules that belong to the stand-in, so that copies lack them."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super(StandIn, self).__reduce_ex__(protocol)  # noqa: UP008 - see above
         _, _, *state = reduced
+        if state and isinstance(state[0], dict) and self.of_ours:
+            state[0] = _without(state[0], self.of_ours)
         return copyreg.__newobj__, (own_class(self),), *state  # type: ignore[attr-defined]
 
 
-def _while_of_class(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+def _without(state: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
+    """Leave attributes out of an object's state, and submodules out of a module's."""
+    left = {name: value for name, value in state.items() if name not in names}
+    if "_modules" in left:
+        left["_modules"] = {n: m for n, m in left["_modules"].items() if n not in names}
+    return left
+
+
+def _only_for_instances(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """Call `forward` for instances of a class, and the own `forward` of any other object."""
+
     @functools.wraps(forward)
-    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(self, cls):
             return forward(self, *args, **kwargs)
         return type(self).forward(self, *args, **kwargs)
 
-    return checked
+    return call

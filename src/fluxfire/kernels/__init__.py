@@ -1,10 +1,11 @@
-"""What Flux's blocks compute between their matrix products, each in one kernel.
+"""Fused kernels for the operations between the matrix products of Flux's blocks.
 
-Each function launches a Triton kernel on CUDA; elsewhere it is the same arithmetic in torch, which
-also is what the kernels are tested against. A compiled graph takes the kernels in as they are, and
-launches them without Python in between: as operators of `torch.library`, called 400 times a step,
-they kept the host busy for longer than a GPU needs for a small picture's step. All reckon in
-float32 and round once, where eager torch rounds after each of its steps. They have no gradients.
+On CUDA each function launches a Triton kernel. On other devices it runs the same arithmetic in
+torch, and the tests compare the kernels with that arithmetic. A compiled graph contains the Triton
+kernels directly and launches them without Python. As operators of `torch.library`, called 400
+times a step, they kept the host busy for longer than a GPU needs for a small picture's step. All
+functions compute in float32 and round once, where eager torch rounds after every operation. They
+have no gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Matrix products that end in something more."""
+"""Matrix products fused with the operation that follows them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fluxfire.kernels.operator import operator
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`gelu(x · weightᵀ + bias)`, by its tanh formula; on CUDA in the product's own epilogue.
+    """Compute `gelu(x · weightᵀ + bias)`, tanh approximation; on CUDA in the product's epilogue.
 
     Args:
         x: (batch, tokens, width).
@@ -27,16 +27,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return out.view(*x.shape[:-1], -1)
 
 
-def _summed(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
+def _fake_two_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:  # noqa: ARG001
     return x.new_empty(*x.shape[:-1], weight.shape[0])
 
 
-@operator(fake=_summed)
+@operator(fake=_fake_two_products)
 def two_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """`[x, y] · weightᵀ + bias` without putting `x` and `y` side by side.
+    """Compute `[x, y] · weightᵀ + bias` without concatenating `x` and `y`.
 
-    The second adds to the first in place, which is why this is an operator: compiled, torch would
-    copy the sum in between. It is rounded to the dtype once more than in one product.
+    The second product adds to the first in place. This is an operator because compiled torch code
+    would copy the intermediate sum. The sum is rounded to the dtype once more than in one product.
 
     Args:
         x: (batch, tokens, width of x).

@@ -1,10 +1,12 @@
-"""The Triton kernels. To be imported only where Triton is.
+"""The Triton kernels. Import this module only where Triton is installed.
 
-Each handles one segment of a sequence, text or image, and writes to the rows of the joint
-sequence that begin at `first`: so neither has to be copied to stand beside the other.
-Pointers are to (batch, tokens, width) with contiguous rows; strides are in elements. Floats are
-constants: a graph that inductor compiles hands them on in float64, and all is computed in that. So
-are widths: a masked load is a vector's only where its width is known to be a multiple of 16.
+A kernel call handles one segment, text or image. It writes to the rows of the joint sequence from
+row `first` on, so text and image need no concatenation. Pointers are to (batch, tokens, width)
+with contiguous rows; strides are in elements.
+
+Floats are `tl.constexpr`: a graph that inductor compiles passes a plain float as float64, and the
+whole kernel would compute in float64. Widths are `tl.constexpr` too: Triton vectorizes a masked
+load only if it knows that the width is a multiple of 16.
 """
 
 # Triton reads annotations and default arguments of these functions itself.
@@ -18,8 +20,8 @@ import triton.language as tl
 
 
 @triton.jit
-def modulated(x, shift, scale, at, EPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Layer norm of the row at `x`, then `· (1 + scale) + shift`, in float32."""
+def modulated_row(x, shift, scale, at, EPS: tl.constexpr, WIDTH: tl.constexpr):
+    """Compute the layer norm of the row at `x`, then `· (1 + scale) + shift`, in float32."""
     inside = at < WIDTH
     value = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
     mean = tl.sum(value, 0) / WIDTH
@@ -35,12 +37,14 @@ def norm_rows(
     x_batch, x_row, mod_batch, out_batch, out_row, first,
     EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Layer norm without affine weights, then `· (1 + scale) + shift`: one row a program."""
+    """Compute layer norm without weights, then `· (1 + scale) + shift`; one row per program."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     mods = batch * mod_batch
-    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, EPS, WIDTH)
+    made = modulated_row(
+        x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, EPS, WIDTH
+    )
     to = out + batch * out_batch + (first + row) * out_row + at
     tl.store(to, made.to(out.dtype.element_ty), mask=inside)
 
@@ -51,7 +55,7 @@ def add_gated(
     x_batch, x_row, gate_batch, add_batch, add_row, out_batch, out_row, first,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`x + gate · add`; of `add`, as of `out`, the rows from `first` on: one row a program."""
+    """Compute `x + gate · add`, with `add` and `out` from row `first` on; one row per program."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
@@ -64,13 +68,15 @@ def add_gated(
 
 
 @triton.jit
-def turned(x, weight, cos, sin, EPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """RMS norm over the last axis of (HEADS, WIDTH), then each pair of neighbours turned."""
+def norm_and_rotate(
+    x, weight, cos, sin, EPS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Compute RMS norm over the last axis of (HEADS, WIDTH), then rotate each channel pair."""
     x = x.to(tl.float32)
     x = x * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + EPS)[:, None] * weight[None, :]
     even, odd = tl.split(tl.reshape(x, [HEADS, WIDTH // 2, 2]))
-    turned_pairs = tl.join(even * cos - odd * sin, odd * cos + even * sin)
-    return tl.reshape(turned_pairs, [HEADS, WIDTH])
+    rotated = tl.join(even * cos - odd * sin, odd * cos + even * sin)
+    return tl.reshape(rotated, [HEADS, WIDTH])
 
 
 @triton.jit
@@ -78,14 +84,14 @@ def rotate_heads(
     query, key, value, q_weight, k_weight, cos, sin, q_out, k_out, v_out,
     q_scale, k_scale, v_scale, in_batch, in_row, q_batch, kv_batch, out_row, first, heads,
     EPS: tl.constexpr, WIDTH: tl.constexpr, HEADS: tl.constexpr, COPY_VALUE: tl.constexpr,
-    FLOAT8: tl.constexpr,
+    TO_FLOAT8: tl.constexpr,
 ):  # fmt: skip
-    """RMS norm and rotary embedding of some heads of one token's query and key, one a program.
+    """Norm and rotate HEADS heads of one token's query and key; one group of heads per program.
 
-    Values are copied beside them if asked. For float8 all are divided by their scales; a scale of
-    the value is one of (batch, heads). `cos` and `sin` are (joint tokens, WIDTH), float32,
-    each number twice, for neighbours that turn together. Heads are read and written whole, and
-    only then taken apart: reading every other number took thirteen times as long.
+    COPY_VALUE also copies the value. TO_FLOAT8 divides all three by their scales; the value has
+    (batch, heads) scales. `cos` and `sin` are (joint tokens, WIDTH), float32, every number twice,
+    since two neighbouring channels are rotated together. The kernel loads and stores whole heads
+    and splits them in registers: loading every other number took thirteen times as long.
     """
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     at = tl.arange(0, WIDTH)
@@ -96,18 +102,18 @@ def rotate_heads(
     angle = (first + row) * WIDTH + 2 * tl.arange(0, WIDTH // 2)
     c, s = tl.load(cos + angle)[None, :], tl.load(sin + angle)[None, :]
     w = tl.load(q_weight + at).to(tl.float32)
-    q = turned(tl.load(query + source), w, c, s, EPS, HEADS, WIDTH)
-    if FLOAT8:
+    q = norm_and_rotate(tl.load(query + source), w, c, s, EPS, HEADS, WIDTH)
+    if TO_FLOAT8:
         q = q / tl.load(q_scale)
     tl.store(q_out + batch * q_batch + target, q.to(q_out.dtype.element_ty))
     w = tl.load(k_weight + at).to(tl.float32)
-    k = turned(tl.load(key + source), w, c, s, EPS, HEADS, WIDTH)
-    if FLOAT8:
+    k = norm_and_rotate(tl.load(key + source), w, c, s, EPS, HEADS, WIDTH)
+    if TO_FLOAT8:
         k = k / tl.load(k_scale)
     tl.store(k_out + batch * kv_batch + target, k.to(k_out.dtype.element_ty))
     if COPY_VALUE:
         v = tl.load(value + source)
-        if FLOAT8:
+        if TO_FLOAT8:
             v = v.to(tl.float32) / tl.load(v_scale + batch * heads + head)[:, None]
             v = tl.minimum(tl.maximum(v, -448.0), 448.0)
         tl.store(v_out + batch * kv_batch + target, v.to(v_out.dtype.element_ty))
@@ -118,9 +124,9 @@ def put_rows(
     key, value, key_scale, value_scale, key_out, value_out, in_batch, out_batch, first,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr,
 ):  # fmt: skip
-    """Copy rows of keys and values to those from `first` on: one row of each a program.
+    """Copy rows of keys and values to the output's rows from `first` on; one row per program.
 
-    Rows in float8 are multiplied by their scales, (batch, heads), if asked.
+    SCALED multiplies float8 rows by their (batch, heads) scales.
     """
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
@@ -139,7 +145,7 @@ def put_rows(
 
 @triton.jit
 def store_float8(value, out, scale_out, at, inside):
-    """Scale a row to what e4m3 holds, and store it with its scale."""
+    """Scale a row to e4m3's range, and store it with its scale."""
     largest = tl.max(tl.abs(value), 0)
     scale = tl.maximum(largest / 448.0, 1e-12)
     scaled = tl.minimum(tl.maximum(value / scale, -448.0), 448.0)
@@ -153,12 +159,14 @@ def norm_rows_float8(
     x_batch, x_row, mod_batch, rows, first,
     EPS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`norm_rows`, to float8; `rows` is the length of the joint sequence."""
+    """Compute `norm_rows` with float8 output; `rows` is the length of the joint sequence."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < WIDTH
     mods = batch * mod_batch
-    made = modulated(x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, EPS, WIDTH)
+    made = modulated_row(
+        x + batch * x_batch + row * x_row, shift + mods, scale + mods, at, EPS, WIDTH
+    )
     to = batch * rows + first + row
     store_float8(made, out + to * WIDTH, scale_out + to, at, inside)
 
@@ -169,7 +177,7 @@ def rows_float8(
     beside_batch, beside_row, x_batch, x_row,
     BESIDE: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr,
 ):  # fmt: skip
-    """A row of `beside`, then one of `x` or of its GELU, scaled together to float8."""
+    """Concatenate a row of `beside` and one of `x` (or its GELU), and quantize them together."""
     row, batch = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < BESIDE + WIDTH
@@ -178,9 +186,10 @@ def rows_float8(
     ).to(tl.float32)
     right = tl.load(
         x + batch * x_batch + row * x_row + at - BESIDE,
-        mask=inside & (at >= BESIDE), other=0.0,
-    ).to(tl.float32)  # fmt: skip
-    if GELU:  # its tanh formula, by the sigmoid of twice the argument
+        mask=inside & (at >= BESIDE),
+        other=0.0,
+    ).to(tl.float32)
+    if GELU:  # tanh approximation: (1 + tanh(inner)) / 2 = sigmoid(2 · inner)
         inner = 0.7978845608028654 * (right + 0.044715 * right * right * right)
         right = right * tl.sigmoid(2.0 * inner)
     to = batch * tl.num_programs(0) + row
@@ -193,10 +202,10 @@ def sample_sums(
     table, sums, MIX: tl.constexpr, MIX_AGAIN: tl.constexpr, STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Add up words of many tensors, each times a number of its place: a block of one a program.
+    """Sum sampled words of many tensors, each times a hash of its position; one block per program.
 
-    `table` has a row for each tensor: its address, how many words it has, how many to read, and
-    how many of each of its rows.
+    `table` has one row for each tensor: address, number of words, number of words to read, and
+    number of words to read in each row of the tensor.
     """
     tensor = tl.program_id(0)
     words, count = tl.load(table + 4 * tensor + 1), tl.load(table + 4 * tensor + 2)

@@ -1,17 +1,25 @@
-"""Everything that is FLUX.1 Kontext, and nothing else.
+"""Everything specific to FLUX.1 Kontext.
 
-The rest of fluxfire asks `KONTEXT`, a `fluxfire.model.Model`. Passes that rewrite FLUX.1's own
-blocks and processors name them by the classes here.
+The rest of fluxfire uses `KONTEXT`, a `fluxfire.model.Model`. Passes that replace FLUX.1's own
+blocks and processors import diffusers' classes from here.
 """
 
 from __future__ import annotations
 
 from fluxfire.kontext.pipeline import (
     KONTEXT,
+    BlockAttention,
     DoubleBlock,
     IPAdapterProcessor,
     PlainProcessor,
     SingleBlock,
 )
 
-__all__ = ["KONTEXT", "DoubleBlock", "IPAdapterProcessor", "PlainProcessor", "SingleBlock"]
+__all__ = [
+    "KONTEXT",
+    "BlockAttention",
+    "DoubleBlock",
+    "IPAdapterProcessor",
+    "PlainProcessor",
+    "SingleBlock",
+]

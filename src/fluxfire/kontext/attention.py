@@ -1,4 +1,4 @@
-"""Flux's attention between its projections: norms, rotation, and the kernel that attends."""
+"""Flux's attention processors: norms, rotary embedding, the attention kernel, and reference KV."""
 
 from __future__ import annotations
 
@@ -8,46 +8,59 @@ from typing import Any, NamedTuple
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
 from diffusers.models.embeddings import apply_rotary_emb
-from torch import Tensor
+from diffusers.models.normalization import RMSNorm
+from torch import Tensor, nn
 from typing_extensions import override
 
-from fluxfire.edits.stand_in import StandIn
+from fluxfire import modules
+from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.kernels import in_heads, joint_heads
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
-from fluxfire.kernels.float8 import FLOAT8, LARGEST, Rows, in_float8, scale_for
-from fluxfire.kernels.heads import Pair, Stream, Triple, dequantized
+from fluxfire.kernels.float8 import E4M3, E4M3_MAX, QuantizedRows, float8_scale, to_float8
+from fluxfire.kernels.heads import Pair, Stream, Triple, dequantize
 from fluxfire.kontext.pipeline import KONTEXT, PlainProcessor
 
+REFERENCE_KWARG = "reference"
+"""Key of a block's `ReferenceKV` among the attention arguments (`joint_attention_kwargs`).
 
-class Kept(NamedTuple):
-    """What one block keeps of the reference between steps; an attention argument.
+diffusers passes an argument on to a processor by the parameter's name, so the parameter of
+`ReferenceAttnProcessor.__call__` must have this name too.
+"""
+
+
+class ReferenceKV(NamedTuple):
+    """One block's KV cache of the reference tokens, passed as an attention argument.
+
+    The modes have the names that diffusers gives them for FLUX.2. "Extract": the image stream
+    contains the reference tokens, and attention stores their keys and values here. "Cached": the
+    image stream ends before the reference tokens, and attention reads their keys and values here.
 
     Attributes:
-        key: (batch, reference tokens, heads, head width), normed and rotated.
-        value: likewise.
-        key_scale: (batch, heads), float32: of the keys, where these are in float8 and attention
-            is not.
-        value_scale: (batch, heads), float32: of the values, where they are in float8.
-        fresh: whether the stream has the reference's tokens, to be kept; else it ends before
-            them, and attends to these.
-        due: (batch or 1, reference tokens or 1), whether to keep the new ones; None if all.
-            Where not, the old ones are attended to.
+        key: (batch, reference tokens, heads, head width), after norm and rotary embedding.
+        value: (batch, reference tokens, heads, head width).
+        key_scale: (batch, heads), float32: scales of the keys, used if the keys are in float8 and
+            attention is not.
+        value_scale: (batch, heads), float32: scales of the values, used if these are in float8.
+        extract: True for the mode "extract", False for "cached".
+        refresh_mask: (batch or 1, reference tokens or 1), in the mode "extract": where it is False,
+            the cached keys and values stay, and attention uses them in place of the new ones. None
+            stores all new ones.
     """
 
     key: Tensor
     value: Tensor
     key_scale: Tensor
     value_scale: Tensor
-    fresh: bool
-    due: Tensor | None = None
+    extract: bool
+    refresh_mask: Tensor | None = None
 
-    def scales(self, dtype: torch.dtype) -> Pair | None:
-        """Return what to multiply keys and values by to have them in a dtype, if anything."""
+    def dequantization_scales(self, dtype: torch.dtype) -> Pair | None:
+        """Return the factors that convert keys and values to a dtype; None if they have it."""
         return None if self.key.dtype == dtype else (self.key_scale, self.value_scale)
 
 
-class KeepingAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
-    """Attends as diffusers' processor does, bit for bit, and can keep the reference."""
+class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
+    """Attends exactly as diffusers' processor does, bit for bit, and supports a reference KV."""
 
     @override
     def __call__(
@@ -57,25 +70,27 @@ class KeepingAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: Pair | None = None,
-        reference: Kept | None = None,
+        reference: ReferenceKV | None = None,
     ) -> Tensor | Pair:
-        """Attend.
+        """Compute attention.
 
         Args:
-            attn: the module.
-            hidden_states: (batch, tokens, width): of the image; in a single block, of both.
-            encoder_hidden_states: (batch, text tokens, width), or None.
+            attn: the attention module.
+            hidden_states: (batch, tokens, width): image tokens; in a single block, text and image.
+            encoder_hidden_states: (batch, text tokens, width), or None in a single block.
             attention_mask: as in diffusers.
             image_rotary_emb: cosine and sine, each (tokens, head width).
-            reference: what to keep, or to attend to.
+            reference: the block's reference KV, or None without a reference cache. The parameter's
+                name is `REFERENCE_KWARG`.
 
         Returns:
-            As diffusers: image and text, projected; of a single block both, unprojected.
+            As in diffusers. Double block: image and text, each after its output projection. Single
+            block: text and image in one tensor, without output projection.
         """
         rotary = image_rotary_emb
         device = hidden_states.device.type
-        plainly = torch.is_grad_enabled() or torch.is_autocast_enabled(device)
-        if rotary is None or attention_mask is not None or plainly:
+        use_plain = torch.is_grad_enabled() or torch.is_autocast_enabled(device)
+        if rotary is None or attention_mask is not None or use_plain:
             plain: Tensor | Pair = super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary
             )
@@ -83,56 +98,70 @@ class KeepingAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
         return self._attend(attn, hidden_states, encoder_hidden_states, rotary, reference)
 
     def _attend(
-        self, attn: Any, image: Tensor, text: Tensor | None, rotary: Pair, kept: Kept | None
+        self,
+        attn: Any,
+        image: Tensor,
+        text: Tensor | None,
+        rotary: Pair,
+        reference: ReferenceKV | None,
     ) -> Tensor | Pair:
-        if kept is None:
+        if reference is None:
             plain: Tensor | Pair = super().__call__(attn, image, text, None, rotary)
             return plain
-        streams = [_normed(attn, image)]
+        streams = [_project_and_norm(attn, image)]
         if text is not None:
-            streams.insert(0, _normed(attn, text, added=True))
+            streams.insert(0, _project_and_norm(attn, text, added=True))
         parts = zip(*streams, strict=True)
         query, key, value = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in parts)
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-        if kept.fresh:
-            key, value = _keep(key, value, kept)
+        if reference.extract:
+            key, value = _store_reference(key, value, reference)
         else:
-            old_key, old_value = _as_kept(kept, key.dtype)
-            key, value = torch.cat([key, old_key], dim=1), torch.cat([value, old_value], dim=1)
-        attended = _dispatched(self, query, key, value)
+            cached_key, cached_value = _cached_reference(reference, key.dtype)
+            key = torch.cat([key, cached_key], dim=1)
+            value = torch.cat([value, cached_value], dim=1)
+        attended = _run_kernel(self, query, key, value)
         if text is None:
             return attended
-        text, image = _projected(attn, attended, text.shape[1])
+        text, image = _project_out(attn, attended, text.shape[1])
         return image, text
 
 
-class KernelAttnProcessor(KeepingAttnProcessor):
-    """Attends by fluxfire's kernels for norm and rotation, and one of its own for the rest."""
+class KernelAttnProcessor(ReferenceAttnProcessor):
+    """Norms and rotates by fluxfire's kernels; a subclass chooses the attention kernel."""
 
     @override
     def _attend(
-        self, attn: Any, image: Tensor, text: Tensor | None, rotary: Pair, kept: Kept | None
+        self,
+        attn: Any,
+        image: Tensor,
+        text: Tensor | None,
+        rotary: Pair,
+        reference: ReferenceKV | None,
     ) -> Tensor | Pair:
         if text is None:
-            return attend(attn, heads(projections(attn), image), rotary, kept)
-        text, image = attend_jointly(attn, text, image, rotary, kept)
+            return attend(attn, query_key_value(projections(attn), image), rotary, reference)
+        text, image = attend_jointly(attn, text, image, rotary, reference)
         return image, text
 
 
 class FlashAttnProcessor(KernelAttnProcessor):
-    """Attends by FlashAttention-3."""
+    """Computes attention with FlashAttention-3."""
 
 
 class Float8AttnProcessor(KernelAttnProcessor):
-    """Attends in float8, by the `HeadScales` that the attention has under the name `SCALES`."""
+    """Computes attention with FlashAttention-3 in float8.
+
+    The attention module has its `QueryKeyScales` in the attribute `SCALES_ATTRIBUTE`.
+    """
 
 
-SCALES = "_fluxfire_scales"
+SCALES_ATTRIBUTE = "_fluxfire_scales"
 
 
 @dataclass(eq=False)
-class HeadScales:
-    """What an attention's queries and keys in float8 are multiplied by.
+class QueryKeyScales:
+    """Fixed dequantization factors of an attention's float8 queries and keys.
 
     Attributes:
         query: (1,), float32.
@@ -143,189 +172,239 @@ class HeadScales:
     key: Tensor
 
 
-def attends_as_flux(processor: Any) -> bool:
-    """Whether an attention processor computes what diffusers' own for Flux does, or is that one."""
-    return type(processor) is PlainProcessor or isinstance(processor, KeepingAttnProcessor)
+def is_flux_processor(processor: Any) -> bool:
+    """Whether a processor is diffusers' own for Flux, or fluxfire's with the same result."""
+    return type(processor) is PlainProcessor or isinstance(processor, ReferenceAttnProcessor)
 
 
-def attend(attention: Any, of_all: list[Tensor], rotary: Pair, kept: Kept | None = None) -> Tensor:
-    """Attend over one stream.
+def attend(
+    attention: Any, qkv: list[Tensor], rotary: Pair, reference: ReferenceKV | None = None
+) -> Tensor:
+    """Compute the attention of a single block.
 
     Args:
-        attention: the module.
-        of_all: query, key and value, each (batch, tokens, heads · head width).
+        attention: the attention module.
+        qkv: query, key and value, each (batch, tokens, heads · head width).
         rotary: cosine and sine, each (tokens, head width).
-        kept: what to keep of the reference, or to attend to.
+        reference: the block's reference KV, or None.
 
     Returns:
-        (batch, tokens, heads · head width), not yet projected.
+        (batch, tokens, heads · head width), without output projection.
     """
-    return _attend(attention, [_stream(attention, of_all)], rotary, kept)
+    return _attend(attention, [_make_stream(attention, qkv)], rotary, reference)
 
 
 def attend_jointly(
-    attention: Any, text: Tensor | Rows, image: Tensor | Rows, rotary: Pair,
-    kept: Kept | None = None,
-) -> Pair:  # fmt: skip
-    """Attend over text and image together.
+    attention: Any,
+    text: Tensor | QuantizedRows,
+    image: Tensor | QuantizedRows,
+    rotary: Pair,
+    reference: ReferenceKV | None = None,
+) -> Pair:
+    """Compute the joint attention of a double block.
 
     Args:
-        attention: the module.
-        text: (batch, text tokens, width), normed; perhaps in float8.
-        image: (batch, image tokens, width), normed; perhaps in float8.
+        attention: the attention module.
+        text: (batch, text tokens, width) after the norm, quantized or not.
+        image: (batch, image tokens, width) after the norm, quantized or not.
         rotary: cosine and sine, each (text tokens + image tokens, head width).
-        kept: what to keep of the reference, or to attend to.
+        reference: the block's reference KV, or None.
 
     Returns:
-        Text and image, projected.
+        Text and image, each after its output projection.
     """
-    of_text = heads(projections(attention, added=True), text)
-    of_image = heads(projections(attention), image)
-    streams = [_stream(attention, of_text, added=True), _stream(attention, of_image)]
-    attended = _attend(attention, streams, rotary, kept)
-    return _projected(attention, attended, of_text[0].shape[1])
+    of_text = query_key_value(projections(attention, added=True), text)
+    of_image = query_key_value(projections(attention), image)
+    streams = [_make_stream(attention, of_text, added=True), _make_stream(attention, of_image)]
+    attended = _attend(attention, streams, rotary, reference)
+    return _project_out(attention, attended, of_text[0].shape[1])
 
 
 def projections(attention: Any, *, added: bool = False) -> list[Any]:
-    """Return what makes queries, keys and values, of the text if `added`: one layer or three."""
+    """Return the projections to query, key and value: one fused layer, or three.
+
+    Args:
+        attention: the attention module.
+        added: the text's projections (`add_q_proj`, …) instead of the image's.
+    """
     if attention.fused_projections:
         return [attention.to_added_qkv if added else attention.to_qkv]
     _, names = KONTEXT.projections(attention)[added]
     return [getattr(attention, name) for name in names]
 
 
-def heads(layers: list[Any], x: Tensor | Rows) -> list[Tensor]:
-    """Return query, key and value, each (batch, tokens, heads · head width)."""
+def query_key_value(layers: list[Any], x: Tensor | QuantizedRows) -> list[Tensor]:
+    """Project to query, key and value, each (batch, tokens, heads · head width)."""
     made = [layer(x) for layer in layers]
     return list(made[0].chunk(3, dim=-1)) if len(made) == 1 else made
 
 
+def has_plain_head_norms(attention: Any) -> bool:
+    """Whether the head norms are RMS norms that a kernel may compute from their weights alone."""
+    norms = head_norms(attention)
+    return (
+        all(
+            own_class(norm) in _RMS_NORMS
+            and norm.weight is not None
+            and getattr(norm, "bias", None) is None
+            and not modules.is_hooked(norm)
+            for norm in norms
+        )
+        and len({norm.eps for norm in norms}) == 1
+    )
+
+
+_RMS_NORMS = (RMSNorm, nn.RMSNorm)
+
+
 def head_norms(attention: Any) -> list[Any]:
-    """Return the norms of an attention's queries and keys, the text's where that is apart."""
+    """Return an attention's query and key norms, and the text's own norms if it has any."""
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
     return [norm for name in names if (norm := getattr(attention, name, None)) is not None]
 
 
-def bound(weights: list[Tensor], width: int) -> Tensor:
-    """Return the scale of queries or keys: (1,), float32.
+def query_key_scale(weights: list[Tensor], width: int) -> Tensor:
+    """Return a float8 scale that fits all queries, or all keys: (1,), float32.
 
-    After its RMS norm a head of some width has a length of at most the width's root times
-    the largest weight, and turning keeps it: so no number of it can be larger.
+    After the RMS norm, a head of width w has an L2 norm of at most √w · max|weight|. The rotary
+    embedding keeps that norm. So no number of the head is larger.
+
+    Args:
+        weights: the weights of the norms, each (head width,).
+        width: the head width.
     """
     largest = torch.stack([w.detach().float().abs().max() for w in weights]).max()
-    scale: Tensor = largest * width**0.5 / LARGEST
+    scale: Tensor = largest * width**0.5 / E4M3_MAX
     return scale.reshape(1)
 
 
-def _attend(attention: Any, streams: list[Stream], rotary: Pair, kept: Kept | None) -> Tensor:
-    """Attend over streams side by side: (batch, tokens, heads · head width)."""
+def _attend(
+    attention: Any, streams: list[Stream], rotary: Pair, reference: ReferenceKV | None
+) -> Tensor:
+    """Compute attention over the concatenated streams: (batch, tokens, heads · head width)."""
     processor, eps = attention.processor, attention.norm_q.eps
-    old = None if kept is None or kept.fresh else (kept.key, kept.value)
     scales = None
     if isinstance(processor, Float8AttnProcessor):
-        scales = _scales(getattr(attention, SCALES), streams, attention.head_dim, kept)
+        scales = _float8_scales(
+            getattr(attention, SCALES_ATTRIBUTE), streams, attention.head_dim, reference
+        )
     dtype = streams[0].projected[0].dtype
-    kept_scales = kept.scales(FLOAT8 if scales else dtype) if old and kept else None
+    cached = cached_scales = None
+    if reference is not None and not reference.extract:
+        cached = reference.key, reference.value
+        cached_scales = reference.dequantization_scales(E4M3 if scales else dtype)
     query, key, value = joint_heads(
-        streams, rotary, eps, scales=scales, kept=old, kept_scales=kept_scales
+        streams, rotary, eps, scales=scales, cached=cached, cached_scales=cached_scales
     )
-    if kept is not None and kept.fresh:
-        key, value = _keep(key, value, kept)
+    if reference is not None and reference.extract:
+        key, value = _store_reference(key, value, reference)
     if scales is None:
-        return _dispatched(processor, query, key, value)
+        return _run_kernel(processor, query, key, value)
     out: Tensor = float8_attention(query, key, value, *scales, dtype).flatten(2, 3)
     return out
 
 
-def _keep(key: Tensor, value: Tensor, kept: Kept) -> Pair:
-    """Keep the reference's keys and values; of samples not due, bring back the old ones."""
-    tokens = kept.key.shape[1]
+def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair:
+    """Store the reference's new keys and values in the cache, and return the joint ones to use.
+
+    Example with `refresh_mask` [[True], [False]]: sample 0's new keys go into the cache, and its
+    attention uses them. Sample 1's new keys are dropped. Its cached keys stay and take their place
+    in the joint keys, so sample 1 attends to what it would attend to if it ran alone.
+    """
+    tokens = reference.key.shape[1]
     joint = []
-    for x, old, scale in (
-        (key, kept.key, kept.key_scale),
-        (value, kept.value, kept.value_scale),
+    for x, cached, scale in (
+        (key, reference.key, reference.key_scale),
+        (value, reference.value, reference.value_scale),
     ):
-        new, rounds = x[:, -tokens:], old.dtype != x.dtype
-        stored, new_scale = _quantized(new) if rounds else (new, scale)
-        if kept.due is not None:
-            due = kept.due[..., None, None]
-            was = dequantized(old, scale, x.dtype) if rounds else old
-            joint.append(torch.cat([x[:, :-tokens], _chosen(due, new, was)], dim=1))
-            stored = _chosen(due, stored, old)
-            new_scale = torch.where(kept.due, new_scale, scale) if rounds else scale
+        new, quantizes = x[:, -tokens:], cached.dtype != x.dtype
+        stored, new_scale = _quantize_heads(new) if quantizes else (new, scale)
+        if reference.refresh_mask is not None:
+            refresh = reference.refresh_mask[..., None, None]
+            old = dequantize(cached, scale, x.dtype) if quantizes else cached
+            joint.append(torch.cat([x[:, :-tokens], _where(refresh, new, old)], dim=1))
+            stored = _where(refresh, stored, cached)
+            if quantizes:
+                new_scale = torch.where(reference.refresh_mask, new_scale, scale)
         else:
             joint.append(x)
-        old.copy_(stored)
-        if rounds:
+        cached.copy_(stored)
+        if quantizes:
             scale.copy_(new_scale)
     return joint[0], joint[1]
 
 
-def _as_kept(kept: Kept, dtype: torch.dtype) -> Pair:
-    """Return what was kept in a dtype."""
-    scales = kept.scales(dtype)
+def _cached_reference(reference: ReferenceKV, dtype: torch.dtype) -> Pair:
+    """Return the cached keys and values in a dtype."""
+    scales = reference.dequantization_scales(dtype)
     if scales is None:
-        return kept.key, kept.value
-    return dequantized(kept.key, scales[0], dtype), dequantized(kept.value, scales[1], dtype)
+        return reference.key, reference.value
+    return dequantize(reference.key, scales[0], dtype), dequantize(
+        reference.value, scales[1], dtype
+    )
 
 
-def _quantized(x: Tensor) -> Pair:
-    """Quantize (batch, tokens, heads, head width) by sample and head: with (batch, heads)."""
-    scale = scale_for(x.abs().amax(dim=(1, 3)).float())
-    return in_float8(x, scale[:, None, :, None]), scale
+def _quantize_heads(x: Tensor) -> Pair:
+    """Quantize (batch, tokens, heads, head width) to float8, with scales (batch, heads)."""
+    scale = float8_scale(x.abs().amax(dim=(1, 3)).float())
+    return to_float8(x, scale[:, None, :, None]), scale
 
 
-def _chosen(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
-    """Choose among numbers: those in float8, as torch cannot, as bytes."""
-    if one.dtype is FLOAT8:
-        chosen = torch.where(mask, one.view(torch.uint8), other.view(torch.uint8))
-        return chosen.view(FLOAT8)
+def _where(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
+    """Compute `torch.where`, also for float8, which torch's own does not support."""
+    if one.dtype is E4M3:
+        selected = torch.where(mask, one.view(torch.uint8), other.view(torch.uint8))
+        return selected.view(E4M3)
     return torch.where(mask, one, other)
 
 
-def _scales(fixed: HeadScales, streams: list[Stream], width: int, kept: Kept | None) -> Triple:
-    """What query, key and value are divided by for float8; nothing bounds the last.
+def _float8_scales(
+    fixed: QueryKeyScales, streams: list[Stream], width: int, reference: ReferenceKV | None
+) -> Triple:
+    """Return the divisors that quantize query, key and value.
 
-    Values kept are in float8 already: so new ones share their scale, and are cut off at it.
+    Query and key scales are fixed, since their norms bound them. Values have no such bound, so
+    their scale is measured. Cached values are in float8 already. So in the mode "cached" the new
+    values reuse the cached scale and are clamped to its range.
     """
-    device = streams[0].projected[0].device  # under offloading the first two were made elsewhere
+    device = streams[0].projected[0].device  # with offloading, `fixed` may be on another device
     of_heads = fixed.query.to(device), fixed.key.to(device)
-    if kept is not None and not kept.fresh:
-        return *of_heads, kept.value_scale
+    if reference is not None and not reference.extract:
+        return *of_heads, reference.value_scale
     largest = [in_heads(s.projected[2], width).abs().amax(dim=(1, 3)).float() for s in streams]
-    scale = scale_for(torch.stack(largest).amax(0))
-    if kept is not None:
-        if kept.due is not None:
-            scale = torch.where(kept.due, scale, kept.value_scale)
-        kept.value_scale.copy_(scale)
+    scale = float8_scale(torch.stack(largest).amax(0))
+    if reference is not None:
+        if reference.refresh_mask is not None:
+            scale = torch.where(reference.refresh_mask, scale, reference.value_scale)
+        reference.value_scale.copy_(scale)
     return *of_heads, scale
 
 
-def _stream(attention: Any, of_all: list[Tensor], *, added: bool = False) -> Stream:
+def _make_stream(attention: Any, qkv: list[Tensor], *, added: bool = False) -> Stream:
     norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
-    query, key, value = of_all
+    query, key, value = qkv
     of_query, of_key = (getattr(attention, name).weight for name in norms)
     return Stream((query, key, value), (of_query, of_key))
 
 
-def _normed(attention: Any, x: Tensor, *, added: bool = False) -> Triple:
-    """Project and norm by the modules themselves: (batch, tokens, heads, head width) each."""
+def _project_and_norm(attention: Any, x: Tensor, *, added: bool = False) -> Triple:
+    """Project and norm by the modules themselves: 3 x (batch, tokens, heads, head width)."""
     norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
-    made = heads(projections(attention, added=added), x)
+    made = query_key_value(projections(attention, added=added), x)
     query, key, value = (in_heads(of, attention.head_dim) for of in made)
     return getattr(attention, norms[0])(query), getattr(attention, norms[1])(key), value
 
 
-def _dispatched(processor: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by its kernel: (batch, tokens, heads, head width) to (batch, tokens, width)."""
+def _run_kernel(processor: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Run the processor's kernel on (batch, tokens, heads, head width): (batch, tokens, width)."""
     if isinstance(processor, FlashAttnProcessor):
         return flash_attention(query, key, value).flatten(2, 3)  # type: ignore[no-any-return]
-    backend = processor._attention_backend  # noqa: SLF001 - where diffusers keeps it
+    backend = processor._attention_backend  # noqa: SLF001 - set_attention_backend() stores it here
     out: Tensor = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)
     return out
 
 
-def _projected(attention: Any, attended: Tensor, text_tokens: int) -> Pair:
-    """Take text and image apart and project them."""
+def _project_out(attention: Any, attended: Tensor, text_tokens: int) -> Pair:
+    """Split the joint result, and apply the output projections to text and image."""
     image = attention.to_out[1](attention.to_out[0](attended[:, text_tokens:]))
     return attention.to_add_out(attended[:, :text_tokens]), image

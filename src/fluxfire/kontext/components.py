@@ -1,4 +1,4 @@
-"""Parts of a Kontext pipeline that are FLUX's own at every size."""
+"""Components of a Kontext pipeline that are the same at every model size."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 def clip_text_model(
     tokenizer: Any, *, hidden_size: int, intermediate_size: int, layers: int, heads: int
 ) -> CLIPTextModel:
-    """Build CLIP's text encoder with fresh weights, for a tokenizer's vocabulary.
+    """Build a CLIP text encoder with random weights.
 
     Args:
-        tokenizer: whose tokens it reads.
-        hidden_size: of each token, and of the pooled text.
-        intermediate_size: within its MLPs.
-        layers: how many.
-        heads: of each attention.
+        tokenizer: the tokenizer, for the vocabulary's size and the special tokens.
+        hidden_size: width of a token, and of the pooled text embedding.
+        intermediate_size: width inside the MLPs.
+        layers: number of layers.
+        heads: number of attention heads in each layer.
     """
     return CLIPTextModel(
         CLIPTextConfig(

@@ -1,4 +1,4 @@
-"""The modulations of Flux's adaptive layer norms: six vectors, or three, for each sample."""
+"""The modulations (shift, scale, gate) of Flux's adaptive layer norms."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from torch import Tensor
 from torch.func import functional_call
 
 COLUMNS = "_fluxfire_columns"
-"""On a norm whose modulations come from a table: its part of what a block gets for `temb`."""
+"""Attribute of a norm that reads a table: its columns (start, stop) in the block's table row."""
 
 
 def modulations(norm: Any, temb: Tensor) -> Tensor:
-    """Return a norm's modulations, computed or looked up.
+    """Return a norm's modulations, computed or read from a table row.
 
     Args:
         norm: diffusers' `AdaLayerNormZero` or `AdaLayerNormZeroSingle`.
-        temb: (batch, width), the embedding of time step, guidance and pooled text; or rows of a
-            table, (batch, the modulations of all norms of the block).
+        temb: (batch, width), the embedding of time step, guidance and pooled text; or table rows
+            (batch, modulations of all norms of the block), see `ModulationTable`.
 
     Returns:
-        (batch, 6 · width) or (batch, 3 · width): shift, scale and gate, of the attention first.
+        (batch, 6 · width): shift, scale and gate of the attention, then of the MLP; or
+        (batch, 3 · width): shift, scale and gate of a single block.
     """
     columns = getattr(norm, COLUMNS, None)
     if columns is not None and temb.shape[-1] != norm.linear.in_features:
@@ -31,7 +32,10 @@ def modulations(norm: Any, temb: Tensor) -> Tensor:
     if linear.bias is None or linear.weight.device == linear.bias.device:
         made = linear(x)
         return made
-    weight = linear.weight.to(x.device, non_blocking=True)  # it alone waits in host memory
-    name = "base_layer.weight" if hasattr(linear, "base_layer") else "weight"  # under a LoRA
+    # ModulationTable(host=True) keeps the weight in host memory, and the bias on the device.
+    weight = linear.weight.to(x.device, non_blocking=True)
+    name = (
+        "base_layer.weight" if hasattr(linear, "base_layer") else "weight"
+    )  # PEFT wraps the layer
     made = functional_call(linear, {name: weight}, (x,))
     return made

@@ -1,10 +1,12 @@
-"""FLUX.1 Kontext's answers to `fluxfire.model.Model`.
+"""FLUX.1 Kontext's implementation of `fluxfire.model.Model`.
 
-Everything here was read off diffusers 0.35 to 0.42.
+It relies on details of diffusers, checked for versions 0.35 to 0.42.
 """
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxKontextInpaintPipeline, FluxKontextPipeline, FluxTransformer2DModel
+from diffusers.models.transformers.transformer_flux import FluxAttention as BlockAttention
 from diffusers.models.transformers.transformer_flux import (
     FluxAttnProcessor as PlainProcessor,
 )
@@ -28,11 +31,13 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import nn
 
 from fluxfire import modules
+from fluxfire.errors import FluxfireError
 from fluxfire.model import Model, Run, Streams, Tokens
 from fluxfire.text import with_article
 
 __all__ = [
     "KONTEXT",
+    "BlockAttention",
     "DoubleBlock",
     "IPAdapterProcessor",
     "Kontext",
@@ -51,7 +56,7 @@ class Kontext:
     pipelines: tuple[type, ...] = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 
     def refusal(self, pipe: Any) -> str | None:
-        """Refuse another transformer, and weights without data."""
+        """Return why a pipeline is refused: another transformer, or weights without data."""
         transformer = pipe.transformer
         if not isinstance(transformer, FluxTransformer2DModel):
             hint = ""
@@ -62,7 +67,8 @@ class Kontext:
                 f"not a FluxTransformer2DModel{hint}"
             )
         for name, component in modules.components(pipe):
-            weights = component.named_parameters()  # a subclass keeps its numbers in its own way
+            # Only plain parameters: a subclass may store its data elsewhere.
+            weights = component.named_parameters()
             on_meta = next((n for n, p in weights if p.is_meta and type(p) is nn.Parameter), None)
             if on_meta is not None and not any("_hf_hook" in vars(m) for m in component.modules()):
                 return (
@@ -72,13 +78,13 @@ class Kontext:
         return None
 
     def blocks(self, transformer: Any) -> list[nn.Module]:
-        """Return the blocks: double, then single."""
+        """Return the double blocks, then the single blocks."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
     def attentions(self, transformer: Any) -> list[Any]:
-        """Return the blocks' attentions, in the same order."""
-        of_blocks: list[Any] = self.blocks(transformer)
-        return [block.attn for block in of_blocks]
+        """Return the attention of each block, in the blocks' order."""
+        blocks: list[Any] = self.blocks(transformer)
+        return [block.attn for block in blocks]
 
     def linears(self, block: Any) -> list[tuple[Any, str]]:
         """Return the attention's projections, then the MLP's."""
@@ -95,26 +101,26 @@ class Kontext:
         return [(owner, name) for owner, name in places if getattr(owner, name, None) is not None]
 
     def projections(self, attention: Any) -> list[tuple[str, tuple[str, str, str]]]:
-        """Return the image's, and the text's where it has some of its own."""
-        apart = getattr(attention, _TEXT_QKV[1][0], None) is not None
-        return [_QKV, _TEXT_QKV] if apart else [_QKV]
+        """Return the image's projections, and the text's if it has its own (in double blocks)."""
+        has_text = getattr(attention, _TEXT_QKV[1][0], None) is not None
+        return [_QKV, _TEXT_QKV] if has_text else [_QKV]
 
     def modulated_norms(self, block: Any) -> list[Any]:
-        """Return two norms of a double block, image first; one of a single block."""
+        """Return a double block's two norms, image first, or a single block's one norm."""
         names = ("norm1", "norm1_context") if hasattr(block, "norm1") else ("norm",)
         return [getattr(block, name) for name in names]
 
     def text_encoders(self, pipe: Any) -> list[nn.Module]:
-        """Return CLIP and T5, as far as the pipeline has them."""
+        """Return CLIP and T5, if the pipeline has them."""
         return [e for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None]
 
     def sigma(self, pipe: Any) -> torch.Tensor:
-        """Return the scheduler's time step in [0, 1], in full precision."""
+        """Return the scheduler's time step divided by 1000, in float32."""
         sigma: torch.Tensor = pipe.current_timestep.float() / 1000
         return sigma
 
     def identity(self, inputs: dict[str, Any]) -> object | None:
-        """Return the image's position ids: a pipeline makes them once for all its steps."""
+        """Return the image's position ids: a pipeline creates one object for all its steps."""
         if not {"img_ids", "txt_ids", "timestep"} <= inputs.keys():
             return None
         identity: object = inputs["img_ids"]
@@ -123,17 +129,18 @@ class Kontext:
     def tokens(self, inputs: dict[str, Any]) -> Tokens:
         """Count tokens from the position ids, (tokens, 3).
 
-        The first column of the image's is 0 for noise and 1 for the reference.
+        The first column of the image's ids is 0 for noise tokens and 1 for reference tokens.
         """
         img_ids, txt_ids = inputs["img_ids"], inputs["txt_ids"]
         noise = int((img_ids[..., 0] == 0).sum())
         return Tokens(noise, img_ids.shape[-2] - noise, txt_ids.shape[-2])
 
     def runner(self, transformer: Any, inputs: dict[str, Any]) -> Run:
-        """Return a function that does exactly what diffusers' own loops do.
+        """Return a function that runs blocks exactly like diffusers' own loops.
 
-        ControlNet residuals are taken out of `inputs` (the model would spread them over the
-        mounted stack, and so get them wrong) and added here, after the same blocks.
+        It removes ControlNet residuals from `inputs`, and adds them after the same blocks as
+        diffusers. diffusers itself would distribute them over the mounted stack, which is one
+        "block", and so add them at the wrong places.
         """
         blocks = self.blocks(transformer)
         residuals = _residuals(transformer, inputs)
@@ -161,41 +168,26 @@ class Kontext:
     def mount(self, transformer: Any, stack: Callable[[Streams], Streams]) -> Iterator[None]:
         """Shadow the two lists of blocks: one holds the whole stack, the other is empty.
 
-        diffusers' own forward does the rest, so embeddings and output projection stay the
-        library's. No module is replaced.
+        diffusers' own forward still computes the embeddings and the output projection. No module is
+        replaced.
         """
-
-        # The argument names are diffusers'; gradient checkpointing passes them by position.
-        def run_all(
-            hidden_states: torch.Tensor,
-            encoder_hidden_states: torch.Tensor,
-            temb: torch.Tensor,
-            image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
-            joint_attention_kwargs: dict[str, Any] | None = None,
-        ) -> tuple[torch.Tensor, torch.Tensor]:
-            streams = Streams(
-                hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
-            )
-            out = stack(streams)
-            return out.text, out.image
-
-        own = vars(transformer)  # past Module.__setattr__, which would drop the real lists
+        own = vars(transformer)  # Module.__setattr__ would remove the real lists
         try:
-            own[_LISTS[0]] = [run_all]
+            own[_LISTS[0]] = [_AllBlocks(stack)]
             own[_LISTS[1]] = []
             yield
         finally:
             self.unmount(transformer)
 
     def unmount(self, transformer: Any) -> None:
-        """Take the shadows off the lists of blocks."""
+        """Remove the shadows of the lists of blocks."""
         for name in _LISTS:
             vars(transformer).pop(name, None)
 
     def reference_size(self, pipe: Any, width: int, height: int) -> tuple[int, int]:
-        """Return the one of Kontext's preferred sizes, all about a megapixel, nearest in shape.
+        """Return Kontext's preferred size (about a megapixel) with the nearest aspect ratio.
 
-        A pipeline of another size says so by a method of this name.
+        A pipeline with other sizes, such as Spark, has its own method of this name.
         """
         if (own := getattr(pipe, "reference_size", None)) is not None:
             size: tuple[int, int] = own(width, height)
@@ -206,11 +198,11 @@ class Kontext:
         return w // 16 * 16, h // 16 * 16
 
     def exact_size(self, width: int, height: int) -> dict[str, int]:
-        """Give `max_area`, without which Kontext rescales to about a megapixel."""
+        """Return width, height and `max_area`; without it Kontext rescales to a megapixel."""
         return {"width": width, "height": height, "max_area": width * height}
 
     def size_multiple(self, pipe: Any) -> int:
-        """Return the side of a token, in pixels: 2 by 2 latents."""
+        """Return the side of a token in pixels; a token covers 2 by 2 latents."""
         multiple: int = pipe.vae_scale_factor * 2
         return multiple
 
@@ -223,8 +215,56 @@ class Kontext:
 KONTEXT: Model = Kontext()
 
 
+class _AllBlocks:
+    """Stands in the place of the blocks, and runs all of them.
+
+    Only diffusers' own forward may call it. One of somebody else's may do anything between two
+    blocks, or look at one of them, and would get another picture without a word.
+    """
+
+    def __init__(self, stack: Callable[[Streams], Streams]) -> None:
+        self._stack = stack
+        self._known = False  # gradient checkpointing calls again, from where torch goes backwards
+
+    # The argument names are diffusers'; gradient checkpointing passes them by position.
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor,
+        temb: torch.Tensor,
+        image_rotary_emb: tuple[torch.Tensor, torch.Tensor],
+        joint_attention_kwargs: dict[str, Any] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the blocks; arguments and result as of a block."""
+        frame = sys._getframe(1)  # noqa: SLF001
+        while not self._known:
+            self._known = frame.f_code is _FORWARD
+            if frame.f_back is None:
+                raise FluxfireError(_FOREIGN_FORWARD)
+            frame = frame.f_back
+        streams = Streams(
+            hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
+        )
+        out = self._stack(streams)
+        return out.text, out.image
+
+    def __getattr__(self, name: str) -> Any:
+        """Refuse to be taken for one of the blocks."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise FluxfireError(_FOREIGN_FORWARD)
+
+
+_FORWARD = inspect.unwrap(FluxTransformer2DModel.forward).__code__
+_FOREIGN_FORWARD = (
+    "the transformer has a forward of its own (PuLID, TeaCache, a skipped layer?), which runs the "
+    "blocks itself; restore(pipe), and leave out the passes that wrap blocks (FirstBlockCache, "
+    "ReferenceCache, ModulationTable)"
+)
+
+
 def _residuals(transformer: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
-    """Say which ControlNet residual follows which block."""
+    """Return the ControlNet residual to add after each block, by the block's index."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     repeat = inputs.pop("controlnet_blocks_repeat", False)
     found = {}

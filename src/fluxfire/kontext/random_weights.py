@@ -1,7 +1,7 @@
-"""Kontext pipelines with random weights, built offline.
+"""Kontext pipelines with random weights, built without downloads.
 
-They run the real code on the real architecture, so time and memory are faithful. Their
-pictures are noise: they say nothing about quality.
+They run the real code on the real architecture, so time and memory are realistic. Their pictures
+are noise, and say nothing about quality.
 """
 
 from __future__ import annotations
@@ -32,21 +32,21 @@ def tiny_kontext(
     double_blocks: int = 2,
     single_blocks: int = 3,
 ) -> Any:
-    """Build a Kontext pipeline small enough to edit a picture in milliseconds on a CPU.
+    """Build a Kontext pipeline that edits a picture in milliseconds on a CPU.
 
-    Its VAE halves the size once, so a 32-by-32 picture has 64 tokens: pass `height`,
-    `width`, `max_area=height * width` and `_auto_resize=False` to keep it at that.
+    Its VAE halves the size once, so a 32-by-32 picture has 64 tokens. Pass `height`, `width`,
+    `max_area=height * width` and `_auto_resize=False`, or the pipeline enlarges the picture.
 
     Args:
         kind: `"edit"` (`FluxKontextPipeline`) or `"inpaint"` (`FluxKontextInpaintPipeline`).
-        seed: seeds the weights; the global random state is left alone.
-        dtype: of all weights.
-        device: of all weights.
+        seed: seed of the weights; the global random state is not changed.
+        dtype: dtype of all weights.
+        device: device of all weights.
         double_blocks: number of two-stream blocks.
         single_blocks: number of one-stream blocks.
 
     Returns:
-        The pipeline, in evaluation mode, its progress bar off.
+        The pipeline in evaluation mode, without a progress bar.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def tiny_kontext(
             clip={"hidden_size": 24, "intermediate_size": 48, "layers": 2, "heads": 4},
             t5={"d_model": 40, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4},
         )
-    modules.place(pipe, device=device, dtype=dtype)
+    modules.move_and_cast(pipe, device=device, dtype=dtype)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -96,13 +96,13 @@ def full_kontext(
     """Build a Kontext pipeline of FLUX.1 Kontext [dev]'s own sizes (31 GiB in bfloat16).
 
     Args:
-        kind: as for `tiny_kontext`.
-        seed: seeds the weights; the global random state is left alone.
-        dtype: of all weights, which are created in it.
-        device: on which the weights are created; a GPU takes about ten seconds.
+        kind: as in `tiny_kontext`.
+        seed: seed of the weights; the global random state is not changed.
+        dtype: dtype in which all weights are created.
+        device: device on which the weights are created; a GPU takes about ten seconds.
 
     Returns:
-        The pipeline, in evaluation mode.
+        The pipeline in evaluation mode.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)

@@ -1,4 +1,4 @@
-"""CLIP and T5 tokenizers from vocabularies in memory, on transformers 4 and 5 alike."""
+"""CLIP and T5 tokenizers built from vocabularies in memory, for transformers 4 and 5."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from transformers import CLIPTokenizer, T5Tokenizer
 
 CLIP_LENGTH = 77
-_LETTER, _WORD = -10.0, -2.0  # log-probabilities: a whole word beats its letters
+_LETTER, _WORD = -10.0, -2.0  # log-probabilities: a word is more likely than its letters
 
 
 def clip_tokenizer(words: Sequence[str] = ()) -> CLIPTokenizer:
-    """Make a CLIP tokenizer that knows all bytes, and some words as one token each.
+    """Build a CLIP tokenizer that knows all bytes, and some words as one token each.
 
     Args:
-        words: in lower case.
+        words: the words, in lower case.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -42,10 +42,10 @@ def clip_tokenizer(words: Sequence[str] = ()) -> CLIPTokenizer:
 
 
 def _merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Find byte-pair merges, first to last, that make one token of each word.
+    """Return byte-pair merges, by rank, that turn each word into one token.
 
-    A merge added for a later word ranks below all before it, so it cannot break up what
-    those make of an earlier word.
+    A merge for a later word ranks below all merges before it, so it cannot change the tokens of an
+    earlier word.
     """
     ranks: dict[tuple[str, str], int] = {}
     for word in words:
@@ -70,11 +70,11 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def t5_tokenizer(words: Sequence[str] = (), *, lower: bool = False) -> Any:
-    """Make a T5 tokenizer that knows printable ASCII, and some words as one token each.
+    """Build a T5 tokenizer that knows printable ASCII, and some words as one token each.
 
     Args:
-        words: as they are written.
-        lower: read everything in lower case, as CLIP's does.
+        words: the words, in the case in which prompts contain them.
+        lower: convert all text to lower case, as the CLIP tokenizer does.
     """
     from tokenizers import normalizers
 
@@ -92,7 +92,7 @@ def t5_tokenizer(words: Sequence[str] = (), *, lower: bool = False) -> Any:
 def _t5_from_pieces(pieces: list[tuple[str, float]]) -> Any:
     try:
         return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
-    except TypeError:  # transformers 4: the fast tokenizer can be built from an object
+    except TypeError:  # transformers 4 builds a fast tokenizer from a tokenizers object
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
         from transformers import T5TokenizerFast
 

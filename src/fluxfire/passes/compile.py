@@ -1,4 +1,4 @@
-"""Compile: torch.compile, block by block or whole, with everything in scope."""
+"""Compile: torch.compile for the blocks or the whole transformer."""
 
 from __future__ import annotations
 
@@ -28,26 +28,27 @@ Option = bool | int | float | str | None
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
 Region = Literal["blocks", "transformer"]
 
-# dynamo's own limit is 8. With ReferenceCache a single block has graphs for refreshes, mixed ones,
-# what is between, and none, each for one sample and more, fixed sizes and any, after both kinds.
-_GRAPHS = 64
-_CUTTING = modules.SWAPPED | {"native-cache"}
+# dynamo's own limit is 8 graphs for a function. With ReferenceCache a block has a graph for
+# refresh, mixed, reuse and no reference; each for one sample and for more, for fixed and for
+# dynamic sizes, and for inputs from either kind of block.
+_MAX_GRAPHS = 64
+_GRAPH_BREAKING = modules.SWAPPED | {"native-cache"}
 
 
 @dataclass(frozen=True)
 class Compile:
     """Compiles the transformer, and on request the VAE and the text encoders.
 
-    By blocks, the 57 blocks share three graphs, which compile in half a minute where the
-    whole model takes minutes, and passes that wrap the blocks run between the graphs.
+    With `region="blocks"` the 57 blocks share three graphs. They compile in half a minute, where
+    the whole model takes minutes. Passes that wrap the blocks run between the graphs.
 
-    A mode is expanded into its inductor options, so that both can be given, and all options
-    travel with this compilation alone. Each application compiles through a function of its
-    own, so that neither its graphs nor its recompilations count against the limits of
-    any other compiled model in the process.
+    The pass expands a mode into inductor options, so you can give both `mode` and `options`. The
+    options apply to this compilation only. Each application compiles its own copy of a function, so
+    its graphs and recompilations do not count against the limits of other compiled models in the
+    process.
 
     Measured on an H100 (docs, "Passes"): a step alone, by blocks, 379 → 293 ms; behind
-    `FusedBlocks`, which leaves it little to do, 277 → 274 ms. Inductor's autotuning gained nothing
+    `FusedBlocks`, which leaves little to fuse, 277 → 274 ms. Inductor's autotuning gained nothing
     beyond noise (docs, "What the figures say").
 
     Needs triton on a GPU, a C++ compiler and Python's headers on a CPU.
@@ -55,16 +56,16 @@ class Compile:
     Attributes:
         region: `"blocks"` or `"transformer"`.
         vae: also compile the VAE's encoder and decoder.
-        text_encoders: also compile the text encoders, by their layers, which share graphs.
+        text_encoders: also compile the text encoders layer by layer; the layers share graphs.
         mode: a mode of `torch.compile`, or None for its default.
-        dynamic: True makes sizes symbolic from the start, False never; None means on
-            the second size.
-        fullgraph: raise where a graph would be cut in two.
-        options: inductor options by name; they win over the mode's. Kept as sorted pairs.
+        dynamic: True compiles for dynamic sizes from the start, False for fixed sizes only. None
+            compiles for dynamic sizes when the second size comes.
+        fullgraph: raise an error at a graph break.
+        options: inductor options by name; they override those of the mode. Stored as sorted pairs.
 
     Raises:
-        ValueError: `region` is neither.
-        TypeError: a setting is of another type than those above.
+        ValueError: `region` is neither of these.
+        TypeError: a setting has the wrong type.
     """
 
     region: Region = "blocks"
@@ -88,12 +89,12 @@ class Compile:
         for name in ("vae", "text_encoders", "fullgraph", "dynamic"):
             kinds = bool | None if name == "dynamic" else bool
             if not isinstance(getattr(self, name), kinds):
-                said = "True, False or None" if name == "dynamic" else "True or False"
-                raise TypeError(f"{name}={getattr(self, name)!r}; it must be {said}")
+                allowed = "True, False or None" if name == "dynamic" else "True or False"
+                raise TypeError(f"{name}={getattr(self, name)!r}; it must be {allowed}")
         object.__setattr__(self, "options", tuple(sorted(dict(self.options or ()).items())))
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse what cannot be compiled, and options that inductor does not know."""
+        """Refuse pipelines that cannot be compiled, and options that inductor does not know."""
         if "compiled" in target.traits:
             yield Finding(
                 "error",
@@ -108,25 +109,29 @@ class Compile:
                 'use Compile(region="blocks")',
                 instead=replace(self, region="blocks"),
             )
-        hooked = target.traits & _CUTTING
+        hooked = target.traits & _GRAPH_BREAKING
         if self.region == "transformer":
             hooked |= target.traits & {"model-offload"}
         if hooked and self.fullgraph:
             yield Finding(
                 "error",
-                f"the hooks of {', '.join(sorted(hooked))} cut the graph",
-                "take them off, or use Compile(fullgraph=False)",
+                f"the hooks of {', '.join(sorted(hooked))} break the graph",
+                "remove them, or use Compile(fullgraph=False)",
             )
         if self.vae and target.pipe.vae is None:
             yield Finding(
-                "error", "the pipeline has no VAE", "use Compile(vae=False)",
+                "error",
+                "the pipeline has no VAE",
+                "use Compile(vae=False)",
                 instead=replace(self, vae=False),
-            )  # fmt: skip
+            )
         if self.text_encoders and not _text_encoders(target.pipe):
             yield Finding(
-                "error", "the pipeline has no text encoder", "use Compile(text_encoders=False)",
+                "error",
+                "the pipeline has no text encoder",
+                "use Compile(text_encoders=False)",
                 instead=replace(self, text_encoders=False),
-            )  # fmt: skip
+            )
         yield from self._check_options()
         yield from _check_compiler(target)
 
@@ -137,22 +142,22 @@ class Compile:
             "dynamic": self.dynamic,
             "options": self._inductor_options() or None,
         }
-        if not _takes_limit():
-            tx.listen(_Limit())
-        targets = self._targets(tx.pipe)
-        compiled: list[_Compiled] = []
-        for group in targets:
-            call = tx.enter(_private(_call))
-            compiled += _compiled_alike(group, call, settings, clone=self._cuda_graphs())
+        if not _compile_takes_recompile_limit():
+            tx.listen(_RecompileLimit())
+        groups = self._groups(tx.pipe)
+        compiled: list[_CompiledCall] = []
+        for group in groups:
+            call = tx.enter(_private_copy(_call_module))
+            compiled += _compile_group(group, call, settings, clone=self._cuda_graphs())
         for one in compiled:
             tx.set_call(one.module, one)
         if self.fullgraph:
-            tx.listen(_Hooks(tx.pipe, compiled))
+            tx.listen(_HookChecker(tx.pipe, compiled))
         where = "blocks" if self.region == "blocks" else "whole models"
-        return Change(sum(map(len, targets)), f"{where} set to compile at their first call")
+        return Change(sum(map(len, groups)), f"{where} set to compile at their first call")
 
-    def _targets(self, pipe: Any) -> list[list[nn.Module]]:
-        """Group the modules to compile; the modules of a group share their graphs."""
+    def _groups(self, pipe: Any) -> list[list[nn.Module]]:
+        """Return the modules to compile, in groups that share their graphs."""
         groups: list[list[nn.Module]] = []
         if self.region == "blocks":
             by_class: dict[type, list[nn.Module]] = {}
@@ -191,8 +196,8 @@ class Compile:
                 "torch._inductor.list_options() lists them",
             )
         else:
-            try:  # only makes the settings; nothing is compiled before a first call
-                torch.compile(_call, options=self._inductor_options() or None)  # type: ignore[arg-type]
+            try:  # validates the options only; torch compiles nothing before the first call
+                torch.compile(_call_module, options=self._inductor_options() or None)  # type: ignore[arg-type]
             except RuntimeError as error:
                 yield Finding("error", f"torch.compile refuses the options: {error}")
         if (self.region == "blocks" or self.text_encoders) and self._cuda_graphs():
@@ -209,7 +214,7 @@ def _text_encoders(pipe: Any) -> list[nn.Module]:
 
 
 def _layers(encoder: nn.Module) -> list[nn.Module]:
-    """Return the layers that a text encoder repeats: its longest list of modules."""
+    """Return a text encoder's repeated layers: its longest list of modules."""
     from torch import nn
 
     lists = [list(part) for part in encoder.modules() if isinstance(part, nn.ModuleList)]
@@ -217,7 +222,7 @@ def _layers(encoder: nn.Module) -> list[nn.Module]:
 
 
 def _check_compiler(target: Target) -> Iterator[Finding]:
-    """Look for what inductor needs to generate code for the pipeline's device."""
+    """Check for the tools that inductor needs to generate code for the pipeline's device."""
     on_gpu = target.pipe.transformer.device.type == "cuda" or "model-offload" in target.traits
     if on_gpu and importlib.util.find_spec("triton") is None:
         yield Finding("error", "compiling for CUDA needs triton", "pip install triton")
@@ -236,65 +241,75 @@ def _check_compiler(target: Target) -> Iterator[Finding]:
         )
 
 
-class _Limit(Listener):
-    """Allows as many graphs while a generation runs, where torch.compile cannot be told."""
+class _RecompileLimit(Listener):
+    """Raises dynamo's recompile limit during generations.
+
+    Only for torch versions whose `torch.compile` has no parameter `recompile_limit`.
+    """
 
     @override
     def on_generation(self, generation: Generation) -> AbstractContextManager[object]:
-        """Raise dynamo's own limit, which is the process's, for as long."""
+        """Raise dynamo's own limit, a setting of the process, while the generation runs."""
         from torch._dynamo import config
 
-        patched: AbstractContextManager[object] = config.patch(recompile_limit=_GRAPHS)
+        patched: AbstractContextManager[object] = config.patch(recompile_limit=_MAX_GRAPHS)
         return patched
 
 
-def _takes_limit() -> bool:
+def _compile_takes_recompile_limit() -> bool:
     return "recompile_limit" in inspect.signature(torch.compile).parameters
 
 
-class _Compiled:
-    """What calling a module runs: its graph, or, while it steps aside, the module itself."""
+class _CompiledCall:
+    """Replaces a module's call: runs its graph, or with `bypass` the module itself."""
 
     def __init__(self, module: nn.Module, graph: Callable[..., Any]) -> None:
-        self.module, self.graph, self.aside = module, graph, False
+        self.module, self.graph, self.bypass = module, graph, False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        run: Any = self.module._call_impl if self.aside else self.graph  # noqa: SLF001
+        run: Any = self.module._call_impl if self.bypass else self.graph  # noqa: SLF001
         return run(*args, **kwargs)
 
 
-class _Hooks(Listener):
-    """Looks for hooks that would cut the graphs in two: they may come at any time."""
+class _HookChecker(Listener):
+    """Bypasses graphs that hooks would break, since the user may add hooks at any time."""
 
-    def __init__(self, pipe: Any, compiled: list[_Compiled]) -> None:
+    def __init__(self, pipe: Any, compiled: list[_CompiledCall]) -> None:
         self._pipe, self._compiled = pipe, compiled
 
     @override
     def prepare(self) -> None:
-        """Have modules that have some run as they are."""
-        cached = not _CUTTING.isdisjoint(modules.cache_traits(self._pipe.transformer))
+        """Run modules with such hooks without their graphs."""
+        cached = not _GRAPH_BREAKING.isdisjoint(modules.cache_traits(self._pipe.transformer))
         for one in self._compiled:
-            one.aside = cached or bool(modules.swapped(one.module))
+            one.bypass = cached or bool(modules.swapping_traits(one.module))
 
 
-def _compiled_alike(
+def _compile_group(
     modules: list[nn.Module], call: Any, settings: dict[str, Any], *, clone: bool
-) -> Iterator[_Compiled]:
-    """Compile modules of one class through one function of their own, so that they share graphs."""
-    if _takes_limit():
-        settings = {**settings, "recompile_limit": _GRAPHS}
+) -> Iterator[_CompiledCall]:
+    """Compile modules of one class.
+
+    Args:
+        modules: the modules. They share graphs, because all are called through `call`.
+        call: a private copy of `_call_module`.
+        settings: arguments of `torch.compile`.
+        clone: whether to clone the outputs, for CUDA graphs.
+    """
+    if _compile_takes_recompile_limit():
+        settings = {**settings, "recompile_limit": _MAX_GRAPHS}
     for module in modules:
         graph = torch.compile(types.MethodType(call, module), **settings)
-        yield _Compiled(module, _cloned(graph) if clone else graph)
+        yield _CompiledCall(module, _clone_outputs(graph) if clone else graph)
 
 
-def _call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    call: Any = module._call_impl  # noqa: SLF001 - what Module.compile compiles
+def _call_module(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    call: Any = module._call_impl  # noqa: SLF001 - Module.compile compiles the same method
     return call(*args, **kwargs)
 
 
-def _cloned(compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """Clone what comes out: a CUDA graph's next replay, as in true CFG, overwrites it."""
+def _clone_outputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """Clone the outputs, since a CUDA graph's next replay (true CFG has one) overwrites them."""
     from torch import Tensor
     from torch.utils._pytree import tree_map_only
 
@@ -305,15 +320,15 @@ def _cloned(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def _private(function: types.FunctionType | Any) -> Iterator[Any]:
-    """Copy a function together with its code; its graphs go with it.
+def _private_copy(function: types.FunctionType | Any) -> Iterator[Any]:
+    """Copy a function with its code object; when the block ends, its graphs are freed.
 
-    Dynamo keeps graphs, and counts recompilations against a limit of eight, per code object.
-    Compiled the usual way, the eighth optimize-and-restore would raise, and the user's
-    own compiled FLUX would share the count.
+    Dynamo stores graphs per code object, and allows eight recompilations for each. With one shared
+    code object, the eighth optimize-and-restore would raise an error, and the user's own compiled
+    FLUX would use up the same limit.
 
-    Dynamo also puts each graph among the function's globals, and keeps it for as long as the
-    process lives. So this one has globals of its own, and dynamo is told when it is done with.
+    Dynamo also stores each graph in the function's globals, for the lifetime of the process. So the
+    copy has its own globals, and dynamo's entries for its code are reset at the end.
     """
     known = {"__name__": __name__, "__builtins__": builtins}
     code = function.__code__.replace()

@@ -1,4 +1,4 @@
-"""FirstBlockCache: leave out all blocks but the first where the first says little changed."""
+"""FirstBlockCache: skip the blocks after the first if the first block's output barely changed."""
 
 from __future__ import annotations
 
@@ -11,14 +11,17 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire.model import Call, Run, Streams
-from fluxfire.passes.shared.block_cache import CacheEngine, obstacles
+from fluxfire.passes.shared.block_cache import CacheWrapper, check_for_other_caches
+from fluxfire.passes.shared.distance import mean_abs, relative_distance
+from fluxfire.passes.shared.step_settings import check_whole_number, sorted_steps, step_window
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Decision, Live
 from fluxfire.runtime.transaction import Transaction
 
-Measured = Literal["all", "noise"]
+Distance = Literal["all", "noise"]
 Prediction = Literal["hold", "linear", "quadratic"]
 _POINTS: dict[str, int] = {"hold": 1, "linear": 2, "quadratic": 3}
+"""How many computed steps each prediction needs."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +60,8 @@ class FirstBlockCache:
             generation of another length scales both, rounded up: 8 of 28 become 6 of 20 and
             15 of 50. None takes both as plain counts.
         max_consecutive_hits: compute a step after this many hits in a row; None for no limit.
-        schedule: exactly the steps (from 0) that hit, whatever the distance and the other
-            limits. For timing, where weights are random. Kept as a sorted tuple.
+        schedule: exactly these steps (counted from 0) hit, whatever the distance and the other
+            limits. It is for timing with random weights. Stored as a sorted tuple.
         distance: `"all"` compares all image tokens, as other libraries do. `"noise"` compares
             the tokens of the new picture alone, without the reference's. `"all"` becomes
             `"noise"` from the first step at which another cache leaves the reference out.
@@ -69,7 +72,8 @@ class FirstBlockCache:
 
     Raises:
         TypeError: `threshold` is not a number.
-        ValueError: a number is too low, or `distance` or `predict` is no such name.
+        ValueError: a number is too low, a count or a step is not a whole number, or `distance` or
+            `predict` is not one of these names.
     """
 
     threshold: float = 0.12
@@ -79,7 +83,7 @@ class FirstBlockCache:
     of_steps: int | None = 28
     max_consecutive_hits: int | None = 2
     schedule: Iterable[int] | None = None
-    distance: Measured = "all"
+    distance: Distance = "all"
     predict: Prediction = "linear"
 
     name: ClassVar[str] = "first-block-cache"
@@ -88,40 +92,40 @@ class FirstBlockCache:
     provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
-            "threshold", "warmup_steps", "tail_steps", "of_steps", "max_consecutive_hits",
-            "schedule", "distance", "predict",
+            "threshold",
+            "warmup_steps",
+            "tail_steps",
+            "of_steps",
+            "max_consecutive_hits",
+            "schedule",
+            "distance",
+            "predict",
         }
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.threshold, float | int):
             raise TypeError(f"threshold={self.threshold!r}; it must be a number")
         if not self.threshold >= 0:
             raise ValueError(f"threshold={self.threshold!r}; it must be 0 or more")
-        for name, least, without in (
+        for name, least, none_means in (
             ("warmup_steps", 0, ""),
             ("tail_steps", 0, ""),
-            ("of_steps", 1, ", or None for plain counts"),
-            ("max_consecutive_hits", 1, ", or None for no limit"),
+            ("of_steps", 1, "plain counts"),
+            ("max_consecutive_hits", 1, "no limit"),
         ):
-            value = getattr(self, name)
-            if value is None and without:
-                continue
-            if not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{name}={value!r}; it must be a whole number, {least} or more{without}"
-                )
+            check_whole_number(name, getattr(self, name), least, none_means=none_means)
         for name, known in (("distance", ("all", "noise")), ("predict", tuple(_POINTS))):
             if getattr(self, name) not in known:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r}; it must be one of {', '.join(known)}"
                 )
         if self.schedule is not None:
-            steps = tuple(sorted(set(self.schedule)))
+            steps = sorted_steps("schedule", self.schedule)
             if steps and steps[0] < 1:
                 raise ValueError(
-                    f"schedule={steps!r}; step {steps[0]} cannot hit, since nothing was computed "
-                    f"before it: steps count from 0, and the first must be computed"
+                    f"schedule={steps!r}; step {steps[0]} cannot hit, since no step was computed "
+                    f"before it; steps are counted from 0, so the first step that can hit is 1"
                 )
             object.__setattr__(self, "schedule", steps)
 
@@ -132,7 +136,7 @@ class FirstBlockCache:
         return "bitwise" if never or self.schedule == () else "lossy"
 
     def off(self) -> FirstBlockCache:
-        """Return the same with settings by which nothing hits, and nothing is measured."""
+        """Return a copy whose steps never hit and are never measured."""
         return replace(self, schedule=())
 
     def may_hit(self, steps: int) -> range:
@@ -141,11 +145,11 @@ class FirstBlockCache:
         Args:
             steps: how many steps the generation has.
         """
-        warmup, tail = (self._scaled(n, steps) for n in (self.warmup_steps, self.tail_steps))
-        return range(max(1, warmup), max(1, warmup, steps - tail))
+        warmup, tail = (self._scale(n, steps) for n in (self.warmup_steps, self.tail_steps))
+        return step_window(steps, warmup=warmup, tail=tail)
 
     def most_hits(self, steps: int) -> int:
-        """Return how many steps can hit at the most, whatever the distances.
+        """Return the largest possible number of hits, whatever the distances are.
 
         Args:
             steps: how many steps the generation has.
@@ -155,245 +159,287 @@ class FirstBlockCache:
         """
         if self.schedule is not None:
             return sum(step < steps for step in self.schedule)
-        among, cap = len(self.may_hit(steps)), self.max_consecutive_hits
+        candidates, cap = len(self.may_hit(steps)), self.max_consecutive_hits
         if self.threshold == 0:
             return 0
-        return among if cap is None else among - among // (cap + 1)
+        return candidates if cap is None else candidates - candidates // (cap + 1)
 
-    def _scaled(self, count: int, steps: int) -> int:
+    def _scale(self, count: int, steps: int) -> int:
         """Scale a count of steps to the length of a generation, rounded up."""
         return count if self.of_steps is None else -(-count * steps // self.of_steps)
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse a pipeline that another cache works on already."""
-        yield from obstacles(target)
+        """Refuse a pipeline that already has another cache."""
+        yield from check_for_other_caches(target)
 
     def apply(self, tx: Transaction) -> Change:
-        """Wrap the run through the blocks, and hear where generations begin and end."""
-        engine = _Engine(tx.live(self), tx.pipe)
-        tx.wrap_blocks(engine)
-        tx.listen(engine)
+        """Wrap the run through the blocks, and listen to the generations."""
+        wrapper = _FirstBlockWrapper(tx.live(self), tx.pipe)
+        tx.wrap_blocks(wrapper)
+        tx.listen(wrapper)
         return Change(1, "run through the blocks cached")
 
 
 @dataclass(eq=False)
-class _Memory:
-    """What one branch remembers of its last computed steps.
+class _BranchState:
+    """The cache of one branch ("cond" or "uncond").
+
+    A residual is what blocks add to the image tokens: their output minus their input.
 
     Attributes:
-        first: (batch, measured tokens, width): what the first block added.
-        size: (batch,): its mean absolute value.
-        rests: what the blocks after it added to the noise tokens; by the block they begin
-            with, since an outer wrapper may run the stack in parts.
-        streak: for each sample, hits since it was last computed.
+        first_residual: (batch, compared tokens, width): the first block's residual at each
+            sample's last computed step.
+        first_size: (batch,): mean absolute value of `first_residual`.
+        rest_residuals: residuals of the blocks after the first, on the noise tokens. The key is
+            the block at which a run of blocks starts, since an outer wrapper may run the blocks
+            in several parts.
+        consecutive_hits: for each sample, the number of hits since its last computed step.
     """
 
-    first: Tensor | None = None
-    size: Tensor | None = None
-    rests: dict[int, _Trend] = field(default_factory=dict)
-    streak: list[int] = field(default_factory=list)
+    first_residual: Tensor | None = None
+    first_size: Tensor | None = None
+    rest_residuals: dict[int, _ResidualHistory] = field(default_factory=dict)
+    consecutive_hits: list[int] = field(default_factory=list)
 
-    def limit(self, added: Tensor) -> Tensor:
-        """Go on with the noise tokens alone, once the reference's are missing in a step."""
-        assert self.first is not None  # noqa: S101 - the caller looked
-        tokens = min(added.shape[1], self.first.shape[1])
-        if tokens < self.first.shape[1]:
-            self.first = self.first[:, :tokens]
-            self.size = _mean_abs(self.first)
-        return added[:, :tokens]
+    def match_tokens(self, residual: Tensor) -> Tensor:
+        """Cut cached and new residual to their common tokens.
+
+        ReferenceCache runs the noise tokens alone at some steps. From the first of these steps on,
+        the distance compares the noise tokens alone.
+        """
+        assert self.first_residual is not None  # noqa: S101 - the caller checks it
+        tokens = min(residual.shape[1], self.first_residual.shape[1])
+        if tokens < self.first_residual.shape[1]:
+            self.first_residual = self.first_residual[:, :tokens]
+            self.first_size = mean_abs(self.first_residual)
+        return residual[:, :tokens]
 
 
 @dataclass(eq=False)
-class _Trend:
-    """The last computed values of each sample, with their noise levels: the newest first.
+class _ResidualHistory:
+    """Residuals of the last computed steps with their sigmas, the newest first.
+
+    A sample that hits adds nothing, so two samples of a batch may have residuals of different steps
+    at the same position.
 
     Attributes:
-        values: (batch, noise tokens, width) each.
-        levels: (batch,) each.
-        known: for each sample, how many of them are its own.
+        residuals: (batch, noise tokens, width) each.
+        sigmas: (batch,) each: the sigma at which the residual was computed.
+        counts: for each sample, how many of the residuals were computed for it. A sample that hit
+            may have fewer than the list has; the other entries repeat its oldest one.
     """
 
-    values: list[Tensor]
-    levels: list[Tensor]
-    known: list[int]
+    residuals: list[Tensor]
+    sigmas: list[Tensor]
+    counts: list[int]
 
-    def take(self, value: Tensor, level: Tensor, hits: list[bool], *, keep: int) -> None:
-        """Remember a newly computed value of the samples that did not hit."""
-        held = _mask(hits, value) if any(hits) else None
-        self.values = _shifted(self.values, value, keep, held)
-        self.levels = _shifted(self.levels, level, keep, None if held is None else held[:, 0, 0])
-        self.known = [
-            n if hit else min(keep, n + 1) for n, hit in zip(self.known, hits, strict=True)
+    def add(self, residual: Tensor, sigma: Tensor, hits: list[bool], *, keep: int) -> None:
+        """Add a computed residual for every sample that did not hit, and keep the newest."""
+        hit = _sample_mask(hits, residual) if any(hits) else None
+        self.residuals = _push(self.residuals, residual, keep, hit)
+        self.sigmas = _push(self.sigmas, sigma, keep, None if hit is None else hit[:, 0, 0])
+        self.counts = [
+            n if hit else min(keep, n + 1) for n, hit in zip(self.counts, hits, strict=True)
         ]
 
-    def at(self, level: Tensor) -> Tensor:
-        """Predict the value at a noise level, (batch,), by Newton's divided differences.
+    def predict(self, sigma: Tensor) -> Tensor:
+        """Predict the residual at a sigma, (batch,), by Newton's divided differences.
 
-        Differences are taken before they are scaled, which in bfloat16 loses less than
-        weighing the values themselves.
+        With one residual r0 the prediction is r0. Two give a line, three a parabola through the
+        points (sigma, residual). The code subtracts residuals before it scales the difference: in
+        bfloat16 that rounds less than a weighted sum of the residuals.
         """
-        value, *older = self.values
+        r0, *older = self.residuals
         if not older:
-            return value
-        x0, x1, *rest = self.levels
-        first = value - older[0]
-        along = self._where_known(1, (level - x0) / _apart(x0, x1))
-        predicted = value if along is None else value + first * _over(along, value)
-        if rest:
-            x2 = rest[0]
-            bend = (level - x0) * (level - x1) / (_apart(x0, x2) * _apart(x0, x1))
-            if (bend_known := self._where_known(2, bend)) is not None:
-                by = _over(_apart(x0, x1) / _apart(x1, x2), value)
-                second = first - (older[0] - older[1]) * by
-                predicted = predicted + second * _over(bend_known, value)
+            return r0
+        s0, s1, *oldest = self.sigmas
+        first = r0 - older[0]
+        slope = self._zero_unless_known(1, (sigma - s0) / _nonzero_difference(s0, s1))
+        predicted = r0 if slope is None else r0 + first * _per_sample(slope, r0)
+        if oldest:
+            s2 = oldest[0]
+            curve = (sigma - s0) * (sigma - s1)
+            curve = curve / (_nonzero_difference(s0, s2) * _nonzero_difference(s0, s1))
+            if (known := self._zero_unless_known(2, curve)) is not None:
+                ratio = _nonzero_difference(s0, s1) / _nonzero_difference(s1, s2)
+                second = first - (older[0] - older[1]) * _per_sample(ratio, r0)
+                predicted = predicted + second * _per_sample(known, r0)
         return predicted
 
-    def _where_known(self, needed: int, factor: Tensor) -> Tensor | None:
-        """Zero the factor of samples of which too few values are known; None if it is of all.
+    def _zero_unless_known(self, needed: int, factor: Tensor) -> Tensor | None:
+        """Zero the factor of samples with `needed` residuals or fewer; None if that is all of them.
 
-        Only a mixed batch has to say which. To bring that to the GPU waits for it, which made
-        a hit of an edit to 1024² take 8 ms instead of 6, on an H100.
+        A mixed batch needs a mask. Copying it to the GPU waits for the GPU: that made a hit of an
+        edit to 1024² take 8 ms instead of 6, on an H100. So other batches do without a mask.
         """
-        known = [n > needed for n in self.known]
+        known = [n > needed for n in self.counts]
         if all(known):
             return factor
         return factor * factor.new_tensor(known) if any(known) else None
 
 
-class _Engine(CacheEngine[FirstBlockCache]):
-    """Decides, remembers and forgets."""
+class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
+    """Decides for each sample whether it hits, and runs or skips the blocks after the first.
+
+    Example: 2 samples, 3 steps, threshold 0.12, `warmup_steps=0`, `tail_steps=0`.
+
+    - Step 0: the cache is empty, so both samples miss. All blocks run. The cache stores the first
+      block's residual and the rest's residual of both samples.
+    - Step 1: the first block runs. Its residual has distance 0.05 from step 0's for sample A, and
+      0.30 for B. A hits and B misses. All blocks run for the whole batch, so that shapes stay the
+      same. A's result is thrown away: A gets its input plus step 0's rest residual, as it would if
+      it ran alone. B gets the computed result, and only B's residuals enter the cache.
+    - Step 2: A is compared with step 0 (distance 0.10) and B with step 1 (0.08). Both hit, so no
+      block after the first runs. A has one residual and repeats it. B has two, and
+      `predict="linear"` extends the line through them.
+    """
 
     def __init__(self, live: Live[FirstBlockCache], pipe: Any) -> None:
         super().__init__(live, pipe)
-        self._memories: dict[str, _Memory] = {}
-        self._hits: list[bool] = []
+        self._states: dict[str, _BranchState] = {}
+        self._hits: list[bool] = []  # of the current call; its later parts follow the first part
 
     @override
     def warmup_settings(self, settings: FirstBlockCache) -> FirstBlockCache:
-        """Hit nothing: a hit would leave out what is to be compiled."""
+        """Return settings without hits: a hit would skip the blocks that need compiling."""
         return replace(settings, schedule=())
 
     @override
     def forget(self) -> None:
-        """Drop everything that was remembered."""
-        self._memories.clear()
+        """Drop all cached tensors."""
+        self._states.clear()
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
-        """Run the first block, then the rest or its memory."""
-        memory = self._memories.setdefault(call.branch, _Memory())
+        """Run the first block and decide; then run the other blocks, or predict their residual."""
+        state = self._states.setdefault(call.branch, _BranchState())
         if blocks.start == 0:
             before = streams.image
             streams = run(streams, blocks[:1])
-            self._hits = self._decide(memory, before, streams.image, call)
+            self._hits = self._decide(state, before, streams.image, call)
             blocks = blocks[1:]
-        return self._rest(memory, run, streams, blocks, call) if blocks else streams
+        return self._run_rest(state, run, streams, blocks, call) if blocks else streams
 
-    def _decide(self, memory: _Memory, before: Tensor, after: Tensor, call: Call) -> list[bool]:
-        """Say which samples hit, and take note."""
+    def _decide(self, state: _BranchState, before: Tensor, after: Tensor, call: Call) -> list[bool]:
+        """Return which samples hit, store the first residual of the others, record the decision."""
         tokens = call.tokens.noise if self.settings.distance == "noise" else after.shape[1]
-        added = after[:, :tokens] - before[:, :tokens]
-        batch = len(added)
-        if memory.first is not None:
-            added = memory.limit(added)
-        if memory.first is None or memory.first.shape != added.shape:
-            memory.rests.clear()
-            memory.streak = [0] * batch
+        residual = after[:, :tokens] - before[:, :tokens]
+        batch = len(residual)
+        if state.first_residual is not None:
+            residual = state.match_tokens(residual)
+        if state.first_residual is None or state.first_residual.shape != residual.shape:
+            state.rest_residuals.clear()
+            state.consecutive_hits = [0] * batch
             hits, distances = [False] * batch, None
         else:
-            distances = self._distances(memory, added)
+            distances = self._distances(state, residual)
             hits = [
-                self._hit(call, streak, distances[i] if distances else None)
-                for i, streak in enumerate(memory.streak)
+                self._is_hit(call, consecutive, distances[i] if distances else None)
+                for i, consecutive in enumerate(state.consecutive_hits)
             ]
-        memory.streak = [n + 1 if hit else 0 for n, hit in zip(memory.streak, hits, strict=True)]
+        state.consecutive_hits = [
+            n + 1 if hit else 0 for n, hit in zip(state.consecutive_hits, hits, strict=True)
+        ]
         if not all(hits):
-            size = _mean_abs(added)
-            held = None if not any(hits) else _mask(hits, added)
-            memory.first = added if held is None else _select(held, memory.first, added)
-            memory.size = size if held is None else _select(held[:, 0, 0], memory.size, size)
-        self.note(Decision(call.step, call.branch, tuple(hits), tuple(distances or ())))
+            size, first = mean_abs(residual), residual
+            if any(hits):
+                hit = _sample_mask(hits, residual)
+                first = _select(hit, state.first_residual, residual)
+                size = _select(hit[:, 0, 0], state.first_size, size)
+            state.first_residual, state.first_size = first, size
+        self.record(Decision(call.step, call.branch, tuple(hits), tuple(distances or ())))
         return hits
 
-    def _distances(self, memory: _Memory, added: Tensor) -> list[float] | None:
-        """Measure each sample, which waits for the device; a schedule needs no measure."""
+    def _distances(self, state: _BranchState, residual: Tensor) -> list[float] | None:
+        """Measure the distance of each sample, which waits for the device.
+
+        Returns:
+            None with a schedule, which needs no distances.
+        """
         if self.settings.schedule is not None:
             return None
-        assert memory.first is not None  # noqa: S101 - something was computed
-        assert memory.size is not None  # noqa: S101 - with it
-        distance = _mean_abs(added - memory.first) / memory.size
-        found: list[float] = distance.tolist()
+        assert state.first_residual is not None  # noqa: S101 - the caller checks it
+        distances = relative_distance(residual, state.first_residual, state.first_size)
+        found: list[float] = distances.tolist()
         return found
 
-    def _hit(self, call: Call, streak: int, distance: float | None) -> bool:
+    def _is_hit(self, call: Call, consecutive: int, distance: float | None) -> bool:
         settings = self.settings
         if settings.schedule is not None:
             return call.step in settings.schedule
         if call.step not in settings.may_hit(call.steps):
             return False
-        if settings.max_consecutive_hits is not None and streak >= settings.max_consecutive_hits:
+        cap = settings.max_consecutive_hits
+        if cap is not None and consecutive >= cap:
             return False
         return distance is not None and distance < settings.threshold
 
-    def _rest(
-        self, memory: _Memory, run: Run, streams: Streams, blocks: range, call: Call
+    def _run_rest(
+        self, state: _BranchState, run: Run, streams: Streams, blocks: range, call: Call
     ) -> Streams:
-        """Run the rest of the blocks, or add what they added, or both and select."""
-        noise, trend = call.tokens.noise, memory.rests.get(blocks.start)
+        """Run the blocks after the first, or predict their residual.
+
+        In a mixed batch this does both, and selects for each sample.
+        """
+        noise, history = call.tokens.noise, state.rest_residuals.get(blocks.start)
         before = streams.image[:, :noise]
-        level = call.sigma.to(before.device).expand(len(before))
-        predicted = before + trend.at(level) if trend is not None and any(self._hits) else None
+        sigma = call.sigma.to(before.device).expand(len(before))
+        predicted = None
+        if history is not None and any(self._hits):
+            predicted = before + history.predict(sigma)
         if predicted is not None and all(self._hits):
-            return replace(streams, image=_joined(predicted, streams.image))
+            return replace(streams, image=_replace_noise(streams.image, predicted))
         streams = run(streams, blocks)
         computed = streams.image[:, :noise]
         keep = _POINTS[self.settings.predict]
-        if trend is None:
-            known = [1] * len(computed)
-            memory.rests[blocks.start] = _Trend([computed - before], [level], known)
+        if history is None:
+            counts = [1] * len(computed)
+            state.rest_residuals[blocks.start] = _ResidualHistory(
+                [computed - before], [sigma], counts
+            )
             return streams
-        trend.take(computed - before, level, self._hits, keep=keep)
+        history.add(computed - before, sigma, self._hits, keep=keep)
         if predicted is None:
             return streams
-        image = _select(_mask(self._hits, computed), predicted, computed)
-        return replace(streams, image=_joined(image, streams.image))
+        image = _select(_sample_mask(self._hits, computed), predicted, computed)
+        return replace(streams, image=_replace_noise(streams.image, image))
 
 
-def _shifted(old: list[Tensor], new: Tensor, keep: int, held: Tensor | None) -> list[Tensor]:
-    """Put a new value first, but for the samples held, which keep theirs."""
-    shifted = [new, *old][:keep]
-    if held is None:
-        return shifted
-    old = old + [old[-1]] * (len(shifted) - len(old))
-    return [_select(held, *pair) for pair in zip(old, shifted, strict=True)]
+def _push(old: list[Tensor], new: Tensor, keep: int, hit: Tensor | None) -> list[Tensor]:
+    """Put a new value first and drop the oldest; samples that hit keep their old values."""
+    pushed = [new, *old][:keep]
+    if hit is None:
+        return pushed
+    old = old + [old[-1]] * (len(pushed) - len(old))
+    return [_select(hit, *pair) for pair in zip(old, pushed, strict=True)]
 
 
-def _apart(one: Tensor, other: Tensor) -> Tensor:
-    """The difference of two levels, never 0."""
-    run = one - other
-    return run.where(run != 0, 1)
+def _nonzero_difference(one: Tensor, other: Tensor) -> Tensor:
+    """Return the difference of two sigmas, with 1 in place of 0.
+
+    A difference is 0 where a sample's entry repeats its oldest one. Its factor is zeroed, and must
+    not become NaN before.
+    """
+    difference = one - other
+    return difference.where(difference != 0, 1)
 
 
-def _over(factor: Tensor, value: Tensor) -> Tensor:
-    return factor[:, None, None].to(value.dtype)
+def _per_sample(factor: Tensor, like: Tensor) -> Tensor:
+    """Shape a factor (batch,) for (batch, tokens, width), in the dtype of `like`."""
+    return factor[:, None, None].to(like.dtype)
 
 
-def _joined(noise: Tensor, image: Tensor) -> Tensor:
-    """Put noise tokens before the reference tokens of an image stream."""
+def _replace_noise(image: Tensor, noise: Tensor) -> Tensor:
+    """Replace the noise tokens of an image stream; the reference tokens behind them stay."""
     if noise.shape[1] == image.shape[1]:
         return noise
     return torch.cat([noise, image[:, noise.shape[1] :]], dim=1)
 
 
-def _mean_abs(values: Tensor) -> Tensor:
-    """Mean absolute value of each sample, summed in float32: (batch,)."""
-    return values.abs().mean((1, 2), dtype=torch.float32)
-
-
-def _mask(hits: list[bool], like: Tensor) -> Tensor:
+def _sample_mask(hits: list[bool], like: Tensor) -> Tensor:
     return torch.tensor(hits, device=like.device)[:, None, None]
 
 
-def _select(held: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
-    """Take the old value where a sample hit, the new one elsewhere."""
-    assert old is not None  # noqa: S101 - a hit has a memory
-    return torch.where(held, old, new)
+def _select(hit: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
+    """Return the old value for samples that hit, and the new one for the others."""
+    assert old is not None  # noqa: S101 - a sample can only hit with a cached value
+    return torch.where(hit, old, new)

@@ -1,4 +1,4 @@
-"""Float8: the blocks' matrix products in eight bits."""
+"""Float8: the blocks' matrix products in float8."""
 
 from __future__ import annotations
 
@@ -13,10 +13,16 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import FLOAT8, Rows, float8_linear, float8_rows, quantized_weight
+from fluxfire.kernels.float8 import (
+    E4M3,
+    QuantizedRows,
+    float8_linear,
+    quantize_rows,
+    quantize_weight,
+)
 from fluxfire.model import Model
-from fluxfire.passes.shared.fused_projection import put_products
-from fluxfire.passes.shared.host_weights import Gone, HostWeights
+from fluxfire.passes.shared.fused_projection import install_products
+from fluxfire.passes.shared.host_weights import DroppedWeight, HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.freshness import Watch
 from fluxfire.runtime.generation import Listener
@@ -25,42 +31,44 @@ from fluxfire.supported import model_of
 
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
-_CAPABLE = (8, 9)
+_MIN_CAPABILITY = (8, 9)
 
 
 @dataclass(frozen=True)
 class Float8:
-    """Multiplies in float8 (e4m3) what the blocks multiply: projections, outputs and MLPs.
+    """Computes the blocks' matrix products (projections, outputs and MLPs) in float8 (e4m3).
 
-    Weights are scaled by output channel, once; what is multiplied with them by token, as it
-    comes. Query, key and value are one product. What is small or sensitive stays as it is: all
-    outside the blocks (embeddings, output), the modulations, norms and attention itself. Behind
-    `FusedBlocks` the kernels that make a product's input also quantize it.
+    Weights are quantized once, with one scale per output channel. Activations are quantized at
+    every call, with one scale per token. Query, key and value are one product. Small or sensitive
+    parts are not quantized: everything outside the blocks (embeddings, output), the modulations,
+    the norms and attention itself. Behind `FusedBlocks` the kernel that computes a product's input
+    also quantizes it.
 
     Measured on an H100 (docs, "Passes"): a step of `faithful` 274 → 200 ms, and the edit's peak of
-    memory 33.5 → 25.5 GiB. Beside torchao's float8, and with `Attention("fa3-fp8")`: docs, "To the
-    floor".
+    memory 33.5 → 25.5 GiB. The docs ("To the floor") compare it with torchao's float8, and with
+    `Attention("fa3-fp8")`.
 
-    Others report LPIPS 0.02 to 0.09 for eight bits on FLUX.1-dev and FLUX.2, beside 0.123 for plain
-    with about 16 of 28 steps of Kontext (docs, "What others measured on the real model"). Nobody
-    published this kind of rounding on Kontext, and we measured none, so no preset holds it. On
-    Spark plain with 21 steps, which take as long on an H100, keeps 6 dB more.
+    Others report LPIPS 0.02 to 0.09 for eight bits on FLUX.1-dev and FLUX.2, and 0.123 for plain
+    Kontext with about 16 of 28 steps (docs, "What others measured on the real model"). Nobody
+    published figures for this quantization on Kontext, and we have not measured it on the real
+    model. So it is in no preset. On Spark, plain with 21 steps takes as long on an H100 and keeps 6
+    dB more.
 
     Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
-    A layer that carries a LoRA or a hook keeps its weights. A LoRA loaded afterwards is refused by
-    name at the next step, and so is a hook that the stacked products would not call. Weights that
-    changed (a LoRA was fused, a state dict loaded) are quantized anew before the next step, also
-    where a step callback changed them. Gradients pass through: those of the product without
-    rounding. On a CPU the arithmetic is emulated, for quality's sake, and slow.
+    Layers with a LoRA or a hook are not quantized. If a LoRA is loaded later, the next step raises
+    an error with the layer's name. So does a hook that the fused products would not call. Weights
+    that changed (a LoRA was fused, a state dict was loaded, a step callback wrote to them) are
+    quantized again before the next step. Gradients are those of the product without rounding. On a
+    CPU the arithmetic is emulated, which is slow and only useful to judge quality.
 
     Attributes:
-        originals: `"host"` keeps the original weights in host memory, for `restore` to bring back
-            bit for bit and for `save_pretrained`; `"drop"` lets go of them. Then `restore` refuses,
-            and so does whatever else would need them: saving, copying, fusing a LoRA.
+        originals: `"host"` keeps the original weights in host memory; `restore` brings them back
+            bit for bit, and `save_pretrained` works. `"drop"` frees them. Then `restore` raises an
+            error, and so does everything else that needs them: saving, copying, fusing a LoRA.
 
     Raises:
-        ValueError: `originals` is neither.
+        ValueError: `originals` is neither of these.
     """
 
     originals: Originals = "host"
@@ -79,16 +87,20 @@ class Float8:
             )
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse devices without float8, and weights that are fused, moved or quantized."""
+        """Refuse devices without float8, and weights that are fused, offloaded or quantized."""
         transformer, environment = target.pipe.transformer, target.environment
         model = model_of(target.pipe)
         if transformer.device.type != "cuda":
-            yield Finding("warning", "float8 is emulated without a GPU: slower, for quality's sake")
-        elif environment.capability is not None and environment.capability < _CAPABLE:
-            had = ".".join(map(str, environment.capability))
+            yield Finding(
+                "warning",
+                "float8 is emulated without a GPU: slow, and only useful to judge quality",
+            )
+        elif environment.capability is not None and environment.capability < _MIN_CAPABILITY:
+            capability = ".".join(map(str, environment.capability))
             yield Finding(
                 "error",
-                f"{environment.gpu} has compute capability {had}, and float8 products need 8.9",
+                f"{environment.gpu} has compute capability {capability}, "
+                f"and float8 products need 8.9",
                 "leave Float8 out",
             )
         for trait, why, remedy in (
@@ -104,7 +116,8 @@ class Float8:
         if moved := target.traits & (modules.SWAPPED | {"model-offload"}):
             yield Finding(
                 "error",
-                f"the weights are moved while the pipeline runs ({', '.join(sorted(moved))})",
+                f"offloading moves the weights while the pipeline runs "
+                f"({', '.join(sorted(moved))})",
                 "float8 halves them: take the offloading off",
             )
         if "lora" in target.traits:
@@ -114,7 +127,7 @@ class Float8:
             yield Finding("error", f"widths must be multiples of 16, and there are {odd}")
 
     def apply(self, tx: Transaction) -> Change:
-        """Quantize layer by layer, so that no more than one is there twice."""
+        """Quantize layer by layer, so that at most one layer is in memory twice."""
         transformer, freed = tx.pipe.transformer, 0
         model = model_of(tx.pipe)
         host = HostWeights()
@@ -133,16 +146,16 @@ class Float8:
                 made[stack] = products[-1]
                 stacked += zip(names, parts, strict=True)
                 places.append((attention, stack, products[-1]))
-                freed += sum(map(host.take, parts))
-            put_products(tx, attention, made)
+                freed += sum(map(host.offload, parts))
+            install_products(tx, attention, made)
         alone = plain - {linear for _, linear in stacked}
         for linear in (linear for *_, linear in layers if linear in alone):
             products.append(Float8Product([linear]))
             tx.setattr(linear, "product", products[-1])
             tx.set_class(linear, Float8Linear)
-            freed += host.take(linear)
+            freed += host.offload(linear)
         places += layers
-        watch = _Watch(tx, places, stacked, products, host, drop=self.originals == "drop")
+        watch = _WeightWatch(tx, places, stacked, products, host, drop=self.originals == "drop")
         tx.listen(watch)
         tx.listen(host)
         gained = sum(product.nbytes for product in products)
@@ -150,14 +163,14 @@ class Float8:
 
 
 class Float8Product(nn.Module):
-    """A product with the weights of one layer, or of several whose outputs stand side by side.
+    """A float8 matrix product with the weights of one layer, or of several concatenated layers.
 
     Attributes:
         weight: (width out, width), float8.
         scale: (width out, 1), float32.
         bias: (width out,), or None.
-        dtype: of its results.
-        linears: the layers, outside the module tree.
+        dtype: dtype of the results.
+        linears: the original layers; a tuple, so that they are no submodules.
     """
 
     takes_float8 = True
@@ -173,32 +186,40 @@ class Float8Product(nn.Module):
         self.quantize(linears[0].weight.device)
 
     def quantize(self, device: torch.device) -> None:
-        """Quantize the layers' weights as they are now, on a device."""
-        with modules.as_made(self.linears[0].weight):
-            made = [quantized_weight(x.weight.detach().to(device)) for x in self.linears]
+        """Quantize the layers' current weights on a device."""
+        with modules.matching_inference_mode(self.linears[0].weight):
+            made = [quantize_weight(x.weight.detach().to(device)) for x in self.linears]
             self.weight = torch.cat([w for w, _ in made])
             self.scale = torch.cat([s for _, s in made])
-        self.take_biases(device)
+        self.copy_biases(device)
         self.dtype = self.linears[0].weight.dtype
 
-    def take_biases(self, device: torch.device) -> None:
-        """Take the layers' biases as they are now, to a device."""
-        with modules.as_made(self.weight):
-            biases = [x.bias.detach().to(device) for x in self.linears if x.bias is not None]
-            self.bias = torch.cat(biases) if biases else None
+    def copy_biases(self, device: torch.device) -> None:
+        """Copy the layers' current biases to a device."""
+        with modules.matching_inference_mode(self.weight):
+            if all(layer.bias is None for layer in self.linears):
+                self.bias = None
+                return
+            biases = [
+                layer.weight.new_zeros(len(layer.weight), device=device)
+                if layer.bias is None
+                else layer.bias.detach().to(device)
+                for layer in self.linears
+            ]
+            self.bias = torch.cat(biases)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its buffers."""
+        """Size of the buffers in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
-    def forward(self, x: Tensor | Rows) -> Tensor:
-        """Multiply (batch, tokens, width), quantized already or to be quantized.
+    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
+        """Multiply (batch, tokens, width), which may be quantized already.
 
-        With gradients on, they are those of the same product without rounding. Under autocast the
-        result has autocast's dtype, as a linear layer's has.
+        The gradients are those of the product without rounding. Under autocast the result has
+        autocast's dtype, like a linear layer's result.
         """
-        if isinstance(x, Rows):
+        if isinstance(x, QuantizedRows):
             return self.multiply(x, self.dtype)
         device, dtype = x.device.type, self.dtype
         if torch.is_autocast_enabled(device):
@@ -209,20 +230,23 @@ class Float8Product(nn.Module):
 
     def _multiply_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not torch.is_grad_enabled():
-            return self.multiply(Rows(*float8_rows(x)), dtype)
+            return self.multiply(QuantizedRows(*quantize_rows(x)), dtype)
         apply: Any = _WithGradients.apply
         made: Tensor = apply(
-            self, dtype, x, *(layer.weight for layer in self.linears),
+            self,
+            dtype,
+            x,
+            *(layer.weight for layer in self.linears),
             *(layer.bias for layer in self.linears if layer.bias is not None),
-        )  # fmt: skip
+        )
         return made
 
-    def multiply(self, rows: Rows, dtype: torch.dtype) -> Tensor:
+    def multiply(self, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
         """Multiply quantized rows; return (batch, tokens, width out)."""
         return float8_linear(rows, self.weight, self.scale, self.bias, dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ARG002 - torch's signature
-        """Follow `.to()`: to a device as it is; a cast is one of the results."""
+        """Apply `.to()`: the device applies to all buffers, the dtype to bias and results."""
         like = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
         self.dtype = like.dtype
         self.weight, self.scale = self.weight.to(like.device), self.scale.to(like.device)
@@ -230,30 +254,33 @@ class Float8Product(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Hand the weight on as plain bytes: torch 2.13 cannot unpickle float8."""
+        """Pickle the weight as plain bytes: torch 2.13 cannot unpickle float8."""
         state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
         state["_buffers"] = {**state["_buffers"], "weight": self.weight.view(torch.uint8)}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.weight = self.weight.view(FLOAT8)
+        self.weight = self.weight.view(E4M3)
 
 
 class _WithGradients(torch.autograd.Function):
-    """The float8 product, whose gradients pass through rounding as if there were none.
+    """The float8 product with a straight-through gradient: rounding counts as the identity.
 
-    The weight in eight bits is all that it needs for its input's gradient, so none in full is kept.
+    The input's gradient uses the float8 weight, so no full-precision weight is stored.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, product: Float8Product, dtype: torch.dtype, x: Tensor, *of: Any
+        ctx: Any, product: Float8Product, dtype: torch.dtype, x: Tensor, *parameters: Any
     ) -> Tensor:
-        """Multiply (batch, tokens, width); `of` are the layers' weights, then their biases."""
-        ctx.product, ctx.own = product, of
+        """Multiply (batch, tokens, width); `parameters` are the layers' weights, then the biases.
+
+        The parameters are arguments only so that autograd asks for their gradients.
+        """
+        ctx.product, ctx.parameters = product, parameters
         ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        return product.multiply(Rows(*float8_rows(x.detach())), dtype)
+        return product.multiply(QuantizedRows(*quantize_rows(x.detach())), dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
@@ -264,35 +291,40 @@ class _WithGradients(torch.autograd.Function):
         (x,) = ctx.saved_tensors
         by_layer = grad.split(widths, dim=-1)
         with_bias = [
-            g for g, of in zip(by_layer, product.linears, strict=True) if of.bias is not None
+            g
+            for g, linear in zip(by_layer, product.linears, strict=True)
+            if linear.bias is not None
         ]
-        made: list[Tensor | None] = []
-        for index, (own, part) in enumerate(zip(ctx.own, (*by_layer, *with_bias), strict=True)):
+        parts = zip(ctx.parameters, (*by_layer, *with_bias), strict=True)
+        parameter_grads: list[Tensor | None] = []
+        for index, (parameter, part) in enumerate(parts):
             if not ctx.needs_input_grad[3 + index]:
-                made.append(None)
+                parameter_grads.append(None)
                 continue
             rows = part.flatten(0, -2)
-            full = rows.t() @ x.flatten(0, -2).to(rows) if index < len(widths) else rows.sum(0)
-            made.append(full.to(own))
-        of_input = grad @ weight if ctx.needs_input_grad[2] else None
-        return None, None, of_input, *made
+            is_weight = index < len(widths)
+            full = rows.t() @ x.flatten(0, -2).to(rows) if is_weight else rows.sum(0)
+            parameter_grads.append(full.to(parameter))
+        input_grad = grad @ weight if ctx.needs_input_grad[2] else None
+        return None, None, input_grad, *parameter_grads
 
 
 class Float8Linear(StandIn, nn.Linear):
-    """A linear layer whose product is another's; its own weight waits in host memory."""
+    """A linear layer that calls a `Float8Product`; its own weight is in host memory or dropped."""
 
     takes_float8 = True
+    of_ours = ("product",)
     product: Float8Product
 
     @override
-    def forward(self, input: Tensor | Rows) -> Tensor:
-        """Multiply (batch, tokens, width), quantized already or to be quantized."""
+    def forward(self, input: Tensor | QuantizedRows) -> Tensor:
+        """Multiply (batch, tokens, width), which may be quantized already."""
         out: Tensor = self.product(input)
         return out
 
 
-class _Watch(Listener):
-    """Looks at the layers before each generation, since anything may be done in between."""
+class _WeightWatch(Listener):
+    """Checks the layers before each generation, since the user may change them at any time."""
 
     def __init__(
         self,
@@ -312,20 +344,20 @@ class _Watch(Listener):
 
     @override
     def prepare(self) -> None:
-        """Quantize weights that changed; let go of those that are to be dropped.
+        """Quantize changed weights again; with `originals="drop"`, free the original ones.
 
         Raises:
-            FluxfireError: a layer was replaced, as loading a LoRA does; or one that is not called
-                has a hook, as offloading layer by layer puts it.
+            FluxfireError: a layer was replaced, as loading a LoRA does; or a fused layer got a
+                hook, as layer-by-layer offloading adds it, and nothing would call the hook.
         """
-        self._refuse_what_is_not_called()
+        self._refuse_replaced_or_hooked_layers()
         if self._watch.changed():
             for product in self._products:
-                _quantize(product)
+                _quantize_again(product)
         if self._drop:
-            self._let_go()
+            self._drop_originals()
 
-    def _refuse_what_is_not_called(self) -> None:
+    def _refuse_replaced_or_hooked_layers(self) -> None:
         for owner, name, layer in self._places:
             if getattr(owner, name, None) is not layer:
                 raise FluxfireError(
@@ -340,39 +372,41 @@ class _Watch(Listener):
                     f"its product with others would not call; take it off, or restore(pipe)"
                 )
 
-    def _let_go(self) -> None:
-        with_numbers = [x for product in self._products for x in product.linears]
-        if any(not isinstance(linear.weight, Gone) for linear in with_numbers):
+    def _drop_originals(self) -> None:
+        linears = [linear for product in self._products for linear in product.linears]
+        if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
             self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
-            self._watch.changed()
+            self._watch.changed()  # the drop itself is no change to react to
 
 
-def _quantize(product: Float8Product) -> None:
-    """Quantize a product's weights anew; of weights that are gone, only biases can have changed.
+def _quantize_again(product: Float8Product) -> None:
+    """Quantize a product's weights again. If they were dropped, only the biases can have changed.
 
     Raises:
-        FluxfireError: some of them are gone, or are another layer's.
+        FluxfireError: some weights were dropped and others were not, or belong to another layer.
     """
     weights = [linear.weight for linear in product.linears]
-    if not any(isinstance(weight, Gone) for weight in weights):
+    if not any(isinstance(weight, DroppedWeight) for weight in weights):
         product.quantize(product.weight.device)
         return
-    own = (isinstance(x.weight, Gone) and x.weight.layer() is x for x in product.linears)
+    own = (isinstance(x.weight, DroppedWeight) and x.weight.layer() is x for x in product.linears)
     if product.weight.is_meta or not all(own):
         raise FluxfireError(
             "some of the weights that Float8(originals='drop') let go of were loaded again, "
             "and others that share a product with them were not; load all of them"
         )
-    product.take_biases(product.weight.device)
+    product.copy_biases(product.weight.device)
 
 
 def _stackable(
     model: Model, attention: Any, plain: set[Any]
 ) -> list[tuple[str, tuple[str, ...], list[Any]]] | None:
-    """Return the projections to stack: (name of the product, names, layers), text's beside image's.
+    """Return the projections to fuse, for the image and for the text.
 
-    None unless all of them are plain: diffusers knows only of all fused, or none.
+    Returns:
+        (name of the fused product, names of the projections, layers) for each group. None unless
+        all layers are plain, since diffusers calls either all fused products or none.
     """
     groups: list[tuple[str, tuple[str, ...], list[Any]]] = []
     for stack, names in model.projections(attention):
@@ -381,7 +415,7 @@ def _stackable(
 
 
 def _linears(model: Model, transformer: Any) -> Iterator[tuple[Any, str, Any]]:
-    """Iterate over the plain linear layers to quantize: (owner, its attribute's name, layer)."""
+    """Yield the plain linear layers to quantize: (owner, name of the attribute, layer)."""
     for block in model.blocks(transformer):
         for owner, name in model.linears(block):
             linear = getattr(owner, name)

@@ -1,4 +1,4 @@
-"""FusedBlocks: Flux's blocks with all that is between their matrix products in few kernels."""
+"""FusedBlocks: Flux's blocks with few fused kernels between their matrix products."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor, nn
 from typing_extensions import override
 
 from fluxfire import modules
-from fluxfire.edits.stand_in import StandIn
+from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.kernels import gated_add, linear_gelu, modulated_norm, two_products
-from fluxfire.kernels.float8 import Rows, gelu_float8, modulated_norm_float8
-from fluxfire.kontext import DoubleBlock, SingleBlock
+from fluxfire.kernels.float8 import QuantizedRows, gelu_float8, modulated_norm_float8
+from fluxfire.kontext import BlockAttention, DoubleBlock, SingleBlock
 from fluxfire.kontext.attention import (
-    Kept,
+    REFERENCE_KWARG,
+    ReferenceKV,
     attend,
     attend_jointly,
-    attends_as_flux,
-    head_norms,
-    heads,
+    has_plain_head_norms,
+    is_flux_processor,
     projections,
+    query_key_value,
 )
 from fluxfire.kontext.modulation import modulations
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -36,31 +39,33 @@ from fluxfire.supported import model_of
 Rotary = tuple[Tensor, Tensor]
 Pair = tuple[Tensor, Tensor]
 
-_ASIDE = "_fluxfire_aside"
+_MLP_PARTS = 3
+_FALLS_BACK = "_fluxfire_aside"
 
 
 @dataclass(frozen=True, kw_only=True)
 class FusedBlocks:
-    """Runs each block as its matrix products, its attention, and a kernel for what is between.
+    """Fuses the operations between the matrix products of each block into few kernels.
 
-    A layer norm and its modulation are one kernel; so are the norm and rotation of queries and
-    keys, which also puts text beside image; so is each gated residual. GELU is computed in the
-    product before it. A single block reads text and image where they are, and its output
-    projection runs as two products, the second adding to the first, so that attention and MLP
-    are not copied side by side.
+    One kernel computes a layer norm with its modulation. One computes the norm and rotary embedding
+    of queries and keys, and concatenates text and image. One computes a gated residual. The product
+    before a GELU also computes the GELU. A single block needs no concatenation of text and image.
+    Its output projection runs as two products, where the second adds to the first, so attention and
+    MLP need no concatenation either.
 
     Measured on an H100 (docs, "Passes"): a step of `faithful` 293 → 274 ms; alone, not compiled,
-    379 → 277 ms. Less than the kernels' own times promise: that GPU runs at its limit of power, and
-    clocks lower where less waiting for memory lets it compute more.
+    379 → 277 ms. The kernels' own times promise more. But that GPU runs at its power limit: when it
+    waits less for memory it computes more, and lowers its clock.
 
-    The kernels are Triton's on CUDA. Elsewhere the same arithmetic runs in torch, no faster than
-    diffusers' own.
+    The kernels are written in Triton for CUDA. On other devices the same arithmetic runs in torch,
+    no faster than diffusers' own.
 
-    A block runs as diffusers' own does while gradients are on, under autocast, in float16 (whose
-    overflow diffusers clips), with an attention processor or attention arguments other than plain
-    Flux's, and without rotary embeddings. It does so, too, where a hook is on any of its layers or
-    one of its small parts is not Flux's any more, since the kernels read past them. A layer that is
-    more than a plain `nn.Linear` (it carries a LoRA, it is quantized) is called as it is.
+    A block falls back to diffusers' own forward while gradients are on, under autocast, in float16
+    (where diffusers clips overflows), without rotary embeddings, and with an attention processor
+    or attention arguments that are not plain Flux's. It also falls back if any of its layers has a
+    hook, or if somebody replaced a norm or an activation, since the kernels do not call these
+    modules. A layer that is not a plain `nn.Linear` (it has a LoRA, or is quantized) is called as
+    it is.
     """
 
     name: ClassVar[str] = "fused-blocks"
@@ -82,7 +87,7 @@ class FusedBlocks:
         if swapped := target.traits & modules.SWAPPED:
             yield Finding(
                 "error",
-                f"weights are swapped layer by layer while the pipeline runs "
+                f"offloading moves weights layer by layer while the pipeline runs "
                 f"({', '.join(sorted(swapped))}), and the kernels read several layers at once",
                 "use enable_model_cpu_offload() or none",
             )
@@ -91,19 +96,19 @@ class FusedBlocks:
             yield Finding("error", "the kernels for CUDA need triton", "pip install triton")
 
     def apply(self, tx: Transaction) -> Change:
-        """Turn every block into an instance of a subclass with another forward."""
+        """Turn every block into an instance of a subclass with a fused forward."""
         blocks = model_of(tx.pipe).blocks(tx.pipe.transformer)
-        look = _Look(blocks)
-        tx.on_undo(look.forget)
-        look.prepare()
+        checker = _FallbackChecker(blocks)
+        tx.on_undo(checker.clear)
+        checker.prepare()
         for block in blocks:
             tx.set_class(block, _FUSED[type(block)])
-        tx.listen(look)
+        tx.listen(checker)
         return Change(len(blocks), "blocks run with fused kernels")
 
 
 class _FusedBlock(StandIn, nn.Module):
-    """What both kinds of block begin with."""
+    """Base of both kinds of block: runs `fused`, or falls back to diffusers' forward."""
 
     attn: Any
 
@@ -116,20 +121,25 @@ class _FusedBlock(StandIn, nn.Module):
         image_rotary_emb: Rotary | None = None,
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> Pair:
-        """Run the block; shapes as in diffusers, text and image returned in this order."""
+        """Run the block. Shapes are those of diffusers; returns text, then image."""
         rotary = image_rotary_emb
-        if rotary is not None and _fusible(self, hidden_states, joint_attention_kwargs):
-            kept = (joint_attention_kwargs or {}).get("reference")
-            return self.fused(encoder_hidden_states, hidden_states, temb, rotary, kept)
+        if rotary is not None and _can_fuse(self, hidden_states, joint_attention_kwargs):
+            reference = (joint_attention_kwargs or {}).get(REFERENCE_KWARG)
+            return self.fused(encoder_hidden_states, hidden_states, temb, rotary, reference)
         plain: Pair = super().forward(
             hidden_states, encoder_hidden_states, temb, rotary, joint_attention_kwargs
         )
         return plain
 
     def fused(
-        self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary, kept: Kept | None
+        self,
+        text: Tensor,
+        image: Tensor,
+        temb: Tensor,
+        rotary: Rotary,
+        reference: ReferenceKV | None,
     ) -> Pair:
-        """Run the block by its kernels; likewise."""
+        """Run the block with fused kernels; returns text, then image."""
         raise NotImplementedError
 
 
@@ -138,7 +148,12 @@ class FusedDoubleBlock(_FusedBlock, DoubleBlock):  # type: ignore[misc]
 
     @override
     def fused(
-        self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary, kept: Kept | None
+        self,
+        text: Tensor,
+        image: Tensor,
+        temb: Tensor,
+        rotary: Rotary,
+        reference: ReferenceKV | None,
     ) -> Pair:
         attn = self.attn
         text_mods = modulations(self.norm1_context, temb).chunk(6, dim=1)
@@ -148,7 +163,7 @@ class FusedDoubleBlock(_FusedBlock, DoubleBlock):  # type: ignore[misc]
             _norm(None, text, text_mods, self.norm1_context.norm, projections(attn, added=True)),
             _norm(None, image, image_mods, self.norm1.norm, projections(attn)),
             rotary,
-            kept,
+            reference,
         )
         return (
             _residuals(text, added_text, text_mods[2:], self.norm2_context, self.ff_context),
@@ -161,13 +176,18 @@ class FusedSingleBlock(_FusedBlock, SingleBlock):  # type: ignore[misc]
 
     @override
     def fused(
-        self, text: Tensor, image: Tensor, temb: Tensor, rotary: Rotary, kept: Kept | None
+        self,
+        text: Tensor,
+        image: Tensor,
+        temb: Tensor,
+        rotary: Rotary,
+        reference: ReferenceKV | None,
     ) -> Pair:
         attn = self.attn
         mods = modulations(self.norm, temb).chunk(3, dim=1)
         into = projections(attn)
         x = _norm(text, image, mods, self.norm.norm, [*into, self.proj_mlp])
-        attended = attend(attn, heads(into, x), rotary, kept)
+        attended = attend(attn, query_key_value(into, x), rotary, reference)
         add = _mlp(self.proj_mlp, self.proj_out, x, beside=attended)
         joint = gated_add(image, text, mods[2], add)
         return joint[:, : text.shape[1]], joint[:, text.shape[1] :]
@@ -176,67 +196,92 @@ class FusedSingleBlock(_FusedBlock, SingleBlock):  # type: ignore[misc]
 _FUSED = {DoubleBlock: FusedDoubleBlock, SingleBlock: FusedSingleBlock}
 
 
-class _Look(Listener):
-    """Looks at the blocks before each generation, since anything may be done in between."""
+class _FallbackChecker(Listener):
+    """Marks the blocks that must fall back, before each generation.
+
+    The user may add hooks or replace parts of a block at any time.
+    """
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self._blocks = blocks
 
     @override
     def prepare(self) -> None:
-        """Mark the blocks that have any, and those that compute something else by now."""
+        """Mark blocks with a hook on a submodule, and blocks whose norms or GELUs were replaced."""
         for block in self._blocks:
-            hooked = any(map(modules.is_hooked, modules.parts(block)[1:]))
-            setattr(block, _ASIDE, hooked or not _is_usual(block))
+            hooked = any(map(modules.is_hooked, modules.submodules(block)[1:]))
+            setattr(block, _FALLS_BACK, hooked or not _has_flux_parts(block))
 
-    def forget(self) -> None:
-        """Take the marks off again."""
+    def clear(self) -> None:
+        """Remove the marks."""
         for block in self._blocks:
-            vars(block).pop(_ASIDE, None)
+            vars(block).pop(_FALLS_BACK, None)
 
 
-def _is_usual(block: Any) -> bool:
-    """Whether a block's small parts, which the kernels stand for, are those of Flux."""
-    norms = head_norms(block.attn)
-    if hasattr(block, "ff"):
-        mlps = (block.ff, block.ff_context)
-        gelus = [mlp.net[0] for mlp in mlps]
-        drops = any(mlp.net[1].training and mlp.net[1].p for mlp in mlps)
-        plain = all(type(gelu) is GELU for gelu in gelus)
-    else:
-        gelus, drops = [block.act_mlp], False
-        plain = type(block.act_mlp) is nn.GELU
-    approximate = {getattr(gelu, "approximate", None) for gelu in gelus}
-    return plain and approximate == {"tanh"} and not drops and len({n.eps for n in norms}) == 1
+def _has_flux_parts(block: Any) -> bool:
+    """Whether the modules that the kernels replace are Flux's own, and compute what those do."""
+    double = hasattr(block, "ff")
+    names = ("norm1", "norm1_context") if double else ("norm",)
+    norms: list[Any] = [getattr(block, name) for name in names]
+    return (
+        _is(block.attn, BlockAttention)
+        and has_plain_head_norms(block.attn)
+        and all(_is(norm, AdaLayerNormZero if double else AdaLayerNormZeroSingle) for norm in norms)
+        and all(_is_plain_layer_norm(norm.norm) for norm in norms)
+        and (
+            all(_is_plain_layer_norm(norm) for norm in (block.norm2, block.norm2_context))
+            and all(map(_is_plain_mlp, (block.ff, block.ff_context)))
+            if double
+            else _is(block.act_mlp, nn.GELU) and block.act_mlp.approximate == "tanh"
+        )
+    )
 
 
-def _fusible(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
-    """Whether a block's call is the plain case that the kernels compute."""
+def _is(module: Any, cls: type) -> bool:
+    """Whether a module is of exactly a class; a subclass may compute something else."""
+    return isinstance(module, nn.Module) and own_class(module) is cls
+
+
+def _is_plain_layer_norm(norm: Any) -> bool:
+    return _is(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
+
+
+def _is_plain_mlp(mlp: Any) -> bool:
+    """Whether an MLP is a product with GELU, dropout that drops nothing, and a product."""
+    if not _is(mlp, FeedForward) or len(mlp.net) != _MLP_PARTS:
+        return False
+    gelu, dropout, _ = mlp.net
+    drops = dropout.training and getattr(dropout, "p", 1)
+    return _is(gelu, GELU) and gelu.approximate == "tanh" and _is(dropout, nn.Dropout) and not drops
+
+
+def _can_fuse(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
+    """Whether the kernels support this call of a block."""
     processor = block.attn.processor
     return (
-        not set(arguments or ()) - {"reference"}
-        and not getattr(block, _ASIDE)
+        not set(arguments or ()) - {REFERENCE_KWARG}
+        and not getattr(block, _FALLS_BACK)
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
         and x.dtype is not torch.float16
-        and attends_as_flux(processor)
+        and is_flux_processor(processor)
         and getattr(processor, "_parallel_config", None) is None
     )
 
 
 def _norm(
     text: Tensor | None, image: Tensor, mods: Sequence[Tensor], norm: Any, into: Sequence[Any]
-) -> Tensor | Rows:
-    """Norm and modulate, in the form that all the products it goes into take."""
+) -> Tensor | QuantizedRows:
+    """Norm and modulate; the result is in float8 if all layers in `into` take float8."""
     shift, scale, *_ = mods
     if all(map(_takes_float8, into)):
-        return Rows(*modulated_norm_float8(image, text, shift, scale, norm.eps))
+        return QuantizedRows(*modulated_norm_float8(image, text, shift, scale, norm.eps))
     normed: Tensor = modulated_norm(image, text, shift, scale, norm.eps)
     return normed
 
 
 def _residuals(x: Tensor, add: Tensor, mods: Sequence[Tensor], norm: Any, mlp: Any) -> Tensor:
-    """Add what attention gave, and what the MLP then gives."""
+    """Add the attention's output `add`, then the MLP's output, each with its gate."""
     gate, shift, scale, mlp_gate = mods
     x = gated_add(x, None, gate, add)
     proj_in, proj_out = mlp.net[0].proj, mlp.net[2]
@@ -245,11 +290,21 @@ def _residuals(x: Tensor, add: Tensor, mods: Sequence[Tensor], norm: Any, mlp: A
     return done
 
 
-def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = None) -> Tensor:
-    """Two products and the GELU between them; `beside` goes into the second one, too."""
+def _mlp(
+    proj_in: Any, proj_out: Any, x: Tensor | QuantizedRows, beside: Tensor | None = None
+) -> Tensor:
+    """Compute both products of an MLP and the GELU between them.
+
+    Args:
+        proj_in: the first layer.
+        proj_out: the second layer.
+        x: (batch, tokens, width), quantized or not.
+        beside: (batch, tokens, other width), concatenated before the GELU's output as input of the
+            second layer; or None.
+    """
     done: Tensor
     if _takes_float8(proj_out):
-        done = proj_out(Rows(*gelu_float8(beside, proj_in(x))))
+        done = proj_out(QuantizedRows(*gelu_float8(beside, proj_in(x))))
         return done
     if _is_plain(proj_in) and isinstance(x, Tensor):
         hidden = linear_gelu(x, proj_in.weight, proj_in.bias)
@@ -263,7 +318,7 @@ def _mlp(proj_in: Any, proj_out: Any, x: Tensor | Rows, beside: Tensor | None = 
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether calling a layer means nothing but its product, by a weight of plain numbers."""
+    """Whether a layer is a plain `nn.Linear` with a bias: no LoRA, no quantized weight."""
     plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
     return plain and layer.bias is not None
 

@@ -1,4 +1,4 @@
-"""MegaCache: keep what was compiled, so that the next process need not compile it."""
+"""MegaCache: save compiled artifacts to a file, so that the next process need not compile."""
 
 from __future__ import annotations
 
@@ -25,41 +25,41 @@ from fluxfire.passes.shared import artifact_file
 from fluxfire.passes.shared.artifact_file import ArchiveError, Payload
 from fluxfire.passes.shared.artifact_recorder import Key, Recording, give_to_torch, recording
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
-from fluxfire.reporting.compile_counts import Compilations, compilations
+from fluxfire.reporting.compile_counts import CompileCounts, count_compilations
 from fluxfire.runtime.generation import Generation, Listener
 from fluxfire.runtime.transaction import Transaction
 
-_GRAPH = "aot_autograd"  # the kind of artifact that a graph has one of
+_GRAPH = "aot_autograd"  # this kind of artifact exists once for each graph
 
 
 @dataclass(frozen=True)
 class MegaCache:
     """Loads compiled artifacts from a file before the first compilation; saves them after `warmup`.
 
-    torch's own mega-cache (`torch.compiler.save_cache_artifacts`) is a blob that is a silent
-    miss when a setting changed and that drops what it held when it is saved again. Here the
-    blobs lie in a safetensors file whose header says what each was compiled for (versions,
-    GPU, model, passes and their compiler options), so that a miss has a reason; saving adds
-    to the file, whoever else is saving; and only what is compiled while this pipeline
-    generates, in its thread, is recorded.
+    torch's own mega-cache (`torch.compiler.save_cache_artifacts`) is one blob. If a setting
+    changed, it misses silently; if it is saved again, its old content is lost. This pass stores the
+    blobs in a safetensors file. The header says what each blob was compiled for (versions, GPU,
+    model, passes and their compiler options), so a miss can be explained. Saving adds to the file,
+    also if other processes save at the same time. The pass records only what this pipeline's
+    generations compile in their thread.
 
-    A hit skips inductor, not dynamo: Python is traced again in every process. Measured on an H100
-    (docs, "Passes"): the first edit of a process 17.3 → 8.5 s.
+    A hit skips inductor, not dynamo: every process traces the Python code again. Measured on an
+    H100 (docs, "Passes"): the first edit of a process 17.3 → 8.5 s.
 
-    Whoever writes the file can run code in your process, since torch unpickles the blobs: a
-    file that others can write is refused, unless `FLUXFIRE_MEGACACHE_KEY` holds the key that
-    it is signed with. A file that is refused, or damaged, is left as it is, with a warning;
-    the pipeline then compiles as it would without this pass.
+    torch unpickles the blobs, so whoever can write the file can run code in your process. The pass
+    therefore refuses a file that others can write, unless it is signed with the key in
+    `FLUXFIRE_MEGACACHE_KEY`. A refused or damaged file causes a warning and is not changed; the
+    pipeline then compiles as it would without this pass.
 
-    Loading puts the artifacts into torch's caches on disk (`TORCHINDUCTOR_CACHE_DIR`), where
-    they stay after `restore`: they are found by content, by whoever compiles the same.
+    Loading copies the artifacts into torch's caches on disk (`TORCHINDUCTOR_CACHE_DIR`). They stay
+    there after `restore`, and serve every process that compiles the same code.
 
     Attributes:
         path: the file; None means `fluxfire/kontext.megacache` in the user's cache folder.
 
     Raises:
         TypeError: `path` is not a path.
-        ValueError: `path` is empty, or no file can have that name.
+        ValueError: `path` is empty, or not a valid file name.
     """
 
     path: str | Path | None = None
@@ -77,22 +77,22 @@ class MegaCache:
         if self.path is not None:
             if "\0" in str(self.path):
                 raise ValueError(f"path={self.path!r} has a zero byte; no file has such a name")
-            _home(Path(self.path))
+            _expand_home(Path(self.path))
 
     @property
     def file(self) -> Path:
-        """Where the artifacts are kept.
+        """The file of artifacts.
 
         Raises:
-            ValueError: no path was given, and this user has no home.
+            ValueError: `path` is None, and the user has no home folder.
         """
         if self.path is not None:
-            return _home(Path(self.path))
+            return _expand_home(Path(self.path))
         folder = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        return _home(Path(folder)) / "fluxfire" / "kontext.megacache"
+        return _expand_home(Path(folder)) / "fluxfire" / "kontext.megacache"
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Say what the file will be good for."""
+        """Report whether the file exists, is trusted, and fits this pipeline."""
         if not any(p.stage == "compile" for p in target.passes):
             yield Finding("info", "no pass of the list compiles, so there is nothing to keep")
         try:
@@ -105,27 +105,27 @@ class MegaCache:
             payloads = artifact_file.read(file, artifact_file.signing_key())
         except FileNotFoundError:
             yield Finding("info", f"{file} does not exist yet; warmup() will write it")
-        except Exception as error:  # noqa: BLE001 - as when it is loaded
-            yield Finding("warning", f"{file} will not be used: {_words(error)}")
+        except Exception as error:  # noqa: BLE001 - loading the file treats all errors alike, too
+            yield Finding("warning", f"{file} will not be used: {_error_text(error)}")
         else:
             if not any(p.fingerprint == wanted for p in payloads):
-                yield Finding("info", f"{file} will be added to: {_why(wanted, payloads)}")
+                yield Finding("info", f"{file} will be added to: {_mismatch(wanted, payloads)}")
 
     def apply(self, tx: Transaction) -> Change:
-        """Load at the first generation, when all that will compile is applied."""
-        engine = _Engine(self.file, tx.pipe)
-        tx.listen(engine)
-        tx.report_facts(engine.facts)
+        """Prepare to load at the first generation, after all other passes are applied."""
+        store = _ArtifactStore(self.file, tx.pipe)
+        tx.listen(store)
+        tx.report_facts(store.facts)
         return Change(1, "file of artifacts to load and to save")
 
     def after_warmup(self, tx: Transaction) -> None:
         """Save what was compiled."""
-        for engine in tx.listening(_Engine):
-            engine.save()
+        for store in tx.find_listeners(_ArtifactStore):
+            store.save()
 
 
 def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
-    """Name everything that decides whether compiled artifacts fit, fact by fact."""
+    """Return everything that compiled artifacts depend on, by name."""
     transformer = pipe.transformer
     facts = machine() | {
         "device": str(transformer.device),
@@ -135,7 +135,7 @@ def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
         "adapters": _adapters(transformer),
         "inductor": _inductor(),
     }
-    # Settings that change at run time change nothing that is compiled.
+    # Settings that `fluxfire.using` can change at run time do not affect compiled code.
     settings = {p.name: p.fixed for p in passes if p.name != MegaCache.name}
     facts |= {
         f"pass {name}": ", ".join(f"{setting}={value!r}" for setting, value in fixed.items())
@@ -145,7 +145,7 @@ def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
 
 
 def machine() -> dict[str, str]:
-    """Name what artifacts fit, of the machine and of the packages."""
+    """Return the part of a fingerprint that machine and packages determine."""
     env = environment()
     facts = {name: env.packages[name] for name in ("torch", "triton", "diffusers")}
     facts |= {
@@ -153,27 +153,27 @@ def machine() -> dict[str, str]:
         "cuda": env.cuda,
         "gpu": env.gpu,
         "machine": f"{platform.system()} {platform.machine()}",
-        # Not in torch's own keys: code for AVX512 ran wild on AVX2, and the other way round.
+        # torch's own keys lack it: code for AVX512 misbehaved on AVX2, and the other way round.
         "cpu": torch.backends.cpu.get_cpu_capability(),
     }
     return {name: str(value) for name, value in facts.items()}
 
 
 def _digest(config: Any) -> str:
-    # diffusers' own notes in a config are in no order, and say where the weights came from.
+    # diffusers' private entries have no fixed order, and say where the weights came from.
     settings = {k: v for k, v in dict(config).items() if not k.startswith("_")}
     written = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
 def _adapters(transformer: Any) -> str:
-    """Name LoRA and its like: they change the graphs."""
+    """Describe LoRAs and similar adapters, since they change the graphs."""
     found = getattr(transformer, "peft_config", None) or {}
     return ", ".join(f"{name} (rank {getattr(c, 'r', '?')})" for name, c in sorted(found.items()))
 
 
 def _inductor() -> str:
-    """Digest inductor's global settings; it is loaded wherever something compiles."""
+    """Return a digest of inductor's global settings."""
     from torch._inductor import config
 
     written = repr(sorted(config.save_config_portable().items(), key=lambda item: item[0]))
@@ -184,30 +184,30 @@ def _printable(text: str) -> str:
     return text if text.isprintable() else ascii(text)[1:-1]
 
 
-def _why(wanted: dict[str, str], payloads: Sequence[Payload]) -> str:
-    """Say in what the nearest payload differs from what is wanted."""
+def _mismatch(wanted: dict[str, str], payloads: Sequence[Payload]) -> str:
+    """Describe how the most similar payload differs from the wanted fingerprint."""
     if not payloads:
         return "it is empty"
-    differing = min((_differing(wanted, p) for p in payloads), key=len)
-    said = [f"{name} {was or 'nothing'} became {now or 'nothing'}" for name, was, now in differing]
-    return "; ".join(said)
+    fewest = min((_differences(wanted, p) for p in payloads), key=len)
+    changes = [f"{name} {was or 'nothing'} became {now or 'nothing'}" for name, was, now in fewest]
+    return "; ".join(changes)
 
 
-def _differing(wanted: dict[str, str], payload: Payload) -> list[tuple[str, str, str]]:
+def _differences(wanted: dict[str, str], payload: Payload) -> list[tuple[str, str, str]]:
     names = sorted({*wanted, *payload.fingerprint})
     pairs = [(name, payload.fingerprint.get(name, ""), wanted.get(name, "")) for name in names]
     return [(name, was, now) for name, was, now in pairs if was != now]
 
 
-def _words(error: Exception) -> str:
-    """Say what went wrong; of errors that nobody foresaw, also their kind."""
+def _error_text(error: Exception) -> str:
+    """Return an error's message, with its class if it is an unexpected one."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     known = isinstance(error, ArchiveError | OSError)
     return str(error) if known else f"{type(error).__name__}: {error}"
 
 
-def _home(path: Path) -> Path:
+def _expand_home(path: Path) -> Path:
     try:
         return path.expanduser()
     except RuntimeError as error:
@@ -217,7 +217,15 @@ def _home(path: Path) -> Path:
 
 @dataclass
 class _Loaded:
-    """What the file held for one fingerprint."""
+    """What was loaded from the file for one fingerprint.
+
+    Attributes:
+        state: a description for the report.
+        bytes: size of the loaded blobs.
+        graphs: number of graphs in them.
+        load_seconds: how long loading took.
+        cold_seconds: how long compiling them had taken.
+    """
 
     state: str = "not loaded yet"
     bytes: int = 0
@@ -227,21 +235,21 @@ class _Loaded:
 
 
 @dataclass(eq=False)
-class _Engine(Listener):
-    """Loads where the fingerprint is new, listens to what is compiled, saves on request."""
+class _ArtifactStore(Listener):
+    """Loads artifacts when the fingerprint changes, records compilations, saves on request."""
 
     file: Path
     pipe: Any
-    _wanted: dict[str, str] = field(default_factory=dict)
+    _fingerprint: dict[str, str] = field(default_factory=dict)
     _loaded: _Loaded = field(default_factory=_Loaded)
-    _spent: Compilations = field(default_factory=Compilations)
-    _sizes: set[str] = field(default_factory=set)
-    _known: set[Key] = field(default_factory=set)
-    _new: list[Payload] = field(default_factory=list)
-    _added: str = ""
+    _spent: CompileCounts = field(default_factory=CompileCounts)  # since the file was loaded
+    _sizes: set[str] = field(default_factory=set)  # of the current generation
+    _known: set[Key] = field(default_factory=set)  # artifacts loaded or recorded before
+    _new: list[Payload] = field(default_factory=list)  # to be saved
+    _added: str = ""  # what was saved, for the report
 
     def facts(self) -> dict[str, object]:
-        """Tell the report: what was found, what it spared, what it did not."""
+        """Report what was loaded, how much time it saved, and what had to be compiled."""
         loaded, spent = self._loaded, self._spent
         missing = f"; {spent.misses} graphs were not in it" if loaded.bytes and spent.misses else ""
         took = loaded.load_seconds + spent.trace_seconds + spent.compile_seconds
@@ -261,36 +269,36 @@ class _Engine(Listener):
     @override
     @contextmanager
     def on_generation(self, generation: Generation) -> Iterator[None]:
-        """Load before anything compiles; keep what was compiled, also if the generation fails."""
-        wanted = fingerprint(self.pipe, generation.passes)
-        if wanted != self._wanted:
-            self._wanted = wanted
+        """Load before anything compiles, and record what compiles, also if the generation fails."""
+        current = fingerprint(self.pipe, generation.passes)
+        if current != self._fingerprint:
+            self._fingerprint = current
             self._known.clear()
-            self._loaded, self._spent = self._load(), Compilations()
+            self._loaded, self._spent = self._load(), CompileCounts()
         self._sizes.clear()
-        recorded, compiled = Recording(), Compilations()
+        recorded, compiled = Recording(), CompileCounts()
         try:
-            with recording() as recorded, compilations() as compiled:
+            with recording() as recorded, count_compilations() as compiled:
                 yield
         finally:
-            self._keep(recorded, compiled)
+            self._add_new(recorded, compiled)
 
     @override
     @contextmanager
     def on_step(self, call: Call) -> Iterator[None]:
-        """Take down the size."""
+        """Record the token counts."""
         tokens = call.tokens
         self._sizes.add(f"{tokens.noise}+{tokens.reference}+{tokens.text}")
         yield
 
     def save(self) -> None:
-        """Add what is new to the file; a failure is a warning."""
+        """Add the new payloads to the file. A failure causes a warning."""
         if not self._new:
             return
         try:
             artifact_file.add(self.file, self._new, artifact_file.signing_key())
-        except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache
-            self._warn(f"{self.file} was not written: {_words(error)}")
+        except Exception as error:  # noqa: BLE001 - a cache's failure must not fail an edit
+            self._warn(f"{self.file} was not written: {_error_text(error)}")
             return
         written = sum(len(p.blob) for p in self._new)
         self._added += f"; {len(self._new)} payloads of {written} bytes added"
@@ -302,18 +310,18 @@ class _Engine(Listener):
             payloads = artifact_file.read(self.file, artifact_file.signing_key())
         except FileNotFoundError:
             return _Loaded("rebuilt because there was no file")
-        except Exception as error:  # noqa: BLE001 - no edit fails for want of a cache
-            self._warn(f"{self.file} is not used: {_words(error)}")
-            return _Loaded(f"rebuilt because the file cannot be used: {_words(error)}")
-        fitting = [p for p in payloads if p.fingerprint == self._wanted]
+        except Exception as error:  # noqa: BLE001 - a cache's failure must not fail an edit
+            self._warn(f"{self.file} is not used: {_error_text(error)}")
+            return _Loaded(f"rebuilt because the file cannot be used: {_error_text(error)}")
+        fitting = [p for p in payloads if p.fingerprint == self._fingerprint]
         if not fitting:
-            return _Loaded(f"rebuilt because {_why(self._wanted, payloads)}")
+            return _Loaded(f"rebuilt because {_mismatch(self._fingerprint, payloads)}")
         taken, refused = [], []
         for payload in fitting:
             try:
                 self._known |= give_to_torch(payload.blob)
-            except Exception as error:  # noqa: BLE001 - unpickling, or a full disk
-                refused.append(_words(error))
+            except Exception as error:  # noqa: BLE001 - unpickling can raise anything
+                refused.append(_error_text(error))
             else:
                 taken.append(payload)
         if refused:
@@ -332,8 +340,8 @@ class _Engine(Listener):
             cold_seconds=sum(p.seconds for p in taken),
         )
 
-    def _keep(self, recorded: Recording, compiled: Compilations) -> None:
-        """Keep what the file does not have; torch's own cache on disk may have had it."""
+    def _add_new(self, recorded: Recording, compiled: CompileCounts) -> None:
+        """Collect artifacts that the file lacks, also if torch's cache on disk had them already."""
         self._spent.add(compiled)
         if recorded.problem is not None:
             self._warn(f"what was compiled cannot be kept: {recorded.problem}")
@@ -342,7 +350,7 @@ class _Engine(Listener):
         self._known |= recorded.keys
         self._new.append(
             Payload(
-                fingerprint=self._wanted,
+                fingerprint=self._fingerprint,
                 sizes=tuple(sorted(self._sizes)),
                 seconds=compiled.trace_seconds + compiled.compile_seconds,
                 made=datetime.now(UTC).isoformat(timespec="seconds"),

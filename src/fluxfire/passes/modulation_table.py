@@ -1,4 +1,4 @@
-"""ModulationTable: every step's modulations, computed before the first."""
+"""ModulationTable: the modulations of all steps, computed at the first step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fluxfire.kontext.modulation import COLUMNS, modulations
 from fluxfire.model import Call, Run, Streams
 from fluxfire.passes.shared.host_weights import HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
-from fluxfire.runtime.freshness import Watch, heard_by_others
+from fluxfire.runtime.freshness import Watch, has_foreign_hooks
 from fluxfire.runtime.generation import Generation, Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
@@ -26,27 +26,28 @@ from fluxfire.supported import model_of
 
 @dataclass(frozen=True, kw_only=True)
 class ModulationTable:
-    """Computes the modulations of all steps in one batched pass, where a generation begins.
+    """Computes the modulations of all steps in one batched pass at the start of a generation.
 
-    What shifts, scales and gates each block depends on time step, guidance and pooled text alone:
-    of FLUX's 11.9 B parameters 3.2 B make nothing else. Plain diffusers reads them at every step
-    to multiply one row; here each is read once, for all steps as rows of one product, and the
-    steps look theirs up. Embeddings are computed step by step, with the pipeline's own rounding
-    of time steps, so they are bitwise the plain ones; the batched product may round otherwise.
+    A block's shifts, scales and gates depend only on time step, guidance and pooled text. 3.2 B of
+    FLUX's 11.9 B parameters compute nothing else. Plain diffusers reads these weights at every step
+    to multiply one row. This pass reads them once: it multiplies one row for each step in one
+    product, and the steps look up their rows. The embeddings are computed step by step, with the
+    pipeline's own rounding of time steps, so they are bitwise the plain ones. The batched product
+    may round differently.
 
     It saves memory, not time, so it is in no preset. Measured on an H100 (docs, "Passes"): a step
     of `faithful` 274 → 276 ms; with `host=True` 274 → 275 ms, and the edit's peak of memory
     33.5 → 27.6 GiB.
 
-    A table holds for one generation and branch (cond and uncond have one each): 2 MB a step and
-    sample for FLUX in bfloat16. Where weights change between two steps, it is made anew. A
-    generation is computed without where the scheduler's time steps are not those that the pipeline
-    goes through, under autocast, and where a LoRA or a hook is on what makes the modulations.
+    Each generation and branch (cond, uncond) has its own table: 2 MB per step and sample for FLUX
+    in bfloat16. If weights change between two steps, the table is computed again. A generation runs
+    without a table if the pipeline does not follow the scheduler's time steps, under autocast, and
+    if a LoRA or a hook is on the layers that compute the modulations.
 
     Attributes:
-        host: keep those weights in host memory, pinned, and bring them to the GPU one by one
-            where a table is made. This frees 6.0 GiB of FLUX's 22.2; bringing them took the first
-            step 0.12 s, on an H100.
+        host: keep these layers' weights in pinned host memory, and copy them to the GPU one by one
+            to compute a table. This frees 6.0 GiB of FLUX's 22.2; the copies took the first step
+            0.12 s, on an H100.
     """
 
     host: bool = False
@@ -58,13 +59,13 @@ class ModulationTable:
     provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse blocks whose norms are not Flux's, and weights that something else moves."""
+        """Refuse blocks whose norms are not Flux's, and offloading together with `host=True`."""
         model = model_of(target.pipe)
         strange = {
             type(norm).__name__
             for block in model.blocks(target.pipe.transformer)
             for norm in model.modulated_norms(block)
-            if type(norm) not in _TABLED
+            if type(norm) not in _TABLE_NORMS
         }
         if strange:
             yield Finding(
@@ -81,7 +82,7 @@ class ModulationTable:
             )
 
     def apply(self, tx: Transaction) -> Change:
-        """Have norms read from what a block is given, and give them their rows."""
+        """Make the norms read their columns of a table row, and pass the rows to the blocks."""
         transformer = tx.pipe.transformer
         model = model_of(tx.pipe)
         blocks = model.blocks(transformer)
@@ -90,7 +91,7 @@ class ModulationTable:
             start = 0
             for norm in of_block:
                 stop = start + norm.linear.out_features
-                tx.set_class(norm, _TABLED[type(norm)])
+                tx.set_class(norm, _TABLE_NORMS[type(norm)])
                 tx.setattr(norm, COLUMNS, (start, stop))
                 start = stop
         linears = [norm.linear for of_block in norms for norm in of_block]
@@ -98,73 +99,90 @@ class ModulationTable:
         if self.host:
             host = HostWeights()
             tx.on_undo(host.bring_back)
-            freed = sum(map(host.take, linears))
+            freed = sum(map(host.offload, linears))
             tx.listen(host)
-        table = _Table(tx.pipe)
+        tables = _Tables(tx.pipe)
         embed = transformer.time_text_embed
-        tx.override(embed, "forward", table.temb)
-        tx.listen(table)
-        tx.wrap_blocks(table)
-        tx.report_facts(table.facts)
+        tx.override(embed, "forward", tables.embed)
+        tx.listen(tables)
+        tx.wrap_blocks(tables)
+        tx.report_facts(tables.facts)
         return Change(len(linears), "modulations looked up in a table", -freed, freed)
 
 
 @dataclass(eq=False)
-class _Rows:
-    """One branch's table.
+class _BranchTable:
+    """The modulations of one branch.
 
     Attributes:
-        planned: the scheduler's time steps that it was made of.
-        pooled: the pooled text embedding that it was made of.
-        temb: one for each step: (batch, width).
-        blocks: one for each block: (steps, batch, modulations of its norms).
+        planned: the scheduler's time steps for which the table was computed.
+        pooled: the pooled text embedding for which the table was computed.
+        temb: the embedding of each step: (batch, width).
+        blocks: for each block: (steps, batch, modulations of all its norms).
+        versions: torch's counters of in-place changes of `planned` and `pooled`.
     """
 
     planned: Tensor
     pooled: Tensor
     temb: list[Tensor]
     blocks: list[Tensor]
+    versions: tuple[int, ...]
+
+    def fits(self, pooled: Tensor) -> bool:
+        """Whether the table still holds: nobody wrote to the time steps or the pooled text."""
+        return pooled is self.pooled and self.versions == _versions(self.planned, pooled)
+
+
+def _versions(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(-1 if t.is_inference() else t._version for t in tensors)  # noqa: SLF001
 
 
 @dataclass(eq=False)
-class _Table(Listener):
-    """Makes and holds the tables of one generation."""
+class _Tables(Listener):
+    """Computes and holds the tables of one generation.
+
+    Attributes:
+        pipe: the pipeline.
+        made: number of tables computed so far.
+        declined: how often a branch ran without a table.
+    """
 
     pipe: Any
     made: int = 0
     declined: int = 0
     _call: Call | None = None
-    _norms: list[list[Any]] = field(default_factory=list)
+    _norms: list[list[Any]] = field(default_factory=list)  # of each block
     _watch: Watch | None = None
-    _again: bool = True
-    _rows: dict[str, _Rows | None] = field(default_factory=dict)
+    _watched: list[Any] = field(default_factory=list)
+    _callback_may_change: bool = True
+    _by_branch: dict[str, _BranchTable | None] = field(default_factory=dict)  # None: declined
 
     @override
     @contextmanager
     def on_generation(self, generation: Generation) -> Iterator[None]:
-        """Begin and end without tables."""
-        self._watch, self._again = None, generation.calls_back
-        self._rows.clear()
+        """Start and end without tables."""
+        self._watch, self._callback_may_change = None, generation.calls_back
+        self._by_branch.clear()
         try:
             yield
         finally:
-            self._rows.clear()
+            self._by_branch.clear()
 
     @override
     @contextmanager
     def on_step(self, call: Call) -> Iterator[None]:
-        """Take note of which call this is, and of the blocks that there are now.
+        """Remember the call and the current blocks.
 
-        Blocks may be taken out or put in another order at any time. While they run they cannot be
-        seen, so this looks before.
+        The user may remove or reorder blocks at any time. The transformer hides its blocks while
+        they run, so this lists them before.
         """
         model = model_of(self.pipe)
-        there = model.blocks(self.pipe.transformer)
-        norms = [model.modulated_norms(block) for block in there]
+        blocks = model.blocks(self.pipe.transformer)
+        norms = [model.modulated_norms(block) for block in blocks]
         if norms != self._norms:
             self._norms, self._watch = norms, None
-        if any(map(_shows_others, there)):
-            self._rows.clear()
+        if any(map(_is_observed, blocks)):
+            self._by_branch.clear()
         elif not torch.is_autocast_enabled(call.timestep.device.type):
             self._call = call
         try:
@@ -173,86 +191,100 @@ class _Table(Listener):
             self._call = None
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
-        """Give each block its row."""
-        rows = self._rows.get(call.branch)
-        if rows is None:
+        """Give each block its row of the table in place of the embedding."""
+        table = self._by_branch.get(call.branch)
+        if table is None:
             return run(streams, blocks)
-        tembs = [table[call.step] for table in rows.blocks]
+        tembs = [of_block[call.step] for of_block in table.blocks]
         return replace(run(replace(streams, temb_by_block=tembs), blocks), temb_by_block=None)
 
     def facts(self) -> dict[str, object]:
-        """Tell the report how many tables were made, and how often none fitted."""
+        """Report how many tables were computed, and how often a branch ran without one."""
         return {"tables": self.made, "without": self.declined}
 
-    def temb(self, embed: Any, timestep: Tensor, *others: Tensor) -> Tensor:
-        """Look a step's embedding up, or have it computed; the first of a branch makes a table."""
+    def embed(self, plain_embed: Any, timestep: Tensor, *others: Tensor) -> Tensor:
+        """Return a step's embedding, from the table or computed.
+
+        The first call of a branch computes its table. A table is dropped if weights, norms, pooled
+        text or time steps no longer are those that it was computed for.
+        """
         call = self._call
         if call is not None and not torch.is_grad_enabled():
-            if self._watch is None or (self._again and self._watch.changed()):
-                self._rows.clear()
-                self._watch = self._watch or Watch(self._layers(), apart_from=(COLUMNS,))
-            rows = self._rows.get(call.branch)
-            settled = not self._again or self._settled()
-            fits = rows and settled and rows.pooled is others[-1]
-            if call.branch not in self._rows or (rows and not fits):
-                self._rows[call.branch] = self._make(embed, call, timestep, others)
-            elif rows and not self._follows(rows.planned, call):
-                self._rows[call.branch] = None
+            layers = (
+                self._layers() if self._callback_may_change or not self._watch else self._watched
+            )
+            if self._watch is None or layers != self._watched:
+                self._by_branch.clear()
+                self._watched, self._watch = layers, Watch(layers, apart_from=(COLUMNS,))
+            elif self._callback_may_change and self._watch.changed():
+                self._by_branch.clear()
+            table = self._by_branch.get(call.branch)
+            plain = not self._callback_may_change or self._depends_on_time_alone()
+            fits = table and plain and table.fits(others[-1])
+            if call.branch not in self._by_branch or (table and not fits):
+                self._by_branch[call.branch] = self._compute(plain_embed, call, timestep, others)
+            elif table and not self._is_planned_step(table.planned, call):
+                self._by_branch[call.branch] = None
                 self.declined += 1
-            if (rows := self._rows[call.branch]) is not None:
-                return rows.temb[call.step]
-        made: Tensor = embed(timestep, *others)
-        return made
+            if (table := self._by_branch[call.branch]) is not None:
+                return table.temb[call.step]
+        computed: Tensor = plain_embed(timestep, *others)
+        return computed
 
-    def _follows(self, planned: Tensor, call: Call) -> bool:
-        """Whether a step's time is the very number that was planned: asked without a wait."""
+    def _is_planned_step(self, planned: Tensor, call: Call) -> bool:
+        """Whether the current time step is the scheduler's own tensor for this step.
+
+        Comparing addresses does not wait for the device; comparing numbers would.
+        """
         now = self.pipe.current_timestep
         return call.step < len(planned) and now.data_ptr() == planned[call.step].data_ptr()
 
     def _layers(self) -> list[Any]:
-        """Return the layers whose weights make the table, but for those that offloading moves."""
-        makers = [norm for of_block in self._norms for norm in of_block]
-        makers.append(self.pipe.transformer.time_text_embed)
-        parts = [part for maker in makers for part in maker.modules()]
+        """Return the layers whose weights determine the table, except offloaded ones."""
+        sources = [norm for of_block in self._norms for norm in of_block]
+        sources.append(self.pipe.transformer.time_text_embed)
+        parts = [part for source in sources for part in source.modules()]
         return [p for p in parts if not p._modules and not modules.is_hooked(p)]  # noqa: SLF001
 
-    def _settled(self) -> bool:
-        """Whether nothing but weights and time decides what the norms compute.
+    def _depends_on_time_alone(self) -> bool:
+        """Whether the norms' results depend on weights, time step, guidance and pooled text alone.
 
-        A LoRA's scale can change from step to step, and a hook wants to hear of every step.
+        A LoRA's scale can change from step to step, and a hook must be called at every step.
         """
         norms = [norm for of_block in self._norms for norm in of_block]
-        if any(not isinstance(norm, _TabledZero | _TabledZeroSingle) for norm in norms):
+        if any(not isinstance(norm, _TableNormZero | _TableNormZeroSingle) for norm in norms):
             return False
-        makers = (*norms, self.pipe.transformer.time_text_embed)
-        if any(hasattr(part, "lora_A") for maker in makers for part in maker.modules()):
+        sources = (*norms, self.pipe.transformer.time_text_embed)
+        if any(modules.has_adapter(part) for source in sources for part in source.modules()):
             return False
-        return not any(map(heard_by_others, makers))
+        return not any(map(has_foreign_hooks, sources))
 
-    def _make(
-        self, embed: Any, call: Call, timestep: Tensor, others: tuple[Tensor, ...]
-    ) -> _Rows | None:
+    def _compute(
+        self, plain_embed: Any, call: Call, timestep: Tensor, others: tuple[Tensor, ...]
+    ) -> _BranchTable | None:
+        """Compute a branch's table; None if the branch has to run without one."""
         planned = self.pipe.scheduler.timesteps[-call.steps :]
-        times = self._times(planned, call, timestep) if self._settled() else None
+        times = self._times(planned, call, timestep) if self._depends_on_time_alone() else None
         if times is None:
             self.declined += 1
             return None
         self.made += 1
-        temb = [embed(time, *others) for time in times]
+        temb = [plain_embed(time, *others) for time in times]
         rows = torch.cat(temb)
         blocks = []
         for norms in self._norms:
             parts = [modulations(norm, rows) for norm in norms]
             blocks.append(torch.cat(parts, dim=1).view(len(times), len(temb[0]), -1))
-        return _Rows(planned, others[-1], temb, blocks)
+        return _BranchTable(planned, others[-1], temb, blocks, _versions(planned, others[-1]))
 
     def _times(self, planned: Tensor, call: Call, timestep: Tensor) -> list[Tensor] | None:
-        """Return what each step's embedding is asked for, each (batch,); None if unknown.
+        """Return the time that each step's embedding will get, (batch,) each; None if unknown.
 
-        The pipeline casts a time step to the latents' dtype and divides it by 1000; the
-        transformer casts that to its own and multiplies again. Both round.
+        The pipeline casts a time step to the latents' dtype and divides it by 1000. The transformer
+        casts the result to its own dtype and multiplies by 1000. Both steps round, so the same
+        arithmetic is done here. The result is checked against the current step's time.
         """
-        if len(planned) != call.steps or not self._follows(planned, call):
+        if len(planned) != call.steps or not self._is_planned_step(planned, call):
             return None
         times = [
             (t.expand(call.timestep.shape).to(call.timestep) / 1000).to(timestep) * 1000
@@ -261,8 +293,8 @@ class _Table(Listener):
         return times if torch.equal(times[call.step], timestep) else None
 
 
-class _TabledZero(StandIn, AdaLayerNormZero):  # type: ignore[misc]
-    """Six modulations, computed or looked up."""
+class _TableNormZero(StandIn, AdaLayerNormZero):  # type: ignore[misc]
+    """The norm of a double block, with six modulations from a table, or computed."""
 
     def forward(
         self,
@@ -272,16 +304,16 @@ class _TabledZero(StandIn, AdaLayerNormZero):  # type: ignore[misc]
         hidden_dtype: torch.dtype | None = None,
         emb: Tensor | None = None,
     ) -> tuple[Tensor, ...]:
-        """Return the modulated norm and the modulations left, as diffusers does."""
-        if self.emb is not None or emb is None:  # FLUX's blocks have none of their own
+        """Return the modulated norm, the gate, and the MLP's modulations, as diffusers does."""
+        if self.emb is not None or emb is None:  # not a call from one of FLUX's blocks
             plain: Any = super().forward
             return plain(x, timestep, class_labels, hidden_dtype, emb)  # type: ignore[no-any-return]
         shift, scale, *rest = modulations(self, emb).chunk(6, dim=1)
         return (self.norm(x) * (1 + scale[:, None]) + shift[:, None], *rest)
 
 
-class _TabledZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[misc]
-    """Three modulations, computed or looked up."""
+class _TableNormZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[misc]
+    """The norm of a single block, with three modulations from a table, or computed."""
 
     def forward(self, x: Tensor, emb: Tensor) -> tuple[Tensor, Tensor]:
         """Return the modulated norm and the gate, as diffusers does."""
@@ -289,11 +321,17 @@ class _TabledZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[misc]
         return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate
 
 
-def _shows_others(block: Any) -> bool:
-    """Whether somebody sees, and may change, what a block is given: an embedding, not rows."""
+def _is_observed(block: Any) -> bool:
+    """Whether a hook or a replaced forward sees a block's arguments.
+
+    It expects the embedding there, not a row of a table.
+    """
     own = vars(block)
     patched = "forward" in own and not {"_hf_hook", "_diffusers_hook"} & own.keys()
     return bool(patched or own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
-_TABLED = {AdaLayerNormZero: _TabledZero, AdaLayerNormZeroSingle: _TabledZeroSingle}
+_TABLE_NORMS = {
+    AdaLayerNormZero: _TableNormZero,
+    AdaLayerNormZeroSingle: _TableNormZeroSingle,
+}

@@ -1,4 +1,4 @@
-"""ReferenceCache: compute the reference at some steps, and attend to what it was in between."""
+"""ReferenceCache: compute the reference tokens at some steps, and reuse their KV in between."""
 
 from __future__ import annotations
 
@@ -13,66 +13,73 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import FLOAT8
+from fluxfire.kernels.float8 import E4M3
 from fluxfire.kontext.attention import (
+    REFERENCE_KWARG,
     Float8AttnProcessor,
-    KeepingAttnProcessor,
-    Kept,
-    attends_as_flux,
+    ReferenceAttnProcessor,
+    ReferenceKV,
+    is_flux_processor,
 )
 from fluxfire.model import Call, Run, Streams
-from fluxfire.passes.shared.block_cache import CacheEngine, obstacles
-from fluxfire.passes.shared.processors import Processors
+from fluxfire.passes.shared.block_cache import CacheWrapper, check_for_other_caches
+from fluxfire.passes.shared.distance import relative_distance
+from fluxfire.passes.shared.processors import ProcessorSwap
+from fluxfire.passes.shared.step_settings import check_whole_number, sorted_steps, step_window
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Generation, Live, Refresh
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 from fluxfire.text import human_bytes
 
-_ROUNDING = 1e-6  # of noise levels that are multiples of the spacing
+_ROUNDING = 1e-6  # tolerance for sigmas whose difference is `spacing` up to rounding
 
 
 @dataclass(frozen=True)
 class ReferenceCache:
     """Recomputes the reference's tokens at chosen steps only.
 
-    A reference is the same picture at every step, but its tokens see the noise level, the text
-    and the picture in the making, so what the blocks make of them changes. At a *refresh* all
-    tokens are computed, and each block keeps the reference's keys and values; at the steps in
-    between only text and noise are, and attend to those kept. Of 8704 tokens of an edit to
-    1024 × 1024 that leaves 4608. Lossy, unless every step is a refresh.
+    The reference picture is the same at every step. Its tokens still change in the blocks, because
+    they attend to the text and the noise tokens, and because the sigma (the noise level) modulates
+    them. At a *refresh* step the blocks compute all tokens, and each block stores the keys and
+    values of the reference tokens. The steps between compute the text and noise tokens only, which
+    attend to the stored keys and values. For an edit to 1024 × 1024 that is 4608 of 8704 tokens.
+    Lossy, unless every step is a refresh.
 
-    Conditional and unconditional calls of true CFG keep their own, and so does every sample of a
-    batch. Where some samples of a batch are due and others not, all are computed, and those not
-    due still attend to what they kept, as they would alone. A refresh that falls on a hit of
-    `FirstBlockCache` is made up for at the next step that some sample of the batch computes. A
-    call without a reference passes straight through. Nothing is kept beyond a generation.
+    Each branch of true CFG has its own KV cache, and so does every sample of a batch. If only some
+    samples of a batch need a refresh, the blocks compute all tokens of all samples. The other
+    samples still attend to their stored keys and values, as they would alone. A refresh may fall on
+    a hit of `FirstBlockCache`, which skips blocks. Then those blocks refresh at the next step at
+    which they run. A call without a reference is not changed. The cache is empty before and after
+    each generation.
 
-    It keeps two tensors of (reference tokens, width) for each block, sample and branch: 2.67 GiB
-    for FLUX's 57 blocks and 4096 tokens in bfloat16, half of that with `in_float8=True` or behind
-    `Attention("fa3-fp8")`.
+    The cache has two tensors of (reference tokens, width) for each block, sample and branch: 2.67
+    GiB for FLUX's 57 blocks and 4096 tokens in bfloat16. It takes half of that with
+    `in_float8=True` or behind `Attention("fa3-fp8")`.
 
     Measured on an H100 (docs, "Passes"): a computed step of `faithful` 274 → 277 ms, a step that
     reuses 150 ms. It is in no preset: on Spark, at equal computed work, plain with fewer steps
     keeps 5 to 18 dB more (docs, "The reference, once in a while").
 
     Attributes:
-        spacing: refresh where the noise level, which falls from 1 to 0, has fallen by this much
-            since the last refresh; at 0 every step is one, whatever else is set, and every bit is
-            kept; above 1 only `drift`, first and last steps ask for more than the very first.
-        warmup_steps: first steps that all are refreshes. The very first always is.
-        tail_steps: last steps that all are.
-        drift: refresh a sample before its time, too, if what the first block adds to the
-            reference has changed by more than this since the last refresh (mean absolute
-            difference over mean absolute value). The first block is computed in full for it.
-        schedule: exactly the steps (from 0) that are refreshes, whatever the other settings say:
-            for timing, where weights are random. Kept as a sorted tuple.
-        in_float8: keep keys and values in float8 (e4m3), scaled by sample and head: half the
+        spacing: refresh when the sigma, which falls from 1 to 0, has fallen by this much since the
+            last refresh. At 0 every step is a refresh, whatever else is set, and every bit is kept.
+            Above 1 only the first step, `warmup_steps`, `tail_steps` and `drift` cause a refresh.
+        warmup_steps: how many first steps are always refreshes. The very first always is.
+        tail_steps: how many last steps are always refreshes.
+        drift: also refresh a sample if the first block's residual on the reference tokens has
+            changed by more than this since the last refresh (mean absolute difference over mean
+            absolute value). To measure it, every step computes the first block in full. None
+            measures nothing.
+        schedule: exactly these steps (counted from 0) are refreshes, whatever the other settings
+            say. It is for timing with random weights. Stored as a sorted tuple.
+        in_float8: store keys and values in float8 (e4m3), scaled by sample and head, in half the
             memory.
 
     Raises:
         TypeError: `spacing` is not a number.
-        ValueError: a setting is below 0 or not whole, or `schedule` is without step 0.
+        ValueError: a number is below 0, a count or a step is not a whole number, or `schedule`
+            lacks step 0.
     """
 
     spacing: float = 0.2
@@ -97,16 +104,14 @@ class ReferenceCache:
         if not self.spacing >= 0:
             raise ValueError(f"spacing={self.spacing!r}; it must be 0 or more")
         for name in ("warmup_steps", "tail_steps"):
-            steps = getattr(self, name)
-            if not isinstance(steps, int) or steps < 0:
-                raise ValueError(f"{name}={steps!r}; it must be a whole number, 0 or more")
+            check_whole_number(name, getattr(self, name), 0)
         if self.drift is not None and not (isinstance(self.drift, float | int) and self.drift >= 0):
             raise ValueError(f"drift={self.drift!r}; it must be a number, 0 or more, or None")
         if self.schedule is not None:
-            steps = tuple(sorted(set(self.schedule)))
+            steps = sorted_steps("schedule", self.schedule)
             if not steps or steps[0] != 0:
                 raise ValueError(
-                    f"schedule={steps!r}; it must have step 0, before which nothing is kept"
+                    f"schedule={steps!r}; it must have step 0, before which nothing is cached"
                 )
             object.__setattr__(self, "schedule", steps)
 
@@ -116,16 +121,16 @@ class ReferenceCache:
         return "bitwise" if self.spacing == 0 and self.schedule is None else "lossy"
 
     def off(self) -> ReferenceCache:
-        """Return the same with settings by which every step is a refresh, and nothing is kept."""
+        """Return a copy whose steps are all refreshes and that caches nothing."""
         return replace(self, spacing=0, schedule=None)
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse other caches, and attention processors that cannot keep the reference."""
-        yield from obstacles(target)
+        """Refuse other caches, and attention processors without support for a reference KV."""
+        yield from check_for_other_caches(target)
         processors = [
             a.processor for a in model_of(target.pipe).attentions(target.pipe.transformer)
         ]
-        if strange := {type(p).__name__ for p in processors if not attends_as_flux(p)}:
+        if strange := {type(p).__name__ for p in processors if not is_flux_processor(p)}:
             yield Finding(
                 "error",
                 f"the transformer's attention runs through {', '.join(sorted(strange))}, which "
@@ -135,68 +140,89 @@ class ReferenceCache:
         if any(getattr(p, "_parallel_config", None) is not None for p in processors):
             yield Finding(
                 "error",
-                "attention is spread over several GPUs, which share the tokens among them",
+                "attention runs in parallel on several GPUs, and each has a part of the tokens",
                 "leave ReferenceCache out",
             )
 
     def apply(self, tx: Transaction) -> Change:
-        """Have attentions keep the reference, and wrap the run through the blocks."""
+        """Install processors with a reference KV, and wrap the run through the blocks."""
         attentions = model_of(tx.pipe).attentions(tx.pipe.transformer)
-        processors = Processors(tx.pipe.transformer, KeepingAttnProcessor)
-        tx.on_undo(processors.give_back)
-        processors.prepare()
-        tx.listen(processors)
-        engine = ReferenceEngine(tx.live(self), tx.pipe)
-        tx.wrap_blocks(engine)
-        tx.listen(engine)
-        tx.report_facts(engine.facts)
+        swap = ProcessorSwap(tx.pipe.transformer, ReferenceAttnProcessor)
+        tx.on_undo(swap.restore)
+        swap.prepare()
+        tx.listen(swap)
+        wrapper = ReferenceWrapper(tx.live(self), tx.pipe)
+        tx.wrap_blocks(wrapper)
+        tx.listen(wrapper)
+        tx.report_facts(wrapper.facts)
         return Change(len(attentions), "attentions keep the reference")
 
 
 @dataclass(eq=False)
-class _Memory:
-    """What one branch keeps.
+class _ReferenceState:
+    """The reference KV cache of one branch ("cond" or "uncond").
+
+    `requested_at` and `extracted_at` differ after a refresh step at which another cache skipped
+    blocks: the refresh was requested, but these blocks did not run. They refresh when they run
+    next.
 
     Attributes:
-        kept: of each block.
-        taken: of each block and sample, the step at which it was kept.
-        first: (batch, reference tokens, width): what the first block added at the last refresh.
-        step: which step was decided last.
-        due: of each sample, whether that step is a refresh.
-        wanted: of each sample, the last step that was one. Blocks that another cache left out
-            then kept nothing, and make up for it.
+        kv: the keys and values, by block.
+        extracted_at: by block, and for each sample: the step whose keys and values are stored.
+        requested_at: for each sample, the last step at which a refresh was requested.
+        first_residual: (batch, reference tokens, width): the first block's residual on the
+            reference tokens at each sample's last refresh. Only with `drift`.
+        decided_step: the step of the last decision.
+        refresh: for each sample, that decision: whether the step is a refresh.
     """
 
-    kept: dict[int, Kept] = field(default_factory=dict)
-    taken: dict[int, list[int]] = field(default_factory=dict)
-    first: Tensor | None = None
-    step: int = -1
-    due: list[bool] = field(default_factory=list)
-    wanted: list[int] = field(default_factory=list)
+    kv: dict[int, ReferenceKV] = field(default_factory=dict)
+    extracted_at: dict[int, list[int]] = field(default_factory=dict)
+    requested_at: list[int] = field(default_factory=list)
+    first_residual: Tensor | None = None
+    decided_step: int = -1
+    refresh: list[bool] = field(default_factory=list)
 
 
-class ReferenceEngine(CacheEngine[ReferenceCache]):
-    """Decides, keeps and forgets, for one pipeline."""
+class ReferenceWrapper(CacheWrapper[ReferenceCache]):
+    """Decides for each sample whether a step is a refresh, and runs the blocks accordingly.
+
+    Example: 2 samples, 3 steps with the sigmas 1.0, 0.9 and 0.85, `spacing=0.2`, `drift=0.1`.
+
+    - Step 0: nothing is stored, so both samples refresh. The blocks compute all tokens, and each
+      block stores the reference's keys and values of both samples.
+    - Step 1: the sigma has fallen by 0.1 only, so `spacing` asks for no refresh. The first block
+      computes all tokens to measure the drift: 0.15 for sample A, 0.03 for B. So A refreshes and B
+      does not. The blocks compute all tokens of both, so that shapes stay the same. They store A's
+      new keys and values. B's new ones are dropped, and B attends to step 0's.
+    - Step 2: since A's refresh the sigma has fallen by 0.05, since B's by 0.15, and both drifts are
+      small. Nobody refreshes: after the first block, the blocks compute text and noise tokens only.
+      A attends to step 1's keys and values, B to step 0's.
+
+    If FirstBlockCache had skipped blocks at step 1, these would still store step 0's keys and
+    values of A. Then A would refresh at step 2, because its last request (step 1) is later.
+    """
 
     def __init__(self, live: Live[ReferenceCache], pipe: Any) -> None:
         super().__init__(live, pipe)
-        self._memories: dict[str, _Memory] = {}
+        self._states: dict[str, _ReferenceState] = {}
         self._attentions: list[Any] = []
-        self._levels: list[float] = []
+        self._sigmas: list[float] = []
         self._refreshed = self._reused = self._bytes = 0
 
     @override
     @contextmanager
     def on_generation(self, generation: Generation) -> Iterator[None]:
-        """Begin and end with nothing kept.
+        """Start and end with an empty cache.
 
         Raises:
-            FluxfireError: attention processors were replaced.
+            FluxfireError: somebody replaced attention processors.
         """
         model = model_of(self._pipe)
-        self._attentions = model.attentions(self._pipe.transformer)  # hidden while the stack runs
+        # Listed here, because the transformer's blocks are hidden while they run.
+        self._attentions = model.attentions(self._pipe.transformer)
         for attention in self._attentions:
-            if not isinstance(attention.processor, KeepingAttnProcessor):
+            if not isinstance(attention.processor, ReferenceAttnProcessor):
                 raise FluxfireError(
                     f"an attention processor was replaced after ReferenceCache was applied, by "
                     f"{type(attention.processor).__name__} (an IP-adapter was loaded?), which "
@@ -207,23 +233,24 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
 
     @override
     def warmup_settings(self, settings: ReferenceCache) -> ReferenceCache:
-        """Refresh, then reuse; with a drift that never comes where one has graphs of its own."""
+        """Return settings that refresh at step 0 and reuse at step 1."""
         if settings.exactness == "bitwise":
             return settings
         if settings.drift is None or settings.schedule is not None:
             return replace(settings, schedule=(0,))
+        # Measuring a drift has graphs of its own. An infinite drift measures, and never refreshes.
         return replace(settings, spacing=inf, drift=inf, warmup_steps=0, tail_steps=0)
 
     @override
     def forget(self) -> None:
-        """Drop everything that was kept."""
-        self._memories.clear()
-        self._levels = []
+        """Drop all cached tensors."""
+        self._states.clear()
+        self._sigmas = []
 
     def facts(self) -> dict[str, object]:
-        """Tell the report how often the reference was due, and what one branch keeps.
+        """Report how many samples were refreshed or reused, and the bytes of one branch's cache.
 
-        One that falls on hits of another cache counts at each step until it is made up for.
+        A refresh that another cache prevents is counted again at each step until it happens.
         """
         return {
             "refreshed": self._refreshed,
@@ -232,132 +259,151 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
         }
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
-        """Run all tokens, or those before the reference's."""
+        """Run the blocks on all tokens, or on text and noise tokens only."""
         if not self._applies(streams, call):
             return run(streams, blocks)
-        memory = self._memories.setdefault(call.branch, _Memory())
-        if not memory.kept:
-            self._make_room(memory, streams.image, call.tokens.reference)
-        if memory.step != call.step:
-            memory.step, memory.due = call.step, self._by_time(memory, call, len(streams.image))
-            if self._measures and blocks.start == 0:
+        state = self._states.setdefault(call.branch, _ReferenceState())
+        if not state.kv:
+            self._allocate(state, streams.image, call.tokens.reference)
+        if state.decided_step != call.step:  # an outer wrapper may run the blocks in several parts
+            state.decided_step = call.step
+            state.refresh = self._refresh_by_sigma(state, call, len(streams.image))
+            drifts: list[float] = []
+            if self._measures_drift and blocks.start == 0:
                 before = streams.image
-                streams = self._refresh(memory, run, streams, blocks[:1], None)
-                drifts = self._by_drift(memory, (streams.image - before)[:, call.tokens.noise :])
+                streams = self._refresh(state, run, streams, blocks[:1], None)
+                residual = (streams.image - before)[:, call.tokens.noise :]
+                drifts = self._refresh_by_drift(state, residual)
                 blocks = blocks[1:]
-            else:
-                drifts = []
-            if not memory.wanted:
-                memory.wanted = [call.step] * len(memory.due)
-            memory.wanted = [
-                call.step if due else before
-                for due, before in zip(memory.due, memory.wanted, strict=True)
+            last = state.requested_at or [call.step] * len(state.refresh)
+            state.requested_at = [
+                call.step if refresh else step
+                for refresh, step in zip(state.refresh, last, strict=True)
             ]
-            self._note(memory, call, drifts)
-        if any(memory.due):
-            # With a drift one kind of graph does for all batches, whoever is due.
-            one_kind = not self._measures or len(memory.due) == 1
-            mixed = None if one_kind and all(memory.due) else memory.due
-            return self._refresh(memory, run, streams, blocks, mixed)
-        return self._reuse(memory, run, streams, blocks, call)
+            self._record_refresh(state, call, drifts)
+        if any(state.refresh):
+            # A mask has graphs of its own. With a drift a batch always has one, even if all samples
+            # refresh: a warm-up run cannot tell in advance who will.
+            maskless = all(state.refresh) and (not self._measures_drift or len(state.refresh) == 1)
+            return self._refresh(state, run, streams, blocks, None if maskless else state.refresh)
+        return self._reuse(state, run, streams, blocks, call)
 
     @property
-    def _measures(self) -> bool:
+    def _measures_drift(self) -> bool:
         return self.settings.drift is not None and self.settings.schedule is None
 
     def _applies(self, streams: Streams, call: Call) -> bool:
-        """Whether there is a reference to keep, and nothing else has a say in attention."""
+        """Whether the call has a reference to cache, and attention runs without extra arguments."""
         if call.tokens.reference == 0 or self.settings.exactness == "bitwise":
             return False
         if torch.is_grad_enabled() or streams.attention_kwargs:
             return False
         if torch.is_autocast_enabled(streams.image.device.type):
             return False
-        memory = self._memories.get(call.branch)
-        cut = streams.image.shape[1] == call.tokens.noise  # by ourselves, earlier in this step
-        return not cut or (memory is not None and memory.step == call.step)
+        state = self._states.get(call.branch)
+        # The stream may lack the reference tokens. Then either `_reuse` cut them earlier in this
+        # step, or somebody else did, and there is nothing to cache.
+        cut = streams.image.shape[1] == call.tokens.noise
+        return not cut or (state is not None and state.decided_step == call.step)
 
-    def _by_time(self, memory: _Memory, call: Call, batch: int) -> list[bool]:
-        """Say which samples are due whatever they look like."""
+    def _refresh_by_sigma(self, state: _ReferenceState, call: Call, batch: int) -> list[bool]:
+        """Return which samples refresh for other reasons than drift."""
         settings = self.settings
-        if len(memory.taken) < len(self._attentions):
-            return [True] * batch
-        oldest = [min(taken) for taken in zip(*memory.taken.values(), strict=True)]
-        missed = [taken < wanted for taken, wanted in zip(oldest, memory.wanted, strict=True)]
+        if len(state.extracted_at) < len(self._attentions):
+            return [True] * batch  # some block has stored nothing yet
+        oldest = [min(steps) for steps in zip(*state.extracted_at.values(), strict=True)]
+        missed = [done < asked for done, asked in zip(oldest, state.requested_at, strict=True)]
+        window = step_window(call.steps, warmup=settings.warmup_steps, tail=settings.tail_steps)
         if settings.schedule is not None:
             planned = [call.step in settings.schedule] * batch
-        elif not settings.warmup_steps <= call.step < call.steps - settings.tail_steps:
+        elif call.step not in window:
             planned = [True] * batch
         else:
-            now, fallen = self._level(call.step, call.steps), settings.spacing - _ROUNDING
-            planned = [self._level(taken, call.steps) - now >= fallen for taken in oldest]
+            now, spacing = self._sigma(call.step, call.steps), settings.spacing - _ROUNDING
+            planned = [self._sigma(done, call.steps) - now >= spacing for done in oldest]
         return [one or other for one, other in zip(planned, missed, strict=True)]
 
-    def _level(self, step: int, steps: int) -> float:
-        """Return a step's noise level; the first time in a generation waits for all of them.
+    def _sigma(self, step: int, steps: int) -> float:
+        """Return a step's sigma. The first call of a generation waits for the device.
 
-        A scheduler that does not keep its time steps is taken to step evenly.
+        Some schedulers do not keep their time steps; then the sigmas are taken as evenly spaced.
         """
-        if not self._levels:
+        if not self._sigmas:
             planned = self._pipe.scheduler.timesteps[-steps:].tolist()
             even = [1000 * (1 - i / steps) for i in range(steps)]
-            self._levels = [t / 1000 for t in (planned if len(planned) == steps else even)]
-        return self._levels[min(step, steps - 1)]
+            self._sigmas = [t / 1000 for t in (planned if len(planned) == steps else even)]
+        return self._sigmas[min(step, steps - 1)]
 
-    def _by_drift(self, memory: _Memory, added: Tensor) -> list[float]:
-        """Have samples be due whose reference changed; return by how much, which waits."""
-        assert self.settings.drift is not None  # noqa: S101 - the caller looked
+    def _refresh_by_drift(self, state: _ReferenceState, residual: Tensor) -> list[float]:
+        """Let samples refresh whose drift is too large. Waits for the device.
+
+        Returns:
+            The drift of each sample; empty at the first step.
+        """
+        assert self.settings.drift is not None  # noqa: S101 - the caller checks it
         drifts: list[float] = []
-        if memory.first is not None:
-            apart, size = (added - memory.first).abs(), memory.first.abs()
-            means = [x.mean((1, 2), dtype=torch.float32) for x in (apart, size)]
-            drifts = (means[0] / means[1]).tolist()
-            memory.due = [
-                due or drift > self.settings.drift
-                for due, drift in zip(memory.due, drifts, strict=True)
+        if state.first_residual is not None:
+            drifts = relative_distance(residual, state.first_residual).tolist()
+            state.refresh = [
+                refresh or drift > self.settings.drift
+                for refresh, drift in zip(state.refresh, drifts, strict=True)
             ]
-        if memory.first is None or all(memory.due):
-            memory.first = added
-        elif any(memory.due):
-            due = torch.tensor(memory.due, device=added.device)[:, None, None]
-            memory.first = torch.where(due, added, memory.first)
+        if state.first_residual is None or all(state.refresh):
+            state.first_residual = residual
+        elif any(state.refresh):
+            refresh = torch.tensor(state.refresh, device=residual.device)[:, None, None]
+            state.first_residual = torch.where(refresh, residual, state.first_residual)
         return drifts
 
-    def _note(self, memory: _Memory, call: Call, drifts: list[float]) -> None:
-        self._refreshed += sum(memory.due)
-        self._reused += len(memory.due) - sum(memory.due)
+    def _record_refresh(self, state: _ReferenceState, call: Call, drifts: list[float]) -> None:
+        self._refreshed += sum(state.refresh)
+        self._reused += len(state.refresh) - sum(state.refresh)
         if self._generation is not None:
             self._generation.refreshes.append(
-                Refresh(call.step, call.branch, tuple(memory.due), tuple(drifts))
+                Refresh(call.step, call.branch, tuple(state.refresh), tuple(drifts))
             )
 
     def _refresh(
-        self, memory: _Memory, run: Run, streams: Streams, blocks: range, due: list[bool] | None
+        self,
+        state: _ReferenceState,
+        run: Run,
+        streams: Streams,
+        blocks: range,
+        refresh: list[bool] | None,
     ) -> Streams:
-        """Run all tokens, and keep the reference of the samples that are due; None if all."""
-        mask = None if due is None else torch.tensor(due, device=streams.image.device)[:, None]
-        batch = len(streams.image)
+        """Run the blocks on all tokens, and store the reference's keys and values.
+
+        Args:
+            state: the branch's cache.
+            run: runs blocks.
+            streams: the blocks' input, with the reference tokens.
+            blocks: which blocks to run.
+            refresh: for each sample, whether to store its new keys and values; None for all.
+        """
+        device, batch = streams.image.device, len(streams.image)
+        mask = None if refresh is None else torch.tensor(refresh, device=device)[:, None]
 
         def arguments(index: int) -> dict[str, Any]:
-            before = memory.taken.get(index, [memory.step] * batch)
-            memory.taken[index] = [
-                memory.step if due is None or due[sample] else before[sample]
+            now = state.decided_step
+            before = state.extracted_at.get(index, [now] * batch)
+            state.extracted_at[index] = [
+                now if refresh is None or refresh[sample] else before[sample]
                 for sample in range(batch)
             ]
-            return {"reference": memory.kept[index]._replace(due=mask)}
+            return {REFERENCE_KWARG: state.kv[index]._replace(refresh_mask=mask)}
 
         out = run(replace(streams, arguments=arguments), blocks)
         return replace(out, arguments=streams.arguments)
 
     def _reuse(
-        self, memory: _Memory, run: Run, streams: Streams, blocks: range, call: Call
+        self, state: _ReferenceState, run: Run, streams: Streams, blocks: range, call: Call
     ) -> Streams:
-        """Run the tokens before the reference's."""
+        """Run the blocks on text and noise tokens, which attend to the stored keys and values."""
         tokens = streams.text.shape[1] + call.tokens.noise
         cos, sin = streams.rotary
 
         def arguments(index: int) -> dict[str, Any]:
-            return {"reference": memory.kept[index]._replace(fresh=False)}
+            return {REFERENCE_KWARG: state.kv[index]._replace(extract=False)}
 
         cut = replace(
             streams,
@@ -368,15 +414,15 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
         out = run(cut, blocks)
         return replace(out, rotary=streams.rotary, arguments=streams.arguments)
 
-    def _make_room(self, memory: _Memory, image: Tensor, tokens: int) -> None:
-        """Make room for what every block keeps.
+    def _allocate(self, state: _ReferenceState, image: Tensor, tokens: int) -> None:
+        """Allocate the keys and values of every block.
 
         Raises:
-            FluxfireError: the GPU has too little memory left.
+            FluxfireError: the GPU has too little free memory.
         """
         shapes = [(len(image), tokens, a.heads, a.head_dim) for a in self._attentions]
         dtypes = [
-            FLOAT8
+            E4M3
             if self.settings.in_float8 or isinstance(a.processor, Float8AttnProcessor)
             else image.dtype
             for a in self._attentions
@@ -387,21 +433,21 @@ class ReferenceEngine(CacheEngine[ReferenceCache]):
         _check_memory(image.device, self._bytes, tokens)
         for index, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
             key, value = (image.new_empty(shape, dtype=dtype) for _ in range(2))
-            of_key, of_value = (
+            key_scale, value_scale = (
                 image.new_ones(shape[0], shape[2], dtype=torch.float32) for _ in range(2)
             )
-            memory.kept[index] = Kept(key, value, of_key, of_value, fresh=True)
+            state.kv[index] = ReferenceKV(key, value, key_scale, value_scale, extract=True)
 
 
 def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
-    """Raise a FluxfireError where a GPU cannot hold what is to be kept."""
+    """Raise a FluxfireError if the GPU lacks memory for the cache."""
     if device.type != "cuda":
         return
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    left = torch.cuda.mem_get_info(device)[0] + unused
-    if needed > left:
+    free = torch.cuda.mem_get_info(device)[0] + unused
+    if needed > free:
         raise FluxfireError(
             f"ReferenceCache would keep {human_bytes(needed).lstrip('+')} for {tokens} tokens of "
-            f"the reference, and the GPU has {human_bytes(left).lstrip('+')} left; use a smaller "
-            f"reference or batch, in_float8=True for half of it, or leave ReferenceCache out"
+            f"the reference, and the GPU has {human_bytes(free).lstrip('+')} left; use a smaller "
+            f"reference or batch, set in_float8=True for half of it, or leave ReferenceCache out"
         )

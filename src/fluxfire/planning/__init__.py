@@ -1,1 +1,1 @@
-"""From what a user asks for to a plan, or to the reason why there is none."""
+"""Turns the list that a user writes into a plan, or into the reasons why no plan is possible."""

@@ -1,4 +1,4 @@
-"""From a list of passes to a plan: order looked at, every check run."""
+"""Makes a plan: finds conflicts in a list of passes, and runs the check of every pass."""
 
 from __future__ import annotations
 
@@ -9,55 +9,62 @@ from typing import Any
 from fluxfire import modules
 from fluxfire.environment import environment
 from fluxfire.planning.plan import Plan, Step
-from fluxfire.planning.resolve import Passes, entries
-from fluxfire.planning.rules import faults
+from fluxfire.planning.resolve import Passes, resolve_entries
+from fluxfire.planning.rules import find_conflicts
 from fluxfire.planning.suggest import suggest
 from fluxfire.protocol import Finding, Pass, Target, configured, provided_traits
-from fluxfire.runtime.conductor import conductor_of, shared_conductor
+from fluxfire.runtime.conductor import conductor_of, conductor_of_transformer
 from fluxfire.supported import refusal
 
 
 def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
-    """Say what applying passes would do.
+    """Plan the application of passes. Changes nothing.
 
     Args:
-        pipe: what is hoped to be a Kontext pipeline.
+        pipe: any object; the plan of anything but a Kontext pipeline has a problem.
         passes: as for `fluxfire.optimize`.
-        applied: the passes that the pipeline carries already.
+        applied: the passes that the pipeline already carries.
+
+    Raises:
+        PlanError: there is no such preset, a file cannot be read, or `passes` is no list.
     """
-    read = entries(passes)
-    wrong = [line for entry in read for line in entry.wrong]
-    wanted = [Step(p, faults=entry.wrong) for entry in read for p in entry.meant]
-    if (why := refusal(pipe) or _disturbed(pipe)) is not None:
-        unchecked = (replace(step, faults=(why, *step.faults)) for step in wanted)
-        return Plan(tuple(unchecked), (why, *wrong), tuple(applied))
-    asked = [step.pass_ for step in wanted]
-    for index, said in faults([*applied, *asked], applied=len(applied)):
-        step = wanted[index - len(applied)]
-        wanted[index - len(applied)] = replace(step, faults=(*step.faults, said))
-        wrong.append(said)
-    checked = _checked(pipe, applied, asked)
-    steps = (replace(w, findings=c.findings) for w, c in zip(wanted, checked, strict=True))
-    result = Plan(tuple(steps), tuple(dict.fromkeys(wrong)), tuple(applied))
-    if result.ok:
-        return result
-    suggestion, left_out = suggest(asked, applied, lambda passes: _checked(pipe, applied, passes))
-    unknown = (f"{e.written!r}, because it is no pass" for e in read if not e.meant)
-    return replace(result, suggestion=suggestion, left_out=(*unknown, *left_out))
+    entries = resolve_entries(passes)
+    problems = [message for entry in entries for message in entry.errors]
+    steps = [Step(p, faults=entry.errors) for entry in entries for p in entry.passes]
+    if (why := refusal(pipe) or _why_unusable(pipe)) is not None:
+        unchecked = (replace(step, faults=(why, *step.faults)) for step in steps)
+        return Plan(tuple(unchecked), (why, *problems), tuple(applied))
+    requested = [step.pass_ for step in steps]
+    for index, message in find_conflicts([*applied, *requested], applied=len(applied)):
+        step = steps[index - len(applied)]
+        steps[index - len(applied)] = replace(step, faults=(*step.faults, message))
+        problems.append(message)
+    checked = _run_checks(pipe, applied, requested)
+    steps = [replace(s, findings=c.findings) for s, c in zip(steps, checked, strict=True)]
+    plan = Plan(tuple(steps), tuple(dict.fromkeys(problems)), tuple(applied))
+    if plan.ok:
+        return plan
+    suggestion, left_out = suggest(
+        requested, applied, lambda passes: _run_checks(pipe, applied, passes)
+    )
+    unknown = (f"{e.written!r}, because it is no pass" for e in entries if not e.passes)
+    return replace(plan, suggestion=suggestion, left_out=(*unknown, *left_out))
 
 
-def _disturbed(pipe: Any) -> str | None:
-    """Say what keeps fluxfire from working on this pipeline now, or None."""
-    owner = conductor_of(pipe)
-    if owner is not None and (why := owner.disturbed(pipe)) is not None:
+def _why_unusable(pipe: Any) -> str | None:
+    """Return the reason why fluxfire cannot work on a Kontext pipeline now; None if it can."""
+    conductor = conductor_of(pipe)
+    if conductor is not None and (why := conductor.why_unusable(pipe)) is not None:
         return why
-    if owner is None and shared_conductor(pipe.transformer) is not None:
+    if conductor is None and conductor_of_transformer(pipe.transformer) is not None:
         return (
             "this pipeline's transformer is already optimized through another pipeline; "
             "restore that one first"
         )
+    # Such a cache patches the transformer's class and calls the blocks itself, so no pass would
+    # see them run.
     if "foreign-cache" in modules.cache_traits(pipe.transformer):
-        return "; ".join(modules.FOREIGN_CACHE)  # it patches the class, and calls blocks itself
+        return "; ".join(modules.FOREIGN_CACHE)
     if getattr(pipe.transformer, "_parallel_config", None) is not None:
         return (
             "the transformer runs on several GPUs (enable_parallelism()), and no pass knows of the "
@@ -66,23 +73,28 @@ def _disturbed(pipe: Any) -> str | None:
     return None
 
 
-def _checked(pipe: Any, applied: Sequence[Pass], wanted: Sequence[Pass]) -> list[Step]:
-    """Run every pass's check, each knowing the whole list and what earlier passes leave."""
-    data = tuple(map(configured, (*applied, *wanted)))
+def _run_checks(pipe: Any, applied: Sequence[Pass], requested: Sequence[Pass]) -> list[Step]:
+    """Run the check of every requested pass.
+
+    Each check sees the whole list, and the traits that hold after the passes before it.
+    """
+    whole_list = tuple(map(configured, (*applied, *requested)))
     traits = modules.traits(pipe).union(*map(provided_traits, applied))
     steps = []
-    for index, pass_ in enumerate(wanted):
-        others = (*applied, *wanted[:index])
-        twin = any(p.name == pass_.name for p in others)  # complained of already
-        target = Target(pipe, environment(), data, traits)
-        findings = () if twin else (*_findings(pass_, target), *_in_one_graph(pass_, pipe))
+    for index, pass_ in enumerate(requested):
+        others = (*applied, *requested[:index])
+        is_duplicate = any(p.name == pass_.name for p in others)  # `find_conflicts` reports it
+        target = Target(pipe, environment(), whole_list, traits)
+        findings: tuple[Finding, ...] = ()
+        if not is_duplicate:
+            findings = (*_run_check(pass_, target), *_refuse_one_graph(pass_, pipe))
         steps.append(Step(pass_, findings))
         traits |= provided_traits(pass_)
     return steps
 
 
-def _in_one_graph(pass_: Pass, pipe: Any) -> Iterator[Finding]:
-    """Refuse what decides between the blocks where the user compiled the whole transformer."""
+def _refuse_one_graph(pass_: Pass, pipe: Any) -> Iterator[Finding]:
+    """Refuse a pass that wraps the blocks if the user compiled the whole transformer."""
     if "wraps-blocks" in provided_traits(pass_) and modules.is_compiled(pipe.transformer):
         yield Finding(
             "error",
@@ -92,14 +104,15 @@ def _in_one_graph(pass_: Pass, pipe: Any) -> Iterator[Finding]:
         )
 
 
-def _findings(pass_: Pass, target: Target) -> tuple[Finding, ...]:
-    fault = "this is a fault of the pass; leave it out"
+def _run_check(pass_: Pass, target: Target) -> tuple[Finding, ...]:
+    """Run the check of one pass. An error in the check itself becomes a finding."""
+    remedy = "this is a fault of the pass; leave it out"
     try:
         findings = tuple(pass_.check(target))
-    except Exception as error:  # noqa: BLE001 - anyone's code; the plan must name it
-        said = f"its check() failed with {type(error).__name__}: {error}"
-        return (Finding("error", said, fault),)
+    except Exception as error:  # noqa: BLE001 - a pass is anybody's code, and the plan names it
+        message = f"its check() failed with {type(error).__name__}: {error}"
+        return (Finding("error", message, remedy),)
     for finding in findings:
         if not isinstance(finding, Finding):
-            return (Finding("error", f"its check() gave {finding!r}, not a Finding", fault),)
+            return (Finding("error", f"its check() gave {finding!r}, not a Finding", remedy),)
     return findings

@@ -1,7 +1,7 @@
-"""Passes by name: fluxfire's own, and those that installed packages announce.
+"""Finds passes by name: fluxfire's own passes, and the passes of installed packages.
 
-A package announces a pass as an entry point of the group `fluxfire.passes`, whose name is
-the pass's name and whose value is the class:
+A package registers a pass as an entry point of the group `fluxfire.passes`. The entry point's name
+is the pass's name, and its value is the class:
 
     [project.entry-points."fluxfire.passes"]
     my-pass = "my_package:MyPass"
@@ -13,40 +13,50 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 
-from fluxfire import passes
 from fluxfire.errors import PlanError
 from fluxfire.protocol import Pass
 
 GROUP = "fluxfire.passes"
 
 
-def own() -> dict[str, type[Pass]]:
+def built_in() -> dict[str, type[Pass]]:
     """Return fluxfire's own passes by name."""
+    from fluxfire import passes  # here, since they import torch
+
     classes = [getattr(passes, name) for name in passes.__all__]
     return {cls.name: cls for cls in classes}
 
 
-def announced() -> dict[str, EntryPoint]:
-    """Return the passes that other packages announce, not yet imported."""
+def third_party() -> dict[str, EntryPoint]:
+    """Return the entry points of other packages' passes by name. Imports none of them."""
     return {entry.name: entry for entry in entry_points(group=GROUP)}
 
 
 def names() -> list[str]:
     """Return the names of all passes, sorted."""
-    return sorted({*own(), *announced()})
+    return sorted({*built_in(), *third_party()})
+
+
+def names_by_class() -> dict[str, str]:
+    """Map the class names of fluxfire's own passes to the passes' names."""
+    return {cls.__name__: name for name, cls in built_in().items()}
 
 
 def find(name: str) -> Callable[..., Pass]:
-    """Return the class of the pass with this name.
+    """Return the class of a pass.
+
+    Args:
+        name: the pass's name, or the name of its class.
 
     Raises:
-        PlanError: there is none, or its package cannot be imported.
+        PlanError: there is no such pass, or its package cannot be imported.
     """
-    ours, theirs = own(), announced()
+    ours, theirs = built_in(), third_party()
+    name = names_by_class().get(name, name)
     if name in ours:
         return ours[name]
     if name not in theirs:
-        close = meant(name)
+        close = closest_name(name)
         hint = (
             f"; did you mean {close!r}?"
             if close
@@ -64,20 +74,18 @@ def find(name: str) -> Callable[..., Pass]:
     return cls
 
 
-def meant(name: str) -> str | None:
-    """Guess which pass a wrong name means; None if it is like none."""
-    by_class = {cls.__name__: own_name for own_name, cls in own().items()}
-    if name in by_class:
-        return by_class[name]
+def closest_name(name: str) -> str | None:
+    """Return the pass name most similar to a misspelt one; None if no name is similar."""
     close = get_close_matches(name.replace("_", "-"), names(), n=1)
     return close[0] if close else None
 
 
 def make(name: str) -> Pass:
-    """Return the pass with this name, with its defaults.
+    """Create the pass with this name, with default settings.
 
     Raises:
-        PlanError: there is none, its package cannot be imported, or it has no defaults.
+        PlanError: there is no such pass, its package cannot be imported, or a setting has no
+            default.
     """
     cls = find(name)
     try:

@@ -1,4 +1,4 @@
-"""Which settings `fluxfire.using` may change, and what to say of those that it may not."""
+"""Finds out which settings `fluxfire.using` may change, and explains why others cannot change."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from fluxfire.errors import PlanError
 from fluxfire.planning.resolve import Passes, resolve
 from fluxfire.protocol import Pass, configured
 from fluxfire.runtime.generation import Live
-from fluxfire.text import bullets, spelled
+from fluxfire.text import bullets, spell
 
 
-def retuned(
+def pair_live_settings(
     lives: Sequence[Live[Any]], applied: Sequence[Pass], settings: Passes
 ) -> list[tuple[Live[Any], Pass]]:
-    """Pair live settings with what they shall become.
+    """Pair each live setting with its new value.
 
     Args:
         lives: the live settings of the applied passes.
         applied: the applied passes.
-        settings: passes with the settings wanted, or a preset's name.
+        settings: passes with the new settings, or a preset's name.
 
     Raises:
-        PlanError: saying everything that stands in the way.
+        PlanError: some settings cannot change; the message lists all reasons.
     """
-    wanted, wrong = resolve(settings)
-    by_name = {p.name: p for p in applied}
+    requested, errors = resolve(settings)
+    applied_by_name = {p.name: p for p in applied}
     live_by_name = {live.settings.name: live for live in lives}
-    swaps = []
-    for pass_ in wanted:
-        present = by_name.get(pass_.name)
+    pairs = []
+    for pass_ in requested:
+        present = applied_by_name.get(pass_.name)
         if present is None:
-            wrong.append(f"{pass_.name} is not applied; using() changes settings only")
+            errors.append(f"{pass_.name} is not applied; using() changes settings only")
         elif (live := live_by_name.get(pass_.name)) is not None:
-            if fixed := _fixed(live.settings, pass_):
-                wrong.append(f"{pass_.name}: {fixed}")
-            swaps.append((live, pass_))
+            if message := _fixed_settings_error(live.settings, pass_):
+                errors.append(f"{pass_.name}: {message}")
+            pairs.append((live, pass_))
         elif pass_ != present:
-            wrong.append(
+            errors.append(
                 f"{pass_.name} has no settings that can change at run time; it is applied as "
-                f"{spelled(present)}: restore(pipe), and optimize with {spelled(pass_)}"
+                f"{spell(present)}: restore(pipe), and optimize with {spell(pass_)}"
             )
-    if wrong:
-        raise PlanError(f"These settings cannot be used. Nothing was changed.\n{bullets(wrong)}")
-    return swaps
+    if errors:
+        raise PlanError(f"These settings cannot be used. Nothing was changed.\n{bullets(errors)}")
+    return pairs
 
 
-def _fixed(present: Pass, wanted: Pass) -> str:
-    """Say which of the differences cannot be made at run time; nothing if all can."""
-    if type(present) is not type(wanted) or not is_dataclass(wanted):
-        return f"{spelled(wanted)} is another kind of pass than the one applied"
+def _fixed_settings_error(present: Pass, requested: Pass) -> str:
+    """Name the settings that differ but cannot change at run time; empty if there are none."""
+    if type(present) is not type(requested) or not is_dataclass(requested):
+        return f"{spell(requested)} is another kind of pass than the one applied"
     now = configured(present).settings
-    names = [name for name, value in configured(wanted).fixed.items() if now[name] != value]
+    names = [name for name, value in configured(requested).fixed.items() if now[name] != value]
     return f"{', '.join(names)} cannot change at run time" if names else ""

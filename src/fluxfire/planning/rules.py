@@ -1,4 +1,7 @@
-"""Which lists of passes make sense, and what is wrong with the others. No torch in here."""
+"""Rules for lists of passes: what counts as a pass, and which passes fit together.
+
+This module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ from fluxfire.protocol import (
     Pass,
     provided_traits,
 )
-from fluxfire.text import spelled
+from fluxfire.text import spell
 
 
-def malformed(candidate: object) -> str | None:
-    """Say why an object is not a pass, or None if it is one."""
+def why_not_a_pass(candidate: object) -> str | None:
+    """Return the reason why an object is not a valid pass; None if it is valid."""
     if inspect.isclass(candidate):
         name = candidate.__name__
         return f"{name} is a class; pass an instance, {name}()"
@@ -33,12 +36,12 @@ def malformed(candidate: object) -> str | None:
     missing += [f"{m}()" for m in ("check", "apply") if not callable(getattr(candidate, m, None))]
     if missing:
         return f"{candidate!r} is not a pass: it has no {', '.join(missing)}"
-    assert isinstance(candidate, Pass)  # noqa: S101 - the members were just looked at
-    return _ill_described(candidate)
+    assert isinstance(candidate, Pass)  # noqa: S101 - all members were found above
+    return _invalid_member(candidate)
 
 
-def _ill_described(candidate: Pass) -> str | None:
-    """Say which of a pass's facts about itself is impossible, or None."""
+def _invalid_member(candidate: Pass) -> str | None:
+    """Return a message about the first member with an invalid value; None if all are valid."""
     if not isinstance(candidate.name, str) or not candidate.name:
         return f"{candidate!r} has name {candidate.name!r}; a pass's name is a non-empty string"
     if candidate.stage not in STAGES:
@@ -62,15 +65,15 @@ def _ill_described(candidate: Pass) -> str | None:
     return None
 
 
-def faults(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, str]]:
-    """Say everything that is wrong with a list of well-formed passes as a list.
+def find_conflicts(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, str]]:
+    """Find duplicates, slots with two passes, and passes in the wrong order.
 
     Args:
-        passes: the whole list, those already applied first.
-        applied: how many of them are already applied, so that the words fit.
+        passes: valid passes, the applied ones first.
+        applied: how many of them are already applied; the messages say so.
 
     Yields:
-        The index of a pass, and what is wrong with its being there.
+        The index of a pass that conflicts with an earlier one, and a message.
     """
     highest = 0  # index of the pass with the latest stage so far
     names: dict[str, int] = {}
@@ -78,13 +81,13 @@ def faults(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, s
     for index, pass_ in enumerate(passes):
         twin = names.setdefault(pass_.name, index)
         if twin != index:
-            yield index, _twice(passes[twin], pass_, applied=twin < applied)
-            continue  # one of them must go, and its order with it
+            yield index, _duplicate_message(passes[twin], pass_, applied=twin < applied)
+            continue  # the user must remove one of the two, so the order does not matter
         if pass_.slot is not None:
             holder = slots.setdefault(pass_.slot, pass_)
             if holder is not pass_:
-                said = f"{pass_.name} and {holder.name} both fill the slot {pass_.slot!r}"
-                yield index, f"{said}, which has room for one; keep one of them"
+                both = f"{pass_.name} and {holder.name} both fill the slot {pass_.slot!r}"
+                yield index, f"{both}, which has room for one; keep one of them"
         latest = passes[highest]
         if STAGES.index(pass_.stage) >= STAGES.index(latest.stage):
             highest = index
@@ -96,44 +99,45 @@ def faults(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, s
         yield index, f"{first} must come before {then}: {why}"
 
 
-def problems(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
-    """Say the same without the indices, and what is wrong with several passes once."""
-    return list(dict.fromkeys(said for _, said in faults(passes, applied=applied)))
+def conflict_messages(passes: Sequence[Pass], *, applied: int = 0) -> list[str]:
+    """Return the messages of `find_conflicts`, each once."""
+    return list(dict.fromkeys(message for _, message in find_conflicts(passes, applied=applied)))
 
 
-def _twice(first: Pass, second: Pass, *, applied: bool) -> str:
+def _duplicate_message(first: Pass, second: Pass, *, applied: bool) -> str:
     if applied:
-        return f"{second.name} is already applied, as {spelled(first)}"
-    both = spelled(first) if first == second else f"{spelled(first)} and {spelled(second)}"
+        return f"{second.name} is already applied, as {spell(first)}"
+    both = spell(first) if first == second else f"{spell(first)} and {spell(second)}"
     return f"{second.name} is in the list twice, as {both}; keep one"
 
 
-def by_stage(passes: Iterable[Pass]) -> list[Pass]:
-    """Sort passes by stage, leaving passes of one stage as they stand."""
+def sort_by_stage(passes: Iterable[Pass]) -> list[Pass]:
+    """Sort passes by stage. Passes of the same stage keep their order."""
     return sorted(passes, key=lambda p: STAGES.index(p.stage))
 
 
-def misfits(passes: Sequence[Pass], applied: Sequence[Pass] = ()) -> list[str | None]:
-    """Choose the longest sensible rest of a bad list: each pass and slot once.
+def reasons_to_leave_out(passes: Sequence[Pass], applied: Sequence[Pass] = ()) -> list[str | None]:
+    """Decide which passes of a bad list can stay, so that each name and slot occurs once.
 
     Args:
-        passes: well-formed, in any order; the first that fills a slot keeps it.
-        applied: passes that the pipeline carries already.
+        passes: valid passes in any order; the first pass that fills a slot keeps it.
+        applied: passes that the pipeline already carries.
 
     Returns:
-        For each pass, why it must stay out, or None; what is left can be put in order.
+        For each pass the reason to leave it out, or None. `sort_by_stage` makes a list without
+        conflicts of the passes with None.
     """
     latest = max(applied, key=lambda p: STAGES.index(p.stage), default=None)
     kept: list[Pass] = []
-    found: list[str | None] = []
+    reasons: list[str | None] = []
     for pass_ in passes:
-        found.append(_misfit(pass_, applied, kept, latest))
-        if found[-1] is None:
+        reasons.append(_reason_to_leave_out(pass_, applied, kept, latest))
+        if reasons[-1] is None:
             kept.append(pass_)
-    return found
+    return reasons
 
 
-def _misfit(
+def _reason_to_leave_out(
     pass_: Pass, applied: Sequence[Pass], kept: Sequence[Pass], latest: Pass | None
 ) -> str | None:
     for other in (*applied, *kept):

@@ -1,4 +1,4 @@
-"""From a list of passes that cannot be applied to one that can, by trying. No torch in here."""
+"""Finds a list that works, close to a list that does not. This module does not import torch."""
 
 from __future__ import annotations
 
@@ -6,83 +6,99 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fluxfire.planning.plan import Step
-from fluxfire.planning.rules import by_stage, malformed, misfits
+from fluxfire.planning.rules import reasons_to_leave_out, sort_by_stage, why_not_a_pass
 from fluxfire.protocol import Finding, Pass, provided_traits
-from fluxfire.text import spelled
+from fluxfire.text import spell
 
 Check = Callable[[Sequence[Pass]], Sequence[Step]]
 
 
 @dataclass(eq=False)
 class _Candidate:
-    """A pass that was asked for.
+    """A pass that the user requested, and what the search does with it.
 
     Attributes:
-        asked: it.
-        pass_: the same, or what a finding offered in its place.
-        why: what stands in its way, once that is found.
-        out: whether it was given up, and another may have its slot.
+        requested: the pass as the user wrote it.
+        pass_: the requested pass, or the one that a finding offers in its place.
+        reason: why the requested pass cannot stay; empty until a reason is found.
+        given_up: whether the search left the pass out, which frees its slot.
     """
 
-    asked: Pass
+    requested: Pass
     pass_: Pass
-    why: str = ""
-    out: bool = False
+    reason: str = ""
+    given_up: bool = False
 
-    def told(self, *, kept: bool) -> str:
-        """Say what became of a pass that is not in the suggestion."""
-        stead = f"; in its place: {spelled(self.pass_)}" if kept else ""
-        return f"{spelled(self.asked)}, because {self.why}{stead}"
+    def explain(self, *, kept: bool) -> str:
+        """Say why the suggestion lacks the requested pass, and what it has instead."""
+        instead = f"; in its place: {spell(self.pass_)}" if kept else ""
+        return f"{spell(self.requested)}, because {self.reason}{instead}"
 
 
 def suggest(
-    asked: Sequence[Pass], applied: Sequence[Pass], check: Check
+    requested: Sequence[Pass], applied: Sequence[Pass], check: Check
 ) -> tuple[tuple[Pass, ...] | None, tuple[str, ...]]:
-    """Find a list that would work on top of what is applied.
+    """Find a list that can be applied on top of the applied passes.
 
-    A pass that is refused is given up before another one is turned away from its slot, so that
-    the order in which they were asked for does not decide whether there is such a list.
+    Each round checks a list without conflicts. If a pass refuses, the search changes one thing, as
+    the findings advise, and tries again. A pass that refuses is given up before a pass that only
+    lacks a slot: so the result does not depend on which of two passes came first.
+
+    Example: the list is A, B, and both fill one slot. The first round checks [A]. If A refuses the
+    pipeline, A is given up, and the second round checks [B].
 
     Args:
-        asked: well-formed passes, in any order.
-        applied: passes that the pipeline carries already.
-        check: asks every pass of a list what stands in its way.
+        requested: valid passes in any order.
+        applied: passes that the pipeline already carries.
+        check: runs the check of every pass of a list.
 
     Returns:
-        The list, or None; and which passes it leaves out, and why.
+        The list, or None if no pass is left; and one line for each requested pass that is not in
+        it, with the reason.
     """
-    candidates = [_Candidate(p, p) for p in asked]
+    candidates = [_Candidate(p, p) for p in requested]
     while True:
-        left = [c for c in candidates if not c.out]
-        unfit = dict(zip(left, misfits([c.pass_ for c in left], applied), strict=True))
-        rest = {id(c.pass_): c for c, why in unfit.items() if why is None}
-        steps = check(by_stage(c.pass_ for c in rest.values()))
+        left = [c for c in candidates if not c.given_up]
+        reasons = reasons_to_leave_out([c.pass_ for c in left], applied)
+        fitting = {
+            id(c.pass_): c for c, reason in zip(left, reasons, strict=True) if reason is None
+        }
+        steps = check(sort_by_stage(c.pass_ for c in fitting.values()))
         refused = next((n for n, step in enumerate(steps) if step.refused), None)
         if refused is None:
             break
-        earlier = [rest[id(step.pass_)] for step in steps[:refused]]
-        _mend(earlier, rest[id(steps[refused].pass_)], steps[refused].findings)
+        earlier = [fitting[id(step.pass_)] for step in steps[:refused]]
+        _follow_advice(earlier, fitting[id(steps[refused].pass_)], steps[refused].findings)
     if not steps:
         return None, ()
-    for candidate, why in unfit.items():
-        candidate.why = candidate.why or why or ""
-    kept = set(rest.values())
-    lost = [c.told(kept=c in kept) for c in candidates if c not in kept or c.pass_ is not c.asked]
-    return tuple(step.pass_ for step in steps), tuple(lost)
+    for candidate, reason in zip(left, reasons, strict=True):
+        candidate.reason = candidate.reason or reason or ""
+    kept = set(fitting.values())
+    changed = [c for c in candidates if c not in kept or c.pass_ is not c.requested]
+    left_out = tuple(c.explain(kept=c in kept) for c in changed)
+    return tuple(step.pass_ for step in steps), left_out
 
 
-def _mend(earlier: Sequence[_Candidate], refused: _Candidate, findings: Sequence[Finding]) -> None:
-    """Do as findings advise: put another pass there, once, or leave one out."""
+def _follow_advice(
+    earlier: Sequence[_Candidate], refused: _Candidate, findings: Sequence[Finding]
+) -> None:
+    """Change one thing as the errors of a refused pass advise.
+
+    In this order: take the pass that a finding offers instead (once), give up the earlier passes
+    that provide the trait in the way, or give up the refused pass.
+    """
     errors = [finding for finding in findings if finding.level == "error"]
     for finding in errors:
-        other = finding.instead
-        if other is not None and malformed(other) is None and refused.pass_ is refused.asked:
-            refused.pass_, refused.why = other, finding.message
+        offered = finding.instead
+        is_first_offer = refused.pass_ is refused.requested
+        if offered is not None and why_not_a_pass(offered) is None and is_first_offer:
+            refused.pass_, refused.reason = offered, finding.message
             return
-        bringers = [c for c in earlier if finding.trait in provided_traits(c.pass_)]
-        for candidate in bringers:
-            candidate.out = True
-            candidate.why = candidate.why or f"{refused.pass_.name} refuses it: {finding.message}"
-        if bringers:
+        providers = [c for c in earlier if finding.trait in provided_traits(c.pass_)]
+        for candidate in providers:
+            candidate.given_up = True
+            refusal = f"{refused.pass_.name} refuses it: {finding.message}"
+            candidate.reason = candidate.reason or refusal
+        if providers:
             return
-    refused.out, refused.why = True, refused.why or errors[0].message
+    refused.given_up, refused.reason = True, refused.reason or errors[0].message

@@ -1,1 +1,1 @@
-"""What was done to a pipeline, and what each of its generations cost."""
+"""What passes did to a pipeline, and the cost of each of its generations."""

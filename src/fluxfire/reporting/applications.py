@@ -1,4 +1,4 @@
-"""What was applied to one pipeline: edits to undo, passes, and what the report says of them."""
+"""The record of everything applied to one pipeline: edits, passes, and facts for the report."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ Facts = Mapping[str, Callable[[], Mapping[str, object]]]
 
 @dataclass(eq=False)
 class Application:
-    """What one call did to a pipeline.
+    """What one call of `optimize` or `warmup` did to a pipeline.
 
     Attributes:
-        transaction: its edits.
-        passes: in order; none until all of them are applied.
-        reports: what each pass did.
-        facts: by the name of a pass, a function that returns facts for the report.
+        transaction: the edits.
+        passes: the passes, in order; empty until the call has applied all of them.
+        reports: one report for each pass.
+        facts: for a pass's name, a function that returns facts for the report.
     """
 
     transaction: EditLog
@@ -36,12 +36,12 @@ class Application:
 
 @dataclass(eq=False)
 class Applications(Record):
-    """Everything that was applied to one pipeline.
+    """Everything applied to one pipeline.
 
     Attributes:
-        statistics: of the pipeline's generations.
-        applied: in order; undone from the last to the first, they give the plain pipeline.
-        warmup_seconds: of all warm-ups; None before the first.
+        statistics: statistics of the pipeline's generations.
+        applied: the applications in order; `restore` undoes them from the last to the first.
+        warmup_seconds: total duration of all warm-ups; None before the first.
     """
 
     statistics: Statistics = field(default_factory=Statistics)
@@ -50,8 +50,8 @@ class Applications(Record):
 
     @classmethod
     def of(cls, conductor: Conductor) -> Applications:
-        """Return a conductor's record."""
-        assert isinstance(conductor.record, cls)  # noqa: S101 - `optimize` made it
+        """Return the record of a conductor."""
+        assert isinstance(conductor.record, cls)  # noqa: S101 - `optimize` creates no other
         return conductor.record
 
     @property
@@ -66,10 +66,10 @@ class Applications(Record):
 
     @property
     def reports(self) -> list[PassReport]:
-        """What each of them did."""
+        """The reports of these passes."""
         return [report for one in self.applied for report in one.reports]
 
     @property
     def facts(self) -> Facts:
-        """Functions that return facts for the report, by the name of a pass."""
+        """For a pass's name, a function that returns facts for the report."""
         return {name: make for one in self.applied for name, make in one.facts.items()}

@@ -1,4 +1,4 @@
-"""What torch.compile did while something ran: graphs, breaks, cache hits, seconds."""
+"""Counts what torch.compile does during a block: graphs, breaks, cache hits, seconds."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 
 @dataclass(eq=False)
-class Compilations:
-    """Counted over one stretch of time.
+class CompileCounts:
+    """What torch.compile did during some period.
 
     Attributes:
-        compiles: how often code was traced.
-        recompiles: how many of these were for code that had been compiled before.
-        graph_breaks: places where a graph was cut in two.
-        hits: graphs whose compiled form was found in torch's caches.
-        misses: graphs that had to be compiled.
-        trace_seconds: tracing Python into graphs, and guards.
-        compile_seconds: turning graphs into code, or finding that code in a cache.
+        compiles: number of compilations, each of which traces code.
+        recompiles: number of compilations of code that torch had compiled before.
+        graph_breaks: number of places where torch split a graph in two.
+        hits: number of graphs whose compiled code was in torch's caches.
+        misses: number of graphs that torch had to compile.
+        trace_seconds: time for tracing Python into graphs, guards included.
+        compile_seconds: time for compiling graphs, or for finding their code in a cache.
     """
 
     compiles: int = 0
@@ -33,71 +33,81 @@ class Compilations:
     trace_seconds: float = 0.0
     compile_seconds: float = 0.0
 
-    def add(self, other: Compilations) -> None:
-        """Count another stretch of time in."""
+    def add(self, other: CompileCounts) -> None:
+        """Add the counts of another period."""
         for name, value in vars(other).items():
             setattr(self, name, getattr(self, name) + value)
 
 
 @contextmanager
-def compilations() -> Iterator[Compilations]:
-    """Count what this thread compiles; the counts are there when the block is left.
+def count_compilations() -> Iterator[CompileCounts]:
+    """Count what this thread compiles inside the block.
 
-    Breaks, hits and seconds are torch's counts for the process: another thread's
-    compilations at the same time are among them.
+    Compiles and recompiles are of this thread. Breaks, hits, misses and seconds are of the whole
+    process, because torch counts them so.
+
+    Yields:
+        The counts. They are zero until the block ends.
     """
-    counted = Compilations()
-    if not _loaded():
-        yield counted
+    counts = CompileCounts()
+    if not _dynamo_is_loaded():
+        yield counts
         return
     thread = threading.get_ident()
     ids: list[str] = []
 
-    def started(args: Any) -> None:
+    def note_start(args: Any) -> None:
         if threading.get_ident() == thread:
             ids.append(str(args.compile_id))
 
     before = _counters()
     try:
-        with hearing(started):
-            yield counted
+        with on_compilation(note_start):
+            yield counts
     finally:
-        # Never below zero: someone may have cleared torch's counters in between.
+        # Somebody may have cleared torch's counters inside the block; the result would be negative.
         spent = {name: max(0, value - before[name]) for name, value in _counters().items()}
-        counted.compiles = len(ids)
-        counted.recompiles = sum(map(_is_recompile, ids))
-        counted.graph_breaks = int(spent["breaks"])
-        counted.hits = int(spent["hits"])
-        counted.misses = int(spent["graphs"] - spent["hits"])
-        counted.trace_seconds = float(spent["all"] - spent["compile"])
-        counted.compile_seconds = float(spent["compile"])
+        counts.compiles = len(ids)
+        counts.recompiles = sum(map(_is_recompile, ids))
+        counts.graph_breaks = int(spent["breaks"])
+        counts.hits = int(spent["hits"])
+        counts.misses = int(spent["graphs"] - spent["hits"])
+        counts.trace_seconds = float(spent["all"] - spent["compile"])
+        counts.compile_seconds = float(spent["compile"])
 
 
 @contextmanager
-def hearing(
-    began: Callable[[Any], None], ended: Callable[[Any], None] | None = None
+def on_compilation(
+    begin: Callable[[Any], None], end: Callable[[Any], None] | None = None
 ) -> Iterator[None]:
-    """Be called, with dynamo's arguments, where compilations begin and where they end."""
-    if not _loaded():
+    """Call functions at each compilation inside the block, in any thread.
+
+    Args:
+        begin: called at the begin of a compilation, with dynamo's `CallbackArgs`.
+        end: called at the end of a compilation, with the same arguments.
+    """
+    if not _dynamo_is_loaded():
         yield
         return
     from torch._dynamo.callback import callback_handler
 
     try:
-        callback_handler.register_start_callback(began)
-        if ended is not None:
-            callback_handler.register_end_callback(ended)
+        callback_handler.register_start_callback(begin)
+        if end is not None:
+            callback_handler.register_end_callback(end)
         yield
-    finally:  # torch.compiler.reset() in between has removed them
+    finally:
+        # torch.compiler.reset() inside the block removes the callbacks, and removing them again
+        # raises ValueError.
         with suppress(ValueError):
-            callback_handler.remove_start_callback(began)
-        if ended is not None:
+            callback_handler.remove_start_callback(begin)
+        if end is not None:
             with suppress(ValueError):
-                callback_handler.remove_end_callback(ended)
+                callback_handler.remove_end_callback(end)
 
 
-def _loaded() -> bool:
-    """Whether anything can compile; importing dynamo to find out would cost seconds."""
+def _dynamo_is_loaded() -> bool:
+    """Whether dynamo is imported. If not, nothing is compiled, and importing it costs seconds."""
     return "torch._dynamo" in sys.modules
 
 
@@ -114,6 +124,6 @@ def _counters() -> dict[str, float]:
 
 
 def _is_recompile(compile_id: str) -> bool:
-    """Dynamo numbers compilations "frame/attempt"; a later attempt is a recompilation."""
+    """Whether dynamo's id "frame/attempt" has an attempt after the first, which is 0."""
     numbers = re.search(r"(\d+)/(\d+)", compile_id)
     return numbers is not None and numbers[2] != "0"

@@ -1,4 +1,4 @@
-"""Points in time on the device's own clock, noted without waiting for it."""
+"""Measures time on the device's own clock without waiting for the device."""
 
 from __future__ import annotations
 
@@ -9,19 +9,23 @@ from typing import Any
 import torch
 
 
-class Marks:
-    """Notes points in time; each can be read later, in seconds after the first.
+class DeviceClock:
+    """Marks points in time, and reads them later.
 
-    On CUDA a mark is an event in the current stream: noting it costs nothing, and the first
-    reading waits until the device has come past it. Elsewhere it is the wall clock.
+    On CUDA a mark is an event in the current stream. Recording it does not wait; reading it waits
+    until the device has reached it. On other devices the wall clock serves.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
         self._origin: Any = None
 
-    def now(self) -> Callable[[], float]:
-        """Note this point; what is returned reads it."""
+    def mark(self) -> Callable[[], float]:
+        """Mark this point in time.
+
+        Returns:
+            A function that returns the seconds since a fixed origin; on CUDA, since the first mark.
+        """
         if not self._cuda:
             now = time.perf_counter()
             return lambda: now

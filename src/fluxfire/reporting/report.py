@@ -1,4 +1,4 @@
-"""What was done to a pipeline, and what its generations cost."""
+"""The report: what each pass did to a pipeline, and the cost of the pipeline's generations."""
 
 from __future__ import annotations
 
@@ -8,23 +8,32 @@ from typing import Any
 
 from fluxfire.protocol import Change, Exactness, Finding, Pass, Stage
 from fluxfire.reporting.statistics import RunStatistics
-from fluxfire.text import human_bytes, human_seconds, own_settings, settings_line, table
+from fluxfire.text import (
+    count_of,
+    html_lines,
+    html_table,
+    human_bytes,
+    human_seconds,
+    settings_line,
+    spell_non_defaults,
+    table,
+)
 
 
 @dataclass(frozen=True)
 class PassReport:
-    """One applied pass.
+    """The report of one applied pass.
 
     Attributes:
-        name: its name.
-        configuration: its repr, which rebuilds it.
-        stage: its stage.
-        exactness: what it does to the picture.
-        change: what it changed.
-        seconds: how long applying it took.
-        findings: what its `check` remarked.
-        facts: what it tells of its work so far, by name.
-        settings: its repr without the settings that are the defaults; empty if all are.
+        name: the pass's name.
+        configuration: the pass's repr; evaluating it creates an equal pass.
+        stage: the pass's stage.
+        exactness: what the pass does to the picture.
+        change: what the pass changed.
+        seconds: how long it took to apply the pass.
+        findings: the warnings and infos of the pass's `check`.
+        facts: by name, what the pass reports about its work so far.
+        settings: the pass's repr without default settings; empty if all settings are defaults.
     """
 
     name: str
@@ -41,21 +50,31 @@ class PassReport:
     def of(
         cls, pass_: Pass, change: Change, seconds: float, findings: tuple[Finding, ...]
     ) -> PassReport:
-        """Make the report of a pass that was just applied."""
+        """Create the report of a pass right after its application."""
         return cls(
-            pass_.name, repr(pass_), pass_.stage, pass_.exactness, change, seconds, findings,
-            settings=own_settings(pass_),
-        )  # fmt: skip
+            name=pass_.name,
+            configuration=repr(pass_),
+            stage=pass_.stage,
+            exactness=pass_.exactness,
+            change=change,
+            seconds=seconds,
+            findings=findings,
+            settings=spell_non_defaults(pass_),
+        )
+
+    def __str__(self) -> str:
+        change = f"{self.change.count} {self.change.what}, {_memory(self.change)}"
+        return f"{self.name}: {change}, in {human_seconds(self.seconds)}"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """Everything known about an optimized pipeline. Prints as tables.
+    """Everything that fluxfire knows about a pipeline. Prints as tables.
 
     Attributes:
         passes: the applied passes, in order; empty for a plain pipeline.
-        warmup_seconds: what `warmup` took, or None if it was not called.
-        runs: statistics of the latest generations, oldest first.
+        warmup_seconds: total duration of `warmup`; None if nobody called it.
+        runs: statistics of the latest generations, the oldest first.
     """
 
     passes: tuple[PassReport, ...] = ()
@@ -63,38 +82,73 @@ class Report:
     runs: tuple[RunStatistics, ...] = field(default=())
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain data, fit for JSON."""
+        """Return the report as plain data, fit for JSON."""
         return {
             "passes": [asdict(p) for p in self.passes],
             "warmup_seconds": self.warmup_seconds,
             "generations": [r.to_dict() for r in self.runs],
         }
 
+    def __repr__(self) -> str:
+        names = ", ".join(p.name for p in self.passes) or "no passes"
+        return f"<Report: {names}; {count_of(len(self.runs), 'generation')}>"
+
     def __str__(self) -> str:
         if not self.passes and not self.runs:
-            return "No passes applied, nothing generated."
-        rows = [
-            (
-                p.name,
-                p.stage,
-                p.exactness,
-                f"{p.change.count} {p.change.what}",
-                _memory(p.change),
-                human_seconds(p.seconds),
-            )
-            for p in self.passes
-        ]
+            return _NOTHING
         parts = ["No passes applied."]
-        if rows:
-            parts = [table(("pass", "stage", "exactness", "changed", "memory", "applied in"), rows)]
-        parts += settings_line(p.settings for p in self.passes)
-        parts += [f"{p.name}: {f.level}: {f}" for p in self.passes for f in p.findings]
-        parts += [f"{p.name}: {_told(p.facts)}" for p in self.passes if p.facts]
-        if self.warmup_seconds is not None:
-            parts.append(f"warm-up: {human_seconds(self.warmup_seconds)}")
+        if self.passes:
+            parts = [table(_PASS_HEAD, map(_pass_row, self.passes))]
+        parts += self._notes()
         if self.runs:
-            parts += ["", _runs(self.runs)]
+            parts += ["", table(_RUN_HEAD, map(_run_row, self.runs))]
         return "\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        """Return the tables as HTML, which notebooks show."""
+        if not self.passes and not self.runs:
+            return html_lines([_NOTHING])
+        parts = [html_table(_PASS_HEAD, map(_pass_row, self.passes)), html_lines(self._notes())]
+        if self.runs:
+            parts.append(html_table(_RUN_HEAD, map(_run_row, self.runs)))
+        return "".join(parts)
+
+    def _notes(self) -> list[str]:
+        lines = settings_line(p.settings for p in self.passes)
+        lines += [f"{p.name}: {f.level}: {f}" for p in self.passes for f in p.findings]
+        lines += [f"{p.name}: {_fact_line(p.facts)}" for p in self.passes if p.facts]
+        if self.warmup_seconds is not None:
+            lines.append(f"warm-up: {human_seconds(self.warmup_seconds)}")
+        return lines
+
+
+_NOTHING = "No passes applied, nothing generated."
+_PASS_HEAD = ("pass", "stage", "exactness", "changed", "memory", "applied in")
+_RUN_HEAD = (
+    "generation",
+    "noise+reference+text tokens",
+    "steps",
+    "a step (median)",
+    "in all",
+    "hits",
+    "compiles",
+    "recompiles",
+    "breaks",
+    "tracing",
+    "compiling",
+    "error",
+)
+
+
+def _pass_row(report: PassReport) -> tuple[str, ...]:
+    return (
+        report.name,
+        report.stage,
+        report.exactness,
+        f"{report.change.count} {report.change.what}",
+        _memory(report.change),
+        human_seconds(report.seconds),
+    )
 
 
 def _memory(change: Change) -> str:
@@ -102,7 +156,7 @@ def _memory(change: Change) -> str:
     return human_bytes(change.bytes) + host
 
 
-def _told(facts: Mapping[str, object]) -> str:
+def _fact_line(facts: Mapping[str, object]) -> str:
     return "; ".join(f"{name.replace('_', ' ')} {_value(name, v)}" for name, v in facts.items())
 
 
@@ -114,33 +168,24 @@ def _value(name: str, value: object) -> str:
     return str(value)
 
 
-def _runs(runs: tuple[RunStatistics, ...]) -> str:
-    rows = []
-    for run in runs:
-        facts = run.to_dict()
-        pace = facts["seconds_a_step"]
-        rows.append(
-            (
-                run.number,
-                "+".join(map(str, facts["tokens"].values())) if facts["tokens"] else "-",
-                facts["steps"],
-                human_seconds(pace) if pace is not None else "-",
-                human_seconds(run.seconds),
-                f"{run.hit_rate:.0%}" if run.hit_rate is not None else "-",
-                run.compiles,
-                run.recompiles,
-                run.graph_breaks,
-                _spent(run.compiled.trace_seconds),
-                _spent(run.compiled.compile_seconds),
-                run.error or "",
-            )
-        )
-    head = (
-        "generation", "noise+reference+text tokens", "steps", "a step (median)", "in all",
-        "hits", "compiles", "recompiles", "breaks", "tracing", "compiling", "error",
-    )  # fmt: skip
-    return table(head, rows)
+def _run_row(run: RunStatistics) -> tuple[object, ...]:
+    facts = run.to_dict()
+    pace = facts["seconds_a_step"]
+    return (
+        run.number,
+        "+".join(map(str, facts["tokens"].values())) if facts["tokens"] else "-",
+        facts["steps"],
+        human_seconds(pace) if pace is not None else "-",
+        human_seconds(run.seconds),
+        f"{run.hit_rate:.0%}" if run.hit_rate is not None else "-",
+        run.compiles,
+        run.recompiles,
+        run.graph_breaks,
+        _seconds_or_dash(run.compiled.trace_seconds),
+        _seconds_or_dash(run.compiled.compile_seconds),
+        run.error or "",
+    )
 
 
-def _spent(seconds: float) -> str:
+def _seconds_or_dash(seconds: float) -> str:
     return human_seconds(seconds) if seconds else "-"

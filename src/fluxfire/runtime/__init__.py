@@ -1,1 +1,1 @@
-"""One pipeline while it runs: its generations, its blocks, and what passes changed of it."""
+"""A pipeline at run time: its generations, its blocks, and the edits that passes made to it."""

@@ -1,15 +1,16 @@
-"""The one place that runs the transformer's blocks; passes wrap it, in list order.
+"""Runs the transformer's blocks. Passes wrap this run, in the order of the list.
 
-A wrapper is handed a function that runs a range of consecutive blocks on a set of streams.
-It may call it once, in parts, on fewer tokens, or not at all:
+A wrapper gets a function `run`, which runs a range of consecutive blocks on a set of streams. The
+wrapper may call `run` once, for parts of the range, on fewer tokens, or not at all:
 
     def skip_block_7(run, streams, blocks, call):
         before, after = range(blocks.start, 7), range(8, blocks.stop)
         return run(run(streams, before), after)
 
-Wrappers nest, the first of the list outermost, so a wrapper must expect to be called with
-any part of the stack. They run between the compiled blocks, in plain Python; what changes
-from step to step enters a block as a tensor, or each step would recompile it.
+Wrappers nest, and the first of the list is the outermost. So a wrapper may be called with any part
+of the blocks. Wrappers run between the compiled blocks, in plain Python. A value that changes from
+step to step must enter a block as a tensor; with a Python number, torch would recompile the block
+in each step.
 """
 
 from __future__ import annotations
@@ -27,18 +28,28 @@ __all__ = ["BlockStack", "BlockWrapper"]
 
 
 class BlockWrapper(Protocol):
-    """A function around the run through some of the blocks."""
+    """A function that runs some blocks, or does something else in their place."""
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
-        """Run blocks `blocks.start` to `blocks.stop` on `streams`, or do something instead."""
+        """Compute the output of some blocks.
+
+        Args:
+            run: runs a range of blocks, inside the wrappers that follow.
+            streams: the input of the first block.
+            blocks: the indices of the blocks, without `blocks.stop`.
+            call: the transformer call.
+
+        Returns:
+            The output of the last block.
+        """
         ...
 
 
 class BlockStack:
-    """The run through the blocks of one pipeline's transformer.
+    """The blocks of one pipeline's transformer, and the wrappers around them.
 
     Attributes:
-        wrappers: outermost first. With none the transformer is left entirely alone.
+        wrappers: the outermost first. Without wrappers the transformer runs its blocks itself.
     """
 
     def __init__(self, model: Model) -> None:
@@ -49,18 +60,19 @@ class BlockStack:
     def mounted(
         self, transformer: Any, call: Call, inputs: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
-        """Put the stack in the place of the blocks for one call of the transformer.
+        """Mount the stack in place of the blocks, for one transformer call.
 
         Args:
-            transformer: the model.
-            call: which call this is.
+            transformer: the transformer.
+            call: the transformer call.
             inputs: keyword arguments of the call.
 
         Yields:
-            The keyword arguments to call the model with.
+            The keyword arguments with which to call the transformer.
 
         Raises:
-            FluxfireError: another library put its cache in the place of the blocks.
+            FluxfireError: another library's cache has taken the place of the blocks, or the whole
+                transformer was compiled.
         """
         if not self.wrappers:
             yield inputs
@@ -68,16 +80,21 @@ class BlockStack:
         if "foreign-cache" in modules.cache_traits(transformer):
             why, remedy = modules.FOREIGN_CACHE
             raise FluxfireError(f"{why}, since optimize(), in the place of its blocks; {remedy}")
+        if modules.is_compiled(transformer):
+            raise FluxfireError(
+                "the transformer's forward was compiled after optimize(), and one graph of it "
+                "cannot hold what decides between the blocks; take that off, and use Compile()"
+            )
         inputs = dict(inputs)
         run = self._model.runner(transformer, inputs)
         for wrapper in reversed(self.wrappers):
-            run = functools.partial(_through, wrapper, run, call)
-        everything = range(len(self._model.blocks(transformer)))
-        with self._model.mount(transformer, lambda streams: run(streams, everything)):
+            run = functools.partial(_run_wrapped, wrapper, run, call)
+        all_blocks = range(len(self._model.blocks(transformer)))
+        with self._model.mount(transformer, lambda streams: run(streams, all_blocks)):
             yield inputs
 
 
-def _through(
+def _run_wrapped(
     wrapper: BlockWrapper, run: Run, call: Call, streams: Streams, blocks: range
 ) -> Streams:
     return wrapper(run, streams, blocks, call) if blocks else streams

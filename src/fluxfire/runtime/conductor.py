@@ -1,11 +1,13 @@
-"""The owner of one pipeline's generations, hooked into that object alone.
+"""The conductor: runs the callbacks around the generations and steps of one pipeline.
 
-Python looks `__call__` up on the class, so an instance attribute would be ignored, and a
-patch of the class would reach every other pipeline. The conductor therefore turns this one
-pipeline into an instance of a private subclass of its own class, which carries the same name,
-and which others do not see (`StandIn`). Instances made by it are of the plain class, and so are
-copies. The transformer keeps its class (diffusers compares it when components are
-shared): torch's own slot for how a module instance is called serves there.
+The conductor must hear of every call of this one pipeline. Python looks `__call__` up on the class,
+so an attribute of the instance would be ignored; and a patch of the class would change every other
+pipeline. So the pipeline becomes an instance of a private subclass of its class, with the same
+name. Other code does not see the subclass (`StandIn`). Copies, and new pipelines created through
+the subclass, have the plain class.
+
+The transformer keeps its class, because diffusers compares the classes of shared components. Its
+calls go through the attribute that torch provides for compiled modules (`CALL_SLOT`).
 """
 
 from __future__ import annotations
@@ -25,27 +27,29 @@ from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.model import Model
 from fluxfire.runtime import copies
 from fluxfire.runtime.blocks import BlockStack
-from fluxfire.runtime.generation import Generation, Listener, Live, may_change
+from fluxfire.runtime.generation import Generation, Listener, Live, callback_may_change
 from fluxfire.runtime.record import Record
 from fluxfire.runtime.turns import Turns
 
 _CONDUCTOR = "_fluxfire_conductor"
+_NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
 
 
 class Conductor:
-    """Owns one pipeline's generations, and the record of what was applied to it.
+    """Runs the callbacks of one pipeline, and holds the record of the edits made to it.
 
     Attributes:
-        listeners: who hears of generations, in the order of the passes.
+        listeners: the listeners that hear of generations, in the order of the passes.
         model: the architecture.
-        stack: the run through the blocks.
-        calls: what a call of the transformer comes down to, the last counts; with none it is the
-            transformer's own. Compiling the whole model adds one.
-        live: the run-time settings of the passes that have some.
-        passes: what is applied, as data.
+        stack: the transformer's blocks and the wrappers around them.
+        calls: functions that replace the transformer's own call; the last one counts. Compiling the
+            whole transformer adds one.
+        live: the live settings of passes that `fluxfire.using` can change.
+        passes: the applied passes as data.
         warming_up: whether generations are warm-up runs.
-        changing: whether the pipeline is being changed, or an interrupt left it half changed.
-        record: what was changed, so that it can be undone.
+        changing: whether a change of the pipeline has begun and not finished. It stays True after
+            an interrupt that left the pipeline half changed.
+        record: the edits made to the pipeline.
     """
 
     def __init__(self, pipe: Any, model: Model, record: Record) -> None:
@@ -64,15 +68,18 @@ class Conductor:
         self._count = 0
 
     def owns(self, pipe: object) -> bool:
-        """Whether this is the pipeline that it conducts."""
+        """Whether an object is the pipeline of this conductor."""
         return self._pipe() is pipe
 
     @contextmanager
-    def idle(self, wish: str) -> Iterator[None]:
-        """Hold generations off while the pipeline is being changed.
+    def while_idle(self, action: str) -> Iterator[None]:
+        """Let no generation start inside the block, which changes the pipeline.
+
+        Args:
+            action: what the block does, for the error message.
 
         Raises:
-            BusyError: if a generation is running.
+            BusyError: a generation is running, or another thread changes the pipeline.
         """
         change = _Change()
         try:
@@ -80,18 +87,21 @@ class Conductor:
             if holder is not change:
                 generating = isinstance(holder, Generation)
                 doing = "generating" if generating else "being changed by another thread"
-                raise BusyError(f"cannot {wish}: the pipeline is {doing}; wait for it to finish")
+                raise BusyError(f"cannot {action}: the pipeline is {doing}; wait for it to finish")
             yield
         finally:
             self._turns.leave(change)
 
     def prepare(self) -> None:
-        """Have every listener put its affairs in order before the models are used."""
+        """Call `prepare` of every listener. Happens before the models are used."""
         for listener in self.listeners:
             listener.prepare()
 
-    def disturbed(self, pipe: Any) -> str | None:
-        """Say what was done to the pipeline that fluxfire cannot live with, or None."""
+    def why_unusable(self, pipe: Any) -> str | None:
+        """Return the reason why the pipeline cannot generate any more; None if it can.
+
+        Somebody may have replaced or compiled the transformer since `optimize`.
+        """
         if self.changing:
             return (
                 "optimize() or restore() was interrupted and left the pipeline half changed; "
@@ -102,7 +112,7 @@ class Conductor:
                 "pipe.transformer was replaced after optimize(); "
                 "put it back, or call restore(pipe) and optimize(pipe) again"
             )
-        if shared_conductor(pipe.transformer) is not self:
+        if conductor_of_transformer(pipe.transformer) is not self:
             return (
                 "pipe.transformer was compiled after optimize(), which cut fluxfire off; "
                 "call restore(pipe), and optimize(pipe) with Compile() instead"
@@ -110,12 +120,16 @@ class Conductor:
         return None
 
     @contextmanager
-    def run(self, pipe: Any, *, calls_back: bool) -> Iterator[None]:
-        """Be entered around a whole call of the pipeline.
+    def conduct_generation(self, pipe: Any, *, calls_back: bool) -> Iterator[None]:
+        """Run the callbacks around a generation. The block is the whole pipeline call.
 
         Args:
             pipe: the pipeline.
-            calls_back: whether it calls the user between steps.
+            calls_back: whether a step callback may change the pipeline.
+
+        Raises:
+            BusyError: the pipeline is generating already, or is being changed.
+            FluxfireError: the pipeline cannot generate any more (see `why_unusable`).
         """
         generation = Generation(
             self._count + 1, self.model, self.passes, self.warming_up, calls_back
@@ -124,9 +138,9 @@ class Conductor:
             holder = self._turns.take(generation)
             if holder is not generation:
                 raise BusyError(_why_busy(holder))
-            if (why := self.disturbed(pipe)) is not None:
+            if (why := self.why_unusable(pipe)) is not None:
                 raise FluxfireError(why)
-            self.model.unmount(pipe.transformer)
+            self.model.unmount(pipe.transformer)  # an interrupt may have left the stack mounted
             self.prepare()
             self._count += 1
             with ExitStack() as entered:
@@ -137,8 +151,18 @@ class Conductor:
             self._turns.leave(generation)
 
     @contextmanager
-    def step(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
-        """Be entered around a call of the transformer; give the arguments to call it with."""
+    def conduct_step(self, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Run the callbacks around a transformer call. The block is the call.
+
+        Args:
+            inputs: keyword arguments of the call.
+
+        Yields:
+            The keyword arguments with which to call the transformer.
+
+        Raises:
+            BusyError: a generation is running in another thread.
+        """
         holder = self._turns.holder
         generation = holder if isinstance(holder, Generation) else None
         if generation is not None and generation.thread != threading.get_ident():
@@ -147,12 +171,13 @@ class Conductor:
                 "fluxfire optimized; two threads cannot share it"
             )
         if generation is None or not generation.owns(inputs):
-            # Called directly, or by another pipeline that shares the model: run it plain.
+            # A direct call, or a call by another pipeline that shares the transformer: no callbacks
+            # but `prepare`, and no block wrappers.
             self.prepare()
             yield inputs
             return
         if generation.calls_back:
-            self.prepare()  # a callback may have done anything since the last step
+            self.prepare()  # the callback may have changed anything since the last step
         call = generation.advance(self._pipe(), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:
@@ -161,7 +186,7 @@ class Conductor:
 
 
 class _Change:
-    """Has the pipeline while it is being changed."""
+    """The holder of the turn while the pipeline is being changed."""
 
 
 def _why_busy(holder: Generation | _Change) -> str:
@@ -176,34 +201,34 @@ def _why_busy(holder: Generation | _Change) -> str:
 
 
 class TransformerCall(Override):
-    """Stands in an optimized transformer's call slot."""
+    """Overrides the call of an optimized pipeline's transformer."""
 
     def __init__(self, conductor: Conductor, pipe: Any) -> None:
         self.conductor = conductor
         super().__init__(pipe.transformer, CALL_SLOT, self._call_as_step)
 
     def __bool__(self) -> bool:
-        """Whether the transformer is compiled: PEFT takes the slot's truth for that."""
+        """Whether the transformer is compiled. PEFT tests the truth of this attribute."""
         return bool(self.conductor.calls or self.inner)
 
     def _call_as_step(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Call the transformer as the step of a generation that it is."""
+        """Call the transformer, with the callbacks around the call."""
         run = self.conductor.calls[-1] if self.conductor.calls else plain
-        with self.conductor.step(kwargs) as inputs:
+        with self.conductor.conduct_step(kwargs) as inputs:
             return run(*args, **inputs)
 
 
 def conductor_of(pipe: object) -> Conductor | None:
-    """Return the conductor of an optimized pipeline, or None."""
+    """Return the conductor of an optimized pipeline; None for any other object."""
     found: Conductor | None = vars(type(pipe)).get(_CONDUCTOR)
     return found if found is not None and found.owns(pipe) else None
 
 
 @contextmanager
 def warmup_run(pipe: object) -> Iterator[None]:
-    """Make a pipeline's generations within a `with` block warm-up runs."""
+    """Mark a pipeline's generations inside the block as warm-up runs."""
     conductor = conductor_of(pipe)
-    if conductor is None:  # a plain pipeline has nothing to warm up
+    if conductor is None:  # a plain pipeline has no passes that could use the mark
         yield
         return
     before, conductor.warming_up = conductor.warming_up, True
@@ -213,49 +238,62 @@ def warmup_run(pipe: object) -> Iterator[None]:
         conductor.warming_up = before
 
 
-def shared_conductor(transformer: object) -> Conductor | None:
-    """Return the conductor of whichever pipeline a transformer was optimized for, or None."""
+def conductor_of_transformer(transformer: object) -> Conductor | None:
+    """Return the conductor of the pipeline that a transformer was optimized through, or None."""
     call = vars(transformer).get(CALL_SLOT)
     return call.conductor if isinstance(call, TransformerCall) else None
 
 
-def private_class(pipe: Any, conductor: Conductor) -> type:
-    """Make the class that this one pipeline becomes an instance of.
+def make_private_class(pipe: Any, conductor: Conductor) -> type:
+    """Create the class that this one pipeline becomes an instance of.
 
-    It differs from the plain class only in how an instance is called and copied.
+    The class differs from the plain class in four things: how to call an instance, how to copy it,
+    how to create another instance, and what an assignment to `__class__` does. If somebody assigns
+    another class, the pipeline stays an instance of the private class, whose plain base becomes the
+    other class.
     """
-    plain: Any = type(pipe)
+    first: Any = type(pipe)
+
+    def plain() -> Any:
+        return made.__bases__[-1]
 
     def __new__(cls: type, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        if cls is made:  # somebody builds another pipeline by this one's class
-            return plain(*args, **kwargs)
-        return plain.__new__(cls)
+        if cls is made:  # such as `type(pipe)(**pipe.components)`
+            return plain()(*args, **kwargs)
+        return plain().__new__(cls)
 
-    @functools.wraps(plain.__call__)
+    @functools.wraps(first.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        with conductor.run(self, calls_back=may_change(kwargs.get("callback_on_step_end"))):
-            return plain.__call__(self, *args, **kwargs)
+        calls_back = callback_may_change(kwargs.get("callback_on_step_end"))
+        with conductor.conduct_generation(self, calls_back=calls_back):
+            return plain().__call__(self, *args, **kwargs)
 
     def __copy__(self: Any) -> Any:  # noqa: N807
-        return copies.shallow_copy(self, plain, conductor.record)
+        return copies.shallow_copy(self, plain(), conductor.record)
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:  # noqa: N807
-        return copies.deep_copy(self, plain, conductor.record, memo)
+        return copies.deep_copy(self, plain(), conductor.record, memo)
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:  # noqa: N807
         twin = copy.deepcopy(self)
-        return plain.__reduce_ex__(twin, protocol)
+        return plain().__reduce_ex__(twin, protocol)
+
+    def replace_plain(_: Any, cls: Any) -> None:
+        if cls is made:
+            return
+        made.__bases__ = (StandIn, cls)
+        for name in _NAMES:
+            setattr(made, name, getattr(cls, name))
 
     namespace: dict[str, Any] = {
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
+        **{name: getattr(first, name) for name in _NAMES},
         "__new__": __new__,
         "__call__": __call__,
         "__copy__": __copy__,
         "__deepcopy__": __deepcopy__,
         "__reduce_ex__": __reduce_ex__,
+        "__class__": vars(StandIn)["__class__"].setter(replace_plain),
         _CONDUCTOR: conductor,
     }
-    made = type(plain.__name__, (StandIn, plain), namespace)
-    return made
+    made: Any = type(first.__name__, (StandIn, first), namespace)
+    return made  # type: ignore[no-any-return]

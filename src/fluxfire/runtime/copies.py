@@ -1,7 +1,7 @@
-"""Copies of an optimized pipeline and of its models are plain.
+"""Makes copies of an optimized pipeline, and of its models, plain.
 
-What a pass did to the original is undone on a copy, edit by edit. `copy.deepcopy` keeps the copy of
-each object by the object's id, so each edit finds what it is to be undone on.
+A copy starts as a copy of the optimized object. Then each edit is undone on the copy.
+`copy.deepcopy` keeps a memo of the copy of each object, and an edit finds the copies there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fluxfire.edits.override import Override
 from fluxfire.errors import FluxfireError
 from fluxfire.runtime.record import Record
 
-__all__ = ["copier", "deep_copy", "shallow_copy"]
+__all__ = ["copy_overrides", "deep_copy", "shallow_copy"]
 
 
 def deep_copy(pipe: Any, plain: type, record: Record, memo: Memo) -> Any:
@@ -27,74 +27,90 @@ def deep_copy(pipe: Any, plain: type, record: Record, memo: Memo) -> Any:
 
     Args:
         pipe: an optimized pipeline.
-        plain: its class before that.
-        record: what was done to it.
-        memo: as `copy.deepcopy` hands it on.
+        plain: the pipeline's plain class.
+        record: the edits made to the pipeline.
+        memo: the memo of `copy.deepcopy`.
 
     Returns:
         A plain pipeline.
 
     Raises:
-        FluxfireError: a pass let go of what a plain one would need.
+        FluxfireError: the edits are irreversible, so the copy could not be plain.
     """
     _refuse_irreversible(record)
     twin: Any = object.__new__(plain)
     memo[id(pipe)] = twin
-    undoing = id(record) in memo  # on a copy of one model: an inverse came across the pipeline
-    memo[id(record)] = record  # tells its models that they need not undo anything themselves
+    # While the memo has the record, one call undoes the edits, and the calls inside it must not.
+    # This call is such an inner one if somebody copies a single model, and an inverse that is to be
+    # undone on the copy is bound to this pipeline.
+    is_inner = id(record) in memo
+    memo[id(record)] = record
     vars(twin).update(copy.deepcopy(vars(pipe), memo))
-    if not undoing:
-        _undo(record, memo)
+    if not is_inner:
+        _undo_on_copies(record, memo)
     return twin
 
 
 def shallow_copy(pipe: Any, plain: type, record: Record) -> Any:
-    """Copy a pipeline that shares its models: they stay as the passes left them.
+    """Copy a pipeline without its models.
+
+    The models stay shared, so what passes changed in them stays. Only edits of the pipeline object
+    itself are undone on the copy.
 
     Returns:
-        A pipeline without passes of its own.
+        A pipeline of the plain class.
     """
     twin: Any = object.__new__(plain)
     vars(twin).update(vars(pipe))
     for transaction in reversed(record.transactions):
         for edit in transaction.newest_first():
             if isinstance(edit, AttributeEdit | Override) and edit.obj is pipe:
-                edit.on(twin).undo()
+                edit.for_object(twin).undo()
     return twin
 
 
-def copier(component: Any, pipe: Any, record: Record) -> list[Override]:
-    """Make the overrides by which copies of one of a pipeline's models are plain."""
-    original, owner = weakref.ref(component), weakref.ref(pipe)
+def copy_overrides(component: Any, pipe: Any, record: Record) -> list[Override]:
+    """Create the overrides that make deep copies and pickles of one model plain.
 
-    def deep(plain: Callable[[Memo], Any], memo: Memo) -> Any:
-        if id(record) in memo:
+    Args:
+        component: the model.
+        pipe: the optimized pipeline that the model is a component of.
+        record: the edits made to the pipeline.
+    """
+    component_ref, pipe_ref = weakref.ref(component), weakref.ref(pipe)
+
+    def deepcopy(plain: Callable[[Memo], Any], memo: Memo) -> Any:
+        if id(record) in memo:  # another call undoes the edits; see `deep_copy`
             return plain(memo)
         _refuse_irreversible(record)
         twin = plain(memo)
-        pipe = owner()
-        copied = PartialMemo(memo, _parts(pipe), pipe)
-        copied[id(record)] = record
-        _undo(record, copied)
+        pipe = pipe_ref()
+        partial_memo = PartialMemo(memo, _model_parts(pipe), pipe)
+        partial_memo[id(record)] = record
+        _undo_on_copies(record, partial_memo)
         return twin
 
-    def reduced(*_: Any) -> Any:
-        return _itself, (copy.deepcopy(original()),)
+    def reduce_ex(*_: Any) -> Any:
+        return _identity, (copy.deepcopy(component_ref()),)
 
     return [
-        Override(component, "__deepcopy__", deep),
-        Override(component, "__reduce_ex__", reduced),
+        Override(component, "__deepcopy__", deepcopy),
+        Override(component, "__reduce_ex__", reduce_ex),
     ]
 
 
-def _undo(record: Record, memo: Memo) -> None:
+def _undo_on_copies(record: Record, memo: Memo) -> None:
     with torch.inference_mode(mode=False), torch.no_grad():
         for transaction in reversed(record.transactions):
             transaction.undo_on_copies(memo)
 
 
-def _parts(pipe: Any) -> dict[int, Any]:
-    """Return what a pipeline's models consist of, by id; nothing once it is gone."""
+def _model_parts(pipe: Any) -> dict[int, Any]:
+    """Return the modules, parameters and buffers of a pipeline's models, by id.
+
+    Args:
+        pipe: the pipeline; None if it is deleted, which gives an empty dictionary.
+    """
     parts: list[Any] = []
     for _, component in modules.components(pipe) if pipe is not None else ():
         parts += [*component.modules(), *component.parameters(), *component.buffers()]
@@ -102,12 +118,12 @@ def _parts(pipe: Any) -> dict[int, Any]:
 
 
 def _refuse_irreversible(record: Record) -> None:
-    if gone := record.irreversible:
+    if reasons := record.irreversible:
         raise FluxfireError(
-            f"a copy would be of the plain pipeline, and {'; '.join(gone)}. "
+            f"a copy would be of the plain pipeline, and {'; '.join(reasons)}. "
             f"Load the pipeline again instead of copying it"
         )
 
 
-def _itself(thing: Any) -> Any:
+def _identity(thing: Any) -> Any:
     return thing

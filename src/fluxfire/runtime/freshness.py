@@ -1,18 +1,23 @@
-"""Whether modules still are what somebody prepared from: the one place that knows.
+"""Finds out whether modules have changed, so that values derived from them are out of date.
 
-Between two generations anything may be done to a model, and by a step callback also during one: a
-LoRA merged, a state dict loaded, a hook set, a layer replaced, a setting changed. What was derived
-from the model before that (quantized weights, kept encodings) must not be used any more. A `Watch`
-says so.
+Between two generations a user may do anything to a model: merge a LoRA, load a state dict, set a
+hook, replace a layer, change a setting. A step callback may do so even during a generation. Values
+that a pass derived from the model before (quantized weights, cached encodings) are then wrong. A
+`Watch` finds out.
 
-It compares three things. *Structure*: which modules there are, their classes, settings and hooks.
-*Tensors*: which there are, how they lie in memory, and torch's counter of in-place changes.
-*Numbers*: a write through `.data`, as PEFT merges a LoRA, moves no counter, so a `Watch` reads at
-least 32768 words of each tensor (32 of one that is pinned in host memory) and keeps their checksum.
+A `Watch` compares three things:
 
-Tensors up to 128 KiB are read whole; of a larger matrix, some of every row and of every column.
-What can escape is a write through `.data` to a few single numbers of a larger one, or to a part of
-one that is pinned. Weights that only moved, as offloading moves them, are the same.
+- *Structure*: the modules, their classes, settings and hooks.
+- *Tensors*: which tensors there are, their layout in memory, and torch's counter of in-place
+  changes.
+- *Numbers*: PEFT merges a LoRA by a write through `.data`, which does not count as an in-place
+  change. So a `Watch` reads at least 32768 words of each tensor (32 words if the tensor is pinned
+  in host memory), and keeps their checksum.
+
+It reads tensors up to 128 KiB completely. Of a larger matrix it reads some numbers of every row and
+of every column. So it can miss a write through `.data` to a few single numbers of a larger tensor,
+or to a part of a pinned tensor. It does not report weights that only moved to another device, as
+offloading moves them.
 """
 
 from __future__ import annotations
@@ -24,163 +29,209 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
+from torch.nn import functional
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fluxfire.edits.override import Override
 from fluxfire.kernels import checksum
+from fluxfire.modules import has_global_hooks
 
-__all__ = ["Watch", "anybody_hears", "heard_by_others", "rounding"]
+__all__ = ["Watch", "has_foreign_hooks", "numeric_settings"]
 
-_OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"training"}
-_BY_VALUE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
-_GONE = object()
-_VERSION = attrgetter("_version")  # torch's only counter of in-place changes
-_OFFLOADING = frozenset({"_hf_hook", "_diffusers_hook"})
+_MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # every module has them
+_COMPARED_BY_VALUE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
+_MISSING = object()
+_VERSION = attrgetter("_version")  # torch's counter of in-place changes; it has no public name
+_COMPUTE_FUNCTIONS = (
+    "scaled_dot_product_attention",
+    "linear",
+    "conv2d",
+    "softmax",
+    "layer_norm",
+    "group_norm",
+    "rms_norm",
+    "gelu",
+    "silu",
+    "embedding",
+    "interpolate",
+    "pad",
+)
+_OFFLOADING = frozenset({"_hf_hook", "_diffusers_hook"})  # attributes of modules with such hooks
 
 
 class Watch:
-    """Remembers what some modules were like, and says whether they still are.
+    """Remembers the state of some modules, and finds out whether it has changed.
 
-    It keeps none of them alive, nor any of their weights.
+    It keeps neither the modules nor their weights alive.
 
     Args:
-        modules: what to look at, with all below them.
-        apart_from: names of attributes and submodules that do not count.
+        modules: the modules to watch, with all their submodules.
+        apart_from: names of attributes and submodules to ignore.
     """
 
     def __init__(self, modules: Iterable[nn.Module], apart_from: Iterable[str] = ()) -> None:
         self._roots = [weakref.ref(module) for module in modules]
-        self._left_out = _OF_EVERY_MODULE.union(apart_from)
-        self._seen, self._sums = _Look(), checksum.Sums()
-        self._names: dict[int, tuple[int, list[str]]] = {}  # to look for, by the module's id
+        self._ignored = _MODULE_ATTRIBUTES.union(apart_from)
+        self._latest, self._sums = _Snapshot(), checksum.Sums()
+        # For a module's id: the number of its attributes, and the names to compare. They are
+        # collected again if the number differs. If names differ but not their number, one of the
+        # collected names is missing, and that is a change.
+        self._names: dict[int, tuple[int, list[str]]] = {}
         self.changed()
 
     def changed(self) -> bool:
-        """Whether anything is other than at the last look. Waits for the device."""
-        look, left_out = _Look(), self._left_out
-        note, things, names = look.values.append, look.things, self._names
+        """Whether anything has changed since the last call. Waits for the device.
+
+        The first call compares with the state at construction.
+        """
+        snapshot, ignored = _Snapshot(), self._ignored
+        add_value, add_objects, names = snapshot.values.append, snapshot.objects, self._names
         stack: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
-        while stack:  # 900 modules of FLUX's encoders at each look: so no generators here
+        while stack:  # FLUX's text encoders have 900 modules, so this loop avoids slow constructs
             module = stack.pop()
             own = module.__dict__
-            things += weakref.ref(module), weakref.ref(type(module))
+            cls = type(module)
+            add_objects += weakref.ref(module), weakref.ref(cls), cls.forward
             known = names.get(id(module))
             if known is None or known[0] != len(own):
-                wanted = [name for name in own if name not in left_out]
-                known = names[id(module)] = len(own), wanted
+                compared = [name for name in own if name not in ignored]
+                known = names[id(module)] = len(own), compared
             for name in known[1]:
-                value = own.get(name, _GONE)
-                if type(value) in _BY_VALUE:
-                    note(value)
+                value = own.get(name, _MISSING)
+                if type(value) in _COMPARED_BY_VALUE:
+                    add_value(value)
                 else:
-                    look.take(value)
+                    snapshot.add(value)
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                look.take(own["_forward_hooks"])
-                look.take(own["_forward_pre_hooks"])
+                snapshot.add(own["_forward_hooks"])
+                snapshot.add(own["_forward_pre_hooks"])
             for kind in ("_parameters", "_buffers"):
-                if held := own[kind]:
-                    look.tensors += [tensor for tensor in held.values() if tensor is not None]
+                if tensors := own[kind]:
+                    snapshot.tensors += [t for t in tensors.values() if t is not None]
             if children := own["_modules"]:
-                stack += [c for n, c in children.items() if c is not None and n not in left_out]
-        look.read(self._sums)
-        if look.same_as(self._seen):
+                stack += [c for n, c in children.items() if c is not None and n not in ignored]
+            if snapshot.modules:
+                stack += snapshot.modules
+                snapshot.modules = []
+        snapshot.read_tensors(self._sums)
+        if snapshot.equals(self._latest):
             return False
-        self._seen = look
+        self._latest = snapshot
         self._names.clear()
         return True
 
 
-class _Look:
-    """What one look saw.
+class _Snapshot:
+    """The state of the modules at one time.
 
     Attributes:
-        values: what is compared by value.
-        things: what is compared by identity, weakly: the id of what is gone may be given anew.
-        tensors: those seen; none once their numbers are read.
-        opened: ids of the objects whose settings it noted: T5's layers share one configuration.
+        values: what to compare by value.
+        objects: what to compare by identity, as weak references. The id of an object would not do:
+            after the object is deleted, a new object may get the same id.
+        tensors: the tensors; empty after `read_tensors`.
+        modules: modules found in other places than `_modules`, such as a plain list. The walk must
+            visit them, too.
+        opened: ids of objects whose attributes are in the snapshot. T5's layers share one
+            configuration, which need be opened only once.
     """
 
     def __init__(self) -> None:
         self.values: list[object] = []
-        self.things: list[object] = []
+        self.objects: list[object] = []
         self.tensors: list[Tensor] = []
+        self.modules: list[nn.Module] = []
         self.opened: set[int] = set()
 
-    def take(self, value: Any, depth: int = 1) -> None:
-        """Take note of a setting: of an object's own settings, too, of those of these no more."""
+    def add(self, value: Any, depth: int = 1) -> None:
+        """Add the value of an attribute.
+
+        Args:
+            value: the value. A container adds its items.
+            depth: how many levels of attributes to add if the value is an object. With 1, it adds
+                the object's attributes, but not the attributes of these.
+        """
         kind = type(value)
-        if kind in _BY_VALUE or (kind is tuple and _BY_VALUE.issuperset(map(type, value))):
+        if kind in _COMPARED_BY_VALUE or (
+            kind is tuple and _COMPARED_BY_VALUE.issuperset(map(type, value))
+        ):
             self.values.append(value)
         elif isinstance(value, dict):
             self.values += len(value), *value
             for item in value.values():
-                self.take(item, depth)
+                self.add(item, depth)
         elif isinstance(value, list | tuple | set | frozenset):
             self.values += type(value), len(value)
             for item in value:
-                self.take(item, depth)
+                self.add(item, depth)
         elif isinstance(value, Tensor):
             self.tensors.append(value)
         else:
             try:
-                self.things.append(weakref.ref(value))
+                self.objects.append(weakref.ref(value))
             except TypeError:
                 self.values.append(id(value))
             if depth and id(value) not in self.opened:
                 self.opened.add(id(value))
+                if isinstance(value, nn.Module):
+                    self.modules.append(value)
                 if not issubclass(type(value), nn.Module | type):
                     for item in getattr(value, "__dict__", {}).values():
-                        self.take(item, depth - 1)
+                        self.add(item, depth - 1)
 
-    def read(self, sums: checksum.Sums) -> None:
-        """Read the tensors' numbers, and let go of them."""
-        self.things += map(weakref.ref, self.tensors)
-        try:  # in one go: FLUX's encoders have 660
+    def read_tensors(self, sums: checksum.Sums) -> None:
+        """Add identities, counters and checksums of the tensors, and drop the tensors."""
+        # Identity by id, not by weak reference: torch refuses to swap a tensor that has weak
+        # references, and moving a torchao tensor swaps it. If a new tensor gets the id of a deleted
+        # one, its checksum differs.
+        self.values += map(id, self.tensors)
+        try:  # one C loop, because FLUX's text encoders have 660 tensors
             self.values += map(_VERSION, self.tensors)
-        except RuntimeError:
+        except RuntimeError:  # an inference tensor has no counter
             self.values += map(_version, self.tensors)
         self.values += sums.of(self.tensors)
         self.tensors = []
 
-    def same_as(self, other: _Look) -> bool:
-        """Whether another look saw the same."""
-        if len(self.things) != len(other.things) or not all(map(is_, self.things, other.things)):
+    def equals(self, other: _Snapshot) -> bool:
+        """Whether another snapshot has the same content."""
+        same_length = len(self.objects) == len(other.objects)
+        if not same_length or not all(map(is_, self.objects, other.objects)):
             return False
         return self.values == other.values
 
 
-def heard_by_others(module: nn.Module, apart_from: Iterable[str] = ()) -> bool:
-    """Whether somebody hears of what a module computes, or changes it; moving weights is neither.
+def has_foreign_hooks(module: nn.Module, apart_from: Iterable[str] = ()) -> bool:
+    """Whether code outside fluxfire sees or changes what a module computes.
 
-    By hooks, or by a function in the place of a method. What fluxfire put there is not meant, nor
-    are the hooks of offloading (accelerate's and diffusers'): what they do to weights a `Watch`
-    sees.
+    Such code is in forward hooks, or in functions that replace a method of the instance. Hooks of
+    offloading (accelerate's and diffusers') do not count: they only move weights, and a `Watch`
+    sees a change of weights.
 
     Args:
-        module: with all below it.
-        apart_from: names of methods that do not count.
+        module: the module, with all its submodules.
+        apart_from: names of methods to ignore.
     """
-    if anybody_hears():
+    if has_global_hooks():
         return True
-    left_out = _OF_EVERY_MODULE.union(apart_from)
+    ignored = _MODULE_ATTRIBUTES.union(apart_from)
     for part in module.modules():
         own = vars(part)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return True
-        for name in own.keys() - left_out:
-            moves = name == "forward" and not _OFFLOADING.isdisjoint(own)
-            if not moves and _is_others(own[name]) and callable(getattr(type(part), name, None)):
+        for name in own.keys() - ignored:
+            is_offloading = name == "forward" and not _OFFLOADING.isdisjoint(own)
+            if is_offloading or not _is_foreign(own[name]):
+                continue
+            if callable(getattr(type(part), name, None)):  # the attribute hides a method
                 return True
     return False
 
 
-def anybody_hears() -> bool:
-    """Whether torch has hooks on every module of the process."""
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)  # noqa: SLF001
+def numeric_settings(device: torch.device) -> tuple[object, ...]:
+    """Return the global settings of torch that influence what modules compute on a device.
 
-
-def rounding(device: torch.device) -> tuple[object, ...]:
-    """Return torch's settings that decide how a device rounds."""
+    They decide on precision, kernels and rounding. Compare two results with `==`.
+    """
     backends: Any = torch.backends
     sdp, cudnn, onednn = backends.cuda, backends.cudnn, backends.mkldnn
     matmul = sdp.matmul
@@ -190,9 +241,9 @@ def rounding(device: torch.device) -> tuple[object, ...]:
         torch.get_default_dtype(),
         torch.get_num_threads(),
         torch.are_deterministic_algorithms_enabled(),
-        # The older names of these settings raise where somebody used the newer ones.
-        *(of.fp32_precision for of in (backends, matmul, cudnn, cudnn.conv)),
-        *(of.fp32_precision for of in (onednn, onednn.matmul, onednn.conv)),
+        # Not their older names such as allow_tf32, which raise if a user set the newer ones.
+        *(backend.fp32_precision for backend in (backends, matmul, cudnn, cudnn.conv)),
+        *(backend.fp32_precision for backend in (onednn, onednn.matmul, onednn.conv)),
         matmul.allow_fp16_reduced_precision_reduction,
         matmul.allow_bf16_reduced_precision_reduction,
         matmul.allow_fp16_accumulation,
@@ -201,10 +252,15 @@ def rounding(device: torch.device) -> tuple[object, ...]:
         *(onednn.enabled, onednn.deterministic),
         *(sdp.flash_sdp_enabled(), sdp.mem_efficient_sdp_enabled(), sdp.math_sdp_enabled()),
         *(sdp.cudnn_sdp_enabled(), sdp.fp16_bf16_reduction_math_sdp_allowed()),
+        # A user may replace torch's functions, or intercept all of them with a mode.
+        *(getattr(functional, name) for name in _COMPUTE_FUNCTIONS),
+        *_get_current_function_mode_stack(),  # type: ignore[no-untyped-call]
+        *_get_current_dispatch_mode_stack(),
     )
 
 
-def _is_others(function: Any) -> bool:
+def _is_foreign(function: Any) -> bool:
+    """Whether a function, or one that fluxfire's overrides of it call, is not fluxfire's."""
     while isinstance(function, Override):
         function = function.inner
     return function is not None

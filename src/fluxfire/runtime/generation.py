@@ -1,20 +1,25 @@
-"""One run of a pipeline: it begins, goes step by step and branch by branch, and ends.
-
-What passes hear of it, and tell it: a `Listener` is entered around each run and each call of the
-transformer, and a cache leaves its decisions with the `Generation`.
-"""
+"""One generation: its steps, what listeners hear of it, and what caches record about it."""
 
 from __future__ import annotations
 
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fluxfire.configured import Configured
 from fluxfire.model import Call, Model, Tokens
 
-__all__ = ["Decision", "Generation", "Listener", "Live", "Refresh", "may_change", "only_watches"]
+__all__ = [
+    "Decision",
+    "Generation",
+    "Listener",
+    "Live",
+    "Refresh",
+    "callback_may_change",
+    "only_watches",
+]
 
 C = TypeVar("C")
 P = TypeVar("P")
@@ -23,14 +28,14 @@ _ONLY_WATCHES = "_fluxfire_only_watches"
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What a cache decided for one call of the transformer.
+    """What a block cache decided for one transformer call.
 
     Attributes:
         step: denoising step, counted from 0.
         branch: `"cond"` or `"uncond"`.
-        hits: for each sample of the batch, whether its blocks were left out.
-        distances: what was compared with the threshold, for each sample; empty where
-            nothing was measured.
+        hits: for each sample of the batch, whether the cache skipped the blocks.
+        distances: for each sample, the distance that the cache compared with its threshold; empty
+            if the cache measured none.
     """
 
     step: int
@@ -41,14 +46,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Refresh:
-    """Whether the reference was computed in one call of the transformer, or reused.
+    """Whether one transformer call computed the reference, or reused it from the KV cache.
 
     Attributes:
         step: denoising step, counted from 0.
         branch: `"cond"` or `"uncond"`.
-        due: for each sample of the batch, whether its reference was to be computed and kept; in
-            blocks that another cache left out in this step it was not.
-        drifts: by how much it had changed, for each sample; empty where nothing was measured.
+        due: for each sample of the batch, whether a refresh was due. Blocks that another cache
+            skipped in this step did not refresh.
+        drifts: for each sample, how much the reference had changed; empty if the cache did not
+            measure it.
     """
 
     step: int
@@ -58,32 +64,33 @@ class Refresh:
 
 
 def only_watches(callback: C) -> C:
-    """Mark a step callback as one that changes nothing, so that passes need not look after it."""
+    """Mark a step callback that changes nothing, so that passes skip their checks after it."""
     setattr(callback, _ONLY_WATCHES, True)
     return callback
 
 
-def may_change(callback: object) -> bool:
-    """Whether a step callback may change the pipeline, as anybody's may."""
+def callback_may_change(callback: object) -> bool:
+    """Whether a step callback may change the pipeline: any may that `only_watches` did not mark."""
     return callback is not None and not getattr(callback, _ONLY_WATCHES, False)
 
 
 @dataclass(eq=False)
 class Generation:
-    """One call of the pipeline.
+    """One generation: a call of the pipeline.
 
     Attributes:
-        number: counts this pipeline's generations, from 1.
+        number: number of the generation, counted for each pipeline from 1.
         model: the architecture.
-        passes: what is applied, as data; the same object until that changes.
-        warmup: whether this one only makes ready what will be used: a cache then takes each
-            of its ways at least once.
-        calls_back: whether a callback may change the pipeline between its steps; True where that
-            is not known.
-        step: the current step, from 0; -1 before the first.
+        passes: the applied passes as data. The tuple is the same object until they change.
+        warmup: whether this is a warm-up run. In a warm-up run a cache takes each of its code paths
+            at least once, so that torch compiles all graphs.
+        calls_back: whether a step callback may change the pipeline; True if that is unknown.
+        thread: the id of the thread that generates.
+        step: the current step, from 0; -1 before the first step.
         calls: how often the transformer ran.
-        decisions: what a cache decided, call by call; empty without one.
-        refreshes: when the reference was computed, call by call; empty where always.
+        decisions: a block cache's decision for each transformer call; empty without such a cache.
+        refreshes: for each transformer call, whether a reference cache computed the reference;
+            empty without such a cache.
     """
 
     number: int
@@ -102,19 +109,20 @@ class Generation:
     _tokens: Tokens | None = None
 
     def owns(self, inputs: dict[str, Any]) -> bool:
-        """Whether a call of the transformer is this generation's: all of them share an object.
+        """Whether a transformer call belongs to this generation.
 
-        Another pipeline's may turn up in between, where a callback of this one runs a pipeline
-        that shares the transformer.
+        All transformer calls of a generation share one object (`Model.identity`). A call of another
+        generation can come in between: a step callback may run another pipeline that shares the
+        transformer.
         """
         identity = self.model.identity(inputs)
         return identity is not None and (self._identity is None or identity is self._identity)
 
     def advance(self, pipe: Any, inputs: dict[str, Any]) -> Call:
-        """Take note of the next call of the transformer and say which it is.
+        """Count the next transformer call, and find out its step and branch.
 
-        The pipeline makes a new timestep object for each step and shows it as
-        `current_timestep`; comparing identities needs no wait for the device.
+        The pipeline creates a new object `current_timestep` for each step. Comparing the identity
+        of the objects, not their values, needs no wait for the device.
         """
         if pipe.current_timestep is not self._timestep:
             self._timestep = pipe.current_timestep
@@ -135,30 +143,63 @@ class Generation:
 
 @dataclass(eq=False)
 class Live(Generic[P]):
-    """The settings by which an applied pass works now; `fluxfire.using` swaps them.
+    """The current settings of an applied pass, which `fluxfire.using` changes.
 
     Attributes:
-        settings: the pass itself, or a copy of it with other run-time settings. To be read
-            where a generation begins, so that none changes half-way.
+        applied: the pass as the user applied it.
     """
 
+    applied: P
+    _uses: list[_Use[P]] = field(default_factory=list)
+
+    @property
+    def settings(self) -> P:
+        """The pass with the settings to use now.
+
+        Read it once at the begin of each generation, so that no setting changes in the middle.
+
+        The latest open `using` block of this thread wins. If this thread has none, the latest block
+        of any thread wins, because a user may open the block in one thread and generate in
+        another. Without any block, this is the applied pass.
+        """
+        uses = list(self._uses)
+        own = [use for use in uses if use.thread == threading.get_ident()]
+        return (own or uses)[-1].settings if uses else self.applied
+
+    @contextmanager
+    def using(self, settings: P) -> Iterator[None]:
+        """Use other settings inside the block.
+
+        Blocks of two threads may overlap, and end in any order.
+        """
+        use = _Use(settings, threading.get_ident())
+        self._uses.append(use)
+        try:
+            yield
+        finally:
+            self._uses.remove(use)
+
+
+@dataclass(eq=False)
+class _Use(Generic[P]):
     settings: P
+    thread: int
 
 
 class Listener:
-    """Hears of generations. Override any method; all default to nothing.
+    """The callbacks of a pass. Override any of the methods; by default they do nothing.
 
-    `on_generation` and `on_step` return context managers, so that what begins also ends, whatever is
-    raised.
+    `on_generation` and `on_step` return context managers, so a listener can clean up after an
+    exception, too.
     """
 
     def prepare(self) -> None:
-        """Be called before each generation, and before each call of the transformer outside one."""
+        """Called before every generation, and before a direct transformer call outside of one."""
 
     def on_generation(self, generation: Generation) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Be entered around a whole call of the pipeline."""
+        """Called for every generation; the result is entered around the whole pipeline call."""
         return nullcontext()
 
     def on_step(self, call: Call) -> AbstractContextManager[object]:  # noqa: ARG002
-        """Be entered around one call of the transformer."""
+        """Called for every transformer call; the result is entered around the call."""
         return nullcontext()

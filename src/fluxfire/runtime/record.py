@@ -1,4 +1,4 @@
-"""What was changed on one pipeline, so that it can be undone."""
+"""The record of all edits made to one pipeline."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from fluxfire.edits.log import EditLog
 
 
 class Record(ABC):
-    """The edits made to one pipeline; its conductor keeps them.
+    """The edits made to one pipeline. The pipeline's conductor holds it.
 
-    Whoever applies passes derives from this, and keeps there what it wants to remember of them.
+    `reporting.applications.Applications` is the one subclass. It also holds passes and reports,
+    which this package must not import.
     """
 
     @property
     @abstractmethod
     def transactions(self) -> list[EditLog]:
-        """The edits, in order; undone from the last to the first, they give the plain pipeline."""
+        """The logs of edits, in order. To restore the pipeline, undo them from the last one."""
 
     @property
     def irreversible(self) -> list[str]:
-        """Why the plain pipeline cannot be had back; empty while it can."""
+        """Reasons why the pipeline cannot be restored; empty while it can."""
         return [why for transaction in self.transactions for why in transaction.irreversible]

@@ -1,4 +1,4 @@
-"""What a pass changes a pipeline through: every change is recorded before it is made."""
+"""The transaction: passes change a pipeline through it, and it records every change."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ T = TypeVar("T")
 
 
 class Transaction(EditLog):
-    """What a pass changes the pipeline through.
+    """Records the changes that passes make to a pipeline, and undoes them.
 
-    There is no undo method for a pass to forget: the edits recorded here are undone, last
-    in, first out, when a pass fails half-way and when the user restores the pipeline. What
-    somebody else put in an edit's place since then stays.
+    A pass writes no undo. fluxfire undoes the recorded edits, the last one first, when a pass fails
+    and when the user restores the pipeline. If somebody else replaced what an edit had put in
+    place, the replacement stays.
 
     Attributes:
         pipe: the pipeline.
-        facts: what the pass being applied tells the report, or None.
+        facts: returns the facts that the pass reports; None if it reports none.
     """
 
     def __init__(self, pipe: Any, conductor: Conductor) -> None:
@@ -45,38 +45,40 @@ class Transaction(EditLog):
         self._conductor = conductor
 
     def setattr(self, obj: object, name: str, value: object) -> None:
-        """Set an attribute; undone, it has its old value again, or is gone if it was new."""
+        """Set an attribute. Undo sets its old value again, or deletes it if it was new."""
         self.record(AttributeEdit(obj, name, value))
 
     def set_class(self, obj: object, cls: type) -> None:
-        """Turn an object into an instance of another class, normally a subclass of its own.
+        """Make an object an instance of another class, normally of a subclass of its class.
 
-        The class should be a `fluxfire.edits.stand_in.StandIn`, so that others go on
-        seeing the object's own, and no hook keeps its `forward` beyond `restore`.
+        Derive the class from `fluxfire.extend.StandIn`. Then code outside fluxfire goes on seeing
+        the plain class, and a hook that kept the class's `forward` does not call it after
+        `restore`.
         """
         self.record(ClassEdit(obj, cls))
 
     def override(self, obj: Any, name: str, call: Callable[..., object]) -> Override:
-        """Put a call in the place of one object's method, or around it.
+        """Replace a method of one object, or wrap it.
 
         Args:
-            obj: whose method.
+            obj: the object.
             name: the method's name.
-            call: is given what it stands in the place of, then the caller's arguments.
+            call: the new function. Its first argument is the method as it was; the caller's
+                arguments follow.
         """
         made = Override(obj, name, call)
         self.place(made)
         return made
 
     def place(self, override: Override) -> None:
-        """Put an override of one's own making there."""
+        """Put an override in place, such as an instance of a subclass of `Override`."""
         self.record(override)
 
     def set_call(self, module: nn.Module, call: Callable[..., object]) -> None:
-        """Replace what calling a module runs; what listens to the transformer stays around it.
+        """Replace what a call of a module runs. `call` gets the caller's arguments.
 
-        `call` gets the caller's arguments. Undone, the module calls what it called before, also
-        where a hook or another call came to stand around this one.
+        If the module is the transformer, listeners still hear of its calls. Undo also works if a
+        hook or another call was put around this one since.
         """
         if module is self.pipe.transformer:
             self.record(ListEdit(self._conductor.calls, call, "replace the transformer's call"))
@@ -88,9 +90,9 @@ class Transaction(EditLog):
             self.override(module, CALL_SLOT, run)
 
     def enter(self, manager: AbstractContextManager[T]) -> T:
-        """Enter a context manager that stays entered until the pipeline is restored.
+        """Enter a context manager, which stays entered until the pipeline is restored.
 
-        For what must be live only while this pipeline runs, `listen` is the right verb.
+        To enter one only while the pipeline runs, use `listen`.
         """
         edit = EnteredManager(manager)
         entered: list[T] = []
@@ -98,40 +100,43 @@ class Transaction(EditLog):
         return entered[0]
 
     def on_undo(self, inverse: Callable[[], object]) -> None:
-        """Record the inverse of an edit that is about to be made in another way.
+        """Record how to undo an edit that the pass makes itself, right after this call.
 
         Args:
-            inverse: a function, a bound method or a `functools.partial`. It must work also if the
-                edit was not made or was made by half, and running it twice must do the same as
-                once. A copy of the pipeline undoes the edit on itself, by a copy of this one and
-                of what it is bound to.
+            inverse: a function, a bound method or a `functools.partial`. It must also work if the
+                edit was not made, or was made by half. Two calls must do the same as one. To undo
+                the edit on a copy of the pipeline, fluxfire copies the inverse with everything that
+                it is bound to.
         """
         self.record(InverseCall(inverse))
 
     def wrap_blocks(self, wrapper: BlockWrapper) -> None:
-        """Put a wrapper around the run through the blocks, inside those already there."""
+        """Wrap the run through the blocks, inside the wrappers of earlier passes."""
         self.record(ListEdit(self._conductor.stack.wrappers, wrapper, "wrap the blocks"))
 
     def listen(self, listener: Listener) -> None:
-        """Have a listener hear of this pipeline's generations."""
+        """Add a listener, which hears of this pipeline's generations."""
         self.record(ListEdit(self._conductor.listeners, listener, "listen"))
 
-    def listening(self, kind: type[L]) -> list[L]:
-        """Return the pipeline's listeners of one kind: what a pass's `apply` put there."""
+    def find_listeners(self, kind: type[L]) -> list[L]:
+        """Return the pipeline's listeners of a class, such as the listener that `apply` added."""
         return [one for one in self._conductor.listeners if isinstance(one, kind)]
 
     def report_facts(self, facts: Callable[[], Mapping[str, object]]) -> None:
-        """Have the report ask for these facts about the pass being applied, each time anew."""
+        """Set a function that returns facts about this pass. Each report calls it anew."""
         self.facts = facts
 
     def mark_irreversible(self, why: str) -> None:
-        """Have `restore` refuse from now on, since something is gone that it would need."""
+        """Make `restore` refuse from now on, because something that it needs is gone."""
         self.irreversible.append(why)
 
     def live(self, pass_: P) -> Live[P]:
-        """Make a pass's settings ones that `fluxfire.using` can swap while it is applied.
+        """Allow `fluxfire.using` to change settings of this pass.
 
-        Of its fields those can be swapped that its class names in `tunable`.
+        Only the fields named in the pass's `tunable` can change.
+
+        Returns:
+            An object whose `settings` is the pass with the settings to use now.
         """
         live = Live(pass_)
         self.record(ListEdit(self._conductor.live, live, "hold live settings"))

@@ -1,8 +1,8 @@
-"""One after the other, without a lock that an interrupt could leave held.
+"""Mutual exclusion that an interrupt cannot leave locked.
 
-Between the end of a `with lock:` and the lock's release there are instructions, and Ctrl-C before
-one of them would hold it for good. So here nothing is to be released: a turn is over when its
-holder says so, or is no more, as one is whose frame ended.
+With `threading.Lock`, Ctrl-C can come after the body of `with lock:` and before the release, and
+then the lock stays locked for good. A turn needs no release: it is over when its holder calls
+`leave`, or when Python deletes the holder, as it deletes a local variable when the frame ends.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 
 __all__ = ["Turns"]
 
-_PAUSE = 0.002  # seconds between two looks of who waits
+_PAUSE = 0.002  # seconds between two attempts of a waiting thread
 
 
 class _Turn:
-    """One holder's turn; those after it hang on it, in its attribute `next`."""
+    """One holder's turn: a node of a linked list, whose attribute `next` is the turn after it."""
 
     def __init__(self, holder: object) -> None:
         self.holder, self.over = weakref.ref(holder), False
@@ -31,7 +31,7 @@ class _Turn:
 
 
 class Turns:
-    """Who has something now. Any thread may ask, and no two have it at once."""
+    """Gives turns to holders, to one at a time. All threads may use it."""
 
     def __init__(self) -> None:
         self._latest = _Turn(self)
@@ -39,34 +39,44 @@ class Turns:
 
     @property
     def holder(self) -> Any:
-        """Who has it; None if nobody does."""
+        """The object whose turn it is; None if it is nobody's turn."""
         return self._last().current()
 
     def take(self, holder: Any) -> Any:
-        """Give it to a holder, unless somebody has it; return who has it then."""
+        """Give the turn to a holder, unless somebody else has it.
+
+        Args:
+            holder: any object with weak references. The turn ends when the object is deleted.
+
+        Returns:
+            The object whose turn it is now.
+        """
         mine = _Turn(holder)
         while True:
             last = self._last()
             if (current := last.current()) is not None:
                 return current
-            # Python does this in one step, so a turn is followed by one other alone.
+            # `setdefault` is one atomic step, so two threads cannot both append to the same turn.
             if vars(last).setdefault("next", mine) is mine:
                 self._latest = mine
                 return holder
 
     def leave(self, holder: object) -> None:
-        """End a holder's turn, if it has one."""
+        """End a holder's turn; do nothing if the holder has no turn."""
         last = self._last()
         if last.current() is holder:
             last.over = True
 
     @contextmanager
     def wait(self) -> Iterator[None]:
-        """Wait for a turn, and have it for the length of a `with` block; also within one."""
+        """Wait until the turn is free, and hold it inside the block.
+
+        Blocks of the same thread may nest.
+        """
         me = _Waiting()
         try:
             while (current := self.take(me)) is not me and current.thread != me.thread:
-                del current  # else its turn would go on while this waits
+                del current  # a reference would keep the other holder alive, and so its turn
                 time.sleep(_PAUSE)
             yield
         finally:
@@ -80,7 +90,7 @@ class Turns:
 
 
 class _Waiting:
-    """Who waits for a turn."""
+    """The holder of a `wait` block's turn."""
 
     def __init__(self) -> None:
         self.thread = threading.get_ident()

@@ -1,7 +1,7 @@
 """An editing service over HTTP: `fluxfire serve`, or `create_app(Settings())` in an ASGI server.
 
-The server's own process holds no model. `engine` keeps a queue and one worker process, in which
-the pipeline lives; `app` speaks HTTP; the rest are their tools. Needs `fluxfire[serve]`.
+The server process has no model. `engine` has a request queue and one worker process, which runs the
+pipeline. `app` handles HTTP. The other modules are their helpers. Needs `fluxfire[serve]`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The service over HTTP."""
+"""The HTTP application: routes, keys and lifespan."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ from starlette.middleware.cors import CORSMiddleware
 
 import fluxfire
 from fluxfire.serve.engine import Engine
+from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.fetching import read_allow_list
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.keys import Keys
-from fluxfire.serve.limits import LimitedBodies
-from fluxfire.serve.metrics import Counted, Metrics
+from fluxfire.serve.loopback_only import LoopbackOnlyMiddleware
+from fluxfire.serve.max_body_size import MaxBodySizeMiddleware
+from fluxfire.serve.metrics import Metrics, MetricsMiddleware
 from fluxfire.serve.problems import add_handlers, problems
-from fluxfire.serve.reading import Sent, gone, read, unless
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.request_body import SentRequest, race, read_request, wait_for_disconnect
 from fluxfire.serve.schema import (
     About,
     EditAnswer,
@@ -39,20 +40,19 @@ from fluxfire.serve.schema import (
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
-from fluxfire.serve.strangers import OnlyThisMachine
 from fluxfire.serve.wire import STEPS, Facts
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {"style.css": "text/css", "app.js": "text/javascript", "scene.png": "image/png"}
-_POLICY = (
+_CONTENT_POLICY = (
     "default-src 'self'; img-src 'self' data: blob: https:; style-src 'self'; script-src 'self'; "
     "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
 )
-_SWEEPS = 600.0  # seconds between looks for pictures that are too old
+_SWEEP_INTERVAL = 600.0  # seconds between deletions of old pictures
 
-_bearer = HTTPBearer(auto_error=False, description="A key of the service's, if it wants one.")
+_bearer = HTTPBearer(auto_error=False, description="An API key, if the service needs one.")
 _header = APIKeyHeader(name="X-API-Key", auto_error=False)
 _BODY = {
     "requestBody": {
@@ -71,16 +71,15 @@ def create_app(
     on_ready: Callable[[Facts], None] = lambda facts: None,  # noqa: ARG005
     on_trouble: Callable[[str], None] = lambda why: None,  # noqa: ARG005
 ) -> FastAPI:
-    """Make the application; its worker starts with it, and ends with it.
+    """Create the application. Its worker starts and stops with it.
 
     Args:
-        settings: the service's.
-        on_ready: is told of the pipeline once it is loaded, and whenever it is again.
-        on_trouble: is told why there is no pipeline, and will be none.
+        settings: the service's settings.
+        on_ready: callback with the pipeline's facts, whenever a worker has loaded it.
+        on_trouble: callback with the reason, when no worker can load the pipeline.
 
     Raises:
-        FluxfireError: a setting cannot be used: keys or an allow-list that cannot be read, or a
-            storage that is none.
+        FluxfireError: the keys, the allow-list or the storage cannot be used.
     """
     keys = Keys.read(settings.keys_file) if settings.keys_file else None
     read_allow_list(settings.image_hosts)
@@ -98,11 +97,14 @@ def create_app(
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         engine = Engine(
-            settings, on_batch=metrics.batch, on_ready=on_ready, on_restart=metrics.restarted,
+            settings,
+            on_batch=metrics.count_batch,
+            on_ready=on_ready,
+            on_restart=metrics.count_restart,
             on_trouble=on_trouble,
-        )  # fmt: skip
+        )
         engine.start()
-        service = Service(settings, engine, storage, metrics.edited)
+        service = Service(settings, engine, storage, metrics.count_edit)
         app.state.engine, app.state.service, app.state.jobs = engine, service, Jobs(service)
         sweeper = asyncio.create_task(_sweep(storage)) if storage else None
         try:
@@ -115,7 +117,7 @@ def create_app(
             service.close()
             engine.close()
 
-    app = FastAPIOffline(  # so that /docs works where only this service is reached
+    app = FastAPIOffline(  # so that /docs works without internet access
         redoc_url=None,
         title="fluxfire",
         version=fluxfire.__version__,
@@ -126,28 +128,29 @@ def create_app(
     app.state.metrics, app.state.storage = metrics, storage
     _add_routes(app)
     add_handlers(app)
-    app.add_middleware(LimitedBodies, most=_largest_body(settings))
+    app.add_middleware(MaxBodySizeMiddleware, most=_largest_body(settings))
     if settings.origins:
         app.add_middleware(
-            CORSMiddleware, allow_origins=list(settings.origins),
+            CORSMiddleware,
+            allow_origins=list(settings.origins),
             allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["Authorization", "Content-Type", "X-API-Key"],
-        )  # fmt: skip
+        )
     if keys is None:
-        app.add_middleware(OnlyThisMachine, host=settings.host, origins=settings.origins)
-    app.add_middleware(Counted, metrics=metrics)
+        app.add_middleware(LoopbackOnlyMiddleware, host=settings.host, origins=settings.origins)
+    app.add_middleware(MetricsMiddleware, metrics=metrics)
     return app
 
 
-async def owner(
+async def key_owner(
     request: Request,
     bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
     header: Annotated[str | None, Depends(_header)],
 ) -> str | None:
-    """Whose key came along; None where no key is wanted.
+    """Return the name of the request's key; None if the service has no keys.
 
     Raises:
-        Refused: one is wanted, and none or a wrong one came.
+        RefusedError: the service has keys, and the request has none or a wrong one.
     """
     keys: Keys | None = request.app.state.keys
     if keys is None:
@@ -155,16 +158,17 @@ async def owner(
     key = bearer.credentials if bearer else header or ""
     name = keys.owner(key)
     if name is None and key:
-        raise Refused("this key is not known here", status=401, code="key-unknown")
+        raise RefusedError("this key is unknown", status=401, code="key-unknown")
     if name is None:
-        raise Refused(
+        raise RefusedError(
             "this service needs a key: send it as Authorization: Bearer KEY, or X-API-Key",
-            status=401, code="key-wanted",
-        )  # fmt: skip
+            status=401,
+            code="key-wanted",
+        )
     return name
 
 
-Owner = Annotated[str | None, Depends(owner)]
+Owner = Annotated[str | None, Depends(key_owner)]
 
 
 def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
@@ -174,23 +178,31 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         running: Engine = app.state.engine
         return running
 
-    async def sent(request: Request) -> Sent:
-        body = read(request, settings.request_seconds)
-        return await unless(body, engine().until_stopping())
+    async def sent(request: Request) -> SentRequest:
+        body = read_request(request, settings.request_seconds)
+        return await race(body, engine().until_stopping())
 
     @app.post(
-        "/inference", response_model=EditAnswer, openapi_extra=_BODY,
+        "/inference",
+        response_model=EditAnswer,
+        openapi_extra=_BODY,
         responses=problems(401, 408, 413, 415, 422, 424, 429, 503, 504, 507),
         summary="Edit a picture, and wait for the result",
-    )  # fmt: skip
+    )
     async def inference(request: Request, _owner: Owner) -> Response:
         edited = app.state.service.edit(await sent(request))
-        return await _json(await unless(edited, gone(request), engine().until_closed()))
+        return await _json(
+            await race(edited, wait_for_disconnect(request), engine().until_closed())
+        )
 
     @app.post(
-        "/jobs", response_model=JobAnswer, status_code=202, openapi_extra=_BODY,
-        responses=problems(401, 408, 413, 415, 422, 429, 503), summary="Begin an edit",
-    )  # fmt: skip
+        "/jobs",
+        response_model=JobAnswer,
+        status_code=202,
+        openapi_extra=_BODY,
+        responses=problems(401, 408, 413, 415, 422, 429, 503),
+        summary="Begin an edit",
+    )
     async def begin_job(request: Request, owner: Owner) -> JobAnswer:
         job = app.state.jobs.begin(await sent(request), owner)
         shown: JobAnswer = job.shown(engine())
@@ -210,16 +222,18 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         return shown
 
     @app.get(
-        "/jobs/{job_id}/events", responses=known, response_class=StreamingResponse,
+        "/jobs/{job_id}/events",
+        responses=known,
+        response_class=StreamingResponse,
         summary="Follow a job by server-sent events",
-    )  # fmt: skip
+    )
     async def follow_job(job_id: str, owner: Owner) -> StreamingResponse:
         job = app.state.jobs.find(job_id, owner)
 
         async def events() -> AsyncIterator[str]:
             async for shown in app.state.jobs.watch(job):
                 if shown is None:
-                    yield ": still here\n\n"  # or a proxy would take the line for dead
+                    yield ": still here\n\n"  # else a proxy would close a silent connection
                     continue
                 text = await asyncio.to_thread(shown.model_dump_json)
                 yield f"event: {shown.status}\ndata: {text}\n\n"
@@ -235,7 +249,9 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
     async def stored(name: str, expires: int, signature: str) -> Response:
         storage = app.state.storage
         if not isinstance(storage, LocalStorage):
-            raise Refused("this service keeps no pictures here", status=404, code="file-gone")
+            raise RefusedError(
+                "this service stores no pictures in a folder", status=404, code="file-gone"
+            )
         data, kind = await asyncio.to_thread(storage.read, name, expires, signature)
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
         return Response(data, media_type=kind, headers=headers)
@@ -258,11 +274,14 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
             default_steps=STEPS,
         )
 
-    unwell = {**problems(), 503: {"model": Health, "description": "It does not."}}
+    unwell = {
+        **problems(),
+        503: {"model": Health, "description": "The service is not alive, or not ready."},
+    }
 
     @app.head("/health", include_in_schema=False)
     @app.get(
-        "/health", response_model=Health, responses=unwell, summary="Whether the service lives"
+        "/health", response_model=Health, responses=unwell, summary="Whether the service is alive"
     )
     async def health(response: Response) -> Health:
         state, facts = engine().state, engine().facts
@@ -277,18 +296,22 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
 
     @app.head("/ready", include_in_schema=False)
     @app.get(
-        "/ready", response_model=Health, responses=unwell,
-        summary="Whether requests are taken without waiting",
-    )  # fmt: skip
+        "/ready",
+        response_model=Health,
+        responses=unwell,
+        summary="Whether the pipeline is ready",
+    )
     async def ready(response: Response) -> Health:
-        told = await health(response)
-        response.status_code = 200 if told.status == "ok" else 503
-        return told
+        answer = await health(response)
+        response.status_code = 200 if answer.status == "ok" else 503
+        return answer
 
     @app.get(
-        "/metrics", response_class=Response, responses=problems(401),
+        "/metrics",
+        response_class=Response,
+        responses=problems(401),
         summary="Counters, for Prometheus",
-    )  # fmt: skip
+    )
     async def metrics(_owner: Owner) -> Response:
         text = app.state.metrics.text(engine())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -296,7 +319,7 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
     @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        headers = {"Content-Security-Policy": _POLICY, "X-Content-Type-Options": "nosniff"}
+        headers = {"Content-Security-Policy": _CONTENT_POLICY, "X-Content-Type-Options": "nosniff"}
         return FileResponse(_PAGE / "index.html", media_type="text/html", headers=headers)
 
     @app.get("/page/{name}", include_in_schema=False)
@@ -307,23 +330,23 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
 
 
 async def _json(answer: EditAnswer | JobAnswer) -> Response:
-    """Write an answer, with megabytes of pictures, beside the event loop."""
+    """Serialize an answer in a thread, because its pictures may have megabytes."""
     text = await asyncio.to_thread(answer.model_dump_json)
     return Response(text, media_type="application/json")
 
 
 async def _sweep(storage: Any) -> None:
-    """Delete pictures that are too old, again and again."""
+    """Delete old pictures every ten minutes."""
     while True:
         try:
             deleted = await asyncio.to_thread(storage.sweep)
             if deleted:
-                _log.info("%d stored pictures deleted", deleted)
+                _log.info("deleted %d stored pictures", deleted)
         except StorageError as error:
             _log.warning("%s", error)
-        await asyncio.sleep(_SWEEPS)
+        await asyncio.sleep(_SWEEP_INTERVAL)
 
 
 def _largest_body(settings: Settings) -> int:
-    """How many bytes a request may have: a picture in base64, and words."""
+    """Return the most bytes of a body: a picture in base64, and 1 MiB of other fields."""
     return 4 * -(-settings.max_bytes // 3) + 2**20

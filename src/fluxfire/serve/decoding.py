@@ -1,8 +1,8 @@
-"""Pictures from bytes that nobody vouches for, and bytes from pictures.
+"""Decodes pictures from untrusted bytes, and encodes pictures.
 
-All limits are checked before anything is decoded: a file of some kilobytes can claim to be
-a picture of gigabytes. Pillow has a limit of its own, but it is a global of the process and
-half of it is a warning; so its plugins are used directly here, which do not look at it.
+This module checks all limits before it decodes anything: a file of some kilobytes can claim to be
+a picture of gigabytes. Pillow has a limit of its own, but the limit is a global of the process and
+half of it is a warning. So this module uses Pillow's plugins directly; they ignore that limit.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from fluxfire.pictures import SMALLEST, opaque
-from fluxfire.serve.refusing import Refused
+from fluxfire.pictures import SMALLEST, flatten_to_rgb
+from fluxfire.serve.errors import RefusedError
 
 Format = Literal["PNG", "JPG", "WEBP"]
 MEDIA_TYPES: dict[Format, str] = {"PNG": "image/png", "JPG": "image/jpeg", "WEBP": "image/webp"}
 LARGEST_SIDE = 16_384
-"""Pixels of a side; WebP itself ends there."""
+"""Most pixels of a side; it is also WebP's limit."""
 MOST_SCANS = 100
-"""Times that a JPEG may go over all its pixels.
+"""Most scans of a JPEG, each of which updates all its pixels.
 
 Progressive files have about ten. Each scan costs time for every pixel and may take only a
 few bytes, so a small file could keep a core busy for hours.
 """
 MOST_SCANNED = 500_000_000
-"""Pixels that a JPEG may go over, all its scans together: ten scans of 50 megapixels."""
+"""Most pixels of a JPEG times its scans: ten scans of 50 megapixels."""
 KEPT_PIXELS = 4_194_304
-"""Pixels of a picture that are kept while it waits. FLUX.1 Kontext works on one megapixel."""
+"""Most pixels of a picture in the queue. FLUX.1 Kontext works on one megapixel."""
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+=-]*)*),", re.ASCII | re.IGNORECASE)
 _LONGEST_HEADER = 200  # characters before the comma of a data: URL
 _EXIF_MARK = b"Exif\0\0"
@@ -50,67 +50,75 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DAMAGE = (
-    OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, ArithmeticError,
-    AttributeError, RuntimeError, struct.error,
-)  # fmt: skip
-"""What Pillow raises for damaged files, by its documentation and by what was seen."""
+_DAMAGE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    RuntimeError,
+    struct.error,
+)
+"""What Pillow raises for damaged files: documented errors, and errors seen in tests."""
 
 
 class _JpegFile(JpegImageFile):
-    """A JPEG file whose EXIF Pillow leaves alone.
+    """A JPEG file without EXIF for Pillow to read.
 
-    It reads all of it when a file is opened, to find a resolution; older versions copy what
-    each entry points to, and thousands of entries may point to the same megabytes.
+    Pillow reads all of the EXIF when it opens a file, to find a resolution. Older versions copy
+    the data of each entry, and thousands of entries may point to the same megabytes.
     """
 
     def getexif(self) -> Image.Exif:
-        """Give none at all."""
+        """Return an empty EXIF."""
         return Image.Exif()
 
 
-class PictureRefused(Refused):
-    """A picture is damaged (400), too large (413), or of a format not taken (415)."""
+class PictureRefusedError(RefusedError):
+    """A picture is damaged (400), too large (413), or of an unsupported format (415)."""
 
 
 def decode(data: bytes, *, max_pixels: int) -> Image.Image:
-    """Decode a PNG, JPEG or WebP file: upright, in RGB, what is transparent white.
+    """Decode a PNG, JPEG or WebP file to upright RGB; transparent pixels become white.
 
-    Of several frames only the first is decoded. The file's metadata does not come along.
+    Only the first frame is decoded. The file's metadata is dropped.
 
     Args:
         data: the whole file.
-        max_pixels: how many pixels, width times height, it may have.
+        max_pixels: the most pixels, width times height, that the picture may have.
 
     Returns:
         The picture, decoded.
 
     Raises:
-        PictureRefused: it is damaged, too small or too large, or of another format.
+        PictureRefusedError: the picture is damaged, too small, too large, or of another format.
     """
     try:
-        file = _opened(data, max_pixels)
+        file = _open_within_limits(data, max_pixels)
         file.load()
         turn = _UPRIGHT.get(_orientation(file))
-        picture = opaque(_in_eight_bits(file))
+        picture = flatten_to_rgb(_to_eight_bits(file))
     except MemoryError:
-        raise PictureRefused(
+        raise PictureRefusedError(
             "the picture needs more memory than the server has left; send a smaller one",
             status=413,
             code="image-too-large",
         ) from None
-    except _DAMAGE as error:
-        raise _damaged(str(error)) from None
+    except _DAMAGE_ERRORS as error:
+        raise _damaged_error(str(error)) from None
     picture.info = {}
     return picture if turn is None else picture.transpose(turn)
 
 
-def reduced(picture: Image.Image, pixels: int = KEPT_PIXELS) -> Image.Image:
-    """Scale a picture down to so many pixels, if it has more; its shape stays.
+def scale_down(picture: Image.Image, pixels: int = KEPT_PIXELS) -> Image.Image:
+    """Scale a picture down to a number of pixels if it has more, and keep its aspect ratio.
 
     Args:
         picture: in RGB.
-        pixels: width times height at the most.
+        pixels: the most pixels, width times height.
     """
     scale = (pixels / (picture.width * picture.height)) ** 0.5
     if scale >= 1:
@@ -119,55 +127,55 @@ def reduced(picture: Image.Image, pixels: int = KEPT_PIXELS) -> Image.Image:
     return picture.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3)
 
 
-def unwrapped(text: str, *, max_bytes: int) -> bytes:
-    """Take the bytes out of base64, or out of a data: URL with base64.
+def decode_base64(text: str, *, max_bytes: int) -> bytes:
+    """Decode base64, or a data: URL that contains base64.
 
     Args:
         text: base64 of the standard alphabet with its padding and without line breaks; or
-            a data: URL of some image type. Which one is not believed: the bytes tell.
-        max_bytes: how many bytes may come out.
+            a data: URL of any image type. The type is ignored: `decode` looks at the bytes.
+        max_bytes: the most bytes that the result may have.
 
     Raises:
-        PictureRefused: it is not such a text, or has more bytes.
+        PictureRefusedError: the text is neither, or it has more bytes.
     """
     start = 0
     if text[:5].lower() == "data:":
         header = _DATA_URL.match(text[:_LONGEST_HEADER])
         if header is None or not header[2].lower().endswith(";base64"):
-            raise PictureRefused(
-                "the data: URL does not begin as data:image/png;base64, does",
+            raise PictureRefusedError(
+                "the data: URL must begin like data:image/png;base64,",
                 status=400,
                 code="image-malformed",
             )
         if not header[1].lower().startswith("image/"):
-            raise PictureRefused(
+            raise PictureRefusedError(
                 f"the data: URL holds {header[1] or 'text'!r}, not an image",
                 status=415,
                 code="image-format-unsupported",
             )
         start = header.end()
     if len(text) - start > 4 * -(-max_bytes // 3):
-        raise _too_many_bytes(max_bytes)
+        raise _too_many_bytes_error(max_bytes)
     try:
         data = binascii.a2b_base64(text[start:], strict_mode=True)
     except ValueError as error:  # binascii.Error is one, and so is a character beyond ASCII.
-        raise PictureRefused(
+        raise PictureRefusedError(
             f"the image is not base64: {error}", status=400, code="image-malformed"
         ) from None
     if len(data) > max_bytes:
-        raise _too_many_bytes(max_bytes)
+        raise _too_many_bytes_error(max_bytes)
     if not data:
-        raise PictureRefused("the image is empty", status=400, code="image-malformed")
+        raise PictureRefusedError("the image is empty", status=400, code="image-malformed")
     return data
 
 
 def encode(picture: Image.Image, format: Format, quality: int) -> bytes:  # noqa: A002 - the API's own word
-    """Write a picture into a file's bytes.
+    """Encode a picture as a file.
 
     Args:
         picture: what to write.
         format: the file's format.
-        quality: 1 to 100, for JPG and WEBP; a PNG loses nothing.
+        quality: 1 to 100, for JPG and WEBP; PNG is lossless.
     """
     file = io.BytesIO()
     if format == "PNG":
@@ -178,40 +186,40 @@ def encode(picture: Image.Image, format: Format, quality: int) -> bytes:  # noqa
 
 
 def media_type(format: Format) -> str:  # noqa: A002 - as in `encode`
-    """Give the media type of a format, such as image/png."""
+    """Return the media type of a format, such as image/png."""
     return MEDIA_TYPES[format]
 
 
 def data_url(data: bytes, format: Format) -> str:  # noqa: A002 - as in `encode`
-    """Write a file's bytes as a data: URL."""
+    """Return a file's bytes as a data: URL."""
     return f"data:{media_type(format)};base64,{base64.b64encode(data).decode('ascii')}"
 
 
-def _opened(data: bytes, max_pixels: int) -> Image.Image:
-    """Read a file's header, and refuse what is beyond the limits."""
+def _open_within_limits(data: bytes, max_pixels: int) -> Image.Image:
+    """Read a file's header, and refuse a file that exceeds the limits."""
     file: Image.Image
     scans = 1
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         file = PngImageFile(io.BytesIO(data))
     elif data.startswith(b"\xff\xd8\xff"):
-        # In pixel data the byte FF is never followed by DA, so only metadata counts too much.
+        # In pixel data DA never follows FF. Only metadata can make this count too high.
         scans = data.count(b"\xff\xda")
         if scans > MOST_SCANS:
-            raise _too_many_scans(scans)
+            raise _too_many_scans_error(scans)
         file = _JpegFile(io.BytesIO(data))
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
-        # Pillow's decoder sets memory for all pixels aside when it is made.
+        # Pillow's decoder allocates memory for all pixels in its constructor.
         _check_size(_webp_size(data), max_pixels)
         file = WebPImageFile(io.BytesIO(data))
     else:
-        raise PictureRefused(
+        raise PictureRefusedError(
             "the image is neither PNG nor JPEG nor WebP; send one of these",
             status=415,
             code="image-format-unsupported",
         )
     _check_size(file.size, max_pixels)
     if scans > 1 and scans * file.width * file.height > MOST_SCANNED:
-        raise _too_many_scans(scans)
+        raise _too_many_scans_error(scans)
     return file
 
 
@@ -226,31 +234,31 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     elif kind == b"VP8 ":
         width, height = (side & 0x3FFF for side in struct.unpack("<6xHH", body))
     else:
-        raise _damaged("a WebP file without a picture at its start")
+        raise _damaged_error("a WebP file without a picture at its start")
     return width, height
 
 
 def _check_size(size: tuple[int, int], max_pixels: int) -> None:
     width, height = size
     if min(size) < SMALLEST:
-        raise PictureRefused(
+        raise PictureRefusedError(
             f"the image has {width}x{height} pixels; a side needs {SMALLEST} or more",
             status=400,
             code="image-too-small",
         )
     if max(size) > LARGEST_SIDE or width * height > max_pixels:
-        raise PictureRefused(
-            f"the image has {width}x{height} pixels; at most {max_pixels} are taken, and "
-            f"{LARGEST_SIDE} along a side",
+        raise PictureRefusedError(
+            f"the image has {width}x{height} pixels; the limits are {max_pixels} pixels, and "
+            f"{LARGEST_SIDE} pixels for a side",
             status=413,
             code="image-too-large",
         )
 
 
 def _orientation(file: Image.Image) -> int:
-    """Read how a picture is turned from its EXIF; 1, upright, where that cannot be read.
+    """Return a picture's EXIF orientation; 1, upright, if it cannot be read.
 
-    Only that one entry, for the reason told at `_JpegFile`.
+    It reads no other entry, for the reason given at `_JpegFile`.
     """
     exif = file.info.get("exif")
     if not isinstance(exif, bytes):
@@ -271,33 +279,33 @@ def _orientation(file: Image.Image) -> int:
     return 1
 
 
-def _in_eight_bits(picture: Image.Image) -> Image.Image:
-    """Scale 16-bit grey to 8 bits; Pillow's own conversion would cut it off at 255."""
+def _to_eight_bits(picture: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow's own conversion would clip it at 255."""
     if not picture.mode.startswith("I"):
         return picture
     grey = picture.point(lambda value: value * (1 / 257) + 0.5).convert("L")
-    grey.info.pop("transparency", None)  # It names a value of 16 bits.
+    grey.info.pop("transparency", None)  # Its value has 16 bits.
     return grey
 
 
-def _damaged(reason: str) -> PictureRefused:
-    return PictureRefused(
+def _damaged_error(reason: str) -> PictureRefusedError:
+    return PictureRefusedError(
         f"the image cannot be read: {reason[:200]}; the file is damaged or incomplete",
         status=400,
         code="image-damaged",
     )
 
 
-def _too_many_scans(scans: int) -> PictureRefused:
-    return PictureRefused(
-        f"the JPEG goes over its pixels {scans} times, which takes too long; save it anew",
+def _too_many_scans_error(scans: int) -> PictureRefusedError:
+    return PictureRefusedError(
+        f"the JPEG has {scans} scans, which take too long to decode; save it again",
         status=413,
         code="image-too-large",
     )
 
 
-def _too_many_bytes(max_bytes: int) -> PictureRefused:
-    return PictureRefused(
+def _too_many_bytes_error(max_bytes: int) -> PictureRefusedError:
+    return PictureRefusedError(
         f"the image has more than {max_bytes} bytes; send a smaller one",
         status=413,
         code="image-too-large",

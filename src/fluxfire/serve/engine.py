@@ -1,8 +1,8 @@
-"""The queue before the pipeline, and the worker process behind it.
+"""The request queue, and the worker process that edits.
 
-Everything here runs on the server's event loop, which never waits: two threads carry messages
-to and from the worker. One batch is with the worker at a time; what waits meanwhile is put
-together by kind, oldest first.
+All code here runs on the server's event loop and never blocks it: two threads carry messages to
+and from the worker. The worker has one batch at a time. The engine builds the next batch from
+waiting requests of one kind, oldest first.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, Never
 
+from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.process import WorkerProcess
-from fluxfire.serve.refusing import Refused
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
     Batch,
@@ -37,29 +37,29 @@ from fluxfire.serve.wire import (
 _log = logging.getLogger(__name__)
 _MOST_FAILED_STARTS = 3
 _LONGEST_PAUSE = 30.0
-_USUAL_SECONDS = 5.0  # of an edit, before any was made
+_USUAL_SECONDS = 5.0  # assumed for an edit until the first one is measured
 State = Literal["starting", "ready", "draining", "failed"]
 _STATUS = {"out-of-memory": 507, "edit-refused": 422, "edit-failed": 500}
 
 
 @dataclass(eq=False)
 class Ticket:
-    """A request on its way.
+    """A request in the queue or with the worker.
 
     Attributes:
-        number: counts all tickets.
-        ask: what is wanted.
-        done: the result, or why there is none.
-        began: when it was last sent to the worker, or None.
-        inference: seconds that the pipeline took for its batch.
-        step: denoising steps made.
-        steps: denoising steps in all.
-        tries: how often it was sent to the worker.
-        changed: is set, and replaced, whenever something of this changes.
+        number: unique number of the ticket, counted up.
+        request: what the pipeline shall do.
+        done: future of the result, or of the error.
+        began: loop time of the last send to the worker; None before the first.
+        inference: seconds that the pipeline took for the batch.
+        step: number of denoising steps done.
+        steps: total number of denoising steps.
+        tries: how many times the engine sent the request to the worker.
+        changed: event that `notify` sets and replaces whenever the ticket changes.
     """
 
     number: int
-    ask: PipelineRequest
+    request: PipelineRequest
     done: asyncio.Future[Result]
     began: float | None = None
     inference: float = 0.0
@@ -68,34 +68,34 @@ class Ticket:
     tries: int = 0
     changed: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def tell(self) -> None:
-        """Wake whoever waits for a change."""
+    def notify(self) -> None:
+        """Wake every task that waits for a change."""
         self.changed.set()
         self.changed = asyncio.Event()
 
     @property
     def alone(self) -> bool:
-        """Whether it is to be made without others: it was in a batch that failed."""
+        """Whether it must run in a batch of its own, because its first batch failed."""
         return self.tries > 0
 
 
 @dataclass(eq=False)
-class Place:
-    """Of a request that was taken: kept from then until its answer is written.
+class QueueSlot:
+    """A reserved queue slot, held until the response is sent.
 
     Attributes:
-        early: whether its picture is still being read, so that it has no ticket yet.
+        early: whether the request has no ticket yet, because its picture is still being read.
     """
 
     early: bool = True
 
 
 class Engine:
-    """Takes requests, and keeps a worker that edits.
+    """Queues requests and keeps one worker process running.
 
     Attributes:
-        facts: what the worker told of its pipeline; None until it did.
-        trouble: why there is no worker, if so.
+        facts: the worker's description of its pipeline; None until the first worker is ready.
+        trouble: why no worker can run; None while one can.
     """
 
     def __init__(
@@ -107,14 +107,14 @@ class Engine:
         on_restart: Callable[[], None] = lambda: None,
         on_trouble: Callable[[str], None] = lambda why: None,  # noqa: ARG005
     ) -> None:
-        """Make an engine, which does nothing before `start`.
+        """Create an engine. It does nothing before `start`.
 
         Args:
             settings: the service's.
-            on_batch: is told the number of pictures, and the seconds, of each batch made.
-            on_ready: is told of the pipeline, by each worker that has loaded it.
-            on_restart: is called whenever the worker died.
-            on_trouble: is told why there is no worker, and will be none.
+            on_batch: callback with the number of pictures and the seconds of each finished batch.
+            on_ready: callback with the pipeline's facts, whenever a worker has loaded it.
+            on_restart: callback after each death of a worker.
+            on_trouble: callback with the reason, when the engine gives up on starting a worker.
         """
         self.facts: Facts | None = None
         self.trouble: str | None = None
@@ -122,7 +122,7 @@ class Engine:
         self._on_restart, self._on_trouble = on_restart, on_trouble
         self._settings = settings
         self._waiting: deque[Ticket] = deque()
-        self._places: set[Place] = set()
+        self._slots: set[QueueSlot] = set()
         self._running: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._seconds: deque[float] = deque(maxlen=20)
@@ -134,12 +134,12 @@ class Engine:
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         self._restart: asyncio.TimerHandle | None = None
-        self._messages = 0  # of all workers
+        self._messages = 0  # received from all workers
         self._watchdog: asyncio.TimerHandle | None = None
 
     @property
     def state(self) -> State:
-        """Whether requests are taken, and if not, why."""
+        """`"ready"` if the worker can edit; else what the engine is doing instead."""
         if self.trouble is not None:
             return "failed"
         if self._stopping.is_set():
@@ -148,144 +148,145 @@ class Engine:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait."""
+        """Number of requests in the queue."""
         return len(self._waiting)
 
     @property
     def running(self) -> int:
-        """How many requests are with the worker."""
+        """Number of requests that the worker has."""
         return len(self._running)
 
     def start(self) -> None:
-        """Start a worker. It loads meanwhile."""
+        """Start a worker process, which then loads the pipeline."""
         self._restart = None
         loop = asyncio.get_running_loop()
 
-        def heard(message: FromWorker | None) -> None:
-            loop.call_soon_threadsafe(self._heard, worker, message)
+        def on_message(message: FromWorker | None) -> None:
+            loop.call_soon_threadsafe(self._on_message, worker, message)
 
         try:
             worker = self._worker = WorkerProcess(self._settings)
-            worker.start(heard)
-        except (OSError, RuntimeError, MemoryError):  # the next try may find room for it
+            worker.start(on_message)
+        except (OSError, RuntimeError, MemoryError):  # the next attempt may find enough memory
             _log.exception("the worker cannot be started")
-            self._lost()
+            self._on_worker_death()
 
-    def reserve(self, level: Level | None) -> Place:
-        """Take a place in the queue, before work is put into a request.
+    def reserve(self, level: Level | None) -> QueueSlot:
+        """Reserve a queue slot before reading the request's picture.
 
         Args:
-            level: the quality wanted; None takes what there is.
+            level: the requested quality; None for the service's own.
 
         Returns:
-            The place, for `submit`; to be given back to `leave` once the request is answered,
-            which is what `drain` waits for.
+            The slot for `submit`. Pass it to `release` after the response is sent; `drain` waits
+            for that.
 
         Raises:
-            Refused: the queue is full (429), the service stops or cannot work (503), or the level
-                is none that the passes give (422).
+            RefusedError: the queue is full (429), the service is stopping or has no pipeline
+                (503), or the passes cannot give this level (422).
         """
         if self.trouble is not None:
-            raise _no_pipeline(self.trouble)
+            raise _no_pipeline_error(self.trouble)
         if self._stopping.is_set():
-            raise _stops()
-        # A worker that has nothing to do takes the next request at once.
+            raise _stopping_error()
+        # An idle worker takes the next request at once, so that request needs no room.
         room = self._settings.max_queue + (1 if self._ready and not self._running else 0)
-        waiting = len(self._waiting) + sum(place.early for place in self._places)
+        waiting = len(self._waiting) + sum(slot.early for slot in self._slots)
         if waiting >= room:
-            raise Refused(
+            raise RefusedError(
                 f"{waiting} requests wait already; try again later", status=429, code="queue-full"
             )
         self._check_level(level)
-        place = Place()
-        self._places.add(place)
+        slot = QueueSlot()
+        self._slots.add(slot)
         self._all_answered.clear()
-        return place
+        return slot
 
-    def leave(self, place: Place) -> None:
-        """Give a place back; a second time does nothing."""
-        self._places.discard(place)
-        if not self._places:
+    def release(self, slot: QueueSlot) -> None:
+        """Give a slot back. A second call does nothing."""
+        self._slots.discard(slot)
+        if not self._slots:
             self._all_answered.set()
 
-    def submit(self, ask: PipelineRequest, place: Place) -> Ticket:
+    def submit(self, request: PipelineRequest, slot: QueueSlot) -> Ticket:
         """Put a request into the queue.
 
         Args:
-            ask: what is asked.
-            place: kept for it by `reserve`; with one it is taken even if the service has been told
-                to stop meanwhile.
+            request: what the pipeline shall do.
+            slot: the slot from `reserve`. The engine accepts it even if the service began to stop
+                in between.
 
         Raises:
-            Refused: as by `reserve`, but never for want of room.
+            RefusedError: for the reasons of `reserve`, except a full queue.
         """
         if self.trouble is not None:
-            raise _no_pipeline(self.trouble)
-        if place not in self._places:
-            raise _stops()
-        self._check_level(ask.level)
-        place.early = False
+            raise _no_pipeline_error(self.trouble)
+        if slot not in self._slots:
+            raise _stopping_error()
+        self._check_level(request.level)
+        slot.early = False
         loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self._numbers), ask, loop.create_future(), steps=ask.steps)
-        ticket.done.add_done_callback(_retrieved)
+        ticket = Ticket(next(self._numbers), request, loop.create_future(), steps=request.steps)
+        ticket.done.add_done_callback(_mark_retrieved)
         self._waiting.append(ticket)
         self._advance()
         return ticket
 
     def cancel(self, ticket: Ticket, why: Exception) -> None:
-        """Give a request up; the worker ends it at its next step, unless others are with it."""
+        """Cancel a request. The worker stops at its next step if the whole batch is cancelled."""
         if ticket.done.done():
             return
         ticket.done.set_exception(why)
-        ticket.tell()
+        ticket.notify()
         if ticket in self._waiting:
             self._waiting.remove(ticket)
         elif ticket.number in self._running and self._worker is not None:
             self._worker.send(Cancel(ticket.number))
-            self._watch()
+            self._start_watchdog()
 
     def position(self, ticket: Ticket) -> int | None:
-        """How many requests wait before this one; None once it does not wait."""
+        """Number of requests ahead of this one in the queue; None if it is not in the queue."""
         return self._waiting.index(ticket) if ticket in self._waiting else None
 
     def retry_after(self) -> int:
-        """In how many seconds there may be room again: at least 1."""
+        """Estimate in how many seconds the queue has room again; at least 1."""
         each = fmean(self._seconds) if self._seconds else _USUAL_SECONDS
         return max(1, round(each * (1 + len(self._waiting) / self._settings.at_once)))
 
     async def until_stopping(self) -> Never:
-        """Wait until the service is told to stop.
+        """Wait until the service begins to stop.
 
         Raises:
-            Refused: then.
+            RefusedError: always, when that happens.
         """
         await self._stopping.wait()
-        raise _stops()
+        raise _stopping_error()
 
     async def until_closed(self) -> Never:
-        """Wait until nothing is answered any more, however far it is.
+        """Wait until the engine is closed and running requests cannot finish.
 
         Raises:
-            Refused: then.
+            RefusedError: always, when that happens.
         """
         await self._closed.wait()
-        raise _stops()
+        raise _stopping_error()
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and wait until all are answered, or so long; then end.
+        """Accept no new requests, wait for the responses of the accepted ones, then close.
 
-        What is not answered by then is refused.
+        Args:
+            seconds: how long to wait; requests without a response by then are refused.
         """
         self._stopping.set()
         try:
             async with asyncio.timeout(seconds):
                 await self._all_answered.wait()
         except TimeoutError:
-            _log.warning("gave %d requests up after %g s", len(self._places), seconds)
+            _log.warning("refused %d unfinished requests after %g s", len(self._slots), seconds)
         self.close()
 
     def close(self) -> None:
-        """End the worker at once, and refuse what is left."""
+        """Stop the worker now, and refuse all remaining requests."""
         self._stopping.set()
         self._closed.set()
         for timer in (self._restart, self._watchdog):
@@ -293,9 +294,9 @@ class Engine:
                 timer.cancel()
         for ticket in [*self._waiting, *self._running.values()]:
             if not ticket.done.done():
-                ticket.done.set_exception(_stops())
-            ticket.tell()
-        self._places.clear()
+                ticket.done.set_exception(_stopping_error())
+            ticket.notify()
+        self._slots.clear()
         self._waiting.clear()
         self._running.clear()
         self._all_answered.set()
@@ -304,44 +305,47 @@ class Engine:
             worker.stop()
 
     def _check_level(self, level: Level | None) -> None:
-        facts = self.facts  # not known while the first worker loads: then what waits is looked at
+        facts = self.facts  # None until the first worker is ready; `_refuse_levels` checks then
         if level is not None and facts is not None and level not in facts.levels:
             offers = ", ".join(facts.levels) or "no choice, so leave quality out"
-            raise Refused(
+            raise RefusedError(
                 f"the passes of this service cannot give quality={level!r}; it offers {offers}",
-                status=422, code="quality-not-offered",
-            )  # fmt: skip
+                status=422,
+                code="quality-not-offered",
+            )
 
     def _advance(self) -> None:
-        """Send the next batch, if there is one and the worker is free."""
+        """Send the next batch if the worker is idle and requests wait."""
         if not self._ready or self._running or not self._waiting or self._worker is None:
             return
         first = self._waiting.popleft()
-        batch, room = [first], self._settings.at_once - len(first.ask.seeds)
+        batch, room = [first], self._settings.at_once - len(first.request.seeds)
         if not first.alone:
             for ticket in list(self._waiting):
-                fits = len(ticket.ask.seeds) <= room and ticket.ask.kind == first.ask.kind
+                fits = (
+                    len(ticket.request.seeds) <= room and ticket.request.kind == first.request.kind
+                )
                 if fits:
                     self._waiting.remove(ticket)
                     batch.append(ticket)
-                    room -= len(ticket.ask.seeds)
+                    room -= len(ticket.request.seeds)
         now = asyncio.get_running_loop().time()
         for ticket in batch:
             ticket.began, ticket.step = now, 0
             ticket.tries += 1
             self._running[ticket.number] = ticket
-            ticket.tell()
-        # One that ran out of memory gets a try with one picture at a time.
+            ticket.notify()
+        # A request that ran out of memory is retried with one picture at a time.
         at_once = 1 if first.tries > 1 else self._settings.at_once
-        self._worker.send(Batch({t.number: t.ask for t in batch}, at_once))
+        self._worker.send(Batch({t.number: t.request for t in batch}, at_once))
 
-    def _heard(self, worker: WorkerProcess, message: FromWorker | None) -> None:
-        """Take a message of the worker's; None if it died."""
+    def _on_message(self, worker: WorkerProcess, message: FromWorker | None) -> None:
+        """Handle a message from a worker; None means that the worker died."""
         if worker is not self._worker:
-            return  # an earlier one's last words
+            return  # a late message from an earlier worker
         self._messages += 1
         if message is None:
-            self._lost()
+            self._on_worker_death()
         elif isinstance(message, Ready):
             self.facts, self._ready = message.facts, True
             self._refuse_levels()
@@ -350,18 +354,18 @@ class Engine:
         elif isinstance(message, StepDone):
             for ticket in self._running.values():
                 ticket.step, ticket.steps = message.step, message.steps
-                ticket.tell()
+                ticket.notify()
         elif isinstance(message, Done):
             self._failed_starts = 0
-            self._finish(message.results, message.seconds)
+            self._on_done(message.results, message.seconds)
         else:
-            self._failed(message)
+            self._on_failure(message)
         self._advance()
         if isinstance(message, Ready):
             self._on_ready(message.facts)
 
-    def _finish(self, results: Mapping[int, Result], seconds: float) -> None:
-        batch = self._taken_back()
+    def _on_done(self, results: Mapping[int, Result], seconds: float) -> None:
+        batch = self._take_running_back()
         if results:
             self._seconds.append(seconds)
             self._on_batch(sum(len(r.pictures) for r in results.values()), seconds)
@@ -369,30 +373,31 @@ class Engine:
             ticket.inference = seconds
             if ticket.number in results and not ticket.done.done():
                 ticket.done.set_result(results[ticket.number])
-            elif not ticket.done.done():  # cancelled too late for its neighbours to know
+            elif not ticket.done.done():  # the worker ended the batch without this request
                 self._waiting.appendleft(ticket)
-            ticket.tell()
+            ticket.notify()
 
-    def _failed(self, failure: Failed) -> None:
-        batch = self._taken_back()
+    def _on_failure(self, failure: Failed) -> None:
+        batch = self._take_running_back()
         several = len(batch) > 1 or (
-            failure.reason == "out-of-memory" and len(batch[0].ask.seeds) > 1
+            failure.reason == "out-of-memory" and len(batch[0].request.seeds) > 1
         )
-        error = Refused(
+        error = RefusedError(
             f"the edit failed: {failure.message}",
-            status=_STATUS[failure.reason], code=failure.reason,
-        )  # fmt: skip
+            status=_STATUS[failure.reason],
+            code=failure.reason,
+        )
         self._try_again(batch, error, most=2 if several else 1)
 
-    def _lost(self) -> None:
-        """Start another worker; what was with this one is tried once more, by itself."""
+    def _on_worker_death(self) -> None:
+        """Start another worker, and retry each request of the dead one in a batch of its own."""
         _log.error("the worker died%s", "" if self._ready else " before it was ready")
         self._on_restart()
         self._failed_starts = 0 if self._ready else self._failed_starts + 1
-        died = Refused(
-            "the edit failed twice: the process that made it died", status=500, code="worker-died"
+        died = RefusedError(
+            "the edit failed twice: the worker process died", status=500, code="worker-died"
         )
-        self._try_again(self._taken_back(), died, most=2)
+        self._try_again(self._take_running_back(), died, most=2)
         self._ready, self._worker = False, None
         if self._failed_starts >= _MOST_FAILED_STARTS:
             self._give_up(f"its worker died {self._failed_starts} times before it was ready")
@@ -401,7 +406,7 @@ class Engine:
         self._restart = asyncio.get_running_loop().call_later(pause, self.start)
 
     def _try_again(self, batch: list[Ticket], error: Exception, *, most: int) -> None:
-        """Put tickets back before all others; those tried so often fail."""
+        """Put tickets back at the head of the queue; a ticket with `most` tries fails instead."""
         for ticket in reversed(batch):
             if ticket.done.done():
                 pass
@@ -409,7 +414,7 @@ class Engine:
                 ticket.done.set_exception(error)
             else:
                 self._waiting.appendleft(ticket)
-            ticket.tell()
+            ticket.notify()
 
     def _give_up(self, why: str) -> None:
         _log.error("no pipeline: %s", why)
@@ -420,51 +425,54 @@ class Engine:
         self._on_trouble(why)
         for ticket in self._waiting:
             if not ticket.done.done():
-                ticket.done.set_exception(_no_pipeline(why))
-            ticket.tell()
+                ticket.done.set_exception(_no_pipeline_error(why))
+            ticket.notify()
         self._waiting.clear()
 
-    def _watch(self) -> None:
-        """See after a while whether the worker hangs in what nobody waits for any more."""
+    def _start_watchdog(self) -> None:
+        """Start a timer that kills the worker if it hangs on a batch that is all cancelled."""
         abandoned = bool(self._running) and all(t.done.done() for t in self._running.values())
         if self._watchdog is None and abandoned:
             loop = asyncio.get_running_loop()
             self._watchdog = loop.call_later(
-                self._settings.hang_seconds, self._look_after, self._worker, self._messages
+                self._settings.hang_seconds, self._check_worker, self._worker, self._messages
             )
 
-    def _look_after(self, worker: WorkerProcess | None, messages: int) -> None:
+    def _check_worker(self, worker: WorkerProcess | None, messages: int) -> None:
         self._watchdog = None
         silent = worker is self._worker and messages == self._messages
         if worker is not None and silent and self._running:
-            _log.error("the worker says nothing for %g s: killed", self._settings.hang_seconds)
-            worker.kill()  # and its end is heard
+            _log.error(
+                "the worker was silent for %g s on a cancelled batch: killed",
+                self._settings.hang_seconds,
+            )
+            worker.kill()  # then _on_message(None) restarts it
         else:
-            self._watch()
+            self._start_watchdog()
 
     def _refuse_levels(self) -> None:
-        """Refuse what came before it was known which levels there are."""
+        """Refuse waiting requests whose level the loaded passes cannot give."""
         for ticket in list(self._waiting):
             try:
-                self._check_level(ticket.ask.level)
-            except Refused as refusal:
+                self._check_level(ticket.request.level)
+            except RefusedError as refusal:
                 self.cancel(ticket, refusal)
 
-    def _taken_back(self) -> list[Ticket]:
+    def _take_running_back(self) -> list[Ticket]:
         batch = list(self._running.values())
         self._running.clear()
         return batch
 
 
-def _stops() -> Refused:
-    return Refused("the service stops", status=503, code="stopping")
+def _stopping_error() -> RefusedError:
+    return RefusedError("the service is stopping", status=503, code="stopping")
 
 
-def _no_pipeline(why: str) -> Refused:
-    return Refused(f"the service has no pipeline: {why}", status=503, code="failed")
+def _no_pipeline_error(why: str) -> RefusedError:
+    return RefusedError(f"the service has no pipeline: {why}", status=503, code="failed")
 
 
-def _retrieved(future: asyncio.Future[Result]) -> None:
-    """Look at the error, if any: nobody else may, where a client has gone."""
+def _mark_retrieved(future: asyncio.Future[Result]) -> None:
+    """Read the error so that asyncio does not log it, in case the client has disconnected."""
     if not future.cancelled():
         future.exception()

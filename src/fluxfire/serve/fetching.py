@@ -1,9 +1,9 @@
-"""Pictures fetched by URL, for people who may not be trusted.
+"""Fetches pictures by URL for untrusted clients.
 
-A server that fetches what it is told to can be told to fetch from inside its own network:
-the cloud's metadata service, a neighbour's database, itself. So only hosts on an allow-list
-are asked, and only at public addresses. A name is looked up once, and the connection goes to
-the very address that was checked: a second look-up could give another one (DNS rebinding).
+A client could make the server fetch from inside its own network: the cloud's metadata service, a
+database, the server itself (SSRF). So the server fetches only from hosts on an allow-list, and only
+at public addresses. It resolves a name once and connects to the address that it checked: a second
+look-up could return another address (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import httpx
 
 from fluxfire._version import __version__
 from fluxfire.errors import FluxfireError
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.errors import RefusedError
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
-"""Looks a host's name up, for a port: its addresses, or an OSError."""
+"""Resolves a host and a port to addresses, or raises OSError."""
 
 MOST_REDIRECTS = 3
-_MOST_ADDRESSES = 4  # that are tried, one after the other
-_LONGEST_URL = 4096  # characters; signed links of object stores have up to some 2000
-_QUOTED = 100  # characters of a host in a message
+_MOST_ADDRESSES = 4  # tried one after the other
+_LONGEST_URL = 4096  # characters; signed links of object stores have up to about 2000
+_QUOTED = 100  # most characters of a host in a message
 _PORTS = {"http": 80, "https": 443}
-# What reaches a resolver under a wildcard is a plain name: not an address with a zone
-# ("2001:db8::1%.example.org"), which would end like one.
+# Only a plain name may match a wildcard. An address with a zone ("2001:db8::1%.example.org") would
+# match by its end.
 _NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# Of IPv6 only global unicast is public, which leaves out all that wraps an IPv4 address
-# (mapped, compatible, NAT64) or stays local. In it, and in IPv4, these are not.
+# In IPv6 only global unicast is public. That excludes local addresses, and addresses that wrap an
+# IPv4 address (mapped, compatible, NAT64). The networks below are not public either.
 _GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
 _NOT_PUBLIC = tuple(
     ipaddress.ip_network(network)
@@ -53,18 +53,18 @@ _NOT_PUBLIC = tuple(
 )
 
 
-class FetchRefused(Refused):
-    """A URL is malformed (400), not allowed (403), too large (413), or gives nothing (424)."""
+class FetchRefusedError(RefusedError):
+    """A URL is malformed (400), not allowed (403), too large (413) or cannot be fetched (424)."""
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What one entry of an allow-list allows.
+    """One entry of an allow-list.
 
     Attributes:
         scheme: http or https.
-        host: a name or an address; one that begins with "*." stands for all names below.
-        port: the only one.
+        host: a name or an address; "*.example.org" matches all names below example.org.
+        port: the port number.
     """
 
     scheme: str
@@ -72,7 +72,7 @@ class Origin:
     port: int
 
     def covers(self, scheme: str, host: str, port: int) -> bool:
-        """Tell whether a URL with these is allowed."""
+        """Return whether the entry allows a URL with this scheme, host and port."""
         if (scheme, port) != (self.scheme, self.port):
             return False
         if not self.host.startswith("*."):
@@ -84,17 +84,17 @@ def read_allow_list(entries: Sequence[str]) -> tuple[Origin, ...]:
     """Read an allow-list.
 
     Args:
-        entries: each "host", "host:port" or either after "https://" or "http://", the former
-            where neither stands; the host may begin with "*.", for all names below it.
+        entries: each "host" or "host:port", after "https://" (the default) or "http://". The host
+            may begin with "*." to match all names below it.
 
     Raises:
-        FluxfireError: an entry is none of these.
+        FluxfireError: an entry has another form.
     """
-    return tuple(_origin(entry.strip()) for entry in entries)
+    return tuple(_read_entry(entry.strip()) for entry in entries)
 
 
 def is_public(address: Address) -> bool:
-    """Tell whether an address is one of the public Internet, and surely nothing else."""
+    """Return whether an address certainly belongs to the public Internet."""
     if isinstance(address, ipaddress.IPv6Address):
         wide = address in _GLOBAL_UNICAST
     else:
@@ -103,7 +103,7 @@ def is_public(address: Address) -> bool:
 
 
 async def look_up(host: str, port: int) -> Sequence[str]:
-    """Look a host's addresses up as the system does."""
+    """Resolve a host with the system's resolver."""
     found = await asyncio.get_running_loop().getaddrinfo(
         host, port, type=socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG
     )
@@ -120,25 +120,25 @@ async def fetch(
     public: Callable[[Address], bool] = is_public,
     tls: ssl.SSLContext | None = None,
 ) -> bytes:
-    """Fetch a file from a host that is allowed.
+    """Fetch a file from an allowed host.
 
-    At most `MOST_REDIRECTS` redirects are followed, each checked like the first URL. Proxies
-    of the environment are not used: they would look names up on their own.
+    It follows at most `MOST_REDIRECTS` redirects and checks each like the first URL. It ignores the
+    environment's proxies, because they would resolve names themselves.
 
     Args:
         url: the file's URL.
         allowed: the allow-list, as `read_allow_list` reads it.
-        max_bytes: how large the file may be.
-        seconds: how long all of it may take, look-ups and redirects included.
-        resolver: looks names up.
-        public: which addresses may be connected to.
-        tls: whose certificates to believe; by default those of certifi's list.
+        max_bytes: the most bytes that the file may have.
+        seconds: time limit for everything, including look-ups and redirects.
+        resolver: resolves names.
+        public: returns whether it may connect to an address.
+        tls: the trusted certificates; certifi's list by default.
 
     Returns:
         The file's bytes.
 
     Raises:
-        FetchRefused: it is not allowed, too large, or cannot be had.
+        FetchRefusedError: the URL is not allowed, or its file is too large or cannot be fetched.
         FluxfireError: the allow-list cannot be read.
     """
     origins = read_allow_list(allowed)
@@ -147,18 +147,18 @@ async def fetch(
     try:
         async with asyncio.timeout(seconds):
             for _ in range(MOST_REDIRECTS + 1):
-                checked = _checked(target, origins)
-                addresses = await _addresses(checked, resolver, public)
-                answer = await _ask(checked, addresses, max_bytes, seconds, tls)
+                parsed = _check_url(target, origins)
+                addresses = await _look_up_public(parsed, resolver, public)
+                answer = await _request(parsed, addresses, max_bytes, seconds, tls)
                 if isinstance(answer, bytes):
                     return answer
                 target = answer
     except TimeoutError:
-        raise _failed(f"fetching the image took more than {seconds:g} seconds") from None
-    raise _failed(f"the image's URL redirects more than {MOST_REDIRECTS} times")
+        raise _failed_error(f"fetching the image took more than {seconds:g} seconds") from None
+    raise _failed_error(f"the image's URL redirects more than {MOST_REDIRECTS} times")
 
 
-def _origin(entry: str) -> Origin:
+def _read_entry(entry: str) -> Origin:
     scheme, mark, rest = entry.partition("://")
     if not mark:
         scheme, rest = "https", entry
@@ -172,7 +172,7 @@ def _origin(entry: str) -> Origin:
         pass
     raise FluxfireError(
         f"the allow-list of hosts has {entry!r}; an entry is a host such as "
-        '"images.example.org", "*.example.org" or "http://localhost:8000"'
+        '"images.example.org", "*.example.org" or "http://images.example.org:8080"'
     )
 
 
@@ -188,61 +188,61 @@ def _is_address(text: str) -> bool:
     return True
 
 
-def _checked(text: str, origins: Sequence[Origin]) -> httpx.URL:
-    """Read a URL, and refuse it unless the allow-list has its origin."""
+def _check_url(text: str, origins: Sequence[Origin]) -> httpx.URL:
+    """Parse a URL, and refuse it unless the allow-list has its origin."""
     if not origins:
-        raise _not_allowed(
+        raise _not_allowed_error(
             "this server fetches no images by URL, since its allow-list is empty; send the image "
             'itself, or have the server\'s operator allow its host, such as "images.example.org"'
         )
     if len(text) > _LONGEST_URL:
-        raise _malformed(f"it has more than {_LONGEST_URL} characters")
+        raise _malformed_error(f"it has more than {_LONGEST_URL} characters")
     try:
         url = httpx.URL(text)
         host = url.raw_host.decode("ascii")
     except (httpx.InvalidURL, ValueError) as error:
-        raise _malformed(str(error)) from None
+        raise _malformed_error(str(error)) from None
     if url.scheme not in _PORTS or not host:
-        raise _malformed("it does not begin with https:// and a host")
+        raise _malformed_error("it does not begin with https:// and a host")
     if url.userinfo:
-        raise _malformed("it has a user or a password in it")
+        raise _malformed_error("it has a user or a password in it")
     port = url.port or _PORTS[url.scheme]
     if not any(origin.covers(url.scheme, host, port) for origin in origins):
         shown = f"{url.scheme}://{host[:_QUOTED]}:{port}"
-        raise _not_allowed(
+        raise _not_allowed_error(
             f"images are not fetched from {shown}, which is not on the server's allow-list; send "
             "the image itself, or have the server's operator allow it"
         )
     return url
 
 
-async def _addresses(
+async def _look_up_public(
     url: httpx.URL, resolver: Resolver, public: Callable[[Address], bool]
 ) -> list[Address]:
-    """Look a URL's host up, and refuse it unless every address is public."""
+    """Resolve a URL's host, and refuse it unless every address is public."""
     host = url.raw_host.decode("ascii")
     try:
         found = await resolver(host, url.port or _PORTS[url.scheme])
         addresses = [ipaddress.ip_address(address) for address in dict.fromkeys(found)]
     except TimeoutError:
         raise
-    except (OSError, ValueError):  # Of a name that DNS cannot have: a UnicodeError.
+    except (OSError, ValueError):  # a UnicodeError for a name that DNS cannot have
         addresses = []
     if not addresses:
-        raise _failed(f"the image's host {host[:_QUOTED]} has no address")
-    # The address is not told: whoever asks need not learn how the network inside looks.
+        raise _failed_error(f"the image's host {host[:_QUOTED]} has no address")
+    # The message leaves the address out, so that clients learn nothing about the network inside.
     if not all(public(address) for address in addresses):
-        raise _not_allowed(
+        raise _not_allowed_error(
             f"the image's host {host[:_QUOTED]} has an address that is not public; images are "
             "fetched from the public Internet only"
         )
     return addresses[:_MOST_ADDRESSES]
 
 
-async def _ask(
+async def _request(
     url: httpx.URL, addresses: list[Address], max_bytes: int, seconds: float, tls: ssl.SSLContext
 ) -> bytes | str:
-    """Ask the first address that can be connected to: for the file, or for where it is."""
+    """Request the URL from the first reachable address; return the file, or a redirect's URL."""
     timeout = httpx.Timeout(seconds, connect=seconds / len(addresses))
     host = url.raw_host.decode("ascii")
     headers = {
@@ -252,10 +252,10 @@ async def _ask(
         "User-Agent": f"fluxfire/{__version__}",
     }
     for address in addresses:
-        # A client for each: none brings a cookie from one host to another.
+        # A new client for each request, so that no cookie goes from one host to another.
         client = httpx.AsyncClient(verify=tls, trust_env=False, timeout=timeout)
-        # The URL holds the address, so nothing is looked up any more; Host and TLS (both
-        # the name asked for and the certificate's) keep the name.
+        # The URL has the address, so nothing resolves the name again. The Host header and TLS (SNI
+        # and the certificate check) use the name.
         pinned = url.copy_with(host=str(address))
         names = {"sni_hostname": host}
         try:
@@ -270,30 +270,30 @@ async def _ask(
             continue
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             reason = type(error).__name__
-            raise _failed(
-                f"the image's host {host[:_QUOTED]} did not answer well ({reason})"
+            raise _failed_error(
+                f"the image's host {host[:_QUOTED]} failed to answer ({reason})"
             ) from (None)
-    raise _failed(f"the image's host {host[:_QUOTED]} cannot be connected to")
+    raise _failed_error(f"the image's host {host[:_QUOTED]} cannot be connected to")
 
 
 async def _body(response: httpx.Response, max_bytes: int) -> bytes:
-    """Read a body as it comes, and stop where there is too much of it."""
+    """Read a body piece by piece, and stop when it has too many bytes."""
     if response.status_code != httpx.codes.OK:
-        raise _failed(f"the image's host answered with the status {response.status_code}")
+        raise _failed_error(f"the image's host answered with the status {response.status_code}")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
-        raise _failed(f"the image's host answered in the encoding {encoding[:_QUOTED]!r}")
+        raise _failed_error(f"the image's host answered in the encoding {encoding[:_QUOTED]!r}")
     body = bytearray()
-    # What Content-Length says only spares the reading; it may lie.
-    told = int(response.headers.get("Content-Length", 0))
-    if told <= max_bytes:
+    # Content-Length may be wrong; if it is too large, reading is not worth it.
+    announced = int(response.headers.get("Content-Length", 0))
+    if announced <= max_bytes:
         async for part in response.aiter_raw():
             body += part
             if len(body) > max_bytes:
                 break
         else:
             return bytes(body)
-    raise FetchRefused(
+    raise FetchRefusedError(
         f"the image has more than {max_bytes} bytes; send a smaller one",
         status=413,
         code="image-too-large",
@@ -302,20 +302,20 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
 
 @functools.cache
 def _default_tls() -> ssl.SSLContext:
-    # Once: reading all the certificates takes long enough to hold other requests up.
+    # Cached, because reading all certificates takes long enough to delay other requests.
     return httpx.create_ssl_context(trust_env=False)
 
 
-def _malformed(reason: str) -> FetchRefused:
-    return FetchRefused(
+def _malformed_error(reason: str) -> FetchRefusedError:
+    return FetchRefusedError(
         f"the image's URL cannot be used: {reason}", status=400, code="image-url-invalid"
     )
 
 
-def _not_allowed(message: str) -> FetchRefused:
-    return FetchRefused(message, status=403, code="image-url-not-allowed")
+def _not_allowed_error(message: str) -> FetchRefusedError:
+    return FetchRefusedError(message, status=403, code="image-url-not-allowed")
 
 
-def _failed(message: str) -> FetchRefused:
-    # Not 502 or 504: to load balancers these say that this very server is ill.
-    return FetchRefused(message, status=424, code="image-url-failed")
+def _failed_error(message: str) -> FetchRefusedError:
+    # Not 502 or 504: load balancers would take them for a failure of this server.
+    return FetchRefusedError(message, status=424, code="image-url-failed")

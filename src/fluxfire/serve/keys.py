@@ -1,4 +1,4 @@
-"""Keys: random, kept as hashes, compared in constant time."""
+"""API keys: random, stored as hashes, compared in constant time."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _PREFIX = "ff_"
 
 
 def new_key(name: str) -> tuple[str, str]:
-    """Make a key.
+    """Create a key.
 
-    A key has 256 random bits, so a plain hash of it cannot be guessed backwards.
+    A key has 256 random bits, so nobody can invert its plain hash by guessing.
 
     Args:
-        name: whose key it is: letters, digits and `._@-`.
+        name: name of the key's owner: letters, digits and `._@-`.
 
     Returns:
-        The key, and the line for the file of keys.
+        The key, and its line for the file of keys.
 
     Raises:
         FluxfireError: the name has other characters.
@@ -37,17 +37,17 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 class Keys:
-    """The keys that a service takes."""
+    """The keys that a service accepts."""
 
     def __init__(self, hashes: Mapping[str, str]) -> None:
         self._hashes = dict(hashes)
 
     @classmethod
     def read(cls, path: Path) -> Keys:
-        """Read a file of keys: one to a line; empty lines and those that begin with # are skipped.
+        """Read a file of keys, one per line. Empty lines and lines that begin with # are skipped.
 
         Raises:
-            FluxfireError: the file cannot be read, or a line is none, or there is no key.
+            FluxfireError: the file cannot be read, a line has another form, or there is no key.
         """
         try:
             lines = path.read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,7 @@ class Keys:
                 continue
             match = _LINE.fullmatch(line)
             if match is None or match[1] in hashes:
-                why = "names a key a second time" if match else "is no name and sha256:HASH"
+                why = "names a key a second time" if match else "is not a name and sha256:HASH"
                 raise FluxfireError(f"line {number} of {path} {why}")
             hashes[match[1]] = match[2]
         if not hashes:
@@ -67,7 +67,7 @@ class Keys:
         return cls(hashes)
 
     def owner(self, key: str) -> str | None:
-        """Return whose key this is, or None; takes as long for a wrong key as for a right one."""
+        """Return the owner's name, or None. A wrong key takes as long as a right one."""
         given, found = _hash(key), None
         for name, known in self._hashes.items():
             if hmac.compare_digest(given, known):

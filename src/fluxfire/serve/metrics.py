@@ -1,4 +1,4 @@
-"""What the service counts, in Prometheus' format. Each service has a registry of its own."""
+"""Prometheus metrics. Each service has its own registry."""
 
 from __future__ import annotations
 
@@ -13,59 +13,64 @@ _PICTURES = (1, 2, 3, 4, 8, 16)
 
 
 class Metrics:
-    """Counters and histograms."""
+    """The counters, histograms and gauges of one service."""
 
     def __init__(self) -> None:
-        known = self._registry = CollectorRegistry()
+        registry = self._registry = CollectorRegistry()
         self._answers = Counter(
-            "fluxfire_requests", "Requests answered", ("route", "status"), registry=known
+            "fluxfire_requests", "Requests answered", ("route", "status"), registry=registry
         )
         self._phases = Histogram(
-            "fluxfire_phase_seconds", "Seconds of an edit, by phase", ("phase",),
-            buckets=_SECONDS, registry=known,
-        )  # fmt: skip
+            "fluxfire_phase_seconds",
+            "Seconds of an edit, by phase",
+            ("phase",),
+            buckets=_SECONDS,
+            registry=registry,
+        )
         self._steps = Counter(
-            "fluxfire_steps", "Denoising steps, by what was left out", ("kind",), registry=known
+            "fluxfire_steps", "Denoising steps, by what was left out", ("kind",), registry=registry
         )
         self._batches = Histogram(
-            "fluxfire_batch_pictures", "Pictures made at once", buckets=_PICTURES, registry=known
+            "fluxfire_batch_pictures", "Pictures made at once", buckets=_PICTURES, registry=registry
         )
-        self._restarts = Counter("fluxfire_worker_restarts", "Workers that died", registry=known)
-        self._waiting = Gauge("fluxfire_requests_waiting", "Requests in the queue", registry=known)
+        self._restarts = Counter("fluxfire_worker_restarts", "Workers that died", registry=registry)
+        self._waiting = Gauge(
+            "fluxfire_requests_waiting", "Requests in the queue", registry=registry
+        )
         self._running = Gauge(
-            "fluxfire_requests_running", "Requests with the worker", registry=known
+            "fluxfire_requests_running", "Requests with the worker", registry=registry
         )
-        self._ready = Gauge("fluxfire_ready", "Whether requests are taken", registry=known)
+        self._ready = Gauge("fluxfire_ready", "Whether requests are taken", registry=registry)
 
-    def answered(self, route: str, status: int) -> None:
-        """Count an answer."""
+    def count_response(self, route: str, status: int) -> None:
+        """Count a response by route and status."""
         self._answers.labels(route, str(status)).inc()
 
-    def edited(self, answer: EditAnswer) -> None:
-        """Count what an edit took."""
+    def count_edit(self, answer: EditAnswer) -> None:
+        """Record the seconds and steps of an edit."""
         for phase, seconds in answer.timings:
             self._phases.labels(phase).observe(seconds)
         for kind in answer.steps:
             self._steps.labels(kind).inc()
 
-    def batch(self, pictures: int, seconds: float) -> None:  # noqa: ARG002 - as the engine tells
-        """Count a batch."""
+    def count_batch(self, pictures: int, seconds: float) -> None:  # noqa: ARG002 - the engine passes both
+        """Record the size of a batch."""
         self._batches.observe(pictures)
 
-    def restarted(self) -> None:
-        """Count a worker that died."""
+    def count_restart(self) -> None:
+        """Count a worker's death."""
         self._restarts.inc()
 
     def text(self, engine: Engine) -> bytes:
-        """Write all of it, with what the engine is doing now."""
+        """Return all metrics as text, with the engine's current state."""
         self._waiting.set(engine.waiting)
         self._running.set(engine.running)
         self._ready.set(engine.state == "ready")
         return generate_latest(self._registry)
 
 
-class Counted:
-    """ASGI middleware that counts answers by route and status."""
+class MetricsMiddleware:
+    """ASGI middleware that counts responses by route and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -75,16 +80,16 @@ class Counted:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # unless an answer begins
+        status = 500  # until a response starts
 
-        async def seen(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
             await send(message)
 
         try:
-            await self._app(scope, receive, seen)
+            await self._app(scope, receive, send_and_note)
         finally:
-            route = scope.get("route")  # its own path, which has no ids in it
-            self._metrics.answered(getattr(route, "path", "other"), status)
+            route = scope.get("route")  # its path is a template without ids
+            self._metrics.count_response(getattr(route, "path", "other"), status)

@@ -1,4 +1,4 @@
-"""Errors, which are all answered alike: {"error": {"code": …, "message": …}}."""
+"""Error responses. All have the form {"error": {"code": …, "message": …}}."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.schema import ProblemAnswer
 from fluxfire.serve.storage import StorageError
 
 _log = logging.getLogger(__name__)
 _UNAUTHORIZED, _INVALID, _TOO_MANY, _UNAVAILABLE = 401, 422, 429, 503
-_MOST_TOLD = 10
+_MOST_ERRORS = 10
 _PROBLEMS = {
-    400: "The picture is damaged, or the request is none.",
-    401: "A key is wanted.",
-    403: "The picture's host is not allowed, or the request comes from elsewhere.",
-    404: "There is nothing of this name.",
-    408: "The body did not come.",
+    400: "The picture is damaged, or the request is malformed.",
+    401: "The key is missing or unknown.",
+    403: "The picture's host is not allowed, or the request comes from another machine or site.",
+    404: "Nothing has this name.",
+    408: "The body did not arrive in time.",
     410: "The link has expired.",
     413: "The body or the picture is too large.",
-    415: "The body or the picture is of a format not taken.",
+    415: "The service does not support the format of the body or of the picture.",
     422: "A field is wrong, or the quality is not offered.",
-    424: "The picture could not be fetched.",
+    424: "The service could not fetch the picture.",
     429: "The queue is full: Retry-After says when to try again.",
-    500: "Something failed.",
-    503: "The service starts, stops, or has no pipeline or no store.",
-    504: "It took too long.",
-    507: "The GPU has too little memory for it.",
+    500: "The service failed.",
+    503: "The service is starting or stopping, or its pipeline or store does not work.",
+    504: "The request took too long.",
+    507: "The GPU has too little memory for the request.",
 }
 _ANYWHERE = (400, 403, 500)
 
@@ -43,7 +43,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Describe the errors that a route can answer with.
 
     Args:
-        statuses: those beside the ones that any route can.
+        statuses: its HTTP statuses beside 400, 403 and 500, which every route can answer.
     """
     return {
         status: {"model": ProblemAnswer, "description": _PROBLEMS[status]}
@@ -52,7 +52,7 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Have all errors of an application answered alike.
+    """Make an application answer every error as a problem.
 
     Args:
         app: the application.
@@ -64,24 +64,24 @@ def add_handlers(app: FastAPI) -> None:
             headers["Retry-After"] = str(request.app.state.engine.retry_after())
         if error.status == _UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
-        return problem(error.status, error.code, str(error), headers)
+        return problem_response(error.status, error.code, str(error), headers)
 
     def not_stored(_request: Request, error: Any) -> JSONResponse:
         _log.error("storage: %s", error)
-        return problem(_UNAVAILABLE, "storage", "the picture could not be stored")
+        return problem_response(_UNAVAILABLE, "storage", "the picture could not be stored")
 
     def invalid(_request: Request, error: Any) -> JSONResponse:
-        return problem(_INVALID, "invalid-request", said(error.errors()))
+        return problem_response(_INVALID, "invalid-request", describe_errors(error.errors()))
 
     def http(_request: Request, error: Any) -> JSONResponse:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
-        return problem(error.status_code, code, str(error.detail), error.headers)
+        return problem_response(error.status_code, code, str(error.detail), error.headers)
 
     def failed(_request: Request, _error: Any) -> JSONResponse:
-        return problem(500, "internal", "something went wrong; the server's log says what")
+        return problem_response(500, "internal", "the service failed; its log says why")
 
     for kind, handler in (
-        (Refused, refused),
+        (RefusedError, refused),
         (StorageError, not_stored),
         (RequestValidationError, invalid),
         (HTTPException, http),
@@ -90,26 +90,26 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def said(errors: Sequence[Any]) -> str:
-    """Say in a sentence which fields are wrong; what was sent is not repeated.
+def describe_errors(errors: Sequence[Any]) -> str:
+    """Describe in a sentence which fields are wrong, without repeating their values.
 
     Args:
-        errors: as pydantic lists them; of many the first are told.
+        errors: from pydantic; the sentence names the first ten.
     """
-    told = []
-    for error in errors[:_MOST_TOLD]:
+    sentences = []
+    for error in errors[:_MOST_ERRORS]:
         places = [str(part) for part in error["loc"] if part not in {"body", "query", "path"}]
-        told.append(f"{'.'.join(places) or 'the body'}: {error['msg']}")
-    return "; ".join(told)
+        sentences.append(f"{'.'.join(places) or 'the body'}: {error['msg']}")
+    return "; ".join(sentences)
 
 
-def problem(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
-    """Make the answer that tells a problem.
+def problem_response(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
+    """Return the response that describes a problem.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         code: the reason as a short word.
         message: the reason in a sentence.
-        headers: further ones.
+        headers: additional headers.
     """
     return JSONResponse({"error": {"code": code, "message": message}}, status, headers)

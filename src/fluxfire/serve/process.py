@@ -1,4 +1,4 @@
-"""A worker process seen from the server: started, sent to, heard, stopped."""
+"""The server's handle on a worker process: start, send, receive, stop."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import FromWorker, Stop, ToWorker
 
 _log = logging.getLogger(__name__)
-_LoopClosed = RuntimeError  # what asyncio raises then
+_LoopClosed = RuntimeError  # asyncio raises it when its event loop is closed
 _UNREADABLE = (pickle.UnpicklingError, AttributeError, ImportError, ValueError, MemoryError)
-_PATIENCE = 5.0  # seconds to end by itself
+_PATIENCE = 5.0  # seconds that a worker has to stop before it is killed
 
 
 class WorkerProcess:
-    """One spawned process, which never shares the server's memory."""
+    """One spawned worker process. It shares no memory with the server."""
 
     def __init__(self, settings: Settings) -> None:
         context = multiprocessing.get_context("spawn")
@@ -31,69 +31,70 @@ class WorkerProcess:
         )
         self._outbox: queue.SimpleQueue[ToWorker | None] = queue.SimpleQueue()
 
-    def start(self, heard: Callable[[FromWorker | None], None]) -> None:
-        """Start it.
+    def start(self, on_message: Callable[[FromWorker | None], None]) -> None:
+        """Start the process.
 
         Args:
-            heard: is called with each message, and with None when it is gone; from a thread.
+            on_message: callback with each message, and with None after the process ended. A thread
+                calls it.
         """
         self._process.start()
-        self._theirs.close()  # or its end would not be noticed
+        self._theirs.close()  # else reading would never end when the process does
         reader = threading.Thread(
-            target=self._listen, args=(heard,), name="worker-reader", daemon=True
+            target=self._receive_loop, args=(on_message,), name="worker-reader", daemon=True
         )
-        writer = threading.Thread(target=self._speak, name="worker-writer", daemon=True)
+        writer = threading.Thread(target=self._send_loop, name="worker-writer", daemon=True)
         try:
             writer.start()
             reader.start()
-        except (RuntimeError, MemoryError):  # there is no room for a thread
-            self._process.kill()  # nobody would ever hear of it
-            self.send_no_more()
+        except (RuntimeError, MemoryError):  # no memory for a thread
+            self._process.kill()  # no thread would read its messages
+            self.close_outbox()
             raise
 
     def send(self, message: ToWorker) -> None:
-        """Send a message; pictures take their time, so a thread does."""
+        """Queue a message; a thread sends it, because pictures take time to pickle."""
         self._outbox.put(message)
 
     def stop(self) -> None:
-        """End it: kindly, then not."""
+        """Ask the process to stop, and kill it after five seconds."""
         self.send(Stop())
-        self.send_no_more()
-        threading.Thread(target=self._end, name="worker-stopper").start()
+        self.close_outbox()
+        threading.Thread(target=self._stop_and_wait, name="worker-stopper").start()
 
     def kill(self) -> None:
-        """End it at once; `heard` is told."""
+        """Kill the process; `on_message` then gets None."""
         self._process.kill()
 
-    def send_no_more(self) -> None:
-        """Let the sending thread end."""
+    def close_outbox(self) -> None:
+        """Stop the sending thread."""
         self._outbox.put(None)
 
-    def _end(self) -> None:
+    def _stop_and_wait(self) -> None:
         self._process.join(_PATIENCE)
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
 
-    def _listen(self, heard: Callable[[FromWorker | None], None]) -> None:
-        with contextlib.suppress(_LoopClosed):  # then nobody listens any more
+    def _receive_loop(self, on_message: Callable[[FromWorker | None], None]) -> None:
+        with contextlib.suppress(_LoopClosed):  # the server has shut down
             try:
                 while True:
-                    heard(self._ours.recv())
+                    on_message(self._ours.recv())
             except (EOFError, OSError):
                 pass
             except _LoopClosed:
                 raise
             except _UNREADABLE:
-                _log.exception("what the worker says cannot be read; it is ended")
+                _log.exception("a message from the worker cannot be read; the worker is killed")
                 self._process.kill()
             self._process.join()
-            self.send_no_more()
-            heard(None)
+            self.close_outbox()
+            on_message(None)
 
-    def _speak(self) -> None:
+    def _send_loop(self) -> None:
         while (message := self._outbox.get()) is not None:
             try:
                 self._ours.send(message)
             except (BrokenPipeError, OSError):
-                return  # it died, which the other thread tells
+                return  # the process died; the receiving thread reports that

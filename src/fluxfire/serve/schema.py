@@ -1,4 +1,4 @@
-"""The fields of requests and answers, with their bounds."""
+"""The fields of requests and answers, with their limits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST_SEED = 2**32 - 1
 
 
 class EditRequest(BaseModel):
-    """An instruction, and the picture to carry it out on; without a picture, one is made."""
+    """An instruction and the picture to edit. Without a picture it is text to image."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -25,31 +25,34 @@ class EditRequest(BaseModel):
                 {"prompt": "make it night", "image": _PIXEL, "quality": "faithful", "seed": 7},
                 {
                     "prompt": "A majestic dragon breathing rainbow fire",
-                    "num_images": 1, "width": 1024, "height": 1024, "steps": STEPS,
+                    "num_images": 1,
+                    "width": 1024,
+                    "height": 1024,
+                    "steps": STEPS,
                 },
             ]
         },
-    )  # fmt: skip
+    )
 
     prompt: _WORDS = Field(description="What to do, or what to draw.")
-    prompt2: _WORDS | None = Field(None, description="The same for T5, if other words.")
+    prompt2: _WORDS | None = Field(None, description="The prompt for T5, if different.")
     negative_prompt: _WORDS | None = Field(
-        None, description="What to steer away from, where true_cfg_scale is above 1."
+        None, description="What the picture shall not show. Needs a true_cfg_scale above 1."
     )
-    negative_prompt2: _WORDS | None = Field(None, description="The same for T5.")
+    negative_prompt2: _WORDS | None = Field(None, description="The negative prompt for T5.")
     image: str | None = Field(
         None, description="The picture: base64 or a data: URL; in a form, a file.", min_length=1
     )
     image_url: str | None = Field(
         None,
-        description="Or where it is: a data: URL, or https on a host that the service allows.",
+        description="The picture's URL: a data: URL, or https on a host that the service allows.",
         min_length=1,
     )
-    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Drawn if not given.")
+    seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random by default.")
     true_cfg_scale: _SCALE = 1.0
     guidance_scale: _SCALE = 3.5
     width: _SIDE = Field(
-        1024, description="With height: the shape wanted, and a wish for the size."
+        1024, description="With height: the aspect ratio, and the size if the model allows it."
     )
     height: _SIDE = 1024
     steps: int = Field(STEPS, ge=1, le=50)
@@ -59,7 +62,7 @@ class EditRequest(BaseModel):
     quality: Level | None = Field(
         None,
         description="`faithful` computes every step; `balanced` and `fast` are lossy and skip "
-        "some. `/about` says how many, and which quality a request gets that names none.",
+        "some. `/about` says how many, and which quality is the default.",
     )
 
     @model_validator(mode="after")
@@ -70,7 +73,7 @@ class EditRequest(BaseModel):
 
     @property
     def size(self) -> tuple[int, int] | None:
-        """The size wished for; None if none was, so that a picture keeps its own shape."""
+        """The requested size; None without one, so that a picture keeps its aspect ratio."""
         asked = {"width", "height"} & self.model_fields_set
         return (self.width, self.height) if asked else None
 
@@ -78,10 +81,12 @@ class EditRequest(BaseModel):
 class ImageMade(BaseModel):
     """One picture."""
 
-    data_url: str | None = Field(description="The picture itself, unless the service stores it.")
-    url: str | None = Field(description="A link to it, which expires, if the service stores it.")
+    data_url: str | None = Field(
+        description="The picture itself, if the service stores no pictures."
+    )
+    url: str | None = Field(description="A link to the stored picture; it expires.")
     filename: str
-    filepath: str | None = Field(description="Its name in the store.")
+    filepath: str | None = Field(description="Name of the stored picture.")
     seed: int
     width: int
     height: int
@@ -98,24 +103,26 @@ class Timings(BaseModel):
 
 
 class EditAnswer(BaseModel):
-    """The pictures made, and what it took."""
+    """The pictures, and how the service made them."""
 
     images: list[ImageMade]
-    seed: int = Field(description="Of the first picture; each further one has the next.")
-    quality: str = Field(description='The level given, or "as applied".')
-    steps: list[Literal["computed", "reused", "hit"]] = Field(
-        description="What was left out of each denoising step: nothing, the reference, or all "
-        "blocks but the first."
+    seed: int = Field(
+        description="Seed of the first picture; each further picture has the next seed."
     )
-    hit_rate: float = Field(description="The share of steps that were hits.")
+    quality: str = Field(description='The quality level, or "as applied".')
+    steps: list[Literal["computed", "reused", "hit"]] = Field(
+        description="What each denoising step skipped: nothing (computed), the reference (reused), "
+        "or all blocks but the first (hit)."
+    )
+    hit_rate: float = Field(description="Share of steps that were hits.")
     inference_time: float = Field(description="Seconds in the pipeline.")
     processing_time: float = Field(description="Seconds to read and write pictures.")
-    total_time: float = Field(description="Seconds in all, waiting included.")
+    total_time: float = Field(description="Total seconds, including waiting.")
     timings: Timings
 
 
 class Problem(BaseModel):
-    """Why there is no answer."""
+    """Why there is no result."""
 
     code: str
     message: str
@@ -128,11 +135,13 @@ class ProblemAnswer(BaseModel):
 
 
 class JobAnswer(BaseModel):
-    """A job, as it is now."""
+    """The current state of a job."""
 
     id: str
     status: Literal["queued", "running", "done", "failed", "cancelled"]
-    position: int | None = Field(description="How many wait before it, while it is queued.")
+    position: int | None = Field(
+        description="Number of requests ahead of it in the queue; null if it is not queued."
+    )
     step: int
     steps: int
     result: EditAnswer | None
@@ -152,12 +161,14 @@ class About(BaseModel):
     model: str
     version: str
     state: Literal["starting", "ready", "draining", "failed"]
-    trouble: str | None = Field(None, description="Why there is no pipeline, if so.")
+    trouble: str | None = Field(
+        None, description="Why the service has no pipeline; null if it has one."
+    )
     device: str | None
     passes: list[str]
     qualities: list[Quality]
     quality: str | None = Field(
-        description='What a request gets unless it asks for another; perhaps "as applied".'
+        description='The default quality; "as applied" if the passes match no level.'
     )
     key_required: bool
     max_pixels: int
@@ -174,7 +185,7 @@ class Health(BaseModel):
 
 
 def form_schema() -> dict[str, Any]:
-    """The schema of the same fields in a form, where the picture is a file."""
+    """Return the schema of `EditRequest` as a form, where the picture is a file."""
     schema = EditRequest.model_json_schema()
     schema.pop("examples", None)
     file = {"type": "string", "contentMediaType": "image/*", "description": "The picture."}

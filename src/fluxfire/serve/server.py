@@ -1,4 +1,4 @@
-"""The service as a process: its address taken early, and its end by signals."""
+"""The server process: binds its address early, and shuts down on signals."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from fastapi import FastAPI
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 
-_LAST_WORDS = 5  # seconds to write the last answers, at least
-_GLANCE = 0.1  # seconds between looks whether to end at once
+_SHUTDOWN_SECONDS = 5  # at least, to write the last responses
+_POLL_SECONDS = 0.1  # between checks for a second Ctrl-C
 _PROBES = {"/health", "/ready", "/metrics"}
 
 
 class Server(uvicorn.Server):
-    """uvicorn, which lets the engine answer what it took, before connections are closed.
+    """A uvicorn server that drains the engine before it closes connections.
 
-    A second Ctrl-C ends it at once: nothing is waited for, neither by it nor by its threads.
+    A second Ctrl-C ends the process at once, without waiting for requests or threads.
     """
 
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
@@ -33,50 +33,49 @@ class Server(uvicorn.Server):
         logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve until told to stop."""
+        """Serve until a signal stops the server."""
         try:
             super().run(sockets)
         finally:
             if self.force_exit:
                 sys.stderr.flush()
-                os._exit(
-                    128 + signal.SIGINT
-                )  # or a thread that stores a picture would be waited for
+                # Python would wait for threads that still store pictures.
+                os._exit(128 + signal.SIGINT)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """End in order, unless told meanwhile to end at once."""
-        ending = asyncio.create_task(self._end(sockets))
+        """Drain and shut down; after a second Ctrl-C, shut down at once."""
+        ending = asyncio.create_task(self._drain_and_shut_down(sockets))
         while not ending.done() and not self.force_exit:
-            await asyncio.wait({ending}, timeout=_GLANCE)
+            await asyncio.wait({ending}, timeout=_POLL_SECONDS)
         if self.force_exit:
             self._app.state.engine.close()
-            if answering := self.server_state.tasks:  # that nothing will come of it
+            if answering := self.server_state.tasks:  # they get a refusal and can send it
                 await asyncio.wait(answering, timeout=1.0)
             for connection in list(self.server_state.connections):
-                connection.transport.abort()  # Python 3.12 and later wait for clients else
+                connection.transport.abort()  # else Python 3.12 and later wait for clients
         await ending
 
-    async def _end(self, sockets: list[socket.socket] | None) -> None:
+    async def _drain_and_shut_down(self, sockets: list[socket.socket] | None) -> None:
         began = time.monotonic()
         await self._app.state.engine.drain(self._drain_seconds)
         left = self._drain_seconds - (time.monotonic() - began)
-        self.config.timeout_graceful_shutdown = max(_LAST_WORDS, round(left))
+        self.config.timeout_graceful_shutdown = max(_SHUTDOWN_SECONDS, round(left))
         await super().shutdown(sockets)
-        if self.force_exit:  # which uvicorn takes for a reason to leave all as it is
+        if self.force_exit:  # then uvicorn skips the lifespan's shutdown
             await self.lifespan.shutdown()
 
 
-def listening(settings: Settings) -> socket.socket:
-    """Take the address, before a model is loaded for nothing.
+def bind_socket(settings: Settings) -> socket.socket:
+    """Bind the service's address, so that a conflict shows before the model is loaded.
 
     Args:
-        settings: the service's.
+        settings: the service's settings.
 
     Raises:
-        FluxfireError: it is taken, or none of this machine's.
+        FluxfireError: another program uses the address, or this machine does not have it.
     """
     family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    # Asyncio turns Nagle's algorithm, which delays answers by 40 ms, off where TCP is named.
+    # Only for IPPROTO_TCP does asyncio disable Nagle's algorithm, which delays responses by 40 ms.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -86,12 +85,12 @@ def listening(settings: Settings) -> socket.socket:
         listener.close()
         raise FluxfireError(
             f"cannot listen on {settings.host}, port {settings.port}: {error.strerror or error}; "
-            f"give another --port or --host"
+            f"choose another --port or --host"
         ) from error
     return listener
 
 
 def _is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether a line of the access log is worth one: probes come every few seconds."""
+    """Whether the access log should have this line: probes come every few seconds."""
     path = record.args[2] if isinstance(record.args, tuple) else ""
     return str(path).partition("?")[0] not in _PROBES

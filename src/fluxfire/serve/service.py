@@ -1,4 +1,4 @@
-"""From a request to an answer: the picture is read, edited, written, and stored."""
+"""Turns a request into an answer: reads, edits, encodes and stores the pictures."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from fluxfire.serve import decoding, fetching
-from fluxfire.serve.engine import Engine, Place, Ticket
-from fluxfire.serve.reading import Sent
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.engine import Engine, QueueSlot, Ticket
+from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.request_body import SentRequest
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import Storage, fresh_name
@@ -24,22 +24,24 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-_AT_ONCE = 2  # pictures read or written: each holds its pixels, and the processor
-_STORING = 4  # pictures on their way to the store, which may be slow
+_PICTURE_THREADS = (
+    2  # each decodes or encodes one picture, and needs a core and memory for its pixels
+)
+_STORING_THREADS = 4  # each waits for the store, which may be slow
 
 
 @dataclass
 class Service:
-    """What edits, with what and for how long.
+    """Edits requests with an engine.
 
-    Pictures are read, written and stored by threads of their own, so that a slow picture or store
-    keeps nothing else waiting; what nobody waits for any more leaves their queues.
+    Two thread pools decode, encode and store pictures, so that a slow picture or store does not
+    block the event loop. Cancelling a request removes its work from their queues.
 
     Attributes:
-        settings: the service's.
-        engine: the queue and its worker.
+        settings: the service's settings.
+        engine: the request queue and its worker.
         storage: where pictures go; None puts them into the answers.
-        on_answer: is told each answer.
+        on_answer: callback with each answer.
     """
 
     settings: Settings
@@ -48,38 +50,38 @@ class Service:
     on_answer: Callable[[EditAnswer], None] = lambda answer: None  # noqa: ARG005
 
     def __post_init__(self) -> None:
-        self._pictures = ThreadPoolExecutor(_AT_ONCE, "pictures")
-        self._storing = ThreadPoolExecutor(_STORING, "storing")
+        self._pictures = ThreadPoolExecutor(_PICTURE_THREADS, "pictures")
+        self._storing = ThreadPoolExecutor(_STORING_THREADS, "storing")
 
     def close(self) -> None:
-        """Let the threads end, what they have begun once it is done."""
+        """Shut the thread pools down; running work finishes, waiting work is dropped."""
         for pool in (self._pictures, self._storing):
             pool.shutdown(wait=False, cancel_futures=True)
 
     async def edit(
         self,
-        sent: Sent,
-        place: Place | None = None,
+        sent: SentRequest,
+        slot: QueueSlot | None = None,
         on_ticket: Callable[[Ticket], None] = lambda ticket: None,  # noqa: ARG005
     ) -> EditAnswer:
-        """Edit. Cancelling this gives the request up.
+        """Edit. Cancelling this coroutine cancels the request.
 
         Args:
-            sent: what the client sent, which is without its picture once that was read.
-            place: kept for it in the queue, given back in the end; None takes one.
-            on_ticket: is told the ticket once the request is in the queue.
+            sent: the client's request; its picture is dropped once it is decoded.
+            slot: its reserved queue slot; None reserves one. This method releases it.
+            on_ticket: callback with the ticket once the request is in the queue.
 
         Raises:
-            Refused: the request cannot be carried out, or was not within its time.
-            StorageError: the pictures could not be stored.
+            RefusedError: the request cannot be carried out, or takes longer than `request_seconds`.
+            StorageError: the store did not take the pictures.
         """
         began = time.perf_counter()
         request = sent.request
         ticket: Ticket | None = None
-        place = place or self.engine.reserve(request.quality)
+        slot = slot or self.engine.reserve(request.quality)
         try:
             async with asyncio.timeout(self.settings.request_seconds):
-                ticket = self.engine.submit(await self._ask(sent), place)
+                ticket = self.engine.submit(await self._pipeline_request(sent), slot)
                 decoded = time.perf_counter()
                 on_ticket(ticket)
                 result = await asyncio.shield(ticket.done)
@@ -88,19 +90,19 @@ class Service:
                 return answer
         except TimeoutError:
             if ticket is not None:
-                self.engine.cancel(ticket, _late(self.settings.request_seconds))
-            raise _late(self.settings.request_seconds) from None
+                self.engine.cancel(ticket, _deadline_error(self.settings.request_seconds))
+            raise _deadline_error(self.settings.request_seconds) from None
         except asyncio.CancelledError:
             if ticket is not None:
-                gone = Refused("the request was cancelled", status=499, code="cancelled")
+                gone = RefusedError("the request was cancelled", status=499, code="cancelled")
                 self.engine.cancel(ticket, gone)
             raise
         finally:
-            self.engine.leave(place)
-            del ticket  # or an error would hold this frame, and the frame all pixels
+            self.engine.release(slot)
+            del ticket  # an error holds this frame, and the frame would hold all pixels
 
-    async def _ask(self, sent: Sent) -> PipelineRequest:
-        """Read the picture, and say all in the pipeline's terms."""
+    async def _pipeline_request(self, sent: SentRequest) -> PipelineRequest:
+        """Decode the picture and translate the fields into a request to the pipeline."""
         request, picture = sent.request, await self._picture(sent)
         sent.forget_picture()
         first = request.seed if request.seed is not None else secrets.randbelow(LARGEST_SEED + 1)
@@ -118,47 +120,50 @@ class Service:
             level=request.quality,
         )
 
-    async def _picture(self, sent: Sent) -> RawPicture | None:
-        """Read the picture, wherever it is; None if there is none."""
+    async def _picture(self, sent: SentRequest) -> RawPicture | None:
+        """Decode the picture from the file, base64 or URL; None if the request has no picture."""
         most = self.settings.max_bytes
         request, file, url = sent.request, sent.file, sent.request.image_url
         if file is not None and (request.image or url) is not None:
-            raise Refused("give one picture, not two", status=422, code="invalid-request")
+            raise RefusedError("give one picture, not two", status=422, code="invalid-request")
         if file is not None and len(file) > most:
-            raise Refused(
-                f"the picture has {len(file)} bytes; at most {most} are taken",
-                status=413, code="image-too-large",
-            )  # fmt: skip
+            raise RefusedError(
+                f"the picture has {len(file)} bytes; the limit is {most}",
+                status=413,
+                code="image-too-large",
+            )
         text = url if url is not None and url[:5].lower() == "data:" else request.image
         if text is not None:
-            file = await _by(self._pictures, decoding.unwrapped, text, max_bytes=most)
+            file = await _run_in(self._pictures, decoding.decode_base64, text, max_bytes=most)
         elif url is not None:
             file = await fetching.fetch(
-                url, allowed=self.settings.image_hosts, max_bytes=most,
+                url,
+                allowed=self.settings.image_hosts,
+                max_bytes=most,
                 seconds=self.settings.fetch_seconds,
-            )  # fmt: skip
+            )
         if file is None:
             return None
-        return await _by(self._pictures, _decoded, file, self.settings.max_pixels)
+        return await _run_in(self._pictures, _decode, file, self.settings.max_pixels)
 
     async def _answer(
         self, request: EditRequest, ticket: Ticket, result: Result, began: float, decoded: float
     ) -> EditAnswer:
         made = time.perf_counter()
         encoded = await asyncio.gather(
-            *(_by(self._pictures, _encoded, raw, request) for raw in result.pictures)
+            *(_run_in(self._pictures, _encode, raw, request) for raw in result.pictures)
         )
         written = time.perf_counter()
         images = [
             await self._image(data, raw, seed, request)
-            for data, raw, seed in zip(encoded, result.pictures, ticket.ask.seeds, strict=True)
+            for data, raw, seed in zip(encoded, result.pictures, ticket.request.seeds, strict=True)
         ]
         ended = time.perf_counter()
         facts = self.engine.facts
-        assert facts is not None  # noqa: S101 - something was made
+        assert facts is not None  # noqa: S101 - a worker gave the result, so it was ready
         return EditAnswer(
             images=images,
-            seed=ticket.ask.seeds[0],
+            seed=ticket.request.seeds[0],
             quality=request.quality or facts.level,
             steps=list(result.steps),
             hit_rate=result.hit_rate,
@@ -177,13 +182,13 @@ class Service:
     async def _image(
         self, data: bytes, raw: RawPicture, seed: int, request: EditRequest
     ) -> ImageMade:
-        """Put a picture into the answer, or into the store and a link into the answer."""
+        """Store a picture and return its link; without a store, return the picture itself."""
         name = fresh_name(request.output_format)
         link = None
         if self.storage is not None:
             kind = decoding.media_type(request.output_format)
-            await _by(self._storing, self.storage.put, name, data, kind)
-            link = await _by(self._storing, self.storage.url, name)
+            await _run_in(self._storing, self.storage.put, name, data, kind)
+            link = await _run_in(self._storing, self.storage.url, name)
         return ImageMade(
             data_url=None if link else decoding.data_url(data, request.output_format),
             url=link,
@@ -195,22 +200,25 @@ class Service:
         )
 
 
-def _late(seconds: float) -> Refused:
-    return Refused(
+def _deadline_error(seconds: float) -> RefusedError:
+    return RefusedError(
         f"the request took more than {seconds:g} s; try again later, or ask for fewer steps",
-        status=504, code="deadline",
-    )  # fmt: skip
+        status=504,
+        code="deadline",
+    )
 
 
-def _decoded(file: bytes, max_pixels: int) -> RawPicture:
-    """Read a picture, no larger than is of use: many may wait, with all their pixels."""
-    return RawPicture.of(decoding.reduced(decoding.decode(file, max_pixels=max_pixels)))
+def _decode(file: bytes, max_pixels: int) -> RawPicture:
+    """Decode a picture and scale it down, because many requests may wait with their pixels."""
+    return RawPicture.of(decoding.scale_down(decoding.decode(file, max_pixels=max_pixels)))
 
 
-def _encoded(raw: RawPicture, request: EditRequest) -> bytes:
+def _encode(raw: RawPicture, request: EditRequest) -> bytes:
     return decoding.encode(raw.picture(), request.output_format, request.output_quality)
 
 
-async def _by(pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **more: P.kwargs) -> T:
-    """Have a pool's thread do some work; cancelled before it began, it never will."""
+async def _run_in(
+    pool: ThreadPoolExecutor, work: Callable[P, T], *args: P.args, **more: P.kwargs
+) -> T:
+    """Run a function in a thread pool; cancelling before its start drops it."""
     return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *args, **more))

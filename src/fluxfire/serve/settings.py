@@ -1,4 +1,4 @@
-"""What a service is told when it starts."""
+"""Settings of a service."""
 
 from __future__ import annotations
 
@@ -12,49 +12,57 @@ from fluxfire.errors import FluxfireError
 _HOUR, _DAY = 3600.0, 86400.0
 _LARGEST_PORT = 65535
 _DURATIONS = (
-    "retention_seconds", "link_seconds", "job_seconds", "request_seconds", "fetch_seconds",
-    "drain_seconds", "hang_seconds",
-)  # fmt: skip
+    "retention_seconds",
+    "link_seconds",
+    "job_seconds",
+    "request_seconds",
+    "fetch_seconds",
+    "drain_seconds",
+    "hang_seconds",
+)
 _SMALL = ("spark", "random-tiny")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings of a service; all have a default.
+    """Settings of a service. All have a default.
 
     Attributes:
-        model: as `fluxfire run --model`: spark, a folder, a hub id, random-tiny or random-full.
+        model: as in `fluxfire run --model`: spark, a folder, a hub id, random-tiny or random-full.
         preset: a preset's name, or a file that `fluxfire tune` wrote. None means `faithful`, and
-            lets each request ask for `balanced` or `fast`, which are lossy; a CPU compiles nothing.
+            each request may ask for `balanced` or `fast`, which are lossy. A CPU compiles nothing.
         passes: names of passes in order, separated by commas, or none; instead of a preset.
         host: address to listen on.
-        port: port to listen on; 0 for any.
-        keys_file: lines of a name and the hash of a key, as `fluxfire serve --new-key` makes them.
-            Without one everybody is served, which only an address of this machine allows.
-        image_hosts: hosts that `image_url` may name, such as `images.example.org`, `*.example.org`
+        port: port to listen on; 0 for any free port.
+        keys_file: file of keys; `fluxfire serve --new-key` prints its lines of name and hash.
+            Without it the service serves everybody, and `host` must be a loopback address.
+        image_hosts: allowed hosts of `image_url`, such as `images.example.org`, `*.example.org`
             or `http://images.example.org:8080`; none by default.
-        origins: other sites whose pages may ask, as `https://example.org`; none by default.
-        storage: a folder, or `s3://bucket/prefix?endpoint=…&region=…`: answers then hold links.
-            None: answers hold the pictures themselves.
-        secret: what links to a folder are signed with. None makes one that a restart forgets.
-        retention_seconds: how long stored pictures are kept.
-        link_seconds: how long a link to a stored picture is good.
-        max_queue: how many requests may wait.
-        max_batch: how many pictures are made at once. None means 4 for a small model, and 1 for a
-            large one, of which a single picture keeps a GPU busy.
-        max_bytes: of a picture sent or fetched.
-        max_pixels: of a picture sent or fetched.
-        max_jobs: how many jobs are known at once, finished ones included.
-        job_seconds: how long a finished job is known, with its pictures.
-        request_seconds: how long a request may take before it is given up.
-        fetch_seconds: how long fetching an `image_url` may take.
-        drain_seconds: how long requests may go on when the service is told to stop.
-        hang_seconds: how long the worker may say nothing of what nobody waits for any more, before
-            it is taken to hang, and replaced. Compiling for a size that is new is silent, too.
-        warm_up: sizes (width, height) to run before the service is ready; None for the model's own.
+        origins: other sites whose pages may send requests, such as `https://example.org`; none by
+            default (CORS).
+        storage: a folder, or `s3://bucket/prefix?endpoint=…&region=…`: answers then contain links.
+            With None they contain the pictures themselves.
+        secret: signs links to a folder. None creates a random secret, which a restart loses.
+        retention_seconds: how long the service keeps stored pictures.
+        link_seconds: how long a link to a stored picture is valid.
+        max_queue: most requests in the queue.
+        max_batch: batch size. None means 4 for a small model, and 1 for a large one, where a single
+            picture keeps a GPU busy.
+        max_bytes: most bytes of an uploaded or fetched picture.
+        max_pixels: most pixels of an uploaded or fetched picture.
+        max_jobs: most jobs that the service keeps, including finished ones.
+        job_seconds: how long the service keeps a finished job and its pictures.
+        request_seconds: time limit of a request.
+        fetch_seconds: time limit for fetching an `image_url`.
+        drain_seconds: seconds to finish requests on shutdown.
+        hang_seconds: a worker that is silent for this long on a cancelled batch is restarted.
+            Compiling for a new size is silent, too.
+        warm_up: sizes (width, height) of the warm-up runs before the service is ready; None for the
+            model's own.
 
     Raises:
-        FluxfireError: when made: a setting makes no sense, or would serve strangers without keys.
+        FluxfireError: in the constructor: a setting is invalid, or the service would serve other
+            machines without keys.
     """
 
     model: str = "spark"
@@ -97,13 +105,13 @@ class Settings:
         if self.keys_file is None and not self.on_loopback:
             raise FluxfireError(
                 f"{self.host} can be reached from other machines, so the service needs keys: make "
-                f"one by fluxfire serve --new-key NAME, and give the file as --keys; or listen "
+                f"one with fluxfire serve --new-key NAME, and give the file as --keys; or listen "
                 f"on 127.0.0.1"
             )
 
     @property
     def at_once(self) -> int:
-        """How many pictures are made at once."""
+        """The batch size."""
         return self.max_batch or (4 if self.model in _SMALL else 1)
 
     @property
@@ -118,9 +126,9 @@ class Settings:
 
 
 def _check_origin(origin: str) -> None:
-    """Refuse what no browser sends as an origin, and would never match."""
+    """Refuse an origin that no browser sends, so that it would never match."""
     if origin == "*":
-        raise FluxfireError("origins='*' would let any page ask; name the sites")
+        raise FluxfireError("origins='*' would allow every site; name the sites")
     parts = urlsplit(origin)
     if origin != f"{parts.scheme}://{parts.netloc}" or parts.scheme not in ("http", "https"):
         raise FluxfireError(

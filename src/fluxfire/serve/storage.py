@@ -1,7 +1,7 @@
-"""Where finished pictures are kept, and the links to them.
+"""Stores finished pictures, and signs links to them.
 
-Links are signed and expire, and a sweep deletes what is older than it should be. A sweep
-touches only names as `fresh_name` makes them: a folder or bucket may hold other things.
+Links expire, and a sweep deletes old pictures. A sweep deletes only files with names from
+`fresh_name`, because a folder or bucket may contain other files.
 """
 
 from __future__ import annotations
@@ -24,70 +24,70 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.decoding import MEDIA_TYPES, Format
-from fluxfire.serve.refusing import Refused
+from fluxfire.serve.errors import RefusedError
 from fluxfire.text import extra_hint
 
 SHORTEST_SECRET = 16
-"""Bytes of the secret that links are signed with."""
-_LONGEST_LINK = 7 * 24 * 3600  # seconds; S3 signs none for longer
+"""Fewest bytes of the secret that signs links."""
+_LONGEST_LINK = 7 * 24 * 3600  # seconds; S3 signs no link for longer
 _NAME = re.compile(r"\d{8}-[0-9a-f]{32}\.(png|jpg|webp)", re.ASCII)
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", re.ASCII)
-_PART = ".fluxfire-"  # how files begin that are still being written
+_PARTIAL_PREFIX = ".fluxfire-"  # of files that are not complete yet
 
 
 class StorageError(FluxfireError):
-    """Pictures cannot be stored, found or deleted there; the message says what to do."""
+    """The store cannot save, find or delete pictures; the message says what to do."""
 
 
-class LinkRefused(Refused):
-    """A link's signature is wrong (403), it has expired (410), or its picture is gone (404)."""
+class LinkRefusedError(RefusedError):
+    """A link has a wrong signature (403), has expired (410), or its picture is deleted (404)."""
 
 
 class Storage(Protocol):
-    """Keeps pictures for some time. Its methods block, and threads may share it."""
+    """Stores pictures for some time. Its methods block, and threads may share it."""
 
     def check(self) -> None:
-        """Find out whether pictures can be stored, and deleted, at all.
+        """Check that the store can save and delete pictures.
 
         Raises:
-            StorageError: they cannot.
+            StorageError: it cannot.
         """
         ...
 
     def put(self, name: str, data: bytes, media_type: str) -> None:
-        """Store a picture: all of it, or nothing.
+        """Store a picture completely, or not at all.
 
         Args:
-            name: as `fresh_name` gave it.
+            name: a name from `fresh_name`.
             data: the file's bytes.
-            media_type: what they are, such as image/png.
+            media_type: their media type, such as image/png.
 
         Raises:
-            StorageError: it could not be stored, or the name is not such a one.
+            StorageError: the picture could not be stored, or the name is not from `fresh_name`.
         """
         ...
 
     def url(self, name: str) -> str:
-        """Sign a link to a picture. Whether it is there is not looked at."""
+        """Sign a link to a picture, without checking that the picture exists."""
         ...
 
     def sweep(self, now: float | None = None) -> int:
-        """Delete what has been kept for as long as it should.
+        """Delete pictures that are older than the retention time.
 
         Args:
-            now: the time, in seconds since 1970; by default what the clock says.
+            now: the time, in seconds since 1970; the clock's time by default.
 
         Returns:
-            How many pictures were deleted.
+            The number of deleted pictures.
 
         Raises:
-            StorageError: they could not be listed or deleted.
+            StorageError: the pictures could not be listed or deleted.
         """
         ...
 
 
 def fresh_name(format: Format) -> str:  # noqa: A002 - the API's own word
-    """Make a name that nobody can guess, after the day: 20250131-(32 hexadecimal digits).png."""
+    """Create a name that nobody can guess: today's date, as 20250131-(32 hex digits).png."""
     return f"{datetime.now(UTC):%Y%m%d}-{secrets.token_hex(16)}.{format.lower()}"
 
 
@@ -97,14 +97,14 @@ def open_storage(
     """Open the storage that an option names.
 
     Args:
-        where: a folder, or "s3://bucket/prefix", to which "?endpoint=https://…&region=auto"
-            may be added for other stores than Amazon's.
-        secret: what a folder's links are signed with.
-        retention_seconds: how long pictures are kept.
-        link_seconds: how long a link to one is good; never longer than that.
+        where: a folder, or "s3://bucket/prefix"; append "?endpoint=https://…&region=auto" for
+            another store than Amazon's.
+        secret: signs links to a folder.
+        retention_seconds: how long the store keeps pictures.
+        link_seconds: how long a link is valid; at most the retention time.
 
     Raises:
-        StorageError: there is no such kind of storage, or its settings make no sense.
+        StorageError: the kind of storage is unknown, or its settings are invalid.
     """
     if not where.startswith("s3://"):
         if not where or "://" in where:
@@ -123,8 +123,8 @@ def open_storage(
     unknown = sorted(options.keys() - {"endpoint", "region"})
     if unknown or parts.fragment:
         raise StorageError(
-            f"the storage s3://{parts.netloc.rpartition('@')[2]} has options that are not known: "
-            f"{', '.join(unknown) or '#'}; there are endpoint and region"
+            f"the storage s3://{parts.netloc.rpartition('@')[2]} has unknown options: "
+            f"{', '.join(unknown) or '#'}; the options are endpoint and region"
         )
     return S3Storage(
         parts.netloc,
@@ -137,14 +137,14 @@ def open_storage(
 
 
 class LocalStorage:
-    """Keeps pictures in a folder, for the server itself to serve.
+    """Stores pictures in a folder; the server itself serves them.
 
     Args:
-        folder: where; it is made by `check` if it is missing.
-        secret: what links are signed with; servers that share a folder share it.
-        retention_seconds: how long pictures are kept.
-        link_seconds: how long links are good; by default, and at most, as long as that.
-        clock: tells the time, in seconds since 1970.
+        folder: the folder; `check` creates it if it is missing.
+        secret: signs links. Servers that share a folder must share it.
+        retention_seconds: how long the folder keeps pictures.
+        link_seconds: how long a link is valid; by default and at most the retention time.
+        clock: returns the time, in seconds since 1970.
 
     Raises:
         StorageError: the secret is too short, or a time is not positive.
@@ -167,21 +167,21 @@ class LocalStorage:
         self._folder = folder
         self._secret = secret
         self._retention = retention_seconds
-        self._link_seconds = _lifetime(link_seconds or retention_seconds, retention_seconds)
+        self._link_seconds = _link_lifetime(link_seconds or retention_seconds, retention_seconds)
         self._clock = clock
 
     def check(self) -> None:
-        """Make the folder, and a file in it. See `Storage.check`."""
-        with self._explained("use"):
+        """Create the folder, and a temporary file in it. See `Storage.check`."""
+        with self._convert_errors("use"):
             self._folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self._folder) as probe:
                 probe.write(b"fluxfire")
 
-    def put(self, name: str, data: bytes, media_type: str) -> None:  # noqa: ARG002 - the name tells
-        """Write a file under another name, and rename it once it is whole. See `Storage.put`."""
+    def put(self, name: str, data: bytes, media_type: str) -> None:  # noqa: ARG002 - the name has it
+        """Write a temporary file, and rename it when it is complete. See `Storage.put`."""
         _check_name(name)
-        with self._explained("store a picture in"), contextlib.ExitStack() as undo:
-            number, part = tempfile.mkstemp(dir=self._folder, prefix=_PART)
+        with self._convert_errors("store a picture in"), contextlib.ExitStack() as undo:
+            number, part = tempfile.mkstemp(dir=self._folder, prefix=_PARTIAL_PREFIX)
             undo.callback(Path(part).unlink, missing_ok=True)
             with os.fdopen(number, "wb") as file:
                 file.write(data)
@@ -190,55 +190,55 @@ class LocalStorage:
             Path(part).replace(self._folder / name)
 
     def url(self, name: str) -> str:
-        """Sign a link that `read` understands. See `Storage.url`."""
+        """Sign a link for `read`. See `Storage.url`."""
         _check_name(name)
         expires = int(self._clock() + self._link_seconds)
         query = urlencode({"expires": expires, "signature": self._signature(name, expires)})
         return f"/files/{name}?{query}"
 
     def read(self, name: str, expires: int, signature: str) -> tuple[bytes, str]:
-        """Read the picture that a link is about.
+        """Read the picture of a link.
 
         Args:
             name: the link's name.
-            expires: what the link says.
-            signature: what the link says.
+            expires: the link's expiry, in seconds since 1970.
+            signature: the link's signature.
 
         Returns:
             The file's bytes and their media type.
 
         Raises:
-            LinkRefused: the link was not signed here, has expired, or its picture is gone.
+            LinkRefusedError: the signature is wrong, the link expired, or its picture is deleted.
             StorageError: the file cannot be read.
         """
         signed = self._signature(name, expires).encode()
         if not hmac.compare_digest(signed, signature.encode("utf-8", "replace")):
-            raise LinkRefused(
+            raise LinkRefusedError(
                 "the link's signature is wrong; use the link just as it was given",
                 status=403,
                 code="link-invalid",
             )
         _check_name(name)
         if expires <= self._clock():
-            raise LinkRefused("the link has expired", status=410, code="link-expired")
-        with self._explained("read a picture in"):
+            raise LinkRefusedError("the link has expired", status=410, code="link-expired")
+        with self._convert_errors("read a picture in"):
             try:
                 data = (self._folder / name).read_bytes()
             except FileNotFoundError:
-                raise LinkRefused(
+                raise LinkRefusedError(
                     "the picture is no longer kept", status=404, code="file-gone"
                 ) from None
         suffix = name.rpartition(".")[2]
         return data, next(kind for key, kind in MEDIA_TYPES.items() if key.lower() == suffix)
 
     def sweep(self, now: float | None = None) -> int:
-        """Delete old pictures, and what a crash left unfinished. See `Storage.sweep`."""
+        """Delete old pictures, and incomplete files of a crash. See `Storage.sweep`."""
         oldest = (self._clock() if now is None else now) - self._retention
         deleted = 0
-        with self._explained("sweep"), os.scandir(self._folder) as entries:
+        with self._convert_errors("sweep"), os.scandir(self._folder) as entries:
             for entry in entries:
                 whole = _NAME.fullmatch(entry.name) is not None
-                if not (whole or entry.name.startswith(_PART)):
+                if not (whole or entry.name.startswith(_PARTIAL_PREFIX)):
                     continue
                 # Another server may sweep the same folder.
                 with contextlib.suppress(FileNotFoundError):
@@ -249,41 +249,40 @@ class LocalStorage:
         return deleted
 
     def _signature(self, name: str, expires: int) -> str:
-        # The first word keeps it apart from all else that the secret may be used for.
+        # The first line separates this use of the secret from any other use.
         text = f"fluxfire-file\n{expires}\n{name}".encode("utf-8", "surrogatepass")
         return hmac.new(self._secret, text, hashlib.sha256).hexdigest()
 
     @contextmanager
-    def _explained(self, deed: str) -> Iterator[None]:
+    def _convert_errors(self, action: str) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             reason = error.strerror or str(error)
             raise StorageError(
-                f"cannot {deed} the folder {self._folder}: {reason}; give the server a folder "
-                "that it may write to, with room in it"
+                f"cannot {action} the folder {self._folder}: {reason}; give the server a "
+                "writable folder with free space"
             ) from error
 
 
 class S3Storage:
-    """Keeps pictures in a bucket of Amazon S3, or of any store that speaks its protocol.
+    """Stores pictures in a bucket of Amazon S3, or of any store with the same protocol.
 
-    Credentials come from where boto3 looks for them: AWS_ACCESS_KEY_ID and
-    AWS_SECRET_ACCESS_KEY, a profile, or the machine's role. A link signed with a role's passing
-    credentials ends with them.
+    boto3 finds the credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or the
+    machine's role. A link that was signed with a role's temporary credentials expires with them.
 
     Args:
-        bucket: its name; it must exist.
-        prefix: what stands before every name in it, as a folder would.
-        endpoint: the store's URL, where it is not Amazon's.
-        region: where the bucket is; "auto" for Cloudflare R2.
-        retention_seconds: how long pictures are kept.
-        link_seconds: how long links are good; at most as long as that, and seven days.
-        timeout_seconds: how long to wait for each answer.
-        attempts: how often to try, in all, where the network or the store fails.
+        bucket: name of the bucket, which must exist.
+        prefix: prefix of all names in the bucket, like a folder.
+        endpoint: the store's URL, if the store is not Amazon's.
+        region: the bucket's region; "auto" for Cloudflare R2.
+        retention_seconds: how long the bucket keeps pictures.
+        link_seconds: how long a link is valid; at most the retention time and seven days.
+        timeout_seconds: time limit for each response.
+        attempts: total number of attempts if the network or the store fails.
 
     Raises:
-        StorageError: a setting makes no sense, or boto3 is not installed.
+        StorageError: a setting is invalid, or boto3 is not installed.
     """
 
     def __init__(
@@ -311,27 +310,27 @@ class S3Storage:
         self._bucket = bucket
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
         self._retention = retention_seconds
-        self._link_seconds = min(_lifetime(link_seconds, retention_seconds), _LONGEST_LINK)
+        self._link_seconds = min(_link_lifetime(link_seconds, retention_seconds), _LONGEST_LINK)
         config = Config(
             signature_version="s3v4",
             retries={"mode": "standard", "total_max_attempts": attempts},
             connect_timeout=min(5, timeout_seconds),
             read_timeout=timeout_seconds,
-            # Elsewhere buckets are seldom names of hosts.
+            # Other stores seldom use bucket names as host names.
             s3={"addressing_style": "path" if endpoint else "auto"},
-            # Not all stores know the checksums that newer versions of boto3 add by themselves.
+            # Some stores do not support the checksums that newer versions of boto3 add by default.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        with self._explained("use"):
-            # A session of its own, since threads may not share the default one's making.
+        with self._convert_errors("use"):
+            # A new session, because creating the default session is not thread-safe.
             self._client: Any = boto3.session.Session().client(
                 "s3", endpoint_url=endpoint, region_name=region, config=config
             )
 
     def check(self) -> None:
-        """List, store and delete, since that is what will be done. See `Storage.check`."""
-        with self._explained("use"):
+        """Try to list, store and delete. See `Storage.check`."""
+        with self._convert_errors("use"):
             self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
             key = self._prefix + fresh_name("PNG")
             self._client.put_object(Bucket=self._bucket, Key=key, Body=b"")
@@ -340,15 +339,15 @@ class S3Storage:
     def put(self, name: str, data: bytes, media_type: str) -> None:
         """Store an object with its media type. See `Storage.put`."""
         _check_name(name)
-        with self._explained("store a picture in"):
+        with self._convert_errors("store a picture in"):
             self._client.put_object(
                 Bucket=self._bucket, Key=self._prefix + name, Body=data, ContentType=media_type
             )
 
     def url(self, name: str) -> str:
-        """Presign a GET, without asking the store. See `Storage.url`."""
+        """Presign a GET, without a request to the store. See `Storage.url`."""
         _check_name(name)
-        with self._explained("sign a link to"):
+        with self._convert_errors("sign a link to"):
             link = self._client.generate_presigned_url(
                 "get_object",
                 Params={"Bucket": self._bucket, "Key": self._prefix + name},
@@ -360,20 +359,20 @@ class S3Storage:
         """Delete old objects, page by page. See `Storage.sweep`."""
         oldest = (time.time() if now is None else now) - self._retention
         deleted = 0
-        with self._explained("sweep"):
+        with self._convert_errors("sweep"):
             pages = self._client.get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self._bucket, Prefix=self._prefix):
                 for entry in page.get("Contents", ()):
                     name = entry["Key"].removeprefix(self._prefix)
                     if _NAME.fullmatch(name) and entry["LastModified"].timestamp() <= oldest:
-                        # One by one: for many at once boto3 sends a checksum that some
-                        # stores do not know, and none that they do.
+                        # One by one, because a request for many needs a checksum that some
+                        # stores do not support.
                         self._client.delete_object(Bucket=self._bucket, Key=entry["Key"])
                         deleted += 1
         return deleted
 
     @contextmanager
-    def _explained(self, deed: str) -> Iterator[None]:
+    def _convert_errors(self, action: str) -> Iterator[None]:
         from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
         place = f"s3://{self._bucket}/{self._prefix}"
@@ -381,12 +380,12 @@ class S3Storage:
             yield
         except NoCredentialsError as error:
             raise StorageError(
-                f"cannot {deed} {place}: there are no credentials; set AWS_ACCESS_KEY_ID and "
+                f"cannot {action} {place}: there are no credentials; set AWS_ACCESS_KEY_ID and "
                 "AWS_SECRET_ACCESS_KEY"
             ) from error
         except (BotoCoreError, ClientError, ValueError) as error:
             raise StorageError(
-                f"cannot {deed} {place}: {error}; check the bucket, the endpoint, the region and "
+                f"cannot {action} {place}: {error}; check the bucket, the endpoint, the region and "
                 "what the credentials may do"
             ) from error
 
@@ -396,8 +395,8 @@ def _check_name(name: str) -> None:
         raise StorageError(f"{name[:100]!r} is not a picture's name here; `fresh_name` makes them")
 
 
-def _lifetime(link_seconds: float, retention_seconds: float) -> float:
-    """Give how long links are good, which is no longer than what they are about is there."""
+def _link_lifetime(link_seconds: float, retention_seconds: float) -> float:
+    """Return how long links are valid: at most as long as the store keeps their pictures."""
     if not (link_seconds >= 1 and retention_seconds >= 1):
         raise StorageError(
             f"pictures kept for {retention_seconds:g} seconds with links for {link_seconds:g}: "

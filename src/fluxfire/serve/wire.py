@@ -1,4 +1,4 @@
-"""What the server's process and its worker tell each other. Everything here can be pickled."""
+"""Messages between the server and its worker. All of them can be pickled."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from PIL import Image
 
-if TYPE_CHECKING:  # the server's process does without torch
+if TYPE_CHECKING:  # the server process does not load torch
     from fluxfire.reporting.statistics import StepKind
 
 Level = Literal["faithful", "balanced", "fast"]
 LEVELS: tuple[Level, ...] = ("faithful", "balanced", "fast")
 STEPS = 28
-"""How many steps an edit has, unless its request says otherwise."""
+"""Default number of denoising steps."""
 AS_APPLIED = "as applied"
-"""The quality of passes that are set otherwise than any level."""
+"""The quality of passes whose settings match no level."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,30 +29,30 @@ class RawPicture:
 
     @classmethod
     def of(cls, picture: Image.Image) -> RawPicture:
-        """Take a picture's pixels; it must be in RGB."""
+        """Copy the pixels of a picture, which must be in RGB."""
         return cls(picture.width, picture.height, picture.tobytes())
 
     def picture(self) -> Image.Image:
-        """Return them as a picture."""
+        """Return the pixels as a picture."""
         return Image.frombytes("RGB", (self.width, self.height), self.data)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PipelineRequest:
-    """What one request asks of the pipeline; without a picture, to make one from text.
+    """One request to the pipeline; without a picture it is text to image.
 
     Attributes:
         prompt: the instruction.
-        prompt_2: the same for T5, if other words.
-        negative_prompt: what to steer away from, under true CFG.
-        negative_prompt_2: the same for T5, if other words.
+        prompt_2: the instruction for T5, if different.
+        negative_prompt: what the picture shall not show, under true CFG.
+        negative_prompt_2: the negative prompt for T5, if different.
         picture: the picture to edit.
-        seeds: of each picture wanted.
-        size: width and height that are wished for; None for the picture's shape.
+        seeds: a seed for each picture.
+        size: wanted width and height; None for the picture's aspect ratio.
         steps: denoising steps.
-        guidance_scale: what the model is told.
+        guidance_scale: the distilled guidance, an input of the model.
         true_cfg_scale: above 1 and with a negative prompt, each step runs twice.
-        level: the quality wanted; None for the service's own.
+        level: the requested quality; None for the service's own.
     """
 
     prompt: str
@@ -69,12 +69,12 @@ class PipelineRequest:
 
     @property
     def guided(self) -> bool:
-        """Whether each step runs twice."""
+        """Whether true CFG runs each step twice."""
         return self.true_cfg_scale > 1 and self.negative_prompt is not None
 
     @property
     def kind(self) -> Hashable:
-        """What must be equal for two to be made at once."""
+        """Everything that must be equal for two requests to share a batch."""
         picture = self.picture and (self.picture.width, self.picture.height)
         true_cfg = self.true_cfg_scale if self.guided else None
         return picture, self.size, self.steps, self.guidance_scale, true_cfg, self.level
@@ -82,12 +82,12 @@ class PipelineRequest:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What was made of an ask.
+    """The result of a request.
 
     Attributes:
         pictures: one for each seed.
-        steps: what was left out of each step, of all these pictures.
-        hit_rate: the share of steps that were hits, over pictures.
+        steps: for each step, what all of these pictures skipped in it.
+        hit_rate: share of steps that were hits, over all pictures.
     """
 
     pictures: tuple[RawPicture, ...]
@@ -97,14 +97,14 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """What a worker tells of its pipeline.
+    """A worker's description of its pipeline.
 
     Attributes:
-        model: as in the settings.
-        device: where it runs.
-        passes: what was applied, as text.
-        levels: the qualities that these passes can give, and in words what each does.
-        level: the quality that a request gets unless it asks for another, or `AS_APPLIED`.
+        model: the settings' model.
+        device: the pipeline's device.
+        passes: the applied passes, as text.
+        levels: the qualities that these passes can give, each with a description.
+        level: the default quality of a request, or `AS_APPLIED`.
     """
 
     model: str
@@ -116,41 +116,41 @@ class Facts:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Asks of one kind, by ticket; no more than so many pictures at once."""
+    """Requests of one kind, by ticket number, with the batch size."""
 
-    asks: Mapping[int, PipelineRequest]
+    requests: Mapping[int, PipelineRequest]
     at_once: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody waits for this ticket any more."""
+    """The request of this ticket was cancelled."""
 
     ticket: int
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """End."""
+    """The worker shall stop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The worker takes batches."""
+    """The worker is ready for batches."""
 
     facts: Facts
 
 
 @dataclass(frozen=True, slots=True)
 class CannotStart:
-    """The worker cannot start, and another one could not either."""
+    """The worker cannot start, and another worker could not either."""
 
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class StepDone:
-    """A step of the batch was made."""
+    """The worker finished a step of the batch."""
 
     step: int
     steps: int
@@ -158,7 +158,7 @@ class StepDone:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """The batch is made, but for what was cancelled: results by ticket."""
+    """The batch is done: results by ticket number, without cancelled requests."""
 
     results: Mapping[int, Result]
     seconds: float
@@ -169,7 +169,7 @@ Reason = Literal["out-of-memory", "edit-refused", "edit-failed"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The batch failed; the worker goes on."""
+    """The batch failed; the worker continues."""
 
     reason: Reason
     message: str

@@ -1,4 +1,4 @@
-"""The worker: a process of its own that holds the pipeline, and edits what it is sent."""
+"""The worker process, which has the pipeline and edits batches."""
 
 from __future__ import annotations
 
@@ -26,62 +26,62 @@ from fluxfire.serve.wire import (
 )
 
 if TYPE_CHECKING:
-    from fluxfire.serve.editing import Editor
+    from fluxfire.serve.pipeline_editor import PipelineEditor
 
 
 def main(connection: Connection, settings: Settings) -> None:
-    """Load, say so, and edit until told to stop; ends at once with the process that began it.
+    """Load the pipeline, report that, and edit batches until `Stop`. Exit when the server dies.
 
-    Heavy libraries are imported in here, so that the server, which names this function, is
-    without them.
+    Heavy libraries are imported inside functions, so that the server, which imports this module,
+    does not load them.
 
     Args:
-        connection: to the server.
-        settings: the service's.
+        connection: the connection to the server.
+        settings: the service's settings.
     """
-    # The server decides when this ends: a signal to the whole group is for it.
+    # Ctrl-C reaches the whole process group, but the server decides when its worker stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     inbox = _Inbox(connection)
     try:
-        editor = _open(settings)
+        editor = _load_editor(settings)
     except FluxfireError as error:
-        _tell(connection, CannotStart(str(error)))
+        _send(connection, CannotStart(str(error)))
         return
-    _tell(connection, Ready(editor.facts))
+    _send(connection, Ready(editor.facts))
     while (batch := inbox.batches.get()) is not None:
-        _tell(connection, _answer(editor, batch, inbox, connection))
+        _send(connection, _edit_batch(editor, batch, inbox, connection))
 
 
-def _tell(connection: Connection, message: FromWorker) -> None:
+def _send(connection: Connection, message: FromWorker) -> None:
     try:
         connection.send(message)
     except OSError:
-        os._exit(1)  # the server is gone
+        os._exit(1)  # the server died
 
 
-def _open(settings: Settings) -> Editor:
+def _load_editor(settings: Settings) -> PipelineEditor:
     """Load and optimize the pipeline, and run it once at each size.
 
     Raises:
-        FluxfireError: it cannot be loaded or optimized, or the GPU has too little memory.
+        FluxfireError: the pipeline cannot be loaded or optimized, or the GPU has too little memory.
     """
     import torch
 
     from fluxfire import api, loading
-    from fluxfire.planning.resolve import chosen
-    from fluxfire.serve import levels
-    from fluxfire.serve.editing import Editor
+    from fluxfire.planning.resolve import passes_from_options
+    from fluxfire.serve import quality_levels
+    from fluxfire.serve.pipeline_editor import PipelineEditor
 
     try:
         pipe = loading.load(settings.model)
         pipe.set_progress_bar_config(disable=True)
         if settings.preset is None and settings.passes is None:
-            passes = levels.usual(pipe.device.type)
+            passes = quality_levels.default_passes(pipe.device.type)
         else:
-            passes = tuple(chosen(settings.preset, settings.passes))
+            passes = tuple(passes_from_options(settings.preset, settings.passes))
         api.optimize(pipe, passes)
-        editor = Editor(pipe, passes, settings.model)
+        editor = PipelineEditor(pipe, passes, settings.model)
         editor.warm_up(settings.warm_up, {1, min(2, settings.at_once), settings.at_once})
     except torch.OutOfMemoryError as error:
         raise FluxfireError(
@@ -91,50 +91,52 @@ def _open(settings: Settings) -> Editor:
     return editor
 
 
-def _answer(editor: Editor, batch: Batch, inbox: _Inbox, connection: Connection) -> FromWorker:
-    """Edit a batch, unless nobody waits for it any more."""
+def _edit_batch(
+    editor: PipelineEditor, batch: Batch, inbox: _Inbox, connection: Connection
+) -> FromWorker:
+    """Edit a batch; stop early when all of its requests are cancelled."""
     import torch
 
-    def go_on() -> None:
-        if inbox.stopping or inbox.cancelled >= batch.asks.keys():
-            raise _NobodyWaitsError
+    def raise_if_cancelled() -> None:
+        if inbox.stopping or inbox.cancelled >= batch.requests.keys():
+            raise _AllCancelledError
 
     def on_step(step: int, steps: int) -> None:
-        go_on()
-        _tell(connection, StepDone(step, steps))
+        raise_if_cancelled()
+        _send(connection, StepDone(step, steps))
 
     began = time.perf_counter()
     try:
-        go_on()
-        results = editor.edit(batch.asks, batch.at_once, on_step)
-    except _NobodyWaitsError:
+        raise_if_cancelled()
+        results = editor.edit(batch.requests, batch.at_once, on_step)
+    except _AllCancelledError:
         results = {}
     except torch.OutOfMemoryError as error:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return Failed("out-of-memory", str(error).splitlines()[0])
     except torch.AcceleratorError:
-        raise  # such as an illegal address: the device is of no use to this process any more
+        raise  # such as an illegal address: this process cannot use the device any more
     except (FluxfireError, ValueError) as error:
         return Failed("edit-refused", str(error))
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is this batch's
+    except Exception as error:  # noqa: BLE001 - any failure concerns this batch only
         return Failed("edit-failed", f"{type(error).__name__}: {error}")
     finally:
-        inbox.cancelled -= batch.asks.keys()
+        inbox.cancelled -= batch.requests.keys()
     return Done(results, time.perf_counter() - began)
 
 
-class _NobodyWaitsError(Exception):
+class _AllCancelledError(Exception):
     """All requests of a batch were cancelled."""
 
 
 class _Inbox:
-    """Takes messages in while the pipeline runs.
+    """Receives messages in a thread while the pipeline runs.
 
     Attributes:
-        batches: what is to be edited; None ends.
-        cancelled: tickets that nobody waits for.
-        stopping: whether it was told to end.
+        batches: batches to edit; None stops the worker.
+        cancelled: numbers of cancelled tickets.
+        stopping: whether the server sent `Stop`.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -142,14 +144,14 @@ class _Inbox:
         self.cancelled: set[int] = set()
         self.stopping = False
         self._connection = connection
-        threading.Thread(target=self._listen, name="inbox", daemon=True).start()
+        threading.Thread(target=self._receive_loop, name="inbox", daemon=True).start()
 
-    def _listen(self) -> None:
+    def _receive_loop(self) -> None:
         while True:
             try:
                 message: ToWorker = self._connection.recv()
             except (EOFError, OSError):
-                os._exit(1)  # the server is gone, and a pipeline half-way has no other end
+                os._exit(1)  # the server died, and nothing else stops a running pipeline
             if isinstance(message, Cancel):
                 self.cancelled.add(message.ticket)
             elif isinstance(message, Stop):

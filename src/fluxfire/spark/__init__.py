@@ -1,11 +1,11 @@
 """Spark: a small trained Kontext that ships with fluxfire.
 
-A FLUX.1 Kontext in small, every part diffusers' own, trained to edit scenes of flat shapes by
-instruction. Real weights of FLUX.1 Kontext are gated and large; Spark is neither. It shows whether
-an edit works. It is no yardstick for the real model: one plain step nearly solves it. The model
-card in the documentation says more.
+Spark is a small FLUX.1 Kontext, built from diffusers' classes and trained to edit scenes of flat
+shapes by instruction. The weights of the real FLUX.1 Kontext are gated and large; Spark's are not.
+Spark shows whether an edit works. It is no benchmark for the real model: one plain step nearly
+solves it. The model card in the documentation says more.
 
-Importing this package loads nothing heavy; the first use of a name does.
+Importing this package does not load torch; the first use of a name does.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
     from fluxfire.spark.language import unknown
     from fluxfire.spark.pipeline import SparkPipeline, load
     from fluxfire.spark.scoring import score
-    from fluxfire.spark.tasks import Drawing, Example, drawings, examples
+    from fluxfire.spark.tasks import Drawing, SparkExample, drawings, examples
 
 __all__ = [
     "Drawing",
-    "Example",
+    "SparkExample",
     "SparkPipeline",
     "drawings",
     "examples",
@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _HOME = {
-    **dict.fromkeys(("Drawing", "Example", "drawings", "examples"), "tasks"),
+    **dict.fromkeys(("Drawing", "SparkExample", "drawings", "examples"), "tasks"),
     **dict.fromkeys(("SparkPipeline", "load"), "pipeline"),
     "score": "scoring",
     "unknown": "language",

@@ -1,4 +1,4 @@
-"""Pictures from words alone: two shapes at named places, everything else canonical."""
+"""Captions for text to image: two shapes at named places, with canonical size and angle."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CAPTIONS = (
 
 
 def draw_captioned(n: int, extent: tuple[float, float], dice: Dice) -> tuple[Scenes, list[str]]:
-    """Draw n scenes with captions that say all there is to say of them."""
+    """Draw n scenes with captions that describe them completely."""
     scenes = draw(n, extent, dice)
     places = dice.order(n, len(PLACES))[:, :SLOTS]
     ground = dice.below(len(GROUNDS), n)

@@ -1,9 +1,9 @@
-"""Whether an edit was done: a picture against the exact target, by program.
+"""Checks an edit: compares a picture with the exact target.
 
-A picture passes if it is the target up to what an eye would forgive: edges two pixels off
-(at 128), faint noise, a hair of softness. Tolerances were set on controls, which a test
-repeats: targets and VAE round trips must pass; unedited references, other edits' targets,
-misplaced, ghosted or blurred ones must not.
+A picture passes if a viewer could not tell it from the target. The check tolerates edges that are
+two pixels off (at 128 pixels), faint noise, and slight blur. The tolerances were set on controls,
+which a test repeats: targets and VAE round trips must pass; unedited references, targets of other
+edits, and misplaced, ghosted or blurred targets must fail.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from torch.nn import functional
 from fluxfire.spark.rendering import blur
 
 BLEMISH = 0.07
-"""Largest error allowed in any window, mean over its pixels and channels, in [0, 1]."""
+"""Largest allowed error of any window, the mean over its pixels and channels, in [0, 1]."""
 SHARPNESS = (0.45, 2.0)
 """Allowed gradient energy around edges, as a fraction of the target's."""
-_WINDOW, _FORGIVEN, _SOFTEN = 6, 2, 1.0  # pixels, where the shorter side has 128
+_WINDOW, _FORGIVEN, _SOFTEN = 6, 2, 1.0  # pixels if the shorter side has 128
 _SIDE = 128
-_EDGE, _FAINT = 0.08, 0.05  # a gradient that counts; an energy that doesn't
+_EDGE, _FAINT = 0.08, 0.05  # smallest gradient of an edge; an energy that is negligible
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the checker measured.
+    """The measurements of the checker.
 
     Attributes:
-        blemish: the worst window's error; edges may be two pixels off.
+        blemish: error of the worst window; edges may be two pixels off.
         sharpness: gradient energy around edges, relative to the target's.
     """
 
@@ -41,7 +41,7 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether both lie within the tolerances."""
+        """Whether both values are within the tolerances."""
         low, high = SHARPNESS
         return self.blemish <= BLEMISH and low <= self.sharpness <= high
 
@@ -54,7 +54,7 @@ def as_tensor(image: Any) -> Tensor:
             a tensor of (3, height, width) floats in [0, 1].
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the image has another type or shape.
     """
     if isinstance(image, Tensor):
         picture = image.detach().float().cpu()
@@ -89,7 +89,7 @@ def judge(image: Tensor, target: Tensor) -> Verdict:
 
 
 def _forgiving(image: Tensor, target: Tensor, reach: int) -> Tensor:
-    """Error of each pixel to the nearest of the target's pixels around it: (H, W)."""
+    """Return each pixel's error to the most similar target pixel within reach: (H, W)."""
     height, width = target.shape[1:]
     around = functional.pad(target[None], [reach] * 4, mode="replicate")[0]
     error = torch.full((height, width), torch.inf)
@@ -101,7 +101,7 @@ def _forgiving(image: Tensor, target: Tensor, reach: int) -> Tensor:
 
 
 def _energy(pictures: Tensor) -> Tensor:
-    """Squared gradients summed over channels: (N, H, W)."""
+    """Return squared gradients summed over channels: (N, H, W)."""
     padded = functional.pad(pictures, (0, 1, 0, 1), mode="replicate")
     dx = padded[:, :, :-1, 1:] - pictures
     dy = padded[:, :, 1:, :-1] - pictures

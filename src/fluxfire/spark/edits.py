@@ -1,7 +1,7 @@
-"""The edits that Spark knows: what each changes, and in which words one may ask for it.
+"""The kinds of edit that Spark knows: what each changes, and its wordings.
 
-Every kind works on a whole batch of scenes; its `apply` gives the exact target. Some
-wordings are held out of training, of words that training knows.
+Each kind edits a whole batch of scenes; its `apply` gives the exact target. Some wordings are held
+out of training, but training has seen all of their words.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from fluxfire.spark.scenes import (
 
 Split = Literal["train", "test"]
 Choice = Mapping[str, Tensor]
-"""What was drawn for each scene: (N,) int64 tensors by name."""
+"""The random choices for each scene: (N,) int64 tensors by name."""
 FREE = SLOTS - 1
 """The slot that no drawn scene fills."""
 
 
-class Edit(Protocol):
+class EditKind(Protocol):
     """One kind of edit."""
 
     name: ClassVar[str]
@@ -44,16 +44,16 @@ class Edit(Protocol):
 
     @property
     def novel(self) -> tuple[str, ...]:
-        """Wordings that training never shows, of words that it does."""
+        """Wordings that are held out of training; training shows all of their words."""
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose what to do to each scene."""
+        """Choose randomly what to change in each scene."""
 
     def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Do it."""
+        """Return the edited scenes."""
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
-        """Say what a wording's names stand for in one row."""
+        """Return the values of a wording's placeholders in one row."""
 
 
 PLACES = {
@@ -75,20 +75,20 @@ _GROWTH = 1.5
 
 
 def place(index: Tensor, extent: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Return the centres (x, y) that named places stand for."""
+    """Return the centres (x, y) of named places."""
     fractions = torch.tensor(list(PLACES.values()))[index]
     x, y = (_MARGIN + fractions[:, i] * (extent[i] - 2 * _MARGIN) for i in (0, 1))
     return x, y
 
 
 def noun(scenes: Scenes, row: int, slot: int) -> str:
-    """Name a shape in full: "red circle"."""
+    """Return a shape's full name, such as "red circle"."""
     colour, shape = int(scenes.colour[row, slot]), int(scenes.shape[row, slot])
     return f"{list(COLOURS)[colour]} {SHAPES[shape]}"
 
 
 def _it(scenes: Scenes, choice: Choice, row: int, which: str = "subject") -> str:
-    """Name a shape of the scene, sometimes by its kind or colour alone where that is enough."""
+    """Name a shape of the scene; sometimes only by its kind or colour, if that is unique."""
     slot = int(choice[which][row])
     here = scenes.present[row]
     form = int(choice["form"][row])
@@ -128,7 +128,7 @@ class Recolour:
     )
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a shape, and another colour than its own."""
+        """Choose a shape and a new colour."""
         chosen = _subject(scenes, dice)
         other = dice.below(len(COLOURS) - 1, len(scenes)) + 1
         chosen["colour"] = (scenes.of("colour", chosen["subject"]) + other) % len(COLOURS)
@@ -147,7 +147,7 @@ class Recolour:
 
 @dataclass(frozen=True)
 class Remove:
-    """Takes a shape away."""
+    """Removes a shape."""
 
     name: ClassVar[str] = "remove"
     known: tuple[str, ...] = (
@@ -181,7 +181,7 @@ class Remove:
 
 @dataclass(frozen=True)
 class Add:
-    """Puts one more shape at a named place, upright and of the canonical size."""
+    """Adds a shape at a named place, upright and of the canonical size."""
 
     name: ClassVar[str] = "add"
     known: tuple[str, ...] = (
@@ -210,8 +210,13 @@ class Add:
         colour = scenes.of("colour", choice["subject"])
         return scenes.put(
             choice["subject"],
-            x=x, y=y, size=CANONICAL_SIZE, angle=0.0, tint=PALETTE[colour], present=True,
-        )  # fmt: skip
+            x=x,
+            y=y,
+            size=CANONICAL_SIZE,
+            angle=0.0,
+            tint=PALETTE[colour],
+            present=True,
+        )
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
         """Name what and where."""
@@ -286,7 +291,7 @@ class Nudge:
 
 @dataclass(frozen=True)
 class Grow:
-    """Makes a shape half as big again."""
+    """Makes a shape 1.5 times as big."""
 
     name: ClassVar[str] = "grow"
     known: tuple[str, ...] = (
@@ -316,7 +321,7 @@ class Grow:
 
 @dataclass(frozen=True)
 class Shrink(Grow):
-    """Makes a shape smaller by the factor by which `Grow` makes it bigger."""
+    """Shrinks a shape by the factor of `Grow`."""
 
     name: ClassVar[str] = "shrink"
     known: tuple[str, ...] = (
@@ -332,7 +337,7 @@ class Shrink(Grow):
 
 @dataclass(frozen=True)
 class Swap:
-    """Lets two shapes trade places."""
+    """Swaps the places of two shapes."""
 
     name: ClassVar[str] = "swap"
     known: tuple[str, ...] = (
@@ -393,11 +398,11 @@ class ChangeGround:
         return {"ground": dice.below(len(GROUNDS), len(scenes))}
 
     def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Lay it."""
+        """Set the ground."""
         return scenes.on(choice["ground"])
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:  # noqa: ARG002
-        """Name it."""
+        """Name the ground."""
         return {"ground": list(GROUNDS)[int(choice["ground"][row])]}
 
 
@@ -410,7 +415,7 @@ class Restyle:
     novel: tuple[str, ...]
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:  # noqa: ARG002
-        """Choose nothing: the kind says it."""
+        """Choose nothing, because the kind is the style."""
         return {}
 
     def apply(self, scenes: Scenes, choice: Choice) -> Scenes:  # noqa: ARG002
@@ -418,7 +423,7 @@ class Restyle:
         return replace(scenes, style=torch.full_like(scenes.style, STYLES.index(self.name)))
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:  # noqa: ARG002
-        """Name nothing."""
+        """Return no values."""
         return {}
 
 
@@ -469,7 +474,7 @@ class Blur(Restyle):
 
 @dataclass(frozen=True)
 class Keep(Restyle):
-    """Changes nothing: what a model should learn first. Not among the edits of a test."""
+    """Changes nothing, which a model should learn first. Tests do not use it."""
 
     name: ClassVar[str] = "none"
     known: tuple[str, ...] = (
@@ -482,9 +487,19 @@ class Keep(Restyle):
     novel: tuple[str, ...] = ("leave the picture as it is", "keep it")
 
 
-_ALL: tuple[Edit, ...] = (
-    Recolour(), Remove(), Add(), Move(), Nudge(), Grow(), Shrink(), Swap(), ChangeGround(),
-    Outline(), Night(), Blur(),
-)  # fmt: skip
+_ALL: tuple[EditKind, ...] = (
+    Recolour(),
+    Remove(),
+    Add(),
+    Move(),
+    Nudge(),
+    Grow(),
+    Shrink(),
+    Swap(),
+    ChangeGround(),
+    Outline(),
+    Night(),
+    Blur(),
+)
 KINDS = {edit.name: edit for edit in _ALL}
-KEEP: Edit = Keep()
+KEEP: EditKind = Keep()

@@ -1,4 +1,4 @@
-"""Spark's English: every word of its instructions, and what lies outside."""
+"""Spark's vocabulary: the words of its instructions, and a check for unknown words."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 from functools import cache
 
 from fluxfire.spark.captions import CAPTIONS
-from fluxfire.spark.edits import KEEP, KINDS, PLACES, WAYS, Edit, Split
+from fluxfire.spark.edits import KEEP, KINDS, PLACES, WAYS, EditKind, Split
 from fluxfire.spark.scenes import COLOURS, GROUNDS, SHAPES, Dice
 
 LONGEST = 32
-"""Tokens of T5 that the transformer sees; the longest caption fits."""
+"""Number of T5 tokens that the transformer sees; the longest caption fits."""
 _AMERICAN = {"colour": "color", "grey": "gray", "centre": "center", "recolour": "recolor"}
 _POLITE = ("{}", "{}", "{}", "{}.", "please {}", "{} please", "please {}.")
 
 
 @cache
 def words() -> tuple[str, ...]:
-    """Every word of Spark's language, in lower case, in a fixed order."""
+    """Return every word of Spark's vocabulary, in lower case, in a fixed order."""
     wordings = [w for e in (*KINDS.values(), KEEP) for w in (*e.known, *e.novel)]
     fixed = re.sub(r"\{.*?\}", " ", " ".join([*wordings, *CAPTIONS, *_POLITE]))
     named = " ".join(
@@ -27,19 +27,19 @@ def words() -> tuple[str, ...]:
 
 
 def unknown(prompt: str) -> tuple[str, ...]:
-    """Return the words of a prompt that Spark never learned, in order, each once."""
+    """Return a prompt's words outside Spark's vocabulary, in order, without repetitions."""
     found = re.findall(r"[^\W_]+", prompt.lower())
     return tuple(dict.fromkeys(w for w in found if w not in words()))
 
 
-def wordings(edit: Edit, split: Split) -> tuple[str, ...]:
-    """Return the wordings of an edit that a split uses."""
+def wordings(edit: EditKind, split: Split) -> tuple[str, ...]:
+    """Return the wordings that a split uses for a kind of edit."""
     return edit.known if split == "train" else edit.novel
 
 
 def phrase(text: str, dice: Dice) -> str:
-    """Say it as people do: British or American, with or without please, stop, capital."""
-    said = _POLITE[int(dice.below(len(_POLITE), 1))].format(text)
+    """Vary an instruction: British or American spelling, "please", full stop, capital letter."""
+    phrased = _POLITE[int(dice.below(len(_POLITE), 1))].format(text)
     if int(dice.below(3, 1)) == 0:
-        said = " ".join(_AMERICAN.get(word, word) for word in said.split(" "))
-    return said.capitalize() if int(dice.below(3, 1)) == 0 else said
+        phrased = " ".join(_AMERICAN.get(word, word) for word in phrased.split(" "))
+    return phrased.capitalize() if int(dice.below(3, 1)) == 0 else phrased

@@ -1,4 +1,4 @@
-"""Spark's parts and their sizes: a FLUX.1 Kontext in small, every part diffusers' own."""
+"""Spark's components: a small FLUX.1 Kontext, built from diffusers' classes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WIDTH = 160
 
 
 def parts(*, seed: int = 0) -> dict[str, Any]:
-    """Build every component with fresh weights, ready for a Kontext pipeline's constructor.
+    """Build every component with random weights, for a Kontext pipeline's constructor.
 
-    The transformer sees a picture of 128 × 128 as 64 tokens, as FLUX sees one of 16 pixels
-    a side less: its VAE divides by eight and its patches by two.
+    The transformer sees a picture of 128 × 128 as 64 tokens: the VAE divides each side by eight and
+    the patches divide it by two, as in FLUX.
 
     Args:
-        seed: seeds the weights; the global random state is left alone.
+        seed: seed of the weights; the global random state does not change.
     """
     words = language.words()
     tokenizer = tokenizers.clip_tokenizer(words)

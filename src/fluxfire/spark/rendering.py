@@ -1,4 +1,4 @@
-"""Draws scenes: signed distances to each shape's edge, one pixel of smoothing."""
+"""Renders scenes from signed distances to each shape's edge, with one pixel of smoothing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def render(scenes: Scenes, shorter: int = 128) -> Tensor:
     """Draw scenes.
 
     Args:
-        scenes: N scenes, on the device that shall draw.
-        shorter: pixels of the shorter side.
+        scenes: N scenes; their device renders.
+        shorter: number of pixels of the shorter side.
 
     Returns:
         (N, 3, height, width) float32 in [0, 1].
@@ -36,7 +36,7 @@ def render(scenes: Scenes, shorter: int = 128) -> Tensor:
         distance = torch.where(outline, distance.abs() - _STROKE / 2, distance)
         cover = (0.5 - distance * shorter).clamp(0, 1) * scenes.present[:, slot, None, None]
         picture = picture.lerp(scenes.tint[:, slot, :, None, None], cover[:, None])
-    return _styled(picture, scenes.style, shorter)
+    return _apply_style(picture, scenes.style, shorter)
 
 
 def _ground(scenes: Scenes, x: Tensor, y: Tensor, shorter: int) -> Tensor:
@@ -46,7 +46,7 @@ def _ground(scenes: Scenes, x: Tensor, y: Tensor, shorter: int) -> Tensor:
     shift = scenes.phase[:, :, None, None]
     u = (x * cos + y * sin) / period + shift[:, 0]
     v = (y * cos - x * sin) / period + shift[:, 1]
-    sharp = period * shorter / math.pi  # of a wave's zero crossing: one pixel wide
+    sharp = period * shorter / math.pi  # makes a wave's zero crossing one pixel wide
     wave_u, wave_v = (torch.sin(2 * math.pi * w) * sharp / 2 for w in (u, v))
     dots = 0.3 - torch.hypot(u - u.round(), v - v.round())
     mixes = {
@@ -89,7 +89,7 @@ def _distance(scenes: Scenes, slot: int, xs: Tensor, ys: Tensor) -> Tensor:
 
 
 def _star(x: Tensor, y: Tensor, far: Tensor, size: Tensor) -> Tensor:
-    """Distance to a five-pointed star: one edge, seen from a folded fifth."""
+    """Return the signed distance to a five-pointed star, by folding the plane to one edge."""
     fifth = 2 * math.pi / 5
     folded = ((torch.atan2(x, -y) + fifth / 2) % fifth - fifth / 2).abs()
     # The edge runs from the point (size, 0) to the notch, at an angle of half a fifth.
@@ -99,7 +99,7 @@ def _star(x: Tensor, y: Tensor, far: Tensor, size: Tensor) -> Tensor:
     return (ey * (far * folded.cos() - size) - ex * far * folded.sin()) / length
 
 
-def _styled(picture: Tensor, style: Tensor, shorter: int) -> Tensor:
+def _apply_style(picture: Tensor, style: Tensor, shorter: int) -> Tensor:
     gain, lift = (t.to(picture.device)[:, None, None] for t in _NIGHT)
     night = picture * gain + lift
     picture = torch.where((style == STYLES.index("night"))[:, None, None, None], night, picture)
@@ -111,7 +111,7 @@ def _styled(picture: Tensor, style: Tensor, shorter: int) -> Tensor:
 
 
 def blur(picture: Tensor, sigma: float) -> Tensor:
-    """Blur by a Gaussian, the border continued outwards.
+    """Blur by a Gaussian, with replicated borders.
 
     Args:
         picture: (N, C, height, width).

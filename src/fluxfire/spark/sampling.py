@@ -1,4 +1,4 @@
-"""Edits drawn at random: whole batches of one kind, every picture orderly.
+"""Draws random edits: whole batches of one kind, where every picture is orderly.
 
 Some combinations of kind, shape and colour are held out of training.
 """
@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fluxfire.spark.edits import KINDS, Choice, Edit
+from fluxfire.spark.edits import KINDS, Choice, EditKind
 from fluxfire.spark.scenes import COLOURS, Dice, Scenes, draw, join
 
 
-def held_out(kind: int, shape: Tensor, colour: Tensor) -> Tensor:
-    """Whether training never shows this kind of edit on this shape in this colour.
+def is_held_out(kind: int, shape: Tensor, colour: Tensor) -> Tensor:
+    """Whether this combination of kind, shape and colour is held out of training.
 
-    For each kind and shape that is one colour of eight: the one it has after the edit.
+    For each kind and shape one of eight colours is held out; the colour after the edit counts.
     """
     return (3 * kind + 5 * shape + colour) % len(COLOURS) == 0
 
@@ -29,12 +29,12 @@ class Batch:
     Attributes:
         edit: the kind.
         source: N scenes.
-        target: the same, edited.
-        choice: what was drawn.
+        target: the edited scenes.
+        choice: the random choices.
         novel: (N,) bool, whether the combination is held out of training.
     """
 
-    edit: Edit
+    edit: EditKind
     source: Scenes
     target: Scenes
     choice: Choice
@@ -51,21 +51,21 @@ class Batch:
         )
 
     def instruction(self, row: int, wording: str) -> str:
-        """Word one edit."""
+        """Return one edit's instruction in a given wording."""
         return wording.format(**self.edit.fields(self.source, self.choice, row))
 
 
 def draw_edits(
-    edit: Edit, n: int, extent: tuple[float, float], dice: Dice, *, novel: bool | None = None
+    edit: EditKind, n: int, extent: tuple[float, float], dice: Dice, *, novel: bool | None = None
 ) -> Batch:
     """Draw n edits of one kind, each possible and with both pictures orderly.
 
     Args:
         edit: the kind.
-        n: how many.
-        extent: (width, height) of the pictures, the shorter 1.
-        dice: what to draw with.
-        novel: only combinations held out of training (True), only others (False), or any.
+        n: number of edits.
+        extent: (width, height) of the pictures; the shorter is 1.
+        dice: source of random numbers.
+        novel: True for combinations held out of training, False for the others, None for any.
     """
     found: list[Batch] = []
     while sum(len(b.source) for b in found) < n:
@@ -74,7 +74,7 @@ def draw_edits(
         choice = edit.draw(scenes, dice)
         target = edit.apply(scenes, choice)
         fresh = _novel(edit, target, choice)
-        wanted = target.orderly() & changed(scenes, target, edit)
+        wanted = target.orderly() & changes_enough(scenes, target, edit)
         if novel is not None and "subject" in choice:
             wanted &= fresh == novel
         found.append(Batch(edit, scenes, target, choice, fresh).take(wanted))
@@ -82,7 +82,7 @@ def draw_edits(
 
 
 def join_edits(parts: list[Batch]) -> Batch:
-    """Put batches of one kind together."""
+    """Concatenate batches of one kind."""
     return Batch(
         parts[0].edit,
         join([b.source for b in parts]),
@@ -92,21 +92,21 @@ def join_edits(parts: list[Batch]) -> Batch:
     )
 
 
-def _novel(edit: Edit, target: Scenes, choice: Choice) -> Tensor:
+def _novel(edit: EditKind, target: Scenes, choice: Choice) -> Tensor:
     if "subject" not in choice:
         return torch.zeros(len(target), dtype=torch.bool)
     kind = list(KINDS).index(edit.name)
     slots = [choice[role] for role in ("subject", "other") if role in choice]
     return torch.stack(
-        [held_out(kind, target.of("shape", s), target.of("colour", s)) for s in slots]
+        [is_held_out(kind, target.of("shape", s), target.of("colour", s)) for s in slots]
     ).any(0)
 
 
 _LEAST_MOVE, _LEAST_TONE = 0.2, 0.08
 
 
-def changed(source: Scenes, target: Scenes, edit: Edit) -> Tensor:
-    """Whether an edit changes enough to be seen."""
+def changes_enough(source: Scenes, target: Scenes, edit: EditKind) -> Tensor:
+    """Whether an edit changes enough to be visible: (N,) bool."""
     if edit.name in {"move", "swap"}:
         return torch.hypot(source.x - target.x, source.y - target.y).amax(1) >= _LEAST_MOVE
     if edit.name == "ground":

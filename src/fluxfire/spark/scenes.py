@@ -29,14 +29,14 @@ PALETTE = torch.tensor(list(COLOURS.values()))
 PATTERNS = ("plain", "gradient", "stripes", "checks", "dots")
 STYLES = ("none", "outline", "night", "blur")
 SLOTS = 5
-"""Four shapes at most, and room for one that an edit adds."""
+"""At most four shapes, and one slot for a shape that an edit adds."""
 CANONICAL_SIZE = 0.15
-"""The size of a shape that an instruction asks for without saying how big."""
+"""The size of an added shape; instructions name no size."""
 
 STEP, SIZE_STEP, TURN_STEP = 1 / 16, 0.03, torch.pi / 12
 """Steps between the possible centres, sizes and angles of shapes. At 128 pixels a centre's step
-is one pixel of the VAE's latents: a shape that moves keeps its looks there, which a small model
-can copy where it would have to resample them otherwise."""
+is one pixel of the VAE's latents. So a moved shape has the same latents at another place, and a
+small model can copy them instead of resampling them."""
 
 _WHITE, _GREY, _BLACK = (0.95, 0.95, 0.95), (0.60, 0.60, 0.60), (0.08, 0.08, 0.08)
 _BROWN, _NAVY = (0.40, 0.27, 0.18), (0.08, 0.12, 0.32)
@@ -47,7 +47,7 @@ _PALE, _DARK = (0.78, 0.78, 0.78), (0.40, 0.40, 0.40)
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """A ground that an instruction can name: exactly this one is meant."""
+    """A ground with a name for instructions."""
 
     pattern: str
     tones: tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -72,7 +72,7 @@ GROUNDS = {
 
 @dataclass(frozen=True, slots=True)
 class Scenes:
-    """N scenes of one aspect.
+    """N scenes of one aspect ratio.
 
     Attributes:
         extent: (width, height) of the pictures; the shorter is 1.
@@ -85,9 +85,9 @@ class Scenes:
         present: (N, SLOTS) bool.
         pattern: (N,) int64, an index into PATTERNS.
         tones: (N, 2, 3) float32, the ground's two colours.
-        period: (N,) float32, of a repeating pattern.
+        period: (N,) float32, the period of a repeating pattern.
         turn: (N,) float32, the pattern's direction in radians.
-        phase: (N, 2) float32, how far the pattern is shifted, in periods.
+        phase: (N, 2) float32, the pattern's shift in periods.
         style: (N,) int64, an index into STYLES.
     """
 
@@ -111,22 +111,22 @@ class Scenes:
         return len(self.style)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Every field but the extent, by name."""
+        """Return every field except the extent, by name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extent"}
 
     def take(self, index: Tensor | slice) -> Scenes:
-        """Pick some of the scenes."""
+        """Return some of the scenes."""
         return self._with({name: t[index] for name, t in self.tensors().items()})
 
     def to(self, device: torch.device | str) -> Scenes:
-        """Move every tensor."""
+        """Move all tensors to a device."""
         return self._with({name: t.to(device) for name, t in self.tensors().items()})
 
     def put(self, slot: Tensor, **values: Any) -> Scenes:
         """Change one shape of every scene.
 
         Args:
-            slot: (N,) int64, which shape.
+            slot: (N,) int64, the shape's slot.
             values: new values by field, each (N,) (tint: (N, 3)) or a number.
         """
         rows = torch.arange(len(self))
@@ -140,7 +140,7 @@ class Scenes:
         return replace(self, **tensors)
 
     def of(self, name: str, slot: Tensor) -> Tensor:
-        """One shape's field of every scene, (N,) or (N, 3)."""
+        """Return a field of one shape of every scene: (N,) or (N, 3)."""
         value: Tensor = getattr(self, name)[torch.arange(len(self)), slot]
         return value
 
@@ -157,7 +157,7 @@ class Scenes:
         )
 
     def orderly(self) -> Tensor:
-        """Whether all shapes lie inside, overlap little and have a fair size: (N,) bool."""
+        """Whether all shapes are inside, overlap little and have an allowed size: (N,) bool."""
         width, height = self.extent
         margin = 0.8 * self.size
         inside = (self.x >= margin) & (self.x <= width - margin)
@@ -176,13 +176,13 @@ _SMALLEST, _LARGEST = 0.075, 0.27
 
 
 def join(parts: Sequence[Scenes]) -> Scenes:
-    """Put scenes of one aspect into one batch."""
+    """Concatenate scenes of one aspect ratio."""
     together = {name: torch.cat([p.tensors()[name] for p in parts]) for name in parts[0].tensors()}
     return parts[0]._with(together)  # noqa: SLF001
 
 
 class Dice:
-    """Seeded random numbers, the same on every machine: they are drawn on the CPU."""
+    """Seeded random numbers, drawn on the CPU so that every machine gets the same ones."""
 
     def __init__(self, *seed: int | str) -> None:
         digest = hashlib.blake2b(repr(seed).encode(), digest_size=7).digest()
@@ -197,11 +197,11 @@ class Dice:
         return torch.randint(top, shape, generator=self._generator)
 
     def order(self, n: int, top: int) -> Tensor:
-        """Draw n orders of range(top): (n, top) int64."""
+        """Draw n permutations of range(top): (n, top) int64."""
         return torch.rand(n, top, generator=self._generator).argsort(1)
 
     def which(self, allowed: Tensor) -> Tensor:
-        """Draw a column that is True from each row: (N, K) bool to (N,) int64."""
+        """Draw the index of a True column in each row: (N, K) bool to (N,) int64."""
         return (torch.rand(allowed.shape, generator=self._generator) * allowed).argmax(1)
 
 
@@ -209,11 +209,13 @@ def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
     """Draw n scenes; some may not be orderly.
 
     No two shapes of a scene (nor the free slot's) have both kind and colour in common, so
-    that "the red circle" always says which.
+    that "the red circle" is unique.
     """
     pairs = dice.order(n, len(SHAPES) * len(COLOURS))[:, :SLOTS]
     colour = pairs % len(COLOURS)
-    count = torch.tensor([2, 3, 3, 4, 4, 4])[dice.below(6, n)]  # crowded ones fail more often
+    count = torch.tensor([2, 3, 3, 4, 4, 4])[
+        dice.below(6, n)
+    ]  # more often many, because crowded scenes are rejected more often
     pattern = torch.tensor([0, 0, 1, 1, 2, 3, 4])[dice.below(7, n)]
     tone = dice.below(len(_TONES), n)
     other = (tone + 1 + dice.below(len(_TONES) - 1, n)) % len(_TONES)
@@ -231,10 +233,10 @@ def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
         shape=pairs // len(COLOURS),
         colour=colour,
         tint=(PALETTE[colour] + dice.uniform(-0.04, 0.04, n, SLOTS, 3)).clamp(0, 1),
-        x=_stepped(dice.uniform(0.08, extent[0] - 0.08, n, SLOTS), STEP),
-        y=_stepped(dice.uniform(0.08, extent[1] - 0.08, n, SLOTS), STEP),
-        size=_stepped(dice.uniform(0.105, 0.225, n, SLOTS), SIZE_STEP),
-        angle=_stepped(dice.uniform(-torch.pi, torch.pi, n, SLOTS), TURN_STEP),
+        x=_round_to(dice.uniform(0.08, extent[0] - 0.08, n, SLOTS), STEP),
+        y=_round_to(dice.uniform(0.08, extent[1] - 0.08, n, SLOTS), STEP),
+        size=_round_to(dice.uniform(0.105, 0.225, n, SLOTS), SIZE_STEP),
+        angle=_round_to(dice.uniform(-torch.pi, torch.pi, n, SLOTS), TURN_STEP),
         present=torch.arange(SLOTS) < count[:, None],
         pattern=pattern,
         tones=(torch.stack([first, second], 1) + jitter).clamp(0, 1),
@@ -245,5 +247,5 @@ def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
     )
 
 
-def _stepped(value: Tensor, step: float) -> Tensor:
+def _round_to(value: Tensor, step: float) -> Tensor:
     return (value / step).round() * step

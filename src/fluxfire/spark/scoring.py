@@ -1,4 +1,4 @@
-"""How well a pipeline edits: every example checked by program, kind by kind."""
+"""Scores a pipeline: edits examples, checks each by program, and summarises by kind."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from fluxfire.spark import checking
-from fluxfire.spark.tasks import Drawing, Example
+from fluxfire.spark.tasks import Drawing, SparkExample
 from fluxfire.text import table
 
 
@@ -21,10 +21,10 @@ class Score:
 
     Attributes:
         kind: the example's kind.
-        instruction: what was asked for.
+        instruction: the prompt.
         passed: whether the checker found the edit done and the rest unchanged.
-        psnr: dB of the result to the exact target.
-        psnr_source: dB of the unedited source to the target, or nan where there is none.
+        psnr: PSNR of the result to the exact target, in dB.
+        psnr_source: PSNR of the unedited source to the target, in dB; nan without a source.
         image: the result.
     """
 
@@ -55,11 +55,11 @@ def score(
 
     Args:
         pipe: a Kontext pipeline of Spark's size.
-        examples: edits, or pictures from words alone, not both; of one size.
-        steps: denoising steps.
-        seed: the first example's noise; each has its own.
-        batch: how many edits to make at a time.
-        call: more arguments of the pipeline's call.
+        examples: edits or text-to-image examples, not both; all of one size.
+        steps: number of denoising steps.
+        seed: seed of the first example's noise; each example has its own.
+        batch: batch size.
+        call: additional arguments of the pipeline's call.
 
     Raises:
         ValueError: the examples have several sizes.
@@ -72,7 +72,7 @@ def score(
     scores = []
     for first in range(0, len(examples), batch):
         some = examples[first : first + batch]
-        sources = [e.source for e in some if isinstance(e, Example)]
+        sources = [e.source for e in some if isinstance(e, SparkExample)]
         images = pipe(
             image=sources or None,
             prompt=[e.instruction for e in some],
@@ -87,7 +87,7 @@ def score(
 def _score(example: Drawing, image: Image.Image) -> Score:
     result, target = checking.as_tensor(image), checking.as_tensor(example.target)
     kind, before = "from words", math.nan
-    if isinstance(example, Example):
+    if isinstance(example, SparkExample):
         kind, before = example.kind, psnr(checking.as_tensor(example.source), target)
     passed = example.check(image)
     return Score(kind, example.instruction, passed, psnr(result, target), before, image)
@@ -98,11 +98,11 @@ class Summary:
     """Means over examples.
 
     Attributes:
-        kind: which kind of edit, or `"all"`.
-        n: how many.
-        success: share that passed.
-        psnr: mean dB to the target.
-        gain: mean dB above the unedited source.
+        kind: the kind of edit, or `"all"`.
+        n: number of examples.
+        success: share of examples that passed.
+        psnr: mean PSNR to the target, in dB.
+        gain: mean PSNR above the unedited source's, in dB.
     """
 
     kind: str
@@ -113,7 +113,7 @@ class Summary:
 
 
 def summarise(scores: Sequence[Score]) -> list[Summary]:
-    """Summarise by kind; the last row is of all."""
+    """Summarise by kind; the last row has all examples."""
     return list(_summaries(scores))
 
 
@@ -127,7 +127,7 @@ def _summaries(scores: Sequence[Score]) -> Iterator[Summary]:
 
 
 def as_table(summaries: Sequence[Summary]) -> str:
-    """Lay summaries out."""
+    """Format summaries as a table."""
     rows = [
         (s.kind, str(s.n), f"{s.success:.1%}", f"{s.psnr:.1f}", f"{s.gain:+.1f}") for s in summaries
     ]

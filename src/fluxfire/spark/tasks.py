@@ -1,4 +1,4 @@
-"""Edits to try a pipeline on: a source, an instruction, the exact target, and a check."""
+"""Examples for a pipeline: a source, an instruction, the exact target, and a check."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from fluxfire.spark.scenes import Dice
 
 SIZES = ((128, 128), (160, 96), (96, 160), (144, 112), (112, 144))
 """(width, height) of Spark's pictures; the first is the usual one."""
-_MARGIN = 1.5  # by how much more than the tolerance an edit must change
+_MARGIN = 1.5  # an edit's visible change must exceed the tolerance by this factor
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Drawing:
-    """A picture asked for in words.
+    """A text-to-image example.
 
     Attributes:
-        instruction: what to draw, or what to do.
+        instruction: the prompt.
         target: the exact result.
     """
 
@@ -33,18 +33,18 @@ class Drawing:
     target: Image.Image
 
     def check(self, image: Any) -> bool:
-        """Whether a picture is what was asked for, and nothing else is in it.
+        """Whether a picture shows exactly what the instruction says.
 
         Args:
-            image: as for `fluxfire.spark.checking.as_tensor`, of the target's size.
+            image: a picture for `fluxfire.spark.checking.as_tensor`, of the target's size.
 
         Raises:
-            ValueError: it is no RGB picture of that size.
+            ValueError: the image is not an RGB picture of that size.
         """
         return self.verdict(image).passed
 
     def verdict(self, image: Any) -> checking.Verdict:
-        """As `check`, with what was measured."""
+        """Like `check`, but return the measurements."""
         picture, target = checking.as_tensor(image), checking.as_tensor(self.target)
         if picture.shape != target.shape:
             (_, h, w), (_, high, wide) = picture.shape, target.shape
@@ -53,13 +53,13 @@ class Drawing:
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class Example(Drawing):
-    """One edit. `check` asks whether it was done and everything else left as it was.
+class SparkExample(Drawing):
+    """An edit. `check` returns whether it was made and nothing else changed.
 
     Attributes:
         kind: a key of `fluxfire.spark.edits.KINDS`.
         source: the picture to edit.
-        batch: the scenes behind it, a batch of one.
+        batch: its scenes, as a batch of one.
     """
 
     kind: str
@@ -74,17 +74,16 @@ def examples(
     seed: int = 0,
     size: tuple[int, int] = SIZES[0],
     kinds: tuple[str, ...] = tuple(KINDS),
-) -> list[Example]:
-    """Draw edits, the kinds taking turns; the same arguments give the same edits.
+) -> list[SparkExample]:
+    """Draw edits of alternating kinds. The same arguments give the same edits.
 
     Args:
-        split: `"train"` draws what training draws. `"test"` draws what training never shows:
-            a combination of kind, shape and colour that is held out, or a wording that is,
-            or both.
-        n: how many.
+        split: `"train"` draws edits as in training. `"test"` draws edits that are held out of
+            training: a combination of kind, shape and colour, or a wording, or both.
+        n: number of edits.
         seed: another seed gives other edits.
         size: (width, height) in pixels, multiples of 16; the shorter side is best near 128.
-        kinds: which kinds.
+        kinds: the kinds of edit.
 
     Raises:
         ValueError: an argument is out of range.
@@ -103,7 +102,7 @@ def examples(
 
 
 def drawings(*, n: int = 100, seed: int = 0, size: tuple[int, int] = SIZES[0]) -> list[Drawing]:
-    """Draw pictures with captions, to be made from words alone: seeds are not training's."""
+    """Draw text-to-image examples; their seeds are not training's."""
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
     scenes, captions = draw_captioned(n, extent, Dice("drawings", seed))
@@ -113,13 +112,15 @@ def drawings(*, n: int = 100, seed: int = 0, size: tuple[int, int] = SIZES[0]) -
     ]
 
 
-def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) -> list[Example]:
+def _of_kind(
+    kind: str, n: int, split: Split, seed: int, size: tuple[int, int]
+) -> list[SparkExample]:
     edit, dice = KINDS[kind], Dice("examples", split, seed, kind)
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
-    rows: list[Example] = []
+    rows: list[SparkExample] = []
     while len(rows) < n:
-        # Of the test split one third has a novel combination, one a novel wording, one both.
+        # In the test split a third has a novel combination, a third a novel wording, a third both.
         third = int(dice.below(3, 1)) if split == "test" else None
         batch = draw_edits(edit, 1, extent, dice, novel=third in (0, 2))
         known = split == "train" or (third == 0 and "subject" in batch.choice)
@@ -128,10 +129,12 @@ def _of_kind(kind: str, n: int, split: Split, seed: int, size: tuple[int, int]) 
         source, target = (_picture(render(s, shorter)) for s in (batch.source, batch.target))
         unedited = checking.judge(checking.as_tensor(source), checking.as_tensor(target))
         if replace(unedited, blemish=unedited.blemish / _MARGIN).passed:
-            continue  # hardly to be seen: under other shapes, or of the ground's colour
+            continue  # hardly visible: under other shapes, or in the ground's colour
         instruction = language.phrase(batch.instruction(0, wording), dice)
         rows.append(
-            Example(kind=kind, source=source, instruction=instruction, target=target, batch=batch)
+            SparkExample(
+                kind=kind, source=source, instruction=instruction, target=target, batch=batch
+            )
         )
     return rows
 

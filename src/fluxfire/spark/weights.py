@@ -1,4 +1,4 @@
-"""Spark's weights: one safetensors file in 16 bits, inside the package."""
+"""Saves and loads Spark's weights: one float16 safetensors file in the package."""
 
 from __future__ import annotations
 
@@ -29,47 +29,48 @@ def save(
     """Write every component's weights as float16.
 
     Args:
-        parts: components by name, as `fluxfire.spark.model.parts` returns them.
-        path: where to.
-        values: other values to write for some parameters.
-        facts: more metadata to keep with them.
+        parts: components by name, from `fluxfire.spark.model.parts`.
+        path: the file.
+        values: values to write in place of some parameters' own.
+        facts: additional metadata of the file.
     """
     tensors: dict[str, torch.Tensor] = {}
     for name, module in parts.items():
         if isinstance(module, nn.Module):
             for key, tensor in own_state(module).items():
                 value = (values or {}).get(tensor, tensor)  # type: ignore[call-overload]
-                tensors[_stored(name, key)] = value.detach().to("cpu", torch.float16).contiguous()
+                tensors[_file_key(name, key)] = value.detach().to("cpu", torch.float16).contiguous()
     vae = parts["vae"].config
     scale = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
-    metadata = {"vae": json.dumps(scale), "words": _words(), **facts}
+    metadata = {"vae": json.dumps(scale), "words": _vocabulary_hash(), **facts}
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".part")  # so that a kill leaves the old file whole
+    partial = path.with_suffix(".part")  # so that a crash does not damage the old file
     save_file(tensors, partial, metadata=metadata)
     partial.replace(path)
 
 
 def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:
-    """Read weights into components, in place, and return the file's metadata.
+    """Load weights into components, in place, and return the file's metadata.
 
     Raises:
-        LoadError: there is no file, or it does not fit these components or this version's
+        LoadError: the file is missing, or it does not fit these components or this version's
             vocabulary.
     """
     if not path.is_file():
         raise LoadError(
-            f"there are no trained weights at {path}; train them (on a GPU, half an hour) with "
-            f"python -m fluxfire.spark.training --out runs/spark, and put spark.safetensors there"
+            f"there are no trained weights at {path}; in a checkout of fluxfire, train them (on a "
+            f"GPU, half an hour) with PYTHONPATH=benchmarks python -m spark_training --out "
+            f"runs/spark, and put spark.safetensors there"
         )
     with safe_open(path, framework="pt") as file:
         facts: dict[str, str] = file.metadata()
-        if facts["words"] != _words():
+        if facts["words"] != _vocabulary_hash():
             raise LoadError(f"{path} was trained on another vocabulary than this version's")
         for name, module in parts.items():
             if isinstance(module, nn.Module):
                 keys = own_state(module)
                 try:
-                    state = {key: file.get_tensor(_stored(name, key)) for key in keys}
+                    state = {key: file.get_tensor(_file_key(name, key)) for key in keys}
                     module.load_state_dict(state, strict=len(keys) == len(module.state_dict()))
                 except Exception as error:
                     raise LoadError(f"{path} does not fit Spark's {name}: {error}") from error
@@ -79,7 +80,7 @@ def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:
 
 
 def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
-    """The module's state, a tensor that has two names only under the first."""
+    """Return the module's state; a tensor with two names appears only under the first."""
     seen: dict[int, str] = {}
     return {
         key: tensor
@@ -88,10 +89,10 @@ def own_state(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def _stored(component: str, key: str) -> str:
-    """A tensor's name in the file: transformers 5 dropped CLIP's inner `text_model`."""
+def _file_key(component: str, key: str) -> str:
+    """Return a tensor's name in the file, which has no `text_model.`: transformers 5 dropped it."""
     return f"{component}.{key.removeprefix('text_model.')}"
 
 
-def _words() -> str:
+def _vocabulary_hash() -> str:
     return hashlib.sha256(" ".join(language.words()).encode()).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""For authors of passes: a tiny pipeline, and a conformance suite for any pass."""
+"""For authors of passes: a tiny pipeline, and `check_pass`, a conformance test for any pass."""
 
 from __future__ import annotations
 

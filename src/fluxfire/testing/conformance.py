@@ -1,4 +1,4 @@
-"""check_pass: does a pass keep every promise of the protocol?"""
+"""`check_pass` checks that a pass keeps every promise of the protocol."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fluxfire.applying import apply_passes, finish_warmup
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
 from fluxfire.kontext.random_weights import tiny_kontext
-from fluxfire.planning.rules import malformed
+from fluxfire.planning.rules import why_not_a_pass
 from fluxfire.protocol import Change, Finding, Pass, Target, configured, provided_traits
 from fluxfire.runtime.conductor import conductor_of
 from fluxfire.runtime.transaction import Transaction
-from fluxfire.testing import surroundings
+from fluxfire.testing import interactions
 from fluxfire.testing.fingerprints import fingerprint
 from fluxfire.testing.oracle import decoding_errors, forward_errors
 from fluxfire.testing.promises import (
@@ -26,37 +26,37 @@ from fluxfire.testing.promises import (
     ROUNDING,
     SIZE,
     ConformanceError,
-    Edit,
     Image,
     InjectedFailureError,
     MakePipe,
+    RunEdit,
+    check_same_structure,
     edit,
     fail,
-    same,
-    worst,
+    max_difference,
 )
 
 
-def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = edit) -> None:
-    """Check a pass against everything that the protocol promises.
+def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: RunEdit = edit) -> None:
+    """Check that a pass keeps every promise of the protocol.
 
-    Frozen configuration and a repr that rebuilds it; a `check` that changes nothing; a
-    truthful `Change`; the declared exactness; output and structure given back by
-    `restore`; a roll-back after a failure at each recorded edit; a second pipeline that
-    never notices; and no state across generations, sizes and exceptions.
+    It checks the pass itself: a frozen configuration, and a repr that rebuilds it; a `check` that
+    changes nothing; a correct `Change`; the declared exactness; `restore` of output and structure;
+    a rollback after a failure at each recorded edit; no effect on a second pipeline; and no state
+    across generations, sizes and exceptions.
 
-    Also what others do besides: weights that change between generations; deep, shallow and
-    pickled copies; hooks, and layerwise casting, that come between `optimize` and `restore`; an
-    interrupted `restore`; autocast and gradients; and that applying again and again leaves nothing
-    in memory. There a pass may refuse, by a `FluxfireError`.
+    It also checks the pass together with other code: weights that change between generations; deep,
+    shallow and pickled copies; hooks and layerwise casting between `optimize` and `restore`; an
+    interrupted `restore`; autocast and gradients; and memory after repeated applying. There a pass
+    may raise a `FluxfireError` instead.
 
     Args:
-        pass_: the pass, configured.
-        make_pipe: builds a fresh pipeline, each time with the same weights.
-        run: generates with a pipeline at a size, as `edit` does.
+        pass_: the configured pass.
+        make_pipe: builds a new pipeline, each time with the same weights.
+        run: generates with a pipeline at a size, like `edit`.
 
     Raises:
-        ConformanceError: at the first promise that is not kept.
+        ConformanceError: the pass breaks a promise; the check stops at the first one.
     """
     _check_configuration(pass_)
     plain = make_pipe()
@@ -69,20 +69,20 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: Edit = e
         _check_exactness(pass_, make_pipe, reference, run)
         _check_no_state(pass_, make_pipe, run)
         _check_neighbour(pass_, make_pipe, run)
-        surroundings.check_changed_weights(pass_, make_pipe, run)
-        surroundings.check_copies(pass_, make_pipe, reference, run)
-        surroundings.check_later_hooks(pass_, make_pipe, reference, run)
-        surroundings.check_interrupts(pass_, plain, before, reference, run)
-        surroundings.check_modes(pass_, make_pipe, reference, run)
-        surroundings.check_memory(pass_, plain, run)
+        interactions.check_changed_weights(pass_, make_pipe, run)
+        interactions.check_copies(pass_, make_pipe, reference, run)
+        interactions.check_later_hooks(pass_, make_pipe, reference, run)
+        interactions.check_interrupts(pass_, plain, before, reference, run)
+        interactions.check_modes(pass_, make_pipe, reference, run)
+        interactions.check_memory(pass_, plain, run)
     except ConformanceError:
         raise
-    except Exception as error:  # noqa: BLE001 - anyone's code; the message must name it
+    except Exception as error:  # noqa: BLE001 - third-party code; the message names the error
         fail(pass_, "it raises nothing", f"It raised {type(error).__name__}: {error}", error)
 
 
 def _check_configuration(pass_: Pass) -> None:
-    if (why := malformed(pass_)) is not None:
+    if (why := why_not_a_pass(pass_)) is not None:
         fail(pass_, "it has the members of fluxfire.Pass", why)
     if not is_dataclass(pass_):
         fail(pass_, "its configuration is a frozen dataclass", f"{type(pass_)} is no dataclass")
@@ -96,7 +96,7 @@ def _check_configuration(pass_: Pass) -> None:
     known = vars(sys.modules[cls.__module__]) | {cls.__name__: cls}
     try:
         rebuilt = eval(repr(pass_).removeprefix(_outer(cls)), known)  # noqa: S307 - its own repr
-    except Exception as error:  # noqa: BLE001 - whatever it is, the repr caused it
+    except Exception as error:  # noqa: BLE001 - the repr caused any error
         fail(pass_, "its repr rebuilds it", f"{pass_!r} raised {type(error).__name__}: {error}")
     if rebuilt != pass_:
         fail(pass_, "its repr rebuilds it", f"{pass_!r} gave {rebuilt!r}")
@@ -104,7 +104,7 @@ def _check_configuration(pass_: Pass) -> None:
 
 
 def _outer(cls: type) -> str:
-    """Return what a dataclass's repr puts before the name of a class defined in another scope."""
+    """Return the prefix in a dataclass's repr for a class that is defined in another scope."""
     return cls.__qualname__.removesuffix(cls.__name__)
 
 
@@ -121,15 +121,15 @@ def _check_keywords(pass_: Any) -> None:
 def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
     target = Target(pipe, environment(), (configured(pass_),), modules.traits(pipe))
     findings = list(pass_.check(target))
-    if strangers := [f for f in findings if not isinstance(f, Finding)]:
-        fail(pass_, "check yields Findings", f"it gave {strangers[0]!r}")
+    if others := [f for f in findings if not isinstance(f, Finding)]:
+        fail(pass_, "check yields Findings", f"it gave {others[0]!r}")
     if errors := [f for f in findings if f.level == "error"]:
         fail(pass_, "it can be applied to the pipeline of make_pipe", str(errors[0]))
-    same(pass_, "check changes nothing", before, pipe)
+    check_same_structure(pass_, "check changes nothing", before, pipe)
 
 
 def _check_change_and_restore(
-    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
+    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: RunEdit
 ) -> None:
     bytes_before = modules.storage_bytes(pipe)
     api.optimize(pipe, [pass_])
@@ -153,13 +153,13 @@ def _check_change_and_restore(
     finish_warmup(pipe)
     run(pipe)
     api.restore(pipe)
-    same(pass_, "restore gives the structure back", before, pipe)
+    check_same_structure(pass_, "restore gives the structure back", before, pipe)
     if not np.array_equal(run(pipe), reference):
         fail(pass_, "restore gives the output back bit for bit", "the picture changed")
 
 
 def _check_rollback(
-    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: Edit
+    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: RunEdit
 ) -> None:
     edits, (change,) = _try_out([pass_], pipe)
     own = edits - _try_out([], pipe)[0]
@@ -178,15 +178,17 @@ def _check_rollback(
                 fail(pass_, "it can be applied twice", str(error))
         else:
             fail(pass_, "a failure is not swallowed", f"the one at edit {fail_at} was")
-        same(pass_, f"a failure at edit {fail_at} of {edits} rolls back", before, pipe)
+        check_same_structure(
+            pass_, f"a failure at edit {fail_at} of {edits} rolls back", before, pipe
+        )
     if not np.array_equal(run(pipe), reference):
         fail(pass_, "a failure rolls back bit for bit", "the picture changed")
 
 
-def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Edit) -> None:
+def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: RunEdit) -> None:
     optimized = api.optimize(make_pipe(), [pass_])
     if pass_.exactness == "bitwise":
-        off = worst(run(optimized), reference)
+        off = max_difference(run(optimized), reference)
         if off != 0:
             fail(pass_, "it is bitwise", f"a pixel differs by {off:.3g}")
     elif pass_.exactness == "close":
@@ -202,11 +204,11 @@ def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Ed
                 )
 
 
-def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
+def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> None:
     fresh = {size: run(api.optimize(make_pipe(), [pass_]), size) for size in (SIZE, OTHER_SIZE)}
     used = api.optimize(make_pipe(), [pass_])
     for size in (SIZE, OTHER_SIZE, SIZE):
-        off = worst(run(used, size), fresh[size])
+        off = max_difference(run(used, size), fresh[size])
         if off > (ROUNDING if pass_.exactness == "close" else 0):
             fail(
                 pass_,
@@ -220,20 +222,20 @@ def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
         fail(pass_, "exceptions of a generation reach the caller", "one was swallowed")
 
 
-def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: Edit) -> None:
+def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> None:
     neighbour, pipe = make_pipe(), make_pipe()
     reference = run(neighbour)
     before = fingerprint(neighbour)
     api.optimize(pipe, [pass_])
     run(pipe)
-    same(pass_, "a second pipeline is left alone", before, neighbour)
+    check_same_structure(pass_, "a second pipeline is left alone", before, neighbour)
     if not np.array_equal(run(neighbour), reference):
         fail(pass_, "a second pipeline is left alone", "its picture changed")
     api.restore(pipe)
 
 
 def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:
-    """Apply passes and restore; return how many edits were recorded, and what each said."""
+    """Apply passes and restore; return the number of recorded edits, and each pass's Change."""
     counted: list[FaultyTransaction] = []
 
     def transaction(*args: Any) -> FaultyTransaction:
@@ -247,10 +249,10 @@ def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:
 
 
 class FaultyTransaction(Transaction):
-    """Fails right after its n-th edit was made and recorded.
+    """A transaction that fails right after it recorded its n-th edit.
 
     Attributes:
-        edits: how many were recorded.
+        edits: number of recorded edits.
     """
 
     def __init__(self, pipe: Any, conductor: Any, fail_at: int | None = None) -> None:
@@ -258,8 +260,8 @@ class FaultyTransaction(Transaction):
         self.edits = 0
         self._fail_at = fail_at
 
-    def recorded(self, label: str) -> None:
-        """Count the edit, and fail if it is the one."""
+    def after_edit(self, label: str) -> None:
+        """Count the edit, and fail at the chosen one."""
         self.edits += 1
         if self.edits - 1 == self._fail_at:
             raise InjectedFailureError(f"injected after: {label}")

@@ -1,4 +1,4 @@
-"""A pipeline's structure as flat, comparable data, and that of what it could leak into."""
+"""Fingerprints: a pipeline's structure, and torch's global state, as flat comparable data."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from torch import nn
 
 from fluxfire import modules
 
-# Dynamo replaces these of torch.nn.Module at the process's first compilation, for good.
+# Dynamo replaces these attributes of torch.nn.Module permanently at the first compilation.
 _DYNAMOS_OWN = ("__init__", "__setstate__", "___needs_generation_tag_patch")
-_COPYREGS_OWN = ("__slotnames__",)  # kept on a class whose instance was copied
+_COPYREGS_OWN = ("__slotnames__",)  # copyreg sets it on a class when an instance is copied
 _LOADED = "if loaded: "
-# What pytest, and torch's compiler at its first use, put into the environment.
+# Environment variables that pytest and torch's compiler set.
 _OTHERS_VARIABLES = (
-    "PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR",
+    "PYTEST_CURRENT_TEST",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TRITON_CACHE_DIR",
     "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR",
-)  # fmt: skip
+)
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -28,18 +30,18 @@ _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch
 def fingerprint(pipe: Any) -> dict[str, Any]:
     """Describe everything about a pipeline that `restore` must give back.
 
-    Components, modules and their order, instance dictionaries, weights' shapes, strides and
-    storage, state-dict keys, attributes of all classes involved, compiler settings, backend
-    flags, torch's and inductor's functions, and the process's environment. Take it after one
-    call of the pipeline: the first call of a diffusers pipeline leaves hooks behind.
+    It has the components, the modules and their order, instance dictionaries, the weights' shapes,
+    strides and storage, state-dict keys, attributes of all classes involved, compiler settings,
+    backend flags, torch's and inductor's functions, and the process's environment variables. Take
+    it after one call of the pipeline: the first call of a diffusers pipeline adds hooks.
     """
     return dict(_entries(pipe))
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Say in words where two fingerprints differ.
+    """Describe the differences between two fingerprints.
 
-    What belongs to a module of torch that was imported only in between is no difference.
+    Entries of a torch module that was imported in between are no difference.
     """
     if before == after:
         return []
@@ -66,7 +68,10 @@ def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
     for name, component in pipe.components.items():
         if component is not None and not isinstance(component, nn.Module):
             yield f"{name}: class", id(type(component))
-            yield f"{name}: attributes", tuple(vars(component))  # a scheduler's values change
+            yield (
+                f"{name}: attributes",
+                tuple(vars(component)),
+            )  # names only: a scheduler's values change
             classes.update(dict.fromkeys(type(component).__mro__))
     for cls in classes:
         for attribute, value in vars(cls).items():
@@ -78,7 +83,7 @@ def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _own(where: str, obj: object) -> Iterator[tuple[str, Any]]:
-    """Describe an object's class and its instance dictionary, order included."""
+    """Describe an object's class and its instance dictionary, including the order."""
     yield f"{where}: class", id(type(obj))
     yield f"{where}: order of attributes", tuple(vars(obj))
     for name, value in vars(obj).items():
@@ -127,7 +132,7 @@ def _environment() -> Iterator[tuple[str, Any]]:
 
 
 def _functions() -> Iterator[tuple[str, Any]]:
-    """Describe the functions that a pass could have replaced for everybody."""
+    """Describe global functions that a pass could have replaced."""
     for name in ("torch", "torch.nn.functional", "torch._inductor.fx_passes.post_grad"):
         module = sys.modules.get(name)
         for attribute, value in vars(module).items() if module else ():
@@ -136,7 +141,7 @@ def _functions() -> Iterator[tuple[str, Any]]:
 
 
 def _settings() -> Iterator[tuple[str, Any]]:
-    """Describe the settings of torch that a pass could leave changed."""
+    """Describe torch's global settings that a pass could have changed."""
     yield "default dtype", torch.get_default_dtype()
     yield "grad enabled", torch.is_grad_enabled()
     yield "matmul precision", torch.get_float32_matmul_precision()

@@ -1,4 +1,4 @@
-"""An independent judge of rounding: the same transformer in float64."""
+"""A reference for rounding errors: the same model in float64."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> 
 
     Args:
         plain: a pipeline without passes.
-        optimized: one with the same weights and with passes.
-        run: generates with the pipeline it is given.
+        optimized: a pipeline with the same weights and with passes.
+        run: generates with the given pipeline.
 
     Returns:
-        ‖Δ‖/‖exact‖ of the optimized call, and of plain eager on the same inputs. Only the
-        tokens that the optimized call returns are compared, noise first.
+        Relative errors ‖Δ‖/‖exact‖ of the optimized call, and of plain eager on the same inputs.
+        They compare only the tokens that the optimized call returns, noise first.
     """
     inputs, output = first_call(optimized, run)
     with torch.no_grad():
@@ -34,14 +34,14 @@ def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> 
 
 
 def first_call(pipe: Any, run: Callable[[Any], object]) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return the arguments, and the output, of the transformer's first call in a run."""
+    """Return the arguments and the output of the transformer's first call in a run."""
     with _first_call(pipe.transformer) as seen:
         run(pipe)
     return seen[0]
 
 
 def decoding_errors(plain: Any, optimized: Any) -> tuple[float, float]:
-    """Compare decoding fixed latents with decoding them in float64: optimized, and plain eager."""
+    """Return the relative errors of decoding fixed latents: optimized, and plain eager."""
     vae = plain.vae
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=generator)
@@ -53,7 +53,7 @@ def decoding_errors(plain: Any, optimized: Any) -> tuple[float, float]:
 
 
 class _KeepDouble(TorchFunctionMode):
-    """Turns `.float()` into `.double()`: diffusers computes embeddings in float32."""
+    """Turns `.float()` into `.double()`, because diffusers computes embeddings in float32."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types

@@ -1,4 +1,4 @@
-"""What every check of a pass is made of: a small edit, and how a broken promise is told."""
+"""Shared helpers of the checks: a small edit, comparisons, and the error."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fluxfire.testing.fingerprints import differences, fingerprint
 
 Image = npt.NDArray[np.float32]
 MakePipe = Callable[[], Any]
-Edit = Callable[..., Image]
+RunEdit = Callable[..., Image]
 
 SIZE, OTHER_SIZE = (32, 32), (48, 32)
 ROUNDING = 1e-4
-"""What a `"close"` picture in [0, 1] may differ by between two graphs."""
+"""Largest difference of a `"close"` picture in [0, 1] between two graphs."""
 
 
 class ConformanceError(AssertionError):
-    """A pass breaks a promise; the message says which, and where to look."""
+    """A pass breaks a promise; the message says which one, and where to look."""
 
 
 class InjectedFailureError(Exception):
-    """What `check_pass` raises in the middle of things, on purpose."""
+    """`check_pass` raises this on purpose, in the middle of an operation."""
 
 
 def edit(pipe: Any, size: tuple[int, int] = SIZE, *, steps: int = 3, **call: Any) -> Image:
@@ -38,7 +38,7 @@ def edit(pipe: Any, size: tuple[int, int] = SIZE, *, steps: int = 3, **call: Any
         pipe: a tiny Kontext pipeline, editing or inpainting.
         size: (width, height) of the result and of the reference.
         steps: denoising steps.
-        **call: further arguments of the pipeline.
+        **call: additional arguments of the pipeline.
 
     Returns:
         (1, height, width, 3), float32 in [0, 1].
@@ -65,13 +65,13 @@ def edit(pipe: Any, size: tuple[int, int] = SIZE, *, steps: int = 3, **call: Any
 
 
 def fail(pass_: Pass, promise: str, detail: str, cause: BaseException | None = None) -> NoReturn:
-    """Say that a pass breaks a promise."""
+    """Raise the error that a pass breaks a promise."""
     name = getattr(pass_, "name", repr(pass_))
     raise ConformanceError(f"{name} breaks a promise: {promise}. {detail}") from cause
 
 
-def same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
-    """Fail where a pipeline's structure is not what it was."""
+def check_same_structure(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
+    """Fail if a pipeline's structure has changed."""
     changed = differences(before, fingerprint(pipe))
     if changed:
         shown = "\n  ".join(changed[:10])
@@ -79,6 +79,6 @@ def same(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
         fail(pass_, promise, f"{len(changed)} things differ ({hint}):\n  {shown}")
 
 
-def worst(one: Image, other: Image) -> float:
-    """Return the largest difference between two pictures' pixels."""
+def max_difference(one: Image, other: Image) -> float:
+    """Return the largest absolute difference between two pictures' pixels."""
     return float(np.abs(one - other).max())

@@ -1,1 +1,1 @@
-"""Passes of the article that fluxfire began with. They add no speed of their own."""
+"""Passes of the article that fluxfire started from. They do not make a step faster."""

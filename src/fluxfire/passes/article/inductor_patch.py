@@ -1,4 +1,4 @@
-"""InductorPatch: keep inductor from crashing on symbolic numbers."""
+"""InductorPatch: prevent an inductor crash on symbolic numbers."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from fluxfire.runtime.transaction import Transaction
 class InductorPatch:
     """Guards inductor's `same_meta` against values that are not tensors.
 
-    In its clean-up of compiled graphs, inductor asks whether two nodes have the same
-    metadata, and calls `.size()` on both. With dynamic shapes a node can be a number
-    (SymFloat, SymInt), and compilation crashes. torch 2.13 fixed it (pytorch #181752); the
-    pass asks the running torch by trying, and does nothing where there is nothing to mend.
+    When inductor cleans up a graph, it compares the metadata of two nodes, and calls `.size()` on
+    both. With dynamic shapes a node can be a number (SymFloat, SymInt), and compilation crashes.
+    torch 2.13 fixed this (pytorch #181752). The pass tries the call on the running torch, and does
+    nothing if it does not crash.
 
-    The function is torch's own, so the patch is live only while this pipeline generates,
-    and it only turns a crash into the answer "not the same": no graph that compiled before
-    compiles differently. Measured on an H100 (docs, "Passes"): no part in a step's time, a step of
-    `faithful` 277 → 274 ms, which is noise.
+    The patched function is global to the process, so the patch is active only while this pipeline
+    generates. It replaces the crash by the answer "not the same". So every graph that compiled
+    before still compiles in the same way. Measured on an H100 (docs, "Passes"): the patch has no
+    part in a step's time; a step of `faithful` 277 → 274 ms is noise.
 
     Trigger on torch 2.7 to 2.12:
     `torch.compile(lambda x, s: torch.pow(x.shape[0] * 0.5, x.abs()) * s, dynamic=True)`.
@@ -42,13 +42,13 @@ class InductorPatch:
     exactness: ClassVar[Exactness] = "bitwise"
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Remark when the running torch does not need the patch."""
+        """Remark if the running torch does not need the patch."""
         if not needed():
             version = target.environment.packages["torch"]
             yield Finding("info", f"not needed on torch {version}, which guards same_meta itself")
 
     def apply(self, tx: Transaction) -> Change:
-        """Have the guard live around this pipeline's calls, if it is needed."""
+        """Activate the patch during this pipeline's generations, if it is needed."""
         if not needed():
             return Change(0, "functions of inductor guarded")
         tx.listen(_Guarded())
@@ -62,7 +62,7 @@ def needed() -> bool:
     same_meta = getattr(post_grad, "same_meta", None)
     if same_meta is None:
         return False
-    if hasattr(same_meta, "__wrapped__"):  # guarded just now, by another pipeline
+    if hasattr(same_meta, "__wrapped__"):  # another pipeline's patch is active now
         return True
     number = SimpleNamespace(meta={"val": 0.5})
     try:
@@ -87,10 +87,10 @@ _plain: Callable[..., Any] | None = None
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Keep the guard in place; nested and concurrent uses share one and the last removes it."""
+    """Activate the patch. Nested and concurrent blocks share one; the last of them removes it."""
     from torch._inductor.fx_passes import post_grad
 
-    global _depth, _plain  # noqa: PLW0603 - one patch for the process, counted
+    global _depth, _plain  # noqa: PLW0603 - the process has one patch, with a use count
     with _lock:
         if _depth == 0:
             plain = _plain = post_grad.same_meta

@@ -22,9 +22,9 @@ _DIMENSIONS = 4
 class MemoryLayout:
     """Stores the weights of 2-D convolutions channels-last.
 
-    FLUX's transformer has no 4-D weight, so nothing changes there. The VAE's convolutions
-    do change, for the worse. Measured on an H100 (docs, "Passes"): decoding 93 → 145 ms. It is
-    here because the article that fluxfire grew from uses it, and is in no other preset.
+    FLUX's transformer has no 4-D weight, so nothing changes there. The VAE's convolutions become
+    slower. Measured on an H100 (docs, "Passes"): decoding 93 → 145 ms. The pass exists because the
+    article that fluxfire started from uses it. It is in the preset `article` only.
     """
 
     name: ClassVar[str] = "memory-layout"
@@ -33,11 +33,11 @@ class MemoryLayout:
     exactness: ClassVar[Exactness] = "close"
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse weights that cannot be laid out anew, and say when there are none."""
+        """Refuse offloading that would undo the layout, and remark if there are no 4-D weights."""
         if "sequential-offload" in target.traits or "group-offload" in target.traits:
             yield Finding(
                 "error",
-                "the weights are moved module by module while the pipeline runs, "
+                "offloading moves the weights module by module while the pipeline runs, "
                 "which would undo the layout",
                 "use enable_model_cpu_offload() or none",
             )
@@ -45,20 +45,21 @@ class MemoryLayout:
             yield Finding("info", "no component has 4-D weights; nothing to do")
 
     def apply(self, tx: Transaction) -> Change:
-        """Lay out every 4-D weight that is not channels-last yet; strides are restored."""
+        """Make every 4-D weight channels-last; `restore` brings the old strides back."""
         count = 0
         for module, name, weight in _convolutions(tx.pipe):
             if weight.is_contiguous(memory_format=torch.channels_last):
                 continue
-            tx.on_undo(partial(change_storage, module, name, partial(_laid_out, weight.stride())))
-            with modules.as_made(weight):
+            old = partial(_with_strides, weight.stride())
+            tx.on_undo(partial(change_storage, module, name, old))
+            with modules.matching_inference_mode(weight):
                 weight.data = weight.data.contiguous(memory_format=torch.channels_last)
             count += 1
         return Change(count, "convolution weights made channels-last")
 
 
 def _convolutions(pipe: object) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
-    """Iterate over the 4-D weights: (module, name in it, weight)."""
+    """Yield the 4-D weights: (module, name in the module, weight)."""
     for _, component in modules.components(pipe):
         for module in component.modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -66,9 +67,9 @@ def _convolutions(pipe: object) -> Iterator[tuple[nn.Module, str, nn.Parameter]]
                     yield module, name, weight
 
 
-def _laid_out(strides: tuple[int, ...], old: Tensor) -> Tensor:
-    """Give a weight the strides it had, wherever and in whichever dtype it is now."""
-    if old.stride() == strides:
-        return old
-    made = torch.empty_strided(old.shape, strides, dtype=old.dtype, device=old.device)
-    return made.copy_(old)
+def _with_strides(strides: tuple[int, ...], weight: Tensor) -> Tensor:
+    """Return a weight with other strides, on its current device and in its current dtype."""
+    if weight.stride() == strides:
+        return weight
+    copy = torch.empty_strided(weight.shape, strides, dtype=weight.dtype, device=weight.device)
+    return copy.copy_(weight)

@@ -1,4 +1,4 @@
-"""ParaAttention: para-attn's own first-block cache, made to run on today's diffusers."""
+"""ParaAttention: para-attn's own first-block cache, running on current diffusers versions."""
 
 from __future__ import annotations
 
@@ -12,43 +12,45 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fluxfire.model import Call, Run, Streams
-from fluxfire.passes.shared.block_cache import CacheEngine, obstacles
+from fluxfire.passes.shared.block_cache import CacheWrapper, check_for_other_caches
+from fluxfire.passes.shared.step_settings import check_whole_number
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Decision, Live
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.text import extra_hint
 
 _ONE_AT_A_TIME = threading.Lock()
-"""para-attn keeps its current context in a module: no two pipelines may be inside at once."""
+"""para-attn stores its current context in a module variable, so only one pipeline may use it."""
 
 
 @dataclass(frozen=True)
 class ParaAttention:
-    """Runs para-attn's own code between our blocks: its decisions, its TaylorSeer, its pixels.
+    """Runs para-attn's own caching code: the same decisions, TaylorSeer and pixels.
 
-    On every diffusers that has Kontext para-attn 0.3.38 crashes (its loop over the single blocks
-    still passes one tensor); it patches the pipeline's class, so that every other pipeline of
-    the class is cached too, and it cannot be undone. Here its caching runs where ours does,
-    on this pipeline alone. Where true CFG calls the transformer twice a step, each branch has
-    a context of its own, which is what its alternating cache is for. Its skip-layer guidance
-    is not carried over, and a batch has one decision for all its samples, as in para-attn;
-    `FirstBlockCache` decides for each. Measured on an H100 (docs, "Passes"): a computed step of
-    `faithful` 274 → 274 ms, a hit 8 ms.
+    para-attn 0.3.38 itself crashes on every diffusers version that has Kontext, because its loop
+    over the single blocks still passes one tensor. It also patches the pipeline's class, so it
+    caches every pipeline of that class, and it cannot be undone. This pass runs its caching code
+    around the blocks of this pipeline only.
 
-    Needs the extra `fluxfire[para-attn]`. Its licence forbids offering it to others as a
-    hosted or managed service; `FirstBlockCache(predict="hold")` gives the same hits and pixels
-    without it, TaylorSeer apart.
+    True CFG calls the transformer twice a step. Here each branch has its own para-attn context,
+    which replaces para-attn's alternating cache. para-attn's skip-layer guidance is not supported.
+    As in para-attn, a batch has one decision for all samples; `FirstBlockCache` decides for each.
+    Measured on an H100 (docs, "Passes"): a computed step of `faithful` 274 → 274 ms, a hit 8 ms.
+
+    Needs the extra `fluxfire[para-attn]`. para-attn's licence forbids offering it to others as a
+    hosted or managed service. `FirstBlockCache(predict="hold")` gives the same hits and pixels
+    without it, except for TaylorSeer.
 
     Attributes:
         threshold: para-attn's `residual_diff_threshold`; at 0 nothing hits.
-        alter_threshold: that of the unconditional branch; None for the same.
-        warmup_steps: first steps that are always computed.
+        alter_threshold: the threshold of the unconditional branch; None means `threshold`.
+        warmup_steps: how many first steps are always computed.
         downsample_factor: compare only every n-th channel.
-        taylorseer: predict what is added by para-attn's TaylorSeer.
-        derivatives: TaylorSeer's highest order.
+        taylorseer: predict the blocks' residual with para-attn's TaylorSeer.
+        derivatives: the highest order of TaylorSeer's derivatives.
 
     Raises:
-        ValueError: a setting is too low, or not of its type.
+        ValueError: a number is too low, or a count is not a whole number.
     """
 
     threshold: float = 0.12
@@ -65,20 +67,22 @@ class ParaAttention:
     provides: ClassVar[frozenset[Trait]] = frozenset({"wraps-blocks"})
     tunable: ClassVar[frozenset[str]] = frozenset(
         {
-            "threshold", "alter_threshold", "warmup_steps", "downsample_factor", "taylorseer",
+            "threshold",
+            "alter_threshold",
+            "warmup_steps",
+            "downsample_factor",
+            "taylorseer",
             "derivatives",
         }
-    )  # fmt: skip
+    )
 
     def __post_init__(self) -> None:
-        least = {
-            "threshold": 0, "alter_threshold": 0, "warmup_steps": 0, "downsample_factor": 1,
-            "derivatives": 1,
-        }  # fmt: skip
-        for name, low in least.items():
+        for name in ("threshold", "alter_threshold"):
             value = getattr(self, name)
-            if value is not None and not value >= low:
-                raise ValueError(f"{name}={value!r}; it must be {low} or more")
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name}={value!r}; it must be 0 or more")
+        for name, least in (("warmup_steps", 0), ("downsample_factor", 1), ("derivatives", 1)):
+            check_whole_number(name, getattr(self, name), least)
 
     @property
     def exactness(self) -> Exactness:
@@ -87,7 +91,7 @@ class ParaAttention:
         return "bitwise" if never else "lossy"
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Look for para-attn, and refuse a pipeline that another cache works on already."""
+        """Refuse to run without para-attn, and a pipeline that already has another cache."""
         if importlib.util.find_spec("para_attn") is None:
             yield Finding(
                 "error",
@@ -95,17 +99,17 @@ class ParaAttention:
                 f"{extra_hint('para-attn')} (its licence bars hosted services), or use "
                 'FirstBlockCache, which needs nothing, and with predict="hold" gives the same',
             )
-        yield from obstacles(target)
+        yield from check_for_other_caches(target)
 
     def apply(self, tx: Transaction) -> Change:
-        """Wrap the run through the blocks, and hear where generations begin and end."""
-        engine = _Engine(tx.live(self), tx.pipe)
-        tx.wrap_blocks(engine)
-        tx.listen(engine)
+        """Wrap the run through the blocks, and listen to the generations."""
+        wrapper = _ParaAttentionWrapper(tx.live(self), tx.pipe)
+        tx.wrap_blocks(wrapper)
+        tx.listen(wrapper)
         return Change(1, "run through the blocks cached by para-attn")
 
     def context(self, branch: str) -> Any:
-        """Make para-attn's context for one branch of one generation."""
+        """Create para-attn's context for one branch of one generation."""
         from para_attn.first_block_cache.utils import create_cache_context
 
         threshold = self.threshold
@@ -120,7 +124,7 @@ class ParaAttention:
         )
 
 
-class _Engine(CacheEngine[ParaAttention]):
+class _ParaAttentionWrapper(CacheWrapper[ParaAttention]):
     """Holds para-attn's contexts for one generation, and runs its code."""
 
     def __init__(self, live: Live[ParaAttention], pipe: Any) -> None:
@@ -128,14 +132,14 @@ class _Engine(CacheEngine[ParaAttention]):
         self._contexts: dict[tuple[str, int], Any] = {}
 
     def forget(self) -> None:
-        """Drop everything that was remembered."""
+        """Drop all contexts."""
         self._contexts.clear()
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
-        """Have para-attn run the blocks or leave them out."""
+        """Let para-attn run or skip the blocks."""
         from para_attn.first_block_cache import utils
 
-        key = call.branch, blocks.start  # an outer wrapper may run the stack in parts
+        key = call.branch, blocks.start  # an outer wrapper may run the blocks in several parts
         if key not in self._contexts:
             self._contexts[key] = self.settings.context(call.branch)
         cached = _blocks_class()(run, streams, blocks)
@@ -143,29 +147,29 @@ class _Engine(CacheEngine[ParaAttention]):
             image, text = cached(streams.image, streams.text)
         if blocks.start == 0:
             hit = not cached.computed
-            self.note(Decision(call.step, call.branch, (hit,) * len(image)))
+            self.record(Decision(call.step, call.branch, (hit,) * len(image)))
         return replace(streams, image=image, text=text)
 
 
 @functools.cache
 def _blocks_class() -> type:
-    """Make para-attn's module of cached blocks, over our run instead of modules; only once.
+    """Return a subclass of para-attn's cached blocks that calls our `run` instead of modules.
 
-    A class is a reference cycle: made anew for each call, it would keep that call's tensors
-    until the garbage collector comes by.
+    The class is created once. Every class is a reference cycle, so a class created for each call
+    would keep that call's tensors alive until the garbage collector runs.
     """
     from para_attn.first_block_cache.utils import CachedTransformerBlocks
 
     class Blocks(CachedTransformerBlocks):  # type: ignore[misc] # para-attn is untyped
         def __init__(self, run: Run, streams: Streams, blocks: range) -> None:
-            super().__init__([functools.partial(_through, run, streams, blocks[:1])])
-            self.rest = functools.partial(_through, run, streams, blocks[1:])
+            super().__init__([functools.partial(_run_blocks, run, streams, blocks[:1])])
+            self.rest = functools.partial(_run_blocks, run, streams, blocks[1:])
             self.computed = False
 
         def call_remaining_transformer_blocks(
             self, hidden_states: Tensor, encoder_hidden_states: Tensor
         ) -> tuple[Tensor, ...]:
-            """Run all blocks but the first: what para-attn does, for today's signatures."""
+            """Run the blocks after the first, as para-attn does, with diffusers' new signatures."""
             self.computed = True
             image, text = self.rest(hidden_states, encoder_hidden_states)
             return image, text, image - hidden_states, text - encoder_hidden_states
@@ -173,7 +177,7 @@ def _blocks_class() -> type:
     return Blocks
 
 
-def _through(
+def _run_blocks(
     run: Run, streams: Streams, blocks: range, image: Tensor, text: Tensor
 ) -> tuple[Tensor, Tensor]:
     out = run(replace(streams, image=image, text=text), blocks)

@@ -19,33 +19,34 @@ from typing_extensions import override
 
 from fluxfire import modules
 from fluxfire.edits.stand_in import StandIn
-from fluxfire.passes.shared.fused_projection import put_products
+from fluxfire.passes.shared.fused_projection import install_products
 from fluxfire.passes.shared.parameters import change_storage
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 
-_TOGETHER = 3  # projections of one storage
+_FUSED_COUNT = 3  # projections that share one storage
 
 
 @dataclass(frozen=True, kw_only=True)
 class QKVFusion:
     """Computes the query, key and value of each attention in one matrix product.
 
-    diffusers' own `fuse_qkv_projections` keeps the separate weights beside the fused copy
-    (4.0 GiB for FLUX in bf16) and lets a LoRA lose its effect without a word. Here the three
-    parameters become row views of the fused weight: memory stays as it was, state-dict
-    keys too, and `save_pretrained` works. Moving or casting the model, which copies
-    parameters one by one, fuses them anew.
+    diffusers' own `fuse_qkv_projections` keeps the separate weights in addition to the fused copy
+    (4.0 GiB for FLUX in bf16), and a LoRA silently loses its effect. This pass makes the three
+    parameters row views of the fused weight. Memory and state-dict keys stay the same, and
+    `save_pretrained` works. Moving or casting the model copies the parameters one by one; then the
+    pass fuses them again.
 
-    Measured on an H100 (docs, "Passes"): no gain, a step of `faithful` 274 → 274 ms. Not compiled
-    it loses, since the strided parts cost more than the larger product saves. So it is only in
-    the preset `article`.
+    Measured on an H100 (docs, "Passes"): no gain, a step of `faithful` 274 → 274 ms. Without
+    compilation it is slower, since the strided slices cost more than the larger product saves. So
+    it is in the preset `article` only.
 
-    A projection that is more than a plain `nn.Linear` (a LoRA is loaded, a hook is set, its
-    weight is swapped in and out) is called as it is, so its effect is that of the plain
-    pipeline, whichever came first; and so is every projection while gradients are on.
+    A projection that is not a plain `nn.Linear` (it has a LoRA or a hook, or offloading swaps its
+    weight) is called as it is. So its result is that of the plain pipeline, whether the LoRA or
+    hook came before or after the pass. All projections are called as they are while gradients are
+    on.
 
     Attributes:
         transformer: fuse the transformer's attentions.
@@ -69,7 +70,7 @@ class QKVFusion:
             raise ValueError("QKVFusion(transformer=False, vae=False) has nothing to fuse")
 
     def check(self, target: Target) -> Iterator[Finding]:
-        """Refuse weights that cannot become views, and attentions already fused."""
+        """Refuse weights that cannot become views, and attentions that are fused already."""
         if "fused-qkv" in target.traits:
             yield Finding(
                 "error",
@@ -80,7 +81,7 @@ class QKVFusion:
         if moved:
             yield Finding(
                 "error",
-                f"weights are swapped module by module while the pipeline runs "
+                f"offloading swaps weights module by module while the pipeline runs "
                 f"({', '.join(sorted(moved))}), which would separate the fused ones",
                 "use enable_model_cpu_offload() or none",
             )
@@ -96,18 +97,18 @@ class QKVFusion:
                         "put QKVFusion before quantization, or leave it out",
                     )
                     return
-        # A pass may keep weights for its undoing as they were, and compute with others.
+        # An earlier pass may keep the plain weights only to restore them, and use quantized ones.
         if self.transformer and "quantized" in target.traits - modules.traits(target.pipe):
             yield Finding(
                 "error",
-                "an earlier pass quantized the weights, and the fused ones would be plain",
+                "an earlier pass quantized the weights, and the fused ones would not be quantized",
                 "leave it out",
             )
         if "lora" in target.traits:
             yield Finding("info", "projections that carry a LoRA are left unfused")
 
     def apply(self, tx: Transaction) -> Change:
-        """Fuse every self-attention's projections and share the storage."""
+        """Fuse the projections of every self-attention into one shared storage."""
         model = model_of(tx.pipe)
         fused: list[FusedProjection] = []
         for attention in self._attentions(tx.pipe):
@@ -122,14 +123,14 @@ class QKVFusion:
                 tx.setattr(attention, "to_qkv", projections[0])
                 tx.set_class(attention.processor, FusedVaeProcessor)
             else:
-                put_products(tx, attention, {p.attribute: p for p in projections})
+                install_products(tx, attention, {p.attribute: p for p in projections})
             fused += projections
-        tx.listen(_KeepShared(tx.pipe, fused))
+        tx.listen(_FusionUpdater(tx.pipe, fused))
         shared = sum(projection.shared for projection in fused)
         return Change(shared, "query-key-value triples fused, storage shared")
 
     def _attentions(self, pipe: Any) -> Iterator[Any]:
-        """Iterate over the attentions that can be fused."""
+        """Yield the attentions that can be fused."""
         from diffusers.models.attention import AttentionModuleMixin
 
         if self.transformer:
@@ -145,16 +146,17 @@ class QKVFusion:
 
 
 class FusedProjection(nn.Module):
-    """Stands where diffusers looks for a fused linear: `attn.to_qkv` or `attn.to_added_qkv`.
+    """The fused layer that diffusers calls as `attn.to_qkv` or `attn.to_added_qkv`.
 
-    Holds the fused weight and bias, and the attention to find the projections. All are outside
-    the module tree: it must not become a circle, and what is a buffer others move and keep.
+    It holds the fused weight and bias, and the attention that owns the projections. They are not
+    registered as submodule, parameter or buffer: the module tree must not contain a cycle, and
+    torch would move and save the fused weight a second time.
 
     Attributes:
-        names: of the projections.
-        attribute: where it stands.
-        weight: (3 · inner width, width), or None while each projection has a storage of its own.
-        bias: likewise.
+        names: names of the projections in the attention.
+        attribute: name of this layer in the attention.
+        weight: (3 · inner width, width), or None while each projection has its own storage.
+        bias: (3 · inner width,), or None.
     """
 
     weight: torch.Tensor | None
@@ -177,14 +179,16 @@ class FusedProjection(nn.Module):
 
     @property
     def fusible(self) -> bool:
-        """Whether calling a projection means nothing but its matrix product, and this is called."""
-        called = getattr(self._attention[0], self.attribute, self) in (self, None)
-        return called and all(map(_is_plain, self._projections()))
+        """Whether all projections are plain linear layers, and the attention calls this layer."""
+        is_called = getattr(self._attention[0], self.attribute, self) in (self, None)
+        projections = self._projections()
+        alike = len({getattr(p, "bias", None) is None for p in projections}) == 1
+        return is_called and alike and all(map(_is_plain, projections))
 
     def share(self) -> None:
-        """Copy the projections into one storage and make them views of it."""
+        """Copy the projections' weights into one storage, and make them views of it."""
         linears = self._linears()
-        with torch.no_grad(), modules.as_made(linears[0].weight):
+        with torch.no_grad(), modules.matching_inference_mode(linears[0].weight):
             self.weight = torch.cat([m.weight for m in linears])
             has_bias = linears[0].bias is not None
             self.bias = torch.cat([m.bias for m in linears]) if has_bias else None
@@ -194,24 +198,27 @@ class FusedProjection(nn.Module):
 
     @property
     def shared(self) -> bool:
-        """Whether the projections, plain ones, still are views of the fused weight."""
-        return self.weight is not None and all(
+        """Whether the weights of the projections still are views of the fused weight."""
+        linears = self._linears()
+        if self.weight is None or any((m.bias is None) != (self.bias is None) for m in linears):
+            return False
+        return all(
             parameter.data_ptr() == fused.data_ptr() + part * (fused.nbytes // 3)
             and parameter.dtype == fused.dtype
             and parameter.is_contiguous()
-            for fused, parameters in self._parts(self._linears())
+            for fused, parameters in self._parts(linears)
             for part, parameter in enumerate(parameters)
         )
 
     def separate(self) -> None:
-        """Give each projection a storage of its own again.
+        """Give each projection its own storage again.
 
-        Offloading keeps weights elsewhere, and brings back the shared storage's parts when it is
-        taken off. So this goes by what a part looks like, and not by what is remembered.
+        Offloading stores the weights elsewhere, and brings back slices of the shared storage when
+        it is removed. So this checks each weight's storage, and does not rely on `self.weight`.
         """
         for linear in self._linears():
             for name in ("weight", "bias"):
-                change_storage(linear, name, _alone)
+                change_storage(linear, name, _own_storage)
         self.weight = self.bias = None
 
     def _projections(self) -> list[Any]:
@@ -227,18 +234,18 @@ class FusedProjection(nn.Module):
             yield self.bias, [m.bias for m in linears]
 
     def _apply(self, *_: Any, **__: Any) -> Any:
-        """Follow `.to()`: the projections, registered earlier, have just been moved."""
+        """Fuse again after `.to()`, which has just moved the projections (registered earlier)."""
         if self.weight is not None and not self.shared:
             self.share()
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the shared storage out: a copy projects one by one, correctly."""
+        """Leave out the shared storage; a copy calls its projections one by one."""
         return {**super().__getstate__(), "weight": None, "bias": None}  # type: ignore[no-untyped-call]
 
 
 class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
-    """Attends as diffusers' processor does, with the fused projection where there is one."""
+    """Attends like diffusers' processor, with the fused projection if there is one."""
 
     def __call__(
         self,
@@ -250,10 +257,10 @@ class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
         *args: Any,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend.
+        """Compute attention.
 
-        The arguments are diffusers', by name: `Attention.forward` passes on only what it finds
-        in this signature, and drops the rest with a warning.
+        The arguments have diffusers' names, because `Attention.forward` passes on only arguments in
+        this signature, and drops the others with a warning.
         """
         run: Any = super().__call__
         plain = encoder_hidden_states is not None
@@ -264,33 +271,34 @@ class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
         )
 
 
-class _KeepShared(Listener):
-    """Fuses anew what was replaced (a merged LoRA, a loaded state), and lets go of the rest."""
+class _FusionUpdater(Listener):
+    """Fuses replaced weights again (a merged LoRA, a loaded state dict), before each generation."""
 
     def __init__(self, pipe: Any, fused: list[FusedProjection]) -> None:
         self._pipe, self._fused = pipe, fused
 
     @override
     def prepare(self) -> None:
-        """Look at every projection, since anything may have been done to it in between."""
-        apart: set[nn.Module] = set()
-        for _, component in modules.optimizable(self._pipe):
-            if modules.swapped(component):  # block by block, a projection has no hook
-                apart.update(component.modules())
+        """Check every projection: separate those that are not fusible, fuse the others."""
+        offloaded: set[nn.Module] = set()
+        for _, component in modules.optimizable_components(self._pipe):
+            # Block-wise offloading puts no hook on a projection.
+            if modules.swapping_traits(component):
+                offloaded.update(component.modules())
         for projection in self._fused:
-            if projection in apart or not projection.fusible:
+            if projection in offloaded or not projection.fusible:
                 projection.separate()
             elif not projection.shared:
                 projection.share()
 
 
-def _alone(part: torch.Tensor) -> torch.Tensor:
-    shares = part.untyped_storage().nbytes() == _TOGETHER * part.nbytes
+def _own_storage(part: torch.Tensor) -> torch.Tensor:
+    shares = part.untyped_storage().nbytes() == _FUSED_COUNT * part.nbytes
     return part.clone() if shares else part
 
 
 def _is_plain(projection: Any) -> bool:
-    """Whether a projection is a linear layer without hooks, its weight at hand."""
+    """Whether a projection is a plain linear layer: no hooks, weight present, not quantized."""
     return (
         type(projection) is nn.Linear
         and not modules.is_hooked(projection)
@@ -300,5 +308,5 @@ def _is_plain(projection: Any) -> bool:
 
 
 def _base(linear: Any) -> Any:
-    """Look under a PEFT adapter."""
+    """Return the layer below a PEFT adapter, or the layer itself."""
     return getattr(linear, "base_layer", linear)

@@ -1,1 +1,1 @@
-"""Helpers of several passes."""
+"""Helpers that several passes use."""

@@ -1,9 +1,9 @@
-"""A file of compiled artifacts: a readable header beside payloads, and when to believe it.
+"""A file of compiled artifacts: its format, and the rules for trusting it.
 
-It is a safetensors file. Its header tells what each payload was compiled for; the payloads
-are torch's own and opaque here. torch unpickles them when they are loaded, so whoever can
-write the file can run code in the process that reads it: a file is believed only if nobody
-else can write it, or if it is signed with a key that only trusted writers have.
+It is a safetensors file. The header says what each payload was compiled for. The payloads are
+torch's own bytes, which this module does not interpret. torch unpickles a payload when it loads it,
+so whoever can write the file can run code in the process that reads it. Therefore a file is trusted
+only if nobody else can write it, or if it is signed with a key that only trusted writers have.
 """
 
 from __future__ import annotations
@@ -28,33 +28,38 @@ from safetensors import SafetensorError
 
 FORMAT = 1
 KEY_VARIABLE = "FLUXFIRE_MEGACACHE_KEY"
-"""Environment variable with the signing key: any text, the same wherever the file is shared."""
+"""Environment variable with the signing key: any text, the same for all who share the file."""
 _MARK = "fluxfire.megacache"
-_LARGEST = 1 << 30  # bytes; a real one has some hundred MiB at most
-_LARGEST_HEADER = 4 << 20  # bytes of JSON, read before anything in it is believed
+_LARGEST = 1 << 30  # bytes; a real file has a few hundred MiB at most
+_LARGEST_HEADER = 4 << 20  # bytes of JSON; the header is parsed before the file is trusted
 _LOCK_SECONDS = 60
-_QUOTED = 200  # characters of a file's own words in a message
+_QUOTED = 200  # longest quotation from a file in a message, in characters
 _DAMAGE = (
-    ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
     SafetensorError,
-)  # fmt: skip
+)
 
 
 class ArchiveError(Exception):
-    """The file is not used; the message says why. It is left as it is."""
+    """The file is not used, and not changed; the message says why."""
 
 
 @dataclass(frozen=True)
 class Payload:
-    """What one process compiled.
+    """The artifacts that one process compiled.
 
     Attributes:
-        fingerprint: what it was compiled for, fact by fact.
-        sizes: what was run ("4096+4096+512" tokens), sorted.
-        seconds: what compiling it took.
-        made: when, in UTC (ISO 8601).
+        fingerprint: everything that the artifacts depend on, by name.
+        sizes: the token counts that were run ("4096+4096+512"), sorted.
+        seconds: compile time in seconds.
+        made: time of the compilation, in UTC (ISO 8601).
         blob: torch's own bytes.
-        keys: by what torch finds what is in them ("kind key"), sorted.
+        keys: torch's keys of the artifacts in the blob ("kind key"), sorted.
     """
 
     fingerprint: Mapping[str, str]
@@ -64,61 +69,61 @@ class Payload:
     blob: bytes
     keys: tuple[str, ...] = ()
 
-    @cached_property  # asked for several times while a file is read or written
+    @cached_property  # reading or writing a file needs it several times
     def digest(self) -> str:
         """SHA-256 of the bytes, in hexadecimal."""
         return hashlib.sha256(self.blob).hexdigest()
 
 
 def signing_key() -> bytes | None:
-    """Return the key that the environment gives, or None."""
-    return os.fsencode(os.environ.get(KEY_VARIABLE, "")) or None  # any bytes, UTF-8 or not
+    """Return the signing key of the environment, or None if there is none."""
+    return os.fsencode(os.environ.get(KEY_VARIABLE, "")) or None  # the bytes need not be UTF-8
 
 
 def read(path: Path, key: bytes | None) -> tuple[Payload, ...]:
-    """Read a file, if it can be believed.
+    """Read a trusted file.
 
     Args:
         path: the file.
-        key: the signing key. With one, the file must be signed with it, and who else may write
-            the file does not matter; without one, nobody else may.
+        key: the signing key. With a key, the file must be signed with it, and its permissions do
+            not matter. Without a key, nobody else may be able to write the file.
 
     Raises:
         FileNotFoundError: there is no file.
-        OSError: it cannot be read.
-        ArchiveError: it is damaged, foreign, unsigned, or somebody else could have written it;
-            or there is no file, but its folder is one where others could put one.
+        OSError: the file cannot be read.
+        ArchiveError: the file is damaged, has another format or no signature, or somebody else
+            could have written it; or there is no file, but others could create one in its folder.
     """
     return _read(path, key)[0]
 
 
 def peek(path: Path) -> tuple[Payload, ...]:
-    """Read a file whoever wrote it, to look at its header: do not give its bytes to torch.
+    """Read a file without trusting it, to show its header. Never load its payloads into torch.
 
     Raises:
-        OSError: it cannot be read.
-        ArchiveError: it is damaged, or foreign.
+        OSError: the file cannot be read.
+        ArchiveError: the file is damaged, or has another format.
     """
     with _opened(_real(path)) as file:
         return _unpack(file.read())[0]
 
 
 def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
-    """Add payloads to a file; what is in it stays, whoever else is adding.
+    """Add payloads to a file and keep its old ones, also if other processes add at the same time.
 
-    The new file is written beside the old one and then takes its name, so that a reader,
-    or a writer that dies, never leaves half a file. It has the old one's permissions; a first
-    one is its owner's alone, unless it is signed: then the umask decides.
+    The new content is written to a second file, which then replaces the first. So no reader sees
+    half a file, and a writer that dies leaves none. The file keeps its permissions. A new unsigned
+    file is readable by its owner only; for a new signed file the umask decides.
 
     Raises:
-        OSError: the folder cannot be written, or the disk is full; the old file is as it was.
+        OSError: the folder cannot be written, or the disk is full; the old file is unchanged.
         TimeoutError: another process held the lock for a minute.
-        ArchiveError: the file that is there is not believed, or is signed and could not be
-            signed again, or would not be believed with what is added; it is left as it is.
+        ArchiveError: the existing file is not trusted, or is signed and there is no key to sign it
+            again, or the new file could not be read back; the old file is unchanged.
     """
     from filelock import FileLock  # torch depends on it
 
-    given, path = path, _real(path)  # a link stays a link
+    given, path = path, _real(path)  # replace the link's target, not the link
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     mode = 0o600 if key is None else 0o666  # a signed file may have writers of several users
     with FileLock(f"{path}.lock", timeout=_LOCK_SECONDS, mode=mode):
@@ -129,7 +134,7 @@ def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
         if signature and key is None:
             raise ArchiveError(f"it is signed, and without {KEY_VARIABLE} would lose that")
         data = _pack(_merged([*present, *payloads]), key)
-        _unpack(data)  # what could not be read again would be of no use to anybody
+        _unpack(data)  # raises if the new file could not be read back
         if len(data) > _LARGEST:
             raise ArchiveError(f"it would have {len(data)} bytes; delete it to start anew")
         _replace(path, data, private=key is None)
@@ -143,9 +148,9 @@ def _real(path: Path) -> Path:
 
 
 def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
-    """Read payloads, and the signature or an empty text."""
+    """Return the payloads, and the signature; the latter is empty if the file is unsigned."""
     real = _real(path)
-    # Whoever may write a folder may put another file, or another link, in its place.
+    # Whoever can write a folder can replace the file or the link in it.
     for folder in dict.fromkeys((path.absolute().parent, real.parent)):
         if key is None and (why := _writable_by_others(f"its folder {folder}", folder.stat())):
             raise ArchiveError(why)
@@ -163,8 +168,8 @@ def _read(path: Path, key: bytes | None) -> tuple[tuple[Payload, ...], str]:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a regular file of a size that can be read."""
-    with open(path, "rb", opener=_without_waiting) as file:
+    """Open a regular file of acceptable size."""
+    with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
         if not stat.S_ISREG(status.st_mode):
             raise ArchiveError("it is a pipe or a device, not a file")
@@ -173,15 +178,16 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    """Open, also a pipe that nobody writes to."""
+def _open_without_waiting(path: str, flags: int) -> int:
+    """Open a path; opening a pipe without a writer would wait forever otherwise."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def _merged(payloads: Sequence[Payload]) -> list[Payload]:
-    """Leave out what others of the same fingerprint hold; sizes of those are put together.
+    """Drop payloads whose artifacts another payload of the same fingerprint has.
 
-    Two processes that compile the same get different bytes: it is the keys that tell.
+    The remaining payload gets the sizes of both. Artifacts are compared by key, since two processes
+    that compile the same code get different bytes.
     """
     kept: list[Payload] = []
     for payload in payloads:
@@ -198,37 +204,37 @@ def _merged(payloads: Sequence[Payload]) -> list[Payload]:
 
 
 def _replace(path: Path, data: bytes, *, private: bool) -> None:
-    _remove_left_overs(path)
+    _remove_leftovers(path)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     try:
         with os.fdopen(os.open(part, flags, 0o600 if private else 0o666), "wb") as file:
             if path.exists():
                 old = path.stat()
-                with contextlib.suppress(OSError):  # only root can give files away
+                with contextlib.suppress(OSError):  # only root can change a file's owner
                     os.chown(part, old.st_uid, old.st_gid)
                 part.chmod(stat.S_IMODE(old.st_mode))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
-    except BaseException:  # also an interrupt leaves no half-written file behind
+    except BaseException:  # an interrupt must not leave a half-written file either
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
         raise
 
 
-def _remove_left_overs(path: Path) -> None:
-    """Remove what writers of this very file left behind when they died."""
-    theirs = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.part")
+def _remove_leftovers(path: Path) -> None:
+    """Remove half-written files that killed writers of this file left behind."""
+    leftover = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{32}}\.part")
     for other in path.parent.iterdir():
-        if theirs.fullmatch(other.name):
-            with contextlib.suppress(OSError):  # another user's, on a shared volume
+        if leftover.fullmatch(other.name):
+            with contextlib.suppress(OSError):  # on a shared volume it may be another user's
                 other.unlink()
 
 
 def _writable_by_others(what: str, found: os.stat_result) -> str | None:
-    """Say who else could have written a file or could replace it in a folder, or None."""
+    """Return why other users could write a file, or replace it in a folder; None if they cannot."""
     if not hasattr(os, "geteuid"):
         return f"who may write it cannot be told on this system; sign it, with {KEY_VARIABLE}"
     advice = (
@@ -244,7 +250,7 @@ def _writable_by_others(what: str, found: os.stat_result) -> str | None:
 
 
 def _header(payloads: Sequence[Payload]) -> str:
-    """Write what is known of every payload, its digest included, always in the same words."""
+    """Return the payloads' metadata, with their digests, as canonical JSON."""
     facts = [
         {
             "fingerprint": dict(p.fingerprint),
@@ -282,7 +288,7 @@ def _bytes(payloads: Sequence[Payload], header: str, signature: str) -> bytes:
 
 
 def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
-    """Read payloads and signature; every byte must be where this module would put it."""
+    """Return payloads and signature. The bytes must be exactly those that `_bytes` would write."""
     from safetensors.numpy import load
 
     if not data:
@@ -312,13 +318,13 @@ def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
 
 
 def _shown(foreign: object) -> str:
-    """Quote what a file says, so that it cannot command a terminal, or fill it."""
+    """Quote text from a file: without control characters for the terminal, and shortened."""
     text = ascii(str(foreign))[1:-1]
     return text if len(text) <= _QUOTED else f"{text[:_QUOTED]} …"
 
 
 def _metadata(data: bytes) -> Any:
-    """Find our entry in a safetensors header: its length in 8 bytes, then JSON."""
+    """Return fluxfire's entry in a safetensors header (8 bytes of length, then JSON)."""
     length = int.from_bytes(data[:8], "little")
     if not 0 < length <= len(data) - 8:
         raise ArchiveError("it is truncated, or no megacache")
@@ -332,7 +338,7 @@ def _payload(facts: Mapping[str, Any], blob: bytes) -> Payload:
     sizes, keys = (tuple(str(text) for text in facts[name]) for name in ("sizes", "keys"))
     seconds, made = float(facts["seconds"]), str(facts["made"])
     if not all(map(str.isprintable, (made, *sizes, *keys, *fingerprint, *fingerprint.values()))):
-        raise ValueError("a text in it would not print")  # but could command a terminal
+        raise ValueError("a text in it would not print")  # it may control the terminal
     if not math.isfinite(seconds):
         raise ValueError(f"a compilation of {seconds} s")
     return Payload(fingerprint, sizes, seconds, made, blob, keys)

@@ -1,4 +1,4 @@
-"""What torch compiles while something runs in this thread, as torch's own artifacts."""
+"""Records what torch compiles in this thread, as torch's own cache artifacts."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from typing import Any, ClassVar
 
 import torch
 
-from fluxfire.reporting.compile_counts import hearing
+from fluxfire.reporting.compile_counts import on_compilation
 
 Key = tuple[str, str]
-"""How torch finds an artifact: its kind, and a hash of all that went into it."""
+"""How torch looks an artifact up: its kind, and a hash of everything that it depends on."""
 
 
 @dataclass(eq=False)
 class Recording:
-    """What was recorded; there when the block is left.
+    """The artifacts of one `recording` block; filled when the block ends.
 
     Attributes:
-        blob: for `torch.compiler.load_cache_artifacts`; empty if nothing was compiled.
-        keys: by what torch finds what is in it.
-        problem: why nothing could be packed; None if all went well.
+        blob: input for `torch.compiler.load_cache_artifacts`; empty if nothing was compiled.
+        keys: torch's keys of the artifacts in the blob.
+        problem: why the artifacts could not be packed; None if they were.
     """
 
     blob: bytes = b""
@@ -31,11 +31,11 @@ class Recording:
     problem: str | None = None
 
 
-class _Fresh:
-    """torch's recorder, swapped for a fresh one while any thread is recording.
+class _FreshRecorder:
+    """Replaces torch's recorder with an empty one while any thread is recording.
 
-    torch has one for the process, and swapping it is not for threads: so those that record
-    at the same time share a fresh one, and the last to leave puts the old one back.
+    torch has one recorder for the process, and swapping it is not thread-safe. So threads that
+    record at the same time share one empty recorder, and the last of them puts the old one back.
     """
 
     _lock: ClassVar[threading.Lock] = threading.Lock()
@@ -45,24 +45,24 @@ class _Fresh:
     def __enter__(self) -> None:
         from torch.compiler._cache import CacheArtifactManager
 
-        with _Fresh._lock:
-            if _Fresh._inside == 0:
-                _Fresh._swapped.enter_context(CacheArtifactManager.with_fresh_cache())
-            _Fresh._inside += 1
+        with _FreshRecorder._lock:
+            if _FreshRecorder._inside == 0:
+                _FreshRecorder._swapped.enter_context(CacheArtifactManager.with_fresh_cache())
+            _FreshRecorder._inside += 1
 
     def __exit__(self, *_: object) -> None:
-        with _Fresh._lock:
-            _Fresh._inside -= 1
-            if _Fresh._inside == 0:
-                _Fresh._swapped.close()
+        with _FreshRecorder._lock:
+            _FreshRecorder._inside -= 1
+            if _FreshRecorder._inside == 0:
+                _FreshRecorder._swapped.close()
 
 
 @contextmanager
 def recording() -> Iterator[Recording]:
-    """Record what is compiled in this thread, apart from all that was compiled before.
+    """Record the artifacts that this thread compiles inside the block.
 
-    What is recorded between compilations, as autotuning is, may be another recording
-    thread's; what another thread compiles is left out.
+    Artifacts that another thread compiles are left out. Artifacts that torch records between
+    compilations, such as autotuning results, may come from another recording thread.
     """
     recorded = Recording()
     thread = threading.get_ident()
@@ -76,25 +76,25 @@ def recording() -> Iterator[Recording]:
         if began and threading.get_ident() != thread:
             foreign.update(range(began[-1], _count()))
 
-    with _Fresh():
+    with _FreshRecorder():
         try:
-            with hearing(started, ended):
+            with on_compilation(started, ended):
                 yield recorded
         finally:
             try:
                 recorded.blob, recorded.keys = _packed(foreign)
-            except Exception as error:  # noqa: BLE001 - what ran is worth more than its record
+            except Exception as error:  # noqa: BLE001 - a failed recording must not fail the edit
                 recorded.problem = repr(error)
 
 
 def _count() -> int:
     from torch.compiler._cache import CacheArtifactManager
 
-    return len(CacheArtifactManager._seen_artifacts)  # noqa: SLF001 - its only list
+    return len(CacheArtifactManager._seen_artifacts)  # noqa: SLF001 - torch has no public list
 
 
 def _packed(foreign: set[int]) -> tuple[bytes, frozenset[Key]]:
-    """Pack what the recorder saw as `save_cache_artifacts` does, which would empty it."""
+    """Pack the recorded artifacts like `save_cache_artifacts`, which would clear the recorder."""
     from torch.compiler import _cache
     from torch.utils._appending_byte_serializer import AppendingByteSerializer
 
@@ -102,7 +102,7 @@ def _packed(foreign: set[int]) -> tuple[bytes, frozenset[Key]]:
         return b"", frozenset()
     from torch._dynamo.convert_frame import compile_lock
 
-    with compile_lock:  # nobody records meanwhile
+    with compile_lock:  # so that no thread adds artifacts in the meantime
         seen = list(_cache.CacheArtifactManager._seen_artifacts)  # noqa: SLF001
     mine = [artifact for number, artifact in enumerate(seen) if number not in foreign]
     by_kind: dict[str, list[Any]] = {}
@@ -115,13 +115,13 @@ def _packed(foreign: set[int]) -> tuple[bytes, frozenset[Key]]:
 
 
 def give_to_torch(blob: bytes) -> frozenset[Key]:
-    """Load a blob into torch's caches on disk, and return by what torch finds it.
+    """Load a blob into torch's caches on disk, and return the keys of its artifacts.
 
     Raises:
-        ValueError: torch cannot read it.
-        Exception: whatever unpickling it raises, and what a full disk does.
+        ValueError: torch cannot read the blob.
+        Exception: unpickling the blob failed, or writing to the disk did.
     """
     loaded = torch.compiler.load_cache_artifacts(blob)
-    if loaded is None:  # torch's answer to damage, beside a log
+    if loaded is None:  # torch logs a damaged blob, and returns None
         raise ValueError("torch cannot read it")
     return frozenset((kind, key) for kind, keys in loaded.artifacts.items() for key in keys)

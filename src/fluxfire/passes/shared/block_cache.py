@@ -1,4 +1,4 @@
-"""What all caches between the blocks share: a generation's length of memory, and obstacles."""
+"""Common base of the caches that skip blocks: state for one generation, and checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fluxfire.protocol import Finding, Target
 from fluxfire.runtime.generation import Decision, Generation, Listener, Live
 
 P = TypeVar("P")
-_OTHERS = {
+_OTHER_CACHES = {
     "native-cache": (
         "diffusers' own cache is enabled on the transformer",
         "call pipe.transformer.disable_cache() first",
@@ -24,11 +24,14 @@ _OTHERS = {
 }
 
 
-class CacheEngine(Listener, Generic[P]):
-    """Holds one set of settings, and what it remembers, for the length of a generation.
+class CacheWrapper(Listener, Generic[P]):
+    """Base of the wrappers around the run through the blocks.
+
+    A wrapper has one set of settings for a whole generation, and drops its cached tensors when the
+    generation ends.
 
     Attributes:
-        settings: those that the generation began with; in a warm-up run, others.
+        settings: the settings at the generation's start. In a warm-up run, `warmup_settings`.
     """
 
     def __init__(self, live: Live[P], pipe: Any) -> None:
@@ -38,22 +41,22 @@ class CacheEngine(Listener, Generic[P]):
         self.settings = live.settings
 
     def forget(self) -> None:
-        """Drop everything that was remembered."""
+        """Drop all cached tensors."""
 
     def warmup_settings(self, settings: P) -> P:
-        """Return settings by which two steps compile all that later steps will use."""
+        """Return settings for a two-step warm-up run that compiles every graph used later."""
         return settings
 
-    def note(self, decision: Decision) -> None:
-        """Take down what was decided for one call of the transformer."""
+    def record(self, decision: Decision) -> None:
+        """Add the decision for one call of the transformer to the generation's records."""
         if self._generation is not None:
             self._generation.decisions.append(decision)
 
     @override
     def on_step(self, call: Call) -> AbstractContextManager[object]:
-        """Forget where a callback changed weights, or a LoRA's scale, since the last call."""
+        """Drop the cached tensors if a step callback changed weights or a LoRA's scale."""
         if self._generation is not None and self._generation.calls_back:
-            stamp = list(_stamp(self._pipe.transformer))
+            stamp = list(_weights_stamp(self._pipe.transformer))
             if self._stamp not in (None, stamp):
                 self.forget()
             self._stamp = stamp
@@ -62,16 +65,17 @@ class CacheEngine(Listener, Generic[P]):
     @override
     @contextmanager
     def on_generation(self, generation: Generation) -> Iterator[None]:
-        """Begin with nothing remembered, and leave nothing, also after an exception.
+        """Start with an empty cache, and leave an empty cache, even after an exception.
 
         Raises:
             FluxfireError: another cache was put onto the transformer after `optimize`.
         """
         present = modules.cache_traits(self._pipe.transformer)
-        for why, remedy in (of for trait, of in _OTHERS.items() if trait in present):
-            raise FluxfireError(
-                f"{why}, since optimize(); two caches cannot work together: {remedy}"
-            )
+        for trait, (why, remedy) in _OTHER_CACHES.items():
+            if trait in present:
+                raise FluxfireError(
+                    f"{why}, since optimize(); two caches cannot work together: {remedy}"
+                )
         self.settings, self._generation = self._live.settings, generation
         if generation.warmup:
             self.settings = self.warmup_settings(self.settings)
@@ -83,26 +87,26 @@ class CacheEngine(Listener, Generic[P]):
             self.forget()
 
 
-def _stamp(transformer: Any) -> Iterator[object]:
-    """Tell a transformer's weights and adapters from others, in a fraction of a millisecond."""
+def _weights_stamp(transformer: Any) -> Iterator[object]:
+    """Yield values that change if weights or LoRA settings do; takes less than a millisecond."""
     for weight in transformer.parameters():
         yield id(weight)
         yield -1 if weight.is_inference() else weight._version  # noqa: SLF001
     for part in transformer.modules():
-        if (scaling := getattr(part, "scaling", None)) and hasattr(part, "lora_A"):
+        if (scaling := getattr(part, "scaling", None)) and modules.has_adapter(part):
             yield tuple(scaling.items())
             yield tuple(part.active_adapters)
             yield part.disable_adapters
 
 
-def obstacles(target: Target) -> Iterator[Finding]:
-    """Find what no cache can live with: another library's cache, or prefetching hooks."""
+def check_for_other_caches(target: Target) -> Iterator[Finding]:
+    """Yield errors for pipelines where no cache works: another cache, or prefetching hooks."""
     if "group-offload" in target.traits:
         yield Finding(
             "error",
             "group offloading prefetches blocks from the ones before them, which a hit leaves out",
             "use enable_model_cpu_offload() instead, or leave the cache out",
         )
-    for trait, (why, remedy) in _OTHERS.items():
+    for trait, (why, remedy) in _OTHER_CACHES.items():
         if trait in target.traits:
             yield Finding("error", why, remedy)

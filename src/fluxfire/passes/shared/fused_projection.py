@@ -1,4 +1,4 @@
-"""Attentions whose query, key and value a pass computes in one product."""
+"""Attention modules whose query, key and value a pass computes in one matrix product."""
 
 from __future__ import annotations
 
@@ -12,43 +12,46 @@ from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.runtime.transaction import Transaction
 
 _FLAG = "fused_projections"
-_OURS = 1  # as good as True for diffusers, and not the True that it sets itself
+_PRODUCTS = ("to_qkv", "to_added_qkv")
+_OURS = 1  # true for diffusers, and distinguishable from the True that diffusers sets itself
 
 
 class FusedAttention(StandIn):
-    """An attention of the transformer while a pass has its products there.
+    """An attention of the transformer while it runs a pass's fused products.
 
-    The user may fuse it by diffusers' own means, too. Then the pass's products make room, and what
-    the user made is there after `restore`, as on a plain pipeline. Taking apart what the user never
-    fused does nothing, as there.
+    The user may call diffusers' `fuse_projections` on it. Then the pass's products are removed, and
+    the user's fused projections stay after `restore`, as on a plain pipeline. `unfuse_projections`
+    does nothing if the user never fused, as on a plain pipeline.
     """
 
+    of_ours = (*_PRODUCTS, _FLAG)
+
     def fuse_projections(self) -> None:
-        """Make room for the user's own fusion."""
+        """Remove the pass's products, then fuse as diffusers does."""
         modules: dict[str, nn.Module] = vars(self)["_modules"]
-        for name in ("to_qkv", "to_added_qkv"):
+        for name in _PRODUCTS:
             modules.pop(name, None)
         vars(self).pop(_FLAG, None)
         self.__class__ = own_class(self)
         self.fuse_projections()
 
     def unfuse_projections(self) -> None:
-        """Leave the pass's products alone."""
+        """Do nothing: the pass's products are not the user's to remove."""
 
 
-def put_products(tx: Transaction, attention: Any, products: Mapping[str, nn.Module]) -> None:
-    """Have an attention of the transformer run a pass's products.
+def install_products(tx: Transaction, attention: Any, products: Mapping[str, nn.Module]) -> None:
+    """Make an attention of the transformer run a pass's fused products.
 
     Args:
-        tx: records it.
-        attention: the module.
-        products: `to_qkv`, and `to_added_qkv` where the text has projections of its own.
+        tx: the transaction that records the change.
+        attention: the attention module.
+        products: `to_qkv`, and `to_added_qkv` if the text has its own projections.
     """
     for name, product in products.items():
         tx.setattr(attention, name, product)
     cls: Any = type(attention)
     tx.set_class(attention, _fused(cls))
-    tx.setattr(attention, _FLAG, _OURS)  # last: with it set, the products are called
+    tx.setattr(attention, _FLAG, _OURS)  # last, since diffusers calls the products once it is set
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Weights that wait in host memory while something else computes in their place."""
+"""Weights that stay in host memory while a pass computes with a substitute on the device."""
 
 from __future__ import annotations
 
@@ -16,62 +16,62 @@ from fluxfire import modules
 from fluxfire.errors import FluxfireError
 from fluxfire.runtime.generation import Listener
 
-_Module: Any = nn.Module  # these of its methods have no types
+_Module: Any = nn.Module  # torch leaves the overridden methods untyped
 
 
 @dataclass(eq=False)
 class HostWeights(Listener):
-    """Keeps the weights of some layers in host memory, pinned.
+    """Keeps the weights of some layers in pinned host memory.
 
-    The parameters stay where they are in the model: a state dict has them as ever. On a CPU there
-    is nothing to send.
+    The parameters stay in the model, so state dicts still contain them. A weight on the CPU stays
+    as it is.
 
     Attributes:
-        linears: whose weights.
-        device: where they came from; None while none did.
+        linears: the layers whose weights are in host memory.
+        device: the device from which the weights came; None if no weight was moved.
     """
 
     linears: list[Any] = field(default_factory=list)
     device: torch.device | None = None
 
-    def take(self, linear: Any) -> int:
-        """Send one layer's weight away, too.
+    def offload(self, linear: Any) -> int:
+        """Move one more layer's weight to host memory.
 
         Returns:
-            The bytes that this freed on the device.
+            The number of bytes freed on the device.
         """
         self.linears.append(linear)
-        return self._send(linear)
+        return self._move_to_host(linear)
 
     @override
     def prepare(self) -> None:
-        """Send away those that `.to(device)` brought back.
+        """Move weights to the host again that `.to(device)` moved to the device.
 
         Raises:
-            FluxfireError: offloading layer by layer has them.
+            FluxfireError: layer-by-layer offloading moves these weights too.
         """
         for linear in self.linears:
-            self._send(linear)
+            self._move_to_host(linear)
 
     def bring_back(self) -> None:
-        """Bring them to where they came from: the same bits."""
+        """Move all weights back to their device, with the same bits."""
         for weight in (linear.weight for linear in self.linears):
             if self.device is not None and weight.device != self.device:
-                with modules.as_made(weight):
+                with modules.matching_inference_mode(weight):
                     weight.data = weight.data.to(self.device)
 
     def drop(self) -> None:
-        """Let go of them: what is left has a shape and no numbers."""
+        """Free all weights. A `DroppedWeight` with the shape and dtype takes the place of each."""
         for linear in self.linears:
-            if not isinstance(linear.weight, Gone):
-                linear.weight = Gone.like(linear.weight, linear)
-            if not isinstance(linear, Emptied):
+            if not isinstance(linear.weight, DroppedWeight):
+                linear.weight = DroppedWeight.like(linear.weight, linear)
+            if not isinstance(linear, LayerWithoutWeight):
                 cls: Any = type(linear)
-                linear.__class__ = _emptied(cls)
+                linear.__class__ = _class_without_weight(cls)
 
-    def _send(self, linear: Any) -> int:
+    def _move_to_host(self, linear: Any) -> int:
         weight = linear.weight
-        if isinstance(linear, Emptied):
+        if isinstance(linear, LayerWithoutWeight):
             return 0
         if weight.is_meta:
             raise FluxfireError(
@@ -81,48 +81,51 @@ class HostWeights(Listener):
         if weight.device.type == "cpu":
             return 0
         self.device = weight.device
-        with modules.as_made(weight):
+        with modules.matching_inference_mode(weight):
             weight.data = weight.data.cpu().pin_memory()
         return int(weight.nbytes)
 
 
-class Gone(nn.Parameter):
-    """A weight that was let go of: it has a shape, a dtype, and no numbers.
+class DroppedWeight(nn.Parameter):
+    """A weight whose memory was freed: it has a shape and a dtype, but no data.
 
-    Torch takes writes to a tensor without numbers, such as that of a LoRA merged, without a word.
-    This refuses them, and all else that would need numbers.
+    Torch silently accepts writes to a tensor without data, for example when a LoRA is merged. This
+    class raises instead, for writes and for every other operation that needs the data.
 
     Attributes:
-        layer: whose weight it was, weakly.
+        layer: weak reference to the layer that owned the weight.
     """
 
     layer: weakref.ref[nn.Module]
 
     @classmethod
-    def like(cls, weight: Tensor, layer: nn.Module, dtype: torch.dtype | None = None) -> Gone:
-        """Make one in a weight's place."""
+    def like(
+        cls, weight: Tensor, layer: nn.Module, dtype: torch.dtype | None = None
+    ) -> DroppedWeight:
+        """Create the placeholder of a weight."""
         empty = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
-        made: Gone = Tensor._make_subclass(cls, empty, False)  # noqa: SLF001
+        made: DroppedWeight = Tensor._make_subclass(cls, empty, False)  # noqa: SLF001
         made.layer = weakref.ref(layer)
         return made
 
     def __repr__(self) -> str:  # type: ignore[override]
-        """Say that it is gone."""
-        return f"Gone(shape={tuple(self.shape)}, dtype={self.dtype})"
+        """Show shape and dtype; there is no data to show."""
+        return f"DroppedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
 
     @classmethod
     def __torch_function__(
         cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """Tell what is still known.
+        """Allow operations on metadata (shape, dtype, strides).
 
         Raises:
-            FluxfireError: numbers are asked for, or given.
+            FluxfireError: the operation reads or writes the data.
         """
-        name = getattr(getattr(func, "__self__", None), "__name__", "")  # of a property
-        tells = func.__name__ == "__get__" and name not in _OF_NUMBERS
+        name = getattr(getattr(func, "__self__", None), "__name__", "")  # the property's name
+        reads_metadata = func.__name__ == "__get__" and name not in _DATA_PROPERTIES
+        reads_metadata = reads_metadata or func.__name__ in _METADATA_METHODS
         clears = func.__name__ == "requires_grad_" or name in ("requires_grad", "grad")
-        if not (tells or func.__name__ in _KNOWN or (clears and args[1:] in ((False,), (None,)))):
+        if not (reads_metadata or (clears and args[1:] in ((False,), (None,)))):
             raise FluxfireError(
                 "a weight that Float8(originals='drop') let go of was read or written (is a LoRA "
                 "fused, are weights edited or offloaded?); do that before optimize(), or keep them "
@@ -132,36 +135,47 @@ class Gone(nn.Parameter):
         return function(func, types, args, kwargs or {})
 
 
-_OF_NUMBERS = {"data", "T", "mT", "H", "mH", "real", "imag", "__cuda_array_interface__"}
-_KNOWN = {
-    "size", "dim", "numel", "nelement", "stride", "element_size", "is_floating_point", "is_complex",
-    "is_contiguous", "is_inference", "storage_offset", "__len__", "__hash__",
-}  # fmt: skip
+_DATA_PROPERTIES = {"data", "T", "mT", "H", "mH", "real", "imag", "__cuda_array_interface__"}
+_METADATA_METHODS = {
+    "size",
+    "dim",
+    "numel",
+    "nelement",
+    "stride",
+    "element_size",
+    "is_floating_point",
+    "is_complex",
+    "is_contiguous",
+    "is_inference",
+    "storage_offset",
+    "__len__",
+    "__hash__",
+}
 
 
-class Emptied(_Module):  # type: ignore[misc]
-    """A layer that let go of its weight, while something else computes in its place."""
+class LayerWithoutWeight(_Module):  # type: ignore[misc]
+    """A layer with a `DroppedWeight`, while a pass computes its product from a substitute."""
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Follow `.to()` with what there is; of the weight, the dtype."""
+        """Apply `.to()` to the other parameters; the dropped weight only takes the dtype."""
         weight = self._parameters["weight"]
-        if not isinstance(weight, Gone):
+        if not isinstance(weight, DroppedWeight):
             return super()._apply(fn, recurse)
         try:
             self._parameters["weight"] = None
             super()._apply(fn, recurse)
         finally:
             dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
-            self._parameters["weight"] = Gone.like(weight, self, dtype)
+            self._parameters["weight"] = DroppedWeight.like(weight, self, dtype)
         return self
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Refuse to save what is not there.
+        """Refuse to save a weight that was dropped.
 
         Raises:
-            FluxfireError: the weight is gone.
+            FluxfireError: the weight was dropped.
         """
-        if isinstance(self._parameters["weight"], Gone):
+        if isinstance(self._parameters["weight"], DroppedWeight):
             raise FluxfireError(
                 f"{prefix}weight was let go of (originals='drop'), so there is nothing to save; "
                 f"save the pipeline before optimize(), or keep the weights (originals='host')"
@@ -169,15 +183,15 @@ class Emptied(_Module):  # type: ignore[misc]
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, *rest: Any) -> None:
-        """Take a weight in, which torch would otherwise drop without a word."""
+        """Load a weight in the dropped one's place; torch would silently ignore it."""
         weight = self._parameters["weight"]
         given = state_dict.get(f"{prefix}weight")
-        if isinstance(weight, Gone) and given is not None and given.shape == weight.shape:
+        if isinstance(weight, DroppedWeight) and given is not None and given.shape == weight.shape:
             made = torch.empty(weight.shape, dtype=weight.dtype)
             self._parameters["weight"] = nn.Parameter(made, requires_grad=False)
         super()._load_from_state_dict(state_dict, prefix, local, *rest)
 
 
 @cache
-def _emptied(cls: type) -> type:
-    return type(cls.__name__, (Emptied, cls), {})
+def _class_without_weight(cls: type) -> type:
+    return type(cls.__name__, (LayerWithoutWeight, cls), {})

@@ -1,4 +1,4 @@
-"""Attention processors that stand in for diffusers' own while a pass is applied."""
+"""Replaces diffusers' attention processors with fluxfire's while a pass is applied."""
 
 from __future__ import annotations
 
@@ -8,30 +8,41 @@ from typing_extensions import override
 
 from fluxfire.edits.stand_in import own_class
 from fluxfire.kontext import KONTEXT, PlainProcessor
-from fluxfire.kontext.attention import KeepingAttnProcessor
+from fluxfire.kontext.attention import (
+    KernelAttnProcessor,
+    ReferenceAttnProcessor,
+    has_plain_head_norms,
+)
 from fluxfire.runtime.generation import Listener
 
 
-class Processors(Listener):
-    """Has the attentions of a transformer run through a stand-in for Flux's processor.
+class ProcessorSwap(Listener):
+    """Turns diffusers' Flux processors into instances of a fluxfire subclass.
 
-    Processors may be replaced at any time: loading an IP-adapter does it, and taking it off, too.
-    New ones of Flux's kind are turned into stand-ins before the next generation; others stay as
-    they are.
+    Somebody may replace processors at any time; loading and unloading an IP-adapter both do. So
+    before every generation this converts any new Flux processors. Processors of other classes stay
+    as they are.
     """
 
-    def __init__(self, transformer: Any, cls: type[KeepingAttnProcessor]) -> None:
+    def __init__(self, transformer: Any, cls: type[ReferenceAttnProcessor]) -> None:
         self._transformer, self._cls = transformer, cls
 
     @override
     def prepare(self) -> None:
-        """Turn all that are diffusers' own."""
-        for attention in KONTEXT.attentions(self._transformer):
-            if type(attention.processor) is PlainProcessor:
-                attention.processor.__class__ = self._cls
+        """Convert every processor that is diffusers' own Flux processor.
 
-    def give_back(self) -> None:
-        """Turn them back."""
+        A kernel computes the head norms from their weights. An attention with other norms, or with
+        hooks on them, keeps or gets back diffusers' processor.
+        """
+        for attention in KONTEXT.attentions(self._transformer):
+            fits = not issubclass(self._cls, KernelAttnProcessor) or has_plain_head_norms(attention)
+            if fits and type(attention.processor) is PlainProcessor:
+                attention.processor.__class__ = self._cls
+            elif not fits and type(attention.processor) is self._cls:
+                attention.processor.__class__ = own_class(attention.processor)
+
+    def restore(self) -> None:
+        """Convert the processors back to diffusers' own class."""
         for attention in KONTEXT.attentions(self._transformer):
             if type(attention.processor) is self._cls:
                 attention.processor.__class__ = own_class(attention.processor)

@@ -1,4 +1,4 @@
-// The page of the service: choose, ask, watch, compare.
+// The service's page: choose a picture, send it, follow the job, compare the result.
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["steps", "seed", "num_images", "guidance_scale", "width", "height", "true_cfg_scale"];
@@ -57,7 +57,7 @@ function headers() {
   return key ? { Authorization: `Bearer ${key}` } : {};
 }
 
-// Answers with JSON, or an error whose message is a sentence.
+// Returns the JSON answer, or throws an error whose message is a sentence.
 async function call(path, options = {}) {
   let response;
   try {
@@ -143,7 +143,7 @@ async function choose(file) {
   tell("");
 }
 
-// Lets go of a picture that is shown nowhere any more.
+// Frees a picture that the page no longer shows.
 function release(old) {
   if (old && ![picture, asked, before].includes(old)) URL.revokeObjectURL(old.url);
 }
@@ -191,7 +191,7 @@ async function edit() {
   }
 }
 
-// Sends what is wanted. Cancelled meanwhile, it cancels the job that may come of it all the same.
+// Sends the request. If the user cancels meanwhile, it cancels the job that may start anyway.
 async function begin() {
   const answer = call("jobs", { method: "POST", body: fields() }).then((sent) => sent.json());
   const stopped = new Promise((_, fail) => {
@@ -217,7 +217,7 @@ async function cancel() {
   }
 }
 
-// Follows the events; where the connection breaks, asks every second.
+// Follows the job's events; if the connection breaks, polls every second.
 async function follow(id) {
   try {
     const response = await call(`jobs/${id}/events`);
@@ -317,15 +317,15 @@ function pick(result, number) {
   };
 }
 
-// Kontext stretches a picture a little to a size that it knows, and so is the one before; where
-// another shape was wished for, the two cannot be laid over each other, and it keeps its own.
+// Kontext stretches a picture slightly to a size that it knows, so the page stretches the source
+// too. With another aspect ratio the two cannot be overlaid, and the source keeps its own.
 function fit(shape) {
   $("pair").style.setProperty("--shape", shape);
   const other = before && Math.abs(Math.log(before.shape / shape)) > 0.2;
   $("before").classList.toggle("other-shape", Boolean(other));
 }
 
-// The policy of the page lets nothing connect to a data: URL, so it is taken apart here.
+// The page's content policy forbids fetching a data: URL, so this code decodes it.
 async function bytesOf(source) {
   if (!source.startsWith("data:")) return (await fetch(source)).blob();
   return Uint8Array.from(atob(source.slice(source.indexOf(",") + 1)), (char) => char.charCodeAt(0));

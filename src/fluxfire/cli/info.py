@@ -1,0 +1,182 @@
+"""The commands that print facts and change nothing: `passes`, `plan` and `doctor`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from fluxfire.cli import catalog
+from fluxfire.cli.console import note_suggestion, say, say_json
+from fluxfire.cli.options import (
+    Commands,
+    add_command,
+    add_json,
+    add_model,
+    add_passes,
+    load_model,
+    selected_passes,
+)
+from fluxfire.errors import FluxfireError
+from fluxfire.protocol import Pass
+from fluxfire.text import spell, table
+
+
+def add(commands: Commands) -> None:
+    """Add `passes`, `plan` and `doctor`."""
+    parser = add_command(
+        commands, "passes", list_passes, "list fluxfire's passes and those of installed plugins",
+        example="fluxfire passes --json",
+    )  # fmt: skip
+    add_json(parser)
+
+    parser = add_command(
+        commands, "plan", print_plan, "dry run: show what optimizing would change",
+        example="fluxfire plan --passes qkv-fusion,compile",
+    )  # fmt: skip
+    add_model(parser)
+    add_passes(parser)
+    add_json(parser)
+
+    parser = add_command(
+        commands, "doctor", diagnose, "show versions, the GPU, and which passes apply here",
+        example="fluxfire doctor --model ./kontext",
+    )  # fmt: skip
+    add_model(parser)
+    add_json(parser)
+
+
+def list_passes(arguments: argparse.Namespace) -> int:
+    """List the passes; only plugins are imported."""
+    facts = [asdict(f) | {"plugin": None, "error": None} for f in catalog.own_passes().values()]
+    facts += _plugins()
+    if arguments.json:
+        say_json(facts)
+        return 0
+    rows = [
+        (
+            f["name"],
+            f["stage"] or "-",
+            f["slot"] or "-",
+            " or ".join(f["exactness"]) or "-",
+            f["error"] or f["summary"] + (f" (plugin: {f['plugin']})" if f["plugin"] else ""),
+        )
+        for f in facts
+    ]
+    say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
+    return 0
+
+
+def _plugins() -> Iterator[dict[str, Any]]:
+    """Describe the passes of plugins; say why one cannot be used."""
+    from fluxfire.planning import registry
+    from fluxfire.planning.rules import why_not_a_pass
+
+    for name, entry in registry.third_party().items():
+        try:
+            made = registry.make(name)
+            error = why_not_a_pass(made)
+        except FluxfireError as failure:
+            error = str(failure)
+        facts = catalog.PassFacts(name, "", "", None, (), "")
+        if error is None:
+            cls = type(made)
+            summary = (cls.__doc__ or "").strip().partition("\n")[0]
+            facts = catalog.PassFacts(
+                name, cls.__name__, made.stage, made.slot, (made.exactness,), summary
+            )
+        yield asdict(facts) | {"plugin": entry.value, "error": error}
+
+
+def print_plan(arguments: argparse.Namespace) -> int:
+    """Print the plan; 1 means that the passes cannot be applied."""
+    passes = selected_passes(arguments)
+    from fluxfire import api
+
+    plan = api.plan(load_model(arguments.model), passes)
+    if arguments.json:
+        say_json(_plan_as_data(plan))
+    else:
+        say(plan)
+        note_suggestion(plan.suggestion or ())
+    return 0 if plan.ok else 1
+
+
+def _plan_as_data(plan: Any) -> dict[str, Any]:
+    suggestion = plan.suggestion
+    return {
+        "ok": plan.ok,
+        "passes": [
+            {
+                **_pass_as_data(step.pass_),
+                "findings": [_finding_as_data(f) for f in step.findings],
+                "problems": list(step.faults),
+            }
+            for step in plan.steps
+        ],
+        "problems": list(plan.problems),
+        "suggestion": None if suggestion is None else [_pass_as_data(p) for p in suggestion],
+        "left_out": list(plan.left_out),
+    }
+
+
+def _pass_as_data(pass_: Pass) -> dict[str, str]:
+    return {
+        "name": pass_.name,
+        "configuration": spell(pass_),
+        "stage": pass_.stage,
+        "exactness": pass_.exactness,
+    }
+
+
+def _finding_as_data(finding: Any) -> dict[str, str]:
+    return {"level": finding.level, "message": finding.message, "remedy": finding.remedy}
+
+
+def diagnose(arguments: argparse.Namespace) -> int:
+    """Print versions, the GPU, and which passes apply to the model."""
+    from fluxfire import api
+    from fluxfire.environment import environment
+    from fluxfire.planning import registry
+
+    env = environment()
+    pipe = load_model(arguments.model)
+    plans = {
+        name: api.plan(pipe, [name]) for name in (*registry.built_in(), *registry.third_party())
+    }
+    if arguments.json:
+        say_json({
+            "environment": env.to_dict(),
+            "omp_wait_policy": arguments.wait_policy,
+            "model": arguments.model,
+            "passes": {name: _plan_as_data(plan) for name, plan in plans.items()},
+        })  # fmt: skip
+        return 0
+    rows = [("python", env.python)]
+    rows += [(name, version or "not installed") for name, version in env.packages.items()]
+    rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
+    if env.gpu is None:
+        rows.append(("OMP_WAIT_POLICY", _judge_wait_policy(arguments.wait_policy)))
+    say(table(("what", "found"), rows))
+    say()
+    verdicts = [
+        (
+            name,
+            "applies" if plan.ok else "does not apply",
+            "; ".join([*plan.problems, *(str(f) for step in plan.steps for f in step.findings)]),
+        )
+        for name, plan in plans.items()
+    ]
+    say(table(("pass", f"on {arguments.model}", "why"), verdicts))
+    return 0
+
+
+def _judge_wait_policy(policy: str | None) -> str:
+    """Say how threads wait in the user's own scripts; here the command sets it to passive."""
+    if policy is not None and policy.lower() == "passive":
+        return policy
+    return (
+        f"{policy or 'not set'}; set it to passive in your shell, or your own scripts may be 10 "
+        f"times slower"
+    )

@@ -1,1 +1,0 @@
-"""How Spark was trained: `python -m fluxfire.spark.training --help`."""
