@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace as changed
 from typing import Any, TypeVar
 
 from fluxfire.applying import (
@@ -178,7 +178,9 @@ def report(pipe: Any) -> Report:
         return Report()
     record = Applications.of(conductor)
     passes = tuple(
-        changed(one, facts=dict(record.facts[one.name]())) if one.name in record.facts else one
+        dataclasses.replace(one, facts=dict(record.facts[one.name]()))
+        if one.name in record.facts
+        else one
         for one in record.reports
     )
     return Report(passes, record.warmup_seconds, tuple(record.statistics.runs))

@@ -113,7 +113,7 @@ def undo(conductor: Conductor) -> None:
         if reasons := record.irreversible:
             raise PlanError(
                 f"{'; '.join(reasons)}. Nothing was changed; "
-                f"to have it back, load the pipeline again"
+                f"to get the plain pipeline, load it again"
             )
         conductor.changing = True
         failures = [e for tx in reversed(record.transactions) for e in tx.rollback()]

@@ -81,7 +81,7 @@ def hub_token(folder: Path | None = None) -> str | None:
         from dotenv import dotenv_values
     except ImportError as error:
         raise LoadError(
-            f"{file} is there, but python-dotenv is not: {extra_hint('cli')}, "
+            f"{file} exists, but python-dotenv is not installed: {extra_hint('cli')}, "
             f"or set HF_TOKEN in the environment"
         ) from error
     try:
@@ -108,7 +108,8 @@ def _folder(model: str) -> Path | None:
     if model.count("/") != 1 or model.startswith((".", "/", "~")):
         raise LoadError(
             f"there is no folder {model}, and it is no hub id (such as "
-            f"black-forest-labs/FLUX.1-Kontext-dev); {SPARK}, {' and '.join(RANDOM)} are at hand"
+            f"black-forest-labs/FLUX.1-Kontext-dev); fluxfire itself has {SPARK}, "
+            f"{' and '.join(RANDOM)}"
         )
     return None
 

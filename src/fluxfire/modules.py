@@ -77,7 +77,7 @@ def swapping_traits(component: nn.Module) -> frozenset[Trait]:
 
 
 def submodules(module: nn.Module) -> list[nn.Module]:
-    """List a module and all its submodules. Several times as fast as `Module.modules()`."""
+    """List a module and all its submodules, in a fraction of the time of `Module.modules()`."""
     found = [module]
     for part in found:  # the loop also visits the modules that it appends
         if children := part.__dict__["_modules"]:

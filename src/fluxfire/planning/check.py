@@ -67,8 +67,8 @@ def _why_unusable(pipe: Any) -> str | None:
         return "; ".join(modules.FOREIGN_CACHE)
     if getattr(pipe.transformer, "_parallel_config", None) is not None:
         return (
-            "the transformer runs on several GPUs (enable_parallelism()), and no pass knows of the "
-            "parts that the other GPUs have; load the pipeline without it"
+            "the transformer runs on several GPUs (enable_parallelism()), which no pass supports; "
+            "load the pipeline without it"
         )
     return None
 
@@ -98,8 +98,8 @@ def _refuse_one_graph(pass_: Pass, pipe: Any) -> Iterator[Finding]:
     if "wraps-blocks" in provided_traits(pass_) and modules.is_compiled(pipe.transformer):
         yield Finding(
             "error",
-            "the whole transformer is compiled, outside fluxfire, and one graph of it cannot hold "
-            "what decides between the blocks",
+            "the whole transformer is compiled, outside fluxfire, and one graph cannot contain the "
+            "wrapper that this pass puts around the blocks",
             "leave that compile() out, and use Compile()",
         )
 

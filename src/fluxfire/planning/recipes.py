@@ -37,7 +37,7 @@ def write(passes: Iterable[Pass], path: Path, **facts: object) -> None:
         if registry.find(pass_.name) is not type(pass_):
             raise PlanError(
                 f"{pass_!r} cannot be saved: the name {pass_.name!r} is not announced as its "
-                f"class, so no file could give it back"
+                f"class, so a file with it could not be read"
             )
     entries = [{"name": p.name, "settings": dict(configured(p).settings)} for p in passes]
     try:
@@ -111,4 +111,4 @@ def _to_json(value: object) -> Any:
         return str(value)
     if isinstance(value, frozenset | set):
         return sorted(value)
-    raise TypeError(f"{value!r} is nothing that JSON can hold")
+    raise TypeError(f"JSON cannot represent {value!r}")

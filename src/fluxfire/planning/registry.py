@@ -60,8 +60,8 @@ def find(name: str) -> Callable[..., Pass]:
         hint = (
             f"; did you mean {close!r}?"
             if close
-            else f"; another package's must be installed first (pip install …), and be announced "
-            f"there as an entry point of the group {GROUP!r}"
+            else f"; if a pass is in another package, that package must be installed first "
+            f"(pip install …), and be announced there as an entry point of the group {GROUP!r}"
         )
         raise PlanError(f"there is no pass {name!r}; there are {', '.join(names())}{hint}")
     try:

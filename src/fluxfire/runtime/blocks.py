@@ -57,7 +57,7 @@ class BlockStack:
         self._model = model
 
     @contextmanager
-    def mounted(
+    def mount(
         self, transformer: Any, call: Call, inputs: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
         """Mount the stack in place of the blocks, for one transformer call.
@@ -82,8 +82,8 @@ class BlockStack:
             raise FluxfireError(f"{why}, since optimize(), in the place of its blocks; {remedy}")
         if modules.is_compiled(transformer):
             raise FluxfireError(
-                "the transformer's forward was compiled after optimize(), and one graph of it "
-                "cannot hold what decides between the blocks; take that off, and use Compile()"
+                "the transformer's forward was compiled after optimize(), and one graph cannot "
+                "contain the wrappers of the blocks; undo that compilation, and use Compile()"
             )
         inputs = dict(inputs)
         run = self._model.runner(transformer, inputs)

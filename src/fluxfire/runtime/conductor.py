@@ -105,7 +105,7 @@ class Conductor:
         if self.changing:
             return (
                 "optimize() or restore() was interrupted and left the pipeline half changed; "
-                "call restore(pipe), which finishes what is left to do"
+                "call restore(pipe), which finishes the undoing"
             )
         if pipe.transformer is not self._transformer():
             return (
@@ -182,7 +182,7 @@ class Conductor:
         with ExitStack() as entered:
             for listener in self.listeners:
                 entered.enter_context(listener.on_step(call))
-            yield entered.enter_context(self.stack.mounted(self._transformer(), call, inputs))
+            yield entered.enter_context(self.stack.mount(self._transformer(), call, inputs))
 
 
 class _Change:
