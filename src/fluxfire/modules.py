@@ -157,9 +157,15 @@ def is_hooked(module: nn.Module) -> bool:
 
     Accelerate and diffusers replace the instance's `forward` to run their hooks.
     """
-    own = vars(module)
-    hooks = own["_forward_hooks"] or own["_forward_pre_hooks"] or has_global_hooks()
-    return "forward" in own or bool(hooks)
+    own = module.__dict__
+    return bool(
+        "forward" in own
+        or own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        # As in `has_global_hooks`, without a call: passes ask this of a thousand modules.
+        or torch_module._global_forward_hooks  # noqa: SLF001
+        or torch_module._global_forward_pre_hooks  # noqa: SLF001
+    )
 
 
 def is_quantized(weight: torch.Tensor) -> bool:
