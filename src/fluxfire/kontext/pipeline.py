@@ -238,7 +238,9 @@ class _AllBlocks:
         """Run the blocks; arguments and result as of a block."""
         frame = sys._getframe(1)  # noqa: SLF001
         while not self._known:
-            self._known = frame.f_code is _FORWARD
+            self._known = (
+                frame.f_code is _FORWARD or frame.f_globals.get("__name__") == _CACHE_DIT_FORWARD
+            )
             if frame.f_back is None:
                 raise FluxfireError(_FOREIGN_FORWARD)
             frame = frame.f_back
@@ -256,6 +258,8 @@ class _AllBlocks:
 
 
 _FORWARD = inspect.unwrap(FluxTransformer2DModel.forward).__code__
+_CACHE_DIT_FORWARD = "cache_dit.caching.patch_functors.functor_flux"
+"""cache-dit leaves its copy of diffusers' forward behind when its cache is disabled."""
 _FOREIGN_FORWARD = (
     "the transformer has a forward of its own (PuLID, TeaCache, a skipped layer?), which runs the "
     "blocks itself; restore(pipe), and leave out the passes that wrap blocks (FirstBlockCache, "
