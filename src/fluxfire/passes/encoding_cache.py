@@ -39,7 +39,7 @@ class EncodingCache:
     encoder or its weights.
 
     Pictures are bitwise the same. Measured on an H100 (docs, "Passes"): encoding a known prompt and
-    picture 115 → 26 ms. Most of the rest is tokenizers, and the check whether the encoders changed.
+    picture 92 → 22 ms. Most of the rest is tokenizers, and the check whether the encoders changed.
 
     Attributes:
         prompts: how many text encoder results to keep; a prompt has one of CLIP and one of T5 (4
