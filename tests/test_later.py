@@ -683,9 +683,7 @@ def test_the_compiler_sees_what_stands_in(traced):
     passes = [QKVFusion(), FusedBlocks(), ModulationTable(), Compile()]
     pipe = fluxfire.optimize(smallest(), passes)
     assert apart(picture(pipe), plain) < ROUNDING
-    assert {"fused_blocks.py", "qkv_fusion.py", "attention.py", "modulation.py"} <= files(
-        traced
-    )
+    assert {"fused_blocks.py", "qkv_fusion.py", "attention.py", "modulation.py"} <= files(traced)
     assert "transformer_flux.py" not in files(traced)
 
 
