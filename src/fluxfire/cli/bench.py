@@ -26,6 +26,7 @@ from fluxfire.cli.options import (
     selected_passes,
 )
 from fluxfire.cli.values import positive_number, positive_numbers, whole_number
+from fluxfire.errors import BenchError
 from fluxfire.text import did_you_mean, extra_hint
 
 BASELINES = ("cache-dit", "mag-cache", "para-attn", "torchao")
@@ -129,7 +130,7 @@ def _check_files(arguments: argparse.Namespace) -> None:
     if not arguments.overwrite and any(folder.glob("*.svg")):
         raise UsageError(f"{folder} holds plots; name another folder, or add --overwrite")
     if find_spec("matplotlib") is None:
-        raise UsageError(f"plots need matplotlib; {extra_hint('bench')}")
+        raise BenchError(f"plots need matplotlib; {extra_hint('bench')}")
 
 
 def _check_device(model: str) -> None:

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from fluxfire.cli.console import UsageError, note, say, usage_errors
+from fluxfire.cli.console import note, say, usage_errors
 from fluxfire.cli.options import Commands, add_command, add_model, add_passes
 from fluxfire.cli.values import port, positive_number, size
 from fluxfire.errors import FluxfireError
@@ -77,7 +77,7 @@ def serve(arguments: argparse.Namespace) -> int:
         from fluxfire.serve.server import Server, bind_socket
         from fluxfire.serve.wire import Facts
     except ImportError as error:
-        raise UsageError(f"{error.name} is missing: {extra_hint('serve')}") from error
+        raise FluxfireError(f"{error.name} is missing: {extra_hint('serve')}") from error
     troubles: list[str] = []
 
     def end(why: str) -> None:
