@@ -64,7 +64,7 @@ def check_what_is_missing_is_told() -> None:
     for extra, arguments in {
         "serve": ["serve"],
         "bench": ["bench", "--plots", "plots"],
-        "cli": ["plan", "--model", "somebody/kontext"],
+        "cli": ["plan", "--passes", "inductor-patch", "--model", "somebody/kontext"],
     }.items():
         said = fluxfire(*arguments, status=1)
         assert said.startswith("error: "), said
