@@ -27,7 +27,7 @@ from fluxfire.runtime.conductor import Conductor, TransformerCall, conductor_of,
 from fluxfire.runtime.copies import copy_overrides
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.runtime.turns import Turns
-from fluxfire.supported import MODELS, model_of, refusal
+from fluxfire.supported import find_model, model_of, refusal
 
 MakeTransaction = Callable[[Any, Conductor], Transaction]
 logger = logging.getLogger("fluxfire")
@@ -40,7 +40,7 @@ def find_conductor(pipe: object) -> Conductor | None:
     Raises:
         PlanError: this is no Kontext pipeline.
     """
-    if not isinstance(pipe, tuple(p for model in MODELS for p in model.pipelines)):
+    if find_model(pipe) is None:
         raise PlanError(str(refusal(pipe)))
     return conductor_of(pipe)
 

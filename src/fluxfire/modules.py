@@ -64,7 +64,7 @@ def traits(pipe: Any) -> frozenset[Trait]:
     found |= cache_traits(transformer)
     if getattr(transformer, "encoder_hid_proj", None) is not None:
         found.add("ip-adapter")
-    if getattr(transformer, "_parallel_config", None) is not None:  # enable_parallelism()
+    if runs_on_several_gpus(transformer):
         found.add("context-parallel")
     return frozenset(found)
 
@@ -128,6 +128,16 @@ def _is_fused(attention: Any) -> bool:
     """
     unused = isinstance(attention, Attention) and "Fused" not in type(attention.processor).__name__
     return not unused and getattr(attention.to_qkv, "weight", None) is not None
+
+
+def runs_on_several_gpus(part: object) -> bool:
+    """Whether diffusers' `enable_parallelism` split a transformer, or an attention's processor."""
+    return getattr(part, "_parallel_config", None) is not None
+
+
+def change_count(tensor: torch.Tensor) -> int:
+    """Return torch's counter of in-place changes; -1 for an inference tensor, which has none."""
+    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - no public name
 
 
 def has_adapter(module: nn.Module) -> bool:

@@ -16,7 +16,7 @@ MODELS: tuple[Model, ...] = (KONTEXT,)
 
 def refusal(pipe: object) -> str | None:
     """Return the reason why fluxfire cannot work on an object; None if it can."""
-    model = _find(pipe)
+    model = find_model(pipe)
     if model is not None:
         return model.refusal(pipe)
     known = [pipeline.__name__ for model in MODELS for pipeline in model.pipelines]
@@ -30,11 +30,12 @@ def model_of(pipe: Any) -> Model:
     Raises:
         FluxfireError: fluxfire does not support the pipeline's class.
     """
-    model = _find(pipe)
+    model = find_model(pipe)
     if model is None:
         raise FluxfireError(str(refusal(pipe)))
     return model
 
 
-def _find(pipe: object) -> Model | None:
+def find_model(pipe: object) -> Model | None:
+    """Return the architecture of a pipeline, or None for any other object."""
     return next((model for model in MODELS if isinstance(pipe, model.pipelines)), None)

@@ -48,13 +48,13 @@ class StandIn:
     # name `__class__` of the class body for itself, and the class could not have this property.
     __class__ = property(_visible_class, _set_class)
 
+    of_ours: tuple[str, ...] = ()
+    """Attributes and submodules that belong to the stand-in, so that copies lack them."""
+
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super(StandIn, cls).__init_subclass__(**kwargs)  # noqa: UP008 - see above
         if "forward" in vars(cls):
             cls.forward = _only_for_instances(cls, vars(cls)["forward"])  # type: ignore[attr-defined]
-
-    of_ours: tuple[str, ...] = ()
-    """Attributes and submodules that belong to the stand-in, so that copies lack them."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super(StandIn, self).__reduce_ex__(protocol)  # noqa: UP008 - see above

@@ -265,7 +265,7 @@ def _can_fuse(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
         and not torch.is_autocast_enabled(x.device.type)
         and x.dtype is not torch.float16
         and is_flux_processor(processor)
-        and getattr(processor, "_parallel_config", None) is None
+        and not modules.runs_on_several_gpus(processor)
     )
 
 

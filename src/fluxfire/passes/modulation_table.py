@@ -134,7 +134,7 @@ class _BranchTable:
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(-1 if t.is_inference() else t._version for t in tensors)  # noqa: SLF001
+    return tuple(map(modules.change_count, tensors))
 
 
 @dataclass(eq=False)

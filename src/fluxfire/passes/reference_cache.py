@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fluxfire import modules
 from fluxfire.errors import FluxfireError
 from fluxfire.kernels.float8 import E4M3
 from fluxfire.kontext.attention import (
@@ -137,7 +138,7 @@ class ReferenceCache:
                 f"cannot keep the reference's keys and values",
                 "leave ReferenceCache out",
             )
-        if any(getattr(p, "_parallel_config", None) is not None for p in processors):
+        if any(map(modules.runs_on_several_gpus, processors)):
             yield Finding(
                 "error",
                 "attention runs in parallel on several GPUs, and each has a part of the tokens",

@@ -65,7 +65,7 @@ def _why_unusable(pipe: Any) -> str | None:
     # see them run.
     if "foreign-cache" in modules.cache_traits(pipe.transformer):
         return "; ".join(modules.FOREIGN_CACHE)
-    if getattr(pipe.transformer, "_parallel_config", None) is not None:
+    if modules.runs_on_several_gpus(pipe.transformer):
         return (
             "the transformer runs on several GPUs (enable_parallelism()), which no pass supports; "
             "load the pipeline without it"

@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fluxfire.edits.override import Override
 from fluxfire.kernels import checksum
-from fluxfire.modules import has_global_hooks
+from fluxfire.modules import change_count, has_global_hooks
 
 __all__ = ["Watch", "has_foreign_hooks", "numeric_settings"]
 
@@ -188,7 +188,7 @@ class _Snapshot:
         try:  # one C loop, because FLUX's text encoders have 660 tensors
             self.values += map(_VERSION, self.tensors)
         except RuntimeError:  # an inference tensor has no counter
-            self.values += map(_version, self.tensors)
+            self.values += map(change_count, self.tensors)
         self.values += sums.of(self.tensors)
         self.tensors = []
 
@@ -264,7 +264,3 @@ def _is_foreign(function: Any) -> bool:
     while isinstance(function, Override):
         function = function.inner
     return function is not None
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001

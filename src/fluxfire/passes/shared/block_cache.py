@@ -91,7 +91,7 @@ def _weights_stamp(transformer: Any) -> Iterator[object]:
     """Yield values that change if weights or LoRA settings do; takes less than a millisecond."""
     for weight in transformer.parameters():
         yield id(weight)
-        yield -1 if weight.is_inference() else weight._version  # noqa: SLF001
+        yield modules.change_count(weight)
     for part in transformer.modules():
         if (scaling := getattr(part, "scaling", None)) and modules.has_adapter(part):
             yield tuple(scaling.items())
