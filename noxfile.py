@@ -52,6 +52,7 @@ UPSTREAM = (
     "tests/test_blocks.py",
     "tests/test_generation.py",
     "tests/test_loading.py",
+    "tests/test_private_names.py",
 )
 # Files of tests that `quick` leaves to `rest`: nearly all take over half a minute on one core.
 LONG = (

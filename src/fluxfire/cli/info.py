@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxfire.cli import catalog
 from fluxfire.cli.console import note_suggestion, say, say_json
@@ -19,8 +19,11 @@ from fluxfire.cli.options import (
     selected_passes,
 )
 from fluxfire.errors import FluxfireError
-from fluxfire.protocol import Pass
+from fluxfire.protocol import Finding, Pass
 from fluxfire.text import spell, table
+
+if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from fluxfire.planning.plan import Plan
 
 
 def add(commands: Commands) -> None:
@@ -103,7 +106,7 @@ def print_plan(arguments: argparse.Namespace) -> int:
     return 0 if plan.ok else 1
 
 
-def _plan_as_data(plan: Any) -> dict[str, Any]:
+def _plan_as_data(plan: Plan) -> dict[str, Any]:
     suggestion = plan.suggestion
     return {
         "ok": plan.ok,
@@ -130,7 +133,7 @@ def _pass_as_data(pass_: Pass) -> dict[str, str]:
     }
 
 
-def _finding_as_data(finding: Any) -> dict[str, str]:
+def _finding_as_data(finding: Finding) -> dict[str, str]:
     return {"level": finding.level, "message": finding.message, "remedy": finding.remedy}
 
 
@@ -139,6 +142,7 @@ def diagnose(arguments: argparse.Namespace) -> int:
     from fluxfire import api
     from fluxfire.environment import environment
     from fluxfire.planning import registry
+    from fluxfire.private_names import missing
 
     env = environment()
     pipe = load_model(arguments.model)
@@ -148,6 +152,7 @@ def diagnose(arguments: argparse.Namespace) -> int:
     if arguments.json:
         say_json({
             "environment": env.to_dict(),
+            "missing_names": missing(),
             "omp_wait_policy": arguments.wait_policy,
             "model": arguments.model,
             "passes": {name: _plan_as_data(plan) for name, plan in plans.items()},
@@ -158,6 +163,9 @@ def diagnose(arguments: argparse.Namespace) -> int:
     rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
     if env.gpu is None:
         rows.append(("OMP_WAIT_POLICY", _judge_wait_policy(arguments.wait_policy)))
+    if lacking := missing():
+        said = f"{', '.join(lacking)}; fluxfire may fail with these versions"
+        rows.append(("missing names", said))
     say(table(("what", "found"), rows))
     say()
     verdicts = [
