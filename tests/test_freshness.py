@@ -41,7 +41,7 @@ from fluxfire.passes import (
     QKVFusion,
     ReferenceCache,
 )
-from fluxfire.runtime.freshness import Watch, has_foreign_hooks
+from fluxfire.runtime.freshness import Structure, Watch, has_foreign_hooks
 from fluxfire.testing import edit, tiny_kontext
 
 CLOSE = 2e-5
@@ -553,6 +553,73 @@ def test_a_watch_sees(change):
     IN_A_NET[change](net)
     assert watch.changed()
     assert not watch.changed()
+
+
+NUMBERS_ALONE = {
+    "weight",
+    "bias",
+    "buffer",
+    "buffer replaced",
+    "tensor beside",
+    "counter alone",
+    "transposed",
+    "order in memory",
+    "dtype",
+}
+INSIDE_A_SETTING = {"setting in a dict", "setting in a list", "setting of a configuration"}
+
+
+@pytest.mark.parametrize("change", IN_A_NET)
+def test_a_structure_sees(change):
+    """All but numbers, and but what is inside of an attribute."""
+    net = Net()
+    structure = Structure([net])
+    assert structure.changed()
+    assert not structure.changed()
+    IN_A_NET[change](net)
+    assert structure.changed() == (change not in NUMBERS_ALONE | INSIDE_A_SETTING)
+    assert not structure.changed()
+
+
+def test_a_structure_sees_which_parameters_there_are():
+    net = Net()
+    structure = Structure([net])
+    for change in (
+        lambda: net.layers[2].register_parameter("bias", None),
+        lambda: net.layers[2].register_parameter("bias", nn.Parameter(torch.ones(8))),
+        lambda: setattr(net, "scale", torch.zeros(2)),  # two tensors have no one truth value
+        lambda: delattr(net, "scale"),
+        lambda: setattr(net.layers[1], "affine", "no"),
+        lambda: (delattr(net.layers[1], "affine"), setattr(net.layers[1], "other", 1)),
+    ):
+        assert structure.changed()
+        assert not structure.changed()
+        change()
+    with _hook_everywhere():
+        assert structure.changed()
+        assert structure.changed() is False
+    assert structure.changed()
+
+
+def test_a_structure_keeps_no_module_alive():
+    net = Net()
+    alive = [weakref.ref(thing) for thing in (*net.modules(), *net.parameters())]
+    structure = Structure([net])
+    structure.changed()
+    del net
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * len(alive)
+    assert structure.changed()
+    assert not structure.changed()
+
+
+@contextlib.contextmanager
+def _hook_everywhere():
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def test_a_watch_sees_nothing_where_there_is_nothing(pipe):

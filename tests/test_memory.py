@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import weakref
 from collections import Counter
 
@@ -18,6 +20,28 @@ from fluxfire.testing import edit, tiny_kontext
 from test_undo import PASSES
 
 each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], ids=repr)
+
+
+def test_a_process_that_ends_without_restore_says_nothing():
+    script = """
+import fluxfire
+from fluxfire.passes import Compile
+from fluxfire.testing import edit, tiny_kontext
+from own_passes import own_passes
+lists = [*([p] for p in own_passes()), [Compile()], "faithful"]
+kept = [fluxfire.optimize(tiny_kontext(), passes) for passes in lists]
+edit(kept[0], steps=1)
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
+    )
+    lines = ended.stderr.splitlines()
+    assert [x for x in lines if "Exception" in x or "Error" in x or "Traceback" in x] == []
 
 
 # The report keeps those of the latest hundred runs.

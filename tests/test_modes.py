@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from peft import LoraConfig
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fluxfire
 from fluxfire.passes import (
@@ -203,6 +204,86 @@ def test_with_gradients_on_in_a_generation(of, monkeypatch):
     apart = (made - plain).abs().max() / plain.abs().max()
     assert apart < (1e-4 if of in EXACT else 0.05)
     assert made.requires_grad
+
+
+def forward_derivative(pipe, *, by, around, scale=1.0):
+    """The result of a call and its tangent, as `torch.func.jvp` gives them.
+
+    Args:
+        pipe: the pipeline.
+        by: "inputs" differentiates by latents and time step, as consistency training does;
+            "weights" by all weights.
+        around: context of the call, such as `torch.no_grad`.
+        scale: with `by="weights"`, the weights of the call are those of the model times this.
+    """
+    transformer = pipe.transformer
+    asked = {k: v.detach() for k, v in inputs(pipe).items()}
+    generator = torch.Generator().manual_seed(5)
+
+    def direction(x):
+        return torch.randn(x.shape, generator=generator).to(x) * 0.01
+
+    if by == "inputs":
+        x = (asked.pop("hidden_states"), asked.pop("timestep"))
+        tangents = (direction(x[0]), torch.ones(2))
+
+        def call(latents, timestep):
+            return transformer(hidden_states=latents, timestep=timestep, **asked)[0]
+
+    else:
+        x = ({name: weight.detach() * scale for name, weight in transformer.named_parameters()},)
+        tangents = ({name: direction(weight) for name, weight in x[0].items()},)
+
+        def call(weights):
+            return torch.func.functional_call(transformer, weights, kwargs=asked)[0]
+
+    # torch has no forward derivative of its fast attention kernels.
+    with around(), sdpa_kernel(SDPBackend.MATH):
+        return torch.func.jvp(call, x, tangents)
+
+
+@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
+@pytest.mark.parametrize("by", ["inputs", "weights"])
+@pytest.mark.parametrize("of", ALL)
+def test_forward_derivatives(of, by, around):
+    scale = 1.25 if by == "weights" else 1.0  # other weights than those that passes prepared from
+    expected = forward_derivative(tiny(), by=by, around=around, scale=scale)
+    pipe = fluxfire.optimize(tiny(), ALL[of])
+    for made, plain in zip(
+        forward_derivative(pipe, by=by, around=around, scale=scale), expected, strict=True
+    ):
+        assert (made - plain).norm() / plain.norm() < (1e-5 if of in EXACT else 0.05)
+    assert np.array_equal(edit(pipe, steps=1), edit(fluxfire.optimize(tiny(), ALL[of]), steps=1))
+
+
+@pytest.mark.parametrize("of", ALL)
+def test_gradients_by_torch_func(of):
+    def gradient(pipe):
+        asked = {k: v.detach() for k, v in inputs(pipe).items()}
+        latents = asked.pop("hidden_states")
+        return torch.func.grad(
+            lambda x: pipe.transformer(hidden_states=x, **asked)[0].square().sum()
+        )(latents)
+
+    expected = gradient(tiny())
+    made = gradient(fluxfire.optimize(tiny(), ALL[of]))
+    assert (made - expected).norm() / expected.norm() < (1e-5 if of in EXACT else 0.1)
+
+
+@pytest.mark.parametrize("of", ALL)
+def test_a_call_with_lent_weights(of):
+    """`torch.func.functional_call` lends other weights for one call, such as averaged ones."""
+
+    @torch.no_grad()
+    def call(pipe):
+        asked = {k: v.detach() for k, v in inputs(pipe).items()}
+        lent = {name: weight * 1.25 for name, weight in pipe.transformer.named_parameters()}
+        return torch.func.functional_call(pipe.transformer, lent, kwargs=asked)[0]
+
+    expected = call(tiny())
+    pipe = fluxfire.optimize(tiny(), ALL[of])
+    assert (call(pipe) - expected).norm() / expected.norm() < (1e-5 if of in EXACT else 0.05)
+    assert np.array_equal(edit(pipe, steps=1), edit(fluxfire.optimize(tiny(), ALL[of]), steps=1))
 
 
 @pytest.mark.parametrize("of", ALL)

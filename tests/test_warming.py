@@ -13,6 +13,7 @@ from PIL import Image
 import fluxfire
 from doubles import Listen
 from fluxfire.errors import PlanError
+from fluxfire.supported import model_of
 from fluxfire.testing import tiny_kontext
 
 TINY = {"max_sequence_length": 24, "_auto_resize": False}
@@ -153,11 +154,22 @@ def test_warmup_resizes_references_as_the_pipeline_does(monkeypatch, pipe, liste
     pipe(Image.new("RGB", size), "", height=32, width=32, max_area=1024, **call)
     warmed, real = tokens(listen)
     assert warmed == real
+    if resize:
+        width, height = model_of(pipe).reference_size(pipe, *size)
+        assert real[1] == width * height // 16  # a token of the tiny pipeline covers 4 x 4 pixels
 
 
 def test_warmup_refuses_references_beside_a_picture(pipe):
     with pytest.raises(PlanError, match=r"not use references=\[\(32, 32\)\] beside image;"):
         fluxfire.warmup(pipe, PAIRS, [(32, 32)], image=Image.new("RGB", (32, 32)), **TINY)
+
+
+@pytest.mark.parametrize("name", ["image", "mask_image"])
+def test_warmup_refuses_a_picture_that_would_overrule_the_sizes(name):
+    pipe = fluxfire.optimize(tiny_kontext("inpaint"), [])
+    with pytest.raises(PlanError, match=f"leave out {name}$"):
+        fluxfire.warmup(pipe, PAIRS, **{name: Image.new("RGB", (32, 32))}, **TINY)
+    assert fluxfire.report(pipe).runs == ()
 
 
 def test_warmup_of_an_inpainting_pipeline_runs_each_reference(listen):

@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from fluxfire.applying import (
     applied_passes,
@@ -16,6 +16,7 @@ from fluxfire.applying import (
     replace_passes,
     undo,
 )
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.errors import PlanError
 from fluxfire.planning.check import make_plan
 from fluxfire.planning.plan import Plan
@@ -40,7 +41,7 @@ __all__ = ["optimize", "optimized", "plan", "report", "restore", "using", "warmu
 P = TypeVar("P")
 
 
-def plan(pipe: Any, passes: Passes = "faithful") -> Plan:
+def plan(pipe: object, passes: Passes = "faithful") -> Plan:
     """Return what `optimize` would do. Changes nothing.
 
     Args:
@@ -161,7 +162,7 @@ def using(pipe: P, settings: Passes | Pass) -> Iterator[P]:
         yield pipe
 
 
-def report(pipe: Any) -> Report:
+def report(pipe: object) -> Report:
     """Return what passes did to a pipeline, and the cost of its generations so far.
 
     Args:
@@ -218,18 +219,18 @@ def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) 
     conductor = find_conductor(pipe)
     if conductor is None:
         raise PlanError("warmup needs an optimized pipeline; call optimize(pipe) first")
-    outputs = read_output_sizes(pipe, sizes)
-    pictures = read_reference_sizes(pipe, references)
-    refuse_size_arguments(call, pictures)
+    known = cast("Pipeline", pipe)
+    outputs = read_output_sizes(known, sizes)
+    pictures = read_reference_sizes(known, references)
+    refuse_size_arguments(known, call, pictures)
     record = Applications.of(conductor)
     began = time.perf_counter()
-    calls = [(size, a) for size in outputs for a in blank_calls(pipe, size, pictures, call)]
-    progress = Progress(pipe, len(calls))
-    generate: Any = pipe
+    calls = [(size, a) for size in outputs for a in blank_calls(known, size, pictures, call)]
+    progress = Progress(known, len(calls))
     with progress.show(conductor), warmup_run(pipe):
         for size, arguments in calls:
             progress.begin(size)
-            generate(**arguments)
-    finish_warmup(pipe)
+            known(**arguments)
+    finish_warmup(known)
     record.warmup_seconds = (record.warmup_seconds or 0.0) + time.perf_counter() - began
     return pipe

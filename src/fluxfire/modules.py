@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from fluxfire.configured import Trait
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.edits.override import CALL_SLOT, Override
 
 SWAPPED: frozenset[Trait] = frozenset({"sequential-offload", "group-offload", "layerwise-casting"})
@@ -28,27 +30,39 @@ FOREIGN_CACHE = (
 """Message and remedy for the trait `foreign-cache`."""
 
 
-def components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+def components(pipe: Pipeline) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over names and components of a pipeline, for components that are torch modules."""
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
             yield name, component
 
 
-def move_and_cast(pipe: Any, *, device: str | torch.device, dtype: torch.dtype) -> None:
+def child(module: object, name: str) -> nn.Module | None:
+    """Return a submodule, or None, in a fifth of the time of `getattr`."""
+    found: nn.Module | None = module.__dict__["_modules"].get(name)
+    return found
+
+
+def parameter(module: object, name: str) -> nn.Parameter | None:
+    """Return a parameter, or None, in a fifth of the time of `getattr`."""
+    found: nn.Parameter | None = module.__dict__["_parameters"].get(name)
+    return found
+
+
+def move_and_cast(pipe: Pipeline, *, device: str | torch.device, dtype: torch.dtype) -> None:
     """Move and cast every component, without the needless warnings of diffusers' `to`."""
     for _, module in components(pipe):
         nn.Module.to(module, device=device, dtype=dtype)
 
 
-def optimizable_components(pipe: Any) -> Iterator[tuple[str, nn.Module]]:
+def optimizable_components(pipe: Pipeline) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over names and components that passes work on: the transformer, and a VAE if any."""
     for name, component in components(pipe):
         if name in ("transformer", "vae"):
             yield name, component
 
 
-def traits(pipe: Any) -> frozenset[Trait]:
+def traits(pipe: Pipeline) -> frozenset[Trait]:
     """Return the traits of a pipeline's transformer and VAE.
 
     Returns:
@@ -71,21 +85,24 @@ def traits(pipe: Any) -> frozenset[Trait]:
 
 def swapping_traits(component: nn.Module) -> frozenset[Trait]:
     """Return the traits in `SWAPPED` that a component has now; they can come at any time."""
-    hooks = ("_hf_hook", "_diffusers_hook")
-    hooked = (m for m in submodules(component) if any(hook in vars(m) for hook in hooks))
+    owns = ((module, module.__dict__) for module in submodules(component))
+    hooked = [module for module, own in owns if "_hf_hook" in own or "_diffusers_hook" in own]
     return SWAPPED.intersection(trait for module in hooked for trait in module_traits(module))
 
 
-def submodules(module: nn.Module) -> list[nn.Module]:
-    """List a module and all its submodules, in a fraction of the time of `Module.modules()`."""
-    found = [module]
+def submodules(*roots: nn.Module) -> list[nn.Module]:
+    """List modules and all their submodules, in a fraction of the time of `Module.modules()`.
+
+    If one module stands in two places, the list has it twice.
+    """
+    found: list[nn.Module | None] = list(roots)
     for part in found:  # the loop also visits the modules that it appends
-        if children := part.__dict__["_modules"]:
-            found += [child for child in children.values() if child is not None]
-    return found
+        if part is not None and (children := part.__dict__["_modules"]):
+            found += children.values()
+    return [part for part in found if part is not None]
 
 
-def cache_traits(transformer: Any) -> set[Trait]:
+def cache_traits(transformer: object) -> set[Trait]:
     """Return the traits of caches on a transformer: `native-cache`, `foreign-cache`."""
     found: set[Trait] = set()
     if getattr(transformer, "is_cache_enabled", False):
@@ -119,7 +136,7 @@ def module_traits(module: nn.Module) -> Iterator[Trait]:
             yield "layerwise-casting"
 
 
-def _is_fused(attention: Any) -> bool:
+def _is_fused(attention: nn.Module) -> bool:
     """Whether an attention with `fused_projections` set really runs a fused projection.
 
     diffusers' `unfuse_qkv_projections` resets only the processor of a VAE's attention; the fused
@@ -135,17 +152,26 @@ def runs_on_several_gpus(part: object) -> bool:
     return getattr(part, "_parallel_config", None) is not None
 
 
+def computes_derivatives() -> bool:
+    """Whether torch records operations for derivatives: of gradients, or of `torch.func.jvp`.
+
+    torch differentiates its own operations, but not a kernel, a cached value or a weight in float8.
+    A training by consistency or mean flow calls `torch.func.jvp`, mostly under `no_grad`.
+    """
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0  # noqa: SLF001 - no public name
+
+
 def change_count(tensor: torch.Tensor) -> int:
     """Return torch's counter of in-place changes; -1 for an inference tensor, which has none."""
     return -1 if tensor.is_inference() else tensor._version  # noqa: SLF001 - no public name
 
 
-def has_adapter(module: nn.Module) -> bool:
+def has_adapter(module: object) -> bool:
     """Whether a module is a layer with one of PEFT's adapters: LoRA, LoHa, LoKr and others."""
     return hasattr(type(module), "adapter_layer_names")
 
 
-def is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: object) -> bool:
     """Whether a user compiled a module, by `module.compile()` or by replacing its `forward`."""
     own = vars(module)
     for call in (own.get(CALL_SLOT), own.get("forward")):
@@ -193,7 +219,7 @@ def matching_inference_mode(weight: torch.Tensor) -> AbstractContextManager[None
     return torch.inference_mode(mode=weight.is_inference())
 
 
-def storage_bytes(pipe: Any) -> int:
+def storage_bytes(pipe: Pipeline) -> int:
     """Count the bytes of a pipeline's weights and buffers. Counts a shared storage once."""
     seen: dict[int, int] = {}
     for _, component in components(pipe):

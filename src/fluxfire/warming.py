@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from typing_extensions import override
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.errors import PlanError
 from fluxfire.model import Call
 from fluxfire.reporting.compile_counts import on_compilation
@@ -23,7 +24,7 @@ Sizes = Iterable[tuple[SupportsIndex, SupportsIndex]]
 _REFERENCE_ARGUMENTS = {"image", "image_reference"}  # arguments of a pipeline call
 
 
-def read_output_sizes(pipe: Any, sizes: Sizes) -> list[Size]:
+def read_output_sizes(pipe: Pipeline, sizes: Sizes) -> list[Size]:
     """Validate output sizes. Iterates over `sizes` once.
 
     Raises:
@@ -45,7 +46,7 @@ def read_output_sizes(pipe: Any, sizes: Sizes) -> list[Size]:
     return read
 
 
-def read_reference_sizes(pipe: Any, references: Sizes | None) -> list[Size] | None:
+def read_reference_sizes(pipe: Pipeline, references: Sizes | None) -> list[Size] | None:
     """Validate sizes of references, and round them down as the pipeline does.
 
     Iterates over `references` once.
@@ -63,7 +64,9 @@ def read_reference_sizes(pipe: Any, references: Sizes | None) -> list[Size] | No
     return [(w // multiple * multiple, h // multiple * multiple) for w, h in read]
 
 
-def refuse_size_arguments(call: dict[str, Any], references: list[Size] | None) -> None:
+def refuse_size_arguments(
+    pipe: Pipeline, call: dict[str, Any], references: list[Size] | None
+) -> None:
     """Refuse arguments of a pipeline call that contradict the sizes.
 
     Raises:
@@ -73,6 +76,12 @@ def refuse_size_arguments(call: dict[str, Any], references: list[Size] | None) -
     if contradicting:
         names = ", ".join(contradicting)
         raise PlanError(f"warmup takes sizes=[(width, height)] instead of {names}")
+    pictures = sorted(call.keys() & {"image", "mask_image"})
+    if pictures and _inpaints(pipe):
+        raise PlanError(
+            f"warmup makes a blank picture and mask of each size, because an inpainting pipeline "
+            f"takes the output's size from the picture; leave out {' and '.join(pictures)}"
+        )
     pictures = sorted(call.keys() & _REFERENCE_ARGUMENTS)
     if references is not None and pictures:
         raise PlanError(
@@ -81,7 +90,11 @@ def refuse_size_arguments(call: dict[str, Any], references: list[Size] | None) -
         )
 
 
-def _size_multiple(pipe: Any) -> int:
+def _inpaints(pipe: Pipeline) -> bool:
+    return hasattr(pipe, "mask_processor")
+
+
+def _size_multiple(pipe: Pipeline) -> int:
     return model_of(pipe).size_multiple(pipe)
 
 
@@ -137,7 +150,7 @@ def _parse_size(size: Any) -> Size | None:
 
 
 def blank_calls(
-    pipe: Any, size: Size, references: list[Size] | None, call: dict[str, Any]
+    pipe: Pipeline, size: Size, references: list[Size] | None, call: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
     """Yield the arguments of one generation with a blank picture for each reference.
 
@@ -157,7 +170,7 @@ def blank_calls(
     }
     if "prompt_embeds" in call:
         del arguments["prompt"]
-    inpaints = hasattr(pipe, "mask_processor")
+    inpaints = _inpaints(pipe)
     if inpaints:
         arguments |= {"image": _blank(size), "mask_image": _blank(size)}
     if call.keys() & _REFERENCE_ARGUMENTS:
@@ -184,7 +197,7 @@ class Progress(Listener):
     generations are off in the meantime.
     """
 
-    def __init__(self, pipe: Any, total: int) -> None:
+    def __init__(self, pipe: Pipeline, total: int) -> None:
         self._pipe = pipe
         self._bar = pipe.progress_bar(total=total)
         self._size = ""

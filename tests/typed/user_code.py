@@ -11,16 +11,19 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, assert_type
 
+import torch
+from diffusers import FluxKontextPipeline
 from fastapi import FastAPI
 
 import fluxfire
 from fluxfire import Change, Finding, Pass, Target, presets
-from fluxfire.bench import Tuned, held_out
+from fluxfire.bench import Tuned, Workload, held_out
 from fluxfire.errors import FluxfireError, PassError, PlanError, RestoreError
-from fluxfire.extend import Transaction
+from fluxfire.extend import AttentionModule, Transaction, Transformer, model_of
+from fluxfire.extend import Pipeline as SeenPipeline
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, InductorPatch, MegaCache
 from fluxfire.planning.plan import Plan
-from fluxfire.protocol import Exactness, Stage
+from fluxfire.protocol import Exactness, Stage, Trait
 from fluxfire.reporting.report import PassReport, Report
 from fluxfire.reporting.statistics import RunStatistics
 from fluxfire.serve import Settings, create_app
@@ -48,6 +51,28 @@ def optimize_and_restore(pipe: Pipeline) -> Pipeline:
     fluxfire.optimize(pipe, 3)  # type: ignore[arg-type]
     fluxfire.optimise(pipe)  # type: ignore[attr-defined]
     return fluxfire.restore(pipe)
+
+
+def real_pipeline(pipe: FluxKontextPipeline) -> FluxKontextPipeline:
+    """A pipeline of diffusers goes in, though mypy sees it as an empty placeholder class."""
+    assert_type(fluxfire.optimize(pipe), FluxKontextPipeline)
+    assert_type(fluxfire.warmup(pipe, [(1024, 1024)]), FluxKontextPipeline)
+    assert_type(fluxfire.plan(pipe), Plan)
+    assert_type(fluxfire.report(pipe), Report)
+    fluxfire.tune(pipe, held_out(8), fluxfire.Budget(min_psnr=40))
+    picture = Workload.for_pipeline(pipe).run(pipe, held_out(1)[0])
+    picture.save("picture.png")
+    edit(pipe)
+    with fluxfire.optimized(pipe) as faster:
+        assert_type(faster, FluxKontextPipeline)
+    return fluxfire.restore(pipe)
+
+
+def loaded_pipeline() -> None:
+    """A pipeline that fluxfire loads has whatever diffusers gives it."""
+    pipe = fluxfire.load("black-forest-labs/FLUX.1-Kontext-dev")
+    pipe.load_lora_weights("a/lora")
+    fluxfire.optimize(pipe)(prompt="make it night").images[0].save("picture.png")
 
 
 def warm_up(pipe: Pipeline) -> Pipeline:
@@ -144,7 +169,7 @@ class Sharpen:
 
     def check(self, target: Target) -> Iterable[Finding]:
         """Look at what there is."""
-        assert_type(target.traits, frozenset[str])
+        assert_type(target.traits, frozenset[Trait])
         assert_type(target.environment.packages, dict[str, str | None])
         assert_type(target.environment.capability, tuple[int, int] | None)
         for other in target.passes:
@@ -156,6 +181,14 @@ class Sharpen:
     def apply(self, tx: Transaction) -> Change:
         """Change what there is."""
         tx.setattr(tx.pipe, "sharpness", self.strength)
+        assert_type(tx.pipe, SeenPipeline)
+        assert_type(tx.pipe.transformer, Transformer)
+        assert_type(tx.pipe.transformer.dtype, torch.dtype)
+        attentions = model_of(tx.pipe).attentions(tx.pipe.transformer)
+        assert_type(attentions, list[AttentionModule])
+        _ = tx.pipe.transfomer  # type: ignore[attr-defined]
+        whole: Any = tx.pipe
+        whole.transformer.proj_out.requires_grad_(requires_grad=False)
         assert_type(tx.live(self).settings, Sharpen)
         tx.on_undo(lambda: None)
         assert_type(tx.enter(nullcontext("inside")), str)

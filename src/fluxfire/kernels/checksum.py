@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fluxfire.errors import FluxfireError
+
 SAMPLES = 32768
 """Minimum number of words read of a tensor that has so many; each row gets the same number."""
 HOST_SAMPLES = 32
@@ -31,7 +33,7 @@ MIX = (0x9E3779B97F4A7C1, 0x3F58476D1CE4E5B9)
 """Multipliers of the hash that turns a position into the factor of its word."""
 STEP = 2654435761
 """A prime: how far the position within a piece moves from row to row."""
-_METADATA = attrgetter("dtype", "shape", "device", "layout")
+_KIND = attrgetter("dtype", "shape")
 _ENOUGH_ROWS = 256  # with fewer rows, too few positions within a piece would be sampled
 
 
@@ -71,12 +73,15 @@ class Sums:
             tensors: any tensors. A tensor without accessible data (on the meta device, or of a
                 subclass that stores its numbers elsewhere) has the checksum 0.
         """
-        looks = list(map(_METADATA, tensors))
-        if all(layout is torch.strided for *_, layout in looks):
-            strides: list[object] = list(map(Tensor.stride, tensors))
-        else:
+        kinds = list(map(_KIND, tensors))
+        strides: list[object]
+        try:  # in loops of C, as FLUX's encoders have 660 tensors
+            strides = list(map(Tensor.stride, tensors))
+            addresses = list(map(Tensor.data_ptr, tensors))
+        except (RuntimeError, FluxfireError):  # no strides, or numbers elsewhere or dropped
             strides = [t.stride() if t.layout is torch.strided else None for t in tensors]
-        places = [*looks, *strides, *map(_address, tensors)]
+            addresses = list(map(_address, tensors))
+        places = [*kinds, *strides, *addresses]
         if places != self._places:
             self._plan_reads(tensors)
             self._places = places
@@ -87,7 +92,7 @@ class Sums:
             made = _checksums_by_kernel(device, table, most)
             for index, of_one in zip(indices, made, strict=True):
                 sums[index] = of_one
-        return [look[:2] for look in looks] + strides + sums
+        return [*kinds, *strides, *sums]
 
     def _plan_reads(self, tensors: Sequence[Tensor]) -> None:
         by_device: dict[torch.device, list[int]] = defaultdict(list)

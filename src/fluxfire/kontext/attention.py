@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -18,7 +18,7 @@ from fluxfire.kernels import in_heads, joint_heads
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.float8 import E4M3, E4M3_MAX, QuantizedRows, float8_scale, to_float8
 from fluxfire.kernels.heads import Pair, Stream, Triple, dequantize
-from fluxfire.kontext.pipeline import KONTEXT, PlainProcessor
+from fluxfire.kontext.pipeline import KONTEXT, BlockAttention, PlainProcessor
 
 REFERENCE_KWARG = "reference"
 """Key of a block's `ReferenceKV` among the attention arguments (`joint_attention_kwargs`).
@@ -65,7 +65,7 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
     @override
     def __call__(
         self,
-        attn: Any,
+        attn: BlockAttention,
         hidden_states: Tensor,
         encoder_hidden_states: Tensor | None = None,
         attention_mask: Tensor | None = None,
@@ -89,7 +89,7 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
         """
         rotary = image_rotary_emb
         device = hidden_states.device.type
-        use_plain = torch.is_grad_enabled() or torch.is_autocast_enabled(device)
+        use_plain = modules.computes_derivatives() or torch.is_autocast_enabled(device)
         if rotary is None or attention_mask is not None or use_plain:
             plain: Tensor | Pair = super().__call__(
                 attn, hidden_states, encoder_hidden_states, attention_mask, rotary
@@ -99,7 +99,7 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
 
     def _attend(
         self,
-        attn: Any,
+        attn: BlockAttention,
         image: Tensor,
         text: Tensor | None,
         rotary: Pair,
@@ -133,7 +133,7 @@ class KernelAttnProcessor(ReferenceAttnProcessor):
     @override
     def _attend(
         self,
-        attn: Any,
+        attn: BlockAttention,
         image: Tensor,
         text: Tensor | None,
         rotary: Pair,
@@ -172,13 +172,13 @@ class QueryKeyScales:
     key: Tensor
 
 
-def is_flux_processor(processor: Any) -> bool:
+def is_flux_processor(processor: object) -> bool:
     """Whether a processor is diffusers' own for Flux, or fluxfire's with the same result."""
     return type(processor) is PlainProcessor or isinstance(processor, ReferenceAttnProcessor)
 
 
 def attend(
-    attention: Any, qkv: list[Tensor], rotary: Pair, reference: ReferenceKV | None = None
+    attention: BlockAttention, qkv: list[Tensor], rotary: Pair, reference: ReferenceKV | None = None
 ) -> Tensor:
     """Compute the attention of a single block.
 
@@ -195,7 +195,7 @@ def attend(
 
 
 def attend_jointly(
-    attention: Any,
+    attention: BlockAttention,
     text: Tensor | QuantizedRows,
     image: Tensor | QuantizedRows,
     rotary: Pair,
@@ -220,7 +220,7 @@ def attend_jointly(
     return _project_out(attention, attended, of_text[0].shape[1])
 
 
-def projections(attention: Any, *, added: bool = False) -> list[Any]:
+def projections(attention: BlockAttention, *, added: bool = False) -> list[nn.Module]:
     """Return the projections to query, key and value: one fused layer, or three.
 
     Args:
@@ -233,34 +233,32 @@ def projections(attention: Any, *, added: bool = False) -> list[Any]:
     return [getattr(attention, name) for name in names]
 
 
-def query_key_value(layers: list[Any], x: Tensor | QuantizedRows) -> list[Tensor]:
+def query_key_value(layers: list[nn.Module], x: Tensor | QuantizedRows) -> list[Tensor]:
     """Project to query, key and value, each (batch, tokens, heads · head width)."""
     made = [layer(x) for layer in layers]
     return list(made[0].chunk(3, dim=-1)) if len(made) == 1 else made
 
 
-def has_plain_head_norms(attention: Any) -> bool:
+def has_plain_head_norms(attention: BlockAttention) -> bool:
     """Whether the head norms are RMS norms that a kernel may compute from their weights alone."""
     norms = head_norms(attention)
-    return (
-        all(
-            own_class(norm) in _RMS_NORMS
-            and norm.weight is not None
-            and getattr(norm, "bias", None) is None
-            and not modules.is_hooked(norm)
-            for norm in norms
-        )
-        and len({norm.eps for norm in norms}) == 1
-    )
+    for norm in norms:
+        if type(norm) not in _RMS_NORMS and own_class(norm) not in _RMS_NORMS:
+            return False
+        weight, bias = modules.parameter(norm, "weight"), modules.parameter(norm, "bias")
+        if weight is None or bias is not None or modules.is_hooked(norm):
+            return False
+    return len({norm.eps for norm in norms}) == 1
 
 
 _RMS_NORMS = (RMSNorm, nn.RMSNorm)
 
 
-def head_norms(attention: Any) -> list[Any]:
+def head_norms(attention: BlockAttention) -> list[RMSNorm | nn.RMSNorm]:
     """Return an attention's query and key norms, and the text's own norms if it has any."""
     names = ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
-    return [norm for name in names if (norm := getattr(attention, name, None)) is not None]
+    norms: list[RMSNorm | nn.RMSNorm | None] = [modules.child(attention, n) for n in names]
+    return [norm for norm in norms if norm is not None]
 
 
 def query_key_scale(weights: list[Tensor], width: int) -> Tensor:
@@ -279,7 +277,7 @@ def query_key_scale(weights: list[Tensor], width: int) -> Tensor:
 
 
 def _attend(
-    attention: Any, streams: list[Stream], rotary: Pair, reference: ReferenceKV | None
+    attention: BlockAttention, streams: list[Stream], rotary: Pair, reference: ReferenceKV | None
 ) -> Tensor:
     """Compute attention over the concatenated streams: (batch, tokens, heads · head width)."""
     processor, eps = attention.processor, attention.norm_q.eps
@@ -380,14 +378,14 @@ def _float8_scales(
     return *of_heads, scale
 
 
-def _make_stream(attention: Any, qkv: list[Tensor], *, added: bool = False) -> Stream:
+def _make_stream(attention: BlockAttention, qkv: list[Tensor], *, added: bool = False) -> Stream:
     norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
     query, key, value = qkv
     of_query, of_key = (getattr(attention, name).weight for name in norms)
     return Stream((query, key, value), (of_query, of_key))
 
 
-def _project_and_norm(attention: Any, x: Tensor, *, added: bool = False) -> Triple:
+def _project_and_norm(attention: BlockAttention, x: Tensor, *, added: bool = False) -> Triple:
     """Project and norm by the modules themselves: 3 x (batch, tokens, heads, head width)."""
     norms = ("norm_added_q", "norm_added_k") if added else ("norm_q", "norm_k")
     made = query_key_value(projections(attention, added=added), x)
@@ -395,7 +393,7 @@ def _project_and_norm(attention: Any, x: Tensor, *, added: bool = False) -> Trip
     return getattr(attention, norms[0])(query), getattr(attention, norms[1])(key), value
 
 
-def _run_kernel(processor: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _run_kernel(processor: PlainProcessor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Run the processor's kernel on (batch, tokens, heads, head width): (batch, tokens, width)."""
     if isinstance(processor, FlashAttnProcessor):
         return flash_attention(query, key, value).flatten(2, 3)  # type: ignore[no-any-return]
@@ -404,7 +402,7 @@ def _run_kernel(processor: Any, query: Tensor, key: Tensor, value: Tensor) -> Te
     return out
 
 
-def _project_out(attention: Any, attended: Tensor, text_tokens: int) -> Pair:
+def _project_out(attention: BlockAttention, attended: Tensor, text_tokens: int) -> Pair:
     """Split the joint result, and apply the output projections to text and image."""
     image = attention.to_out[1](attention.to_out[0](attended[:, text_tokens:]))
     return attention.to_add_out(attended[:, :text_tokens]), image

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from diffusers import FlowMatchEulerDiscreteScheduler
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 
 def clip_text_model(
-    tokenizer: Any, *, hidden_size: int, intermediate_size: int, layers: int, heads: int
+    tokenizer: CLIPTokenizer, *, hidden_size: int, intermediate_size: int, layers: int, heads: int
 ) -> CLIPTextModel:
     """Build a CLIP text encoder with random weights.
 

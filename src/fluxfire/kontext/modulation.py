@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeAlias
 
+from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
 from torch import Tensor
 from torch.func import functional_call
 
+ModulatedNorm: TypeAlias = AdaLayerNormZero | AdaLayerNormZeroSingle
+"""A norm of a double block, or of a single block."""
 COLUMNS = "_fluxfire_columns"
 """Attribute of a norm that reads a table: its columns (start, stop) in the block's table row."""
 
 
-def modulations(norm: Any, temb: Tensor) -> Tensor:
+def modulations(norm: ModulatedNorm, temb: Tensor) -> Tensor:
     """Return a norm's modulations, computed or read from a table row.
 
     Args:
-        norm: diffusers' `AdaLayerNormZero` or `AdaLayerNormZeroSingle`.
+        norm: the norm.
         temb: (batch, width), the embedding of time step, guidance and pooled text; or table rows
             (batch, modulations of all norms of the block), see `ModulationTable`.
 

@@ -31,6 +31,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import nn
 
 from fluxfire import modules
+from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.errors import FluxfireError
 from fluxfire.model import Model, Run, Streams, Tokens
 from fluxfire.text import with_article
@@ -55,7 +56,7 @@ class Kontext:
 
     pipelines: tuple[type, ...] = (FluxKontextPipeline, FluxKontextInpaintPipeline)
 
-    def refusal(self, pipe: Any) -> str | None:
+    def refusal(self, pipe: Pipeline) -> str | None:
         """Return why a pipeline is refused: another transformer, or weights without data."""
         transformer = pipe.transformer
         if not isinstance(transformer, FluxTransformer2DModel):
@@ -77,20 +78,20 @@ class Kontext:
                 )
         return None
 
-    def blocks(self, transformer: Any) -> list[nn.Module]:
+    def blocks(self, transformer: FluxTransformer2DModel) -> list[nn.Module]:
         """Return the double blocks, then the single blocks."""
         return [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
 
-    def attentions(self, transformer: Any) -> list[Any]:
+    def attentions(self, transformer: FluxTransformer2DModel) -> list[BlockAttention]:
         """Return the attention of each block, in the blocks' order."""
-        blocks: list[Any] = self.blocks(transformer)
+        blocks: list[DoubleBlock | SingleBlock] = self.blocks(transformer)
         return [block.attn for block in blocks]
 
-    def linears(self, block: Any) -> list[tuple[Any, str]]:
+    def linears(self, block: DoubleBlock | SingleBlock) -> list[tuple[nn.Module, str]]:
         """Return the attention's projections, then the MLP's."""
         attention = block.attn
         names = (*_QKV[1], *_TEXT_QKV[1], "to_add_out")
-        places: list[tuple[Any, str]] = [(attention, name) for name in names]
+        places: list[tuple[nn.Module, str]] = [(attention, name) for name in names]
         if getattr(attention, "to_out", None) is not None:
             places.append((attention.to_out, "0"))
         if hasattr(block, "ff"):
@@ -100,21 +101,21 @@ class Kontext:
             places += [(block, "proj_mlp"), (block, "proj_out")]
         return [(owner, name) for owner, name in places if getattr(owner, name, None) is not None]
 
-    def projections(self, attention: Any) -> list[tuple[str, tuple[str, str, str]]]:
+    def projections(self, attention: AttentionModule) -> list[tuple[str, tuple[str, str, str]]]:
         """Return the image's projections, and the text's if it has its own (in double blocks)."""
         has_text = getattr(attention, _TEXT_QKV[1][0], None) is not None
         return [_QKV, _TEXT_QKV] if has_text else [_QKV]
 
-    def modulated_norms(self, block: Any) -> list[Any]:
+    def modulated_norms(self, block: DoubleBlock | SingleBlock) -> list[nn.Module]:
         """Return a double block's two norms, image first, or a single block's one norm."""
         names = ("norm1", "norm1_context") if hasattr(block, "norm1") else ("norm",)
         return [getattr(block, name) for name in names]
 
-    def text_encoders(self, pipe: Any) -> list[nn.Module]:
+    def text_encoders(self, pipe: Pipeline) -> list[nn.Module]:
         """Return CLIP and T5, if the pipeline has them."""
         return [e for e in (pipe.text_encoder, pipe.text_encoder_2) if e is not None]
 
-    def sigma(self, pipe: Any) -> torch.Tensor:
+    def sigma(self, pipe: Pipeline) -> torch.Tensor:
         """Return the scheduler's time step divided by 1000, in float32."""
         sigma: torch.Tensor = pipe.current_timestep.float() / 1000
         return sigma
@@ -135,7 +136,7 @@ class Kontext:
         noise = int((img_ids[..., 0] == 0).sum())
         return Tokens(noise, img_ids.shape[-2] - noise, txt_ids.shape[-2])
 
-    def runner(self, transformer: Any, inputs: dict[str, Any]) -> Run:
+    def runner(self, transformer: FluxTransformer2DModel, inputs: dict[str, Any]) -> Run:
         """Return a function that runs blocks exactly like diffusers' own loops.
 
         It removes ControlNet residuals from `inputs`, and adds them after the same blocks as
@@ -165,7 +166,9 @@ class Kontext:
         return run
 
     @contextmanager
-    def mount(self, transformer: Any, stack: Callable[[Streams], Streams]) -> Iterator[None]:
+    def mount(
+        self, transformer: FluxTransformer2DModel, stack: Callable[[Streams], Streams]
+    ) -> Iterator[None]:
         """Shadow the two lists of blocks: one holds the whole stack, the other is empty.
 
         diffusers' own forward still computes the embeddings and the output projection. No module is
@@ -179,12 +182,12 @@ class Kontext:
         finally:
             self.unmount(transformer)
 
-    def unmount(self, transformer: Any) -> None:
+    def unmount(self, transformer: FluxTransformer2DModel) -> None:
         """Remove the shadows of the lists of blocks."""
         for name in _LISTS:
             vars(transformer).pop(name, None)
 
-    def reference_size(self, pipe: Any, width: int, height: int) -> tuple[int, int]:
+    def reference_size(self, pipe: Pipeline, width: int, height: int) -> tuple[int, int]:
         """Return Kontext's preferred size (about a megapixel) with the nearest aspect ratio.
 
         A pipeline with other sizes, such as Spark, has its own method of this name.
@@ -194,19 +197,22 @@ class Kontext:
             return size
         from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
 
+        # Kontext cuts the picture to whole tokens before it looks at the aspect ratio.
+        multiple = self.size_multiple(pipe)
+        width, height = (max(side // multiple, 1) for side in (width, height))
         _, w, h = min((abs(width / height - w / h), w, h) for w, h in PREFERRED_KONTEXT_RESOLUTIONS)
-        return w // 16 * 16, h // 16 * 16
+        return w // multiple * multiple, h // multiple * multiple
 
     def exact_size(self, width: int, height: int) -> dict[str, int]:
         """Return width, height and `max_area`; without it Kontext rescales to a megapixel."""
         return {"width": width, "height": height, "max_area": width * height}
 
-    def size_multiple(self, pipe: Any) -> int:
+    def size_multiple(self, pipe: Pipeline) -> int:
         """Return the side of a token in pixels; a token covers 2 by 2 latents."""
         multiple: int = pipe.vae_scale_factor * 2
         return multiple
 
-    def is_tiny(self, pipe: Any) -> bool:
+    def is_tiny(self, pipe: Pipeline) -> bool:
         """Whether a latent covers fewer than FLUX's 8 by 8 pixels."""
         flux = 8
         return bool(pipe.vae_scale_factor < flux)
@@ -267,7 +273,9 @@ _FOREIGN_FORWARD = (
 )
 
 
-def _residuals(transformer: Any, inputs: dict[str, Any]) -> dict[int, torch.Tensor]:
+def _residuals(
+    transformer: FluxTransformer2DModel, inputs: dict[str, Any]
+) -> dict[int, torch.Tensor]:
     """Return the ControlNet residual to add after each block, by the block's index."""
     double, single = len(transformer.transformer_blocks), len(transformer.single_transformer_blocks)
     repeat = inputs.pop("controlnet_blocks_repeat", False)

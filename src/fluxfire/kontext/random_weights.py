@@ -18,6 +18,7 @@ from diffusers import (
 from transformers import T5Config, T5EncoderModel
 
 from fluxfire import modules
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.kontext import components, tokenizers
 
 _KINDS = {"edit": FluxKontextPipeline, "inpaint": FluxKontextInpaintPipeline}
@@ -31,7 +32,7 @@ def tiny_kontext(
     device: str | torch.device = "cpu",
     double_blocks: int = 2,
     single_blocks: int = 3,
-) -> Any:
+) -> DiffusersPipeline:
     """Build a Kontext pipeline that edits a picture in milliseconds on a CPU.
 
     Its VAE halves the size once, so a 32-by-32 picture has 64 tokens. Pass `height`, `width`,
@@ -92,7 +93,7 @@ def full_kontext(
     seed: int = 0,
     dtype: torch.dtype = torch.bfloat16,
     device: str | torch.device = "cuda",
-) -> Any:
+) -> DiffusersPipeline:
     """Build a Kontext pipeline of FLUX.1 Kontext [dev]'s own sizes (31 GiB in bfloat16).
 
     Args:
@@ -141,8 +142,12 @@ def full_kontext(
 
 
 def _assemble(
-    kind: str, transformer: Any, vae: Any, clip: dict[str, Any], t5: dict[str, Any]
-) -> Any:
+    kind: str,
+    transformer: FluxTransformer2DModel,
+    vae: AutoencoderKL,
+    clip: dict[str, Any],
+    t5: dict[str, Any],
+) -> DiffusersPipeline:
     if kind not in _KINDS:
         raise ValueError(f"kind={kind!r}; it must be one of {', '.join(_KINDS)}")
     tokenizer, tokenizer_2 = tokenizers.clip_tokenizer(), tokenizers.t5_tokenizer()

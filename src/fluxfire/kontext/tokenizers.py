@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 from transformers import CLIPTokenizer, T5Tokenizer
 
@@ -69,7 +68,7 @@ def _merged(parts: list[str], pair: tuple[str, str]) -> list[str]:
     return out
 
 
-def t5_tokenizer(words: Sequence[str] = (), *, lower: bool = False) -> Any:
+def t5_tokenizer(words: Sequence[str] = (), *, lower: bool = False) -> T5Tokenizer:
     """Build a T5 tokenizer that knows printable ASCII, and some words as one token each.
 
     Args:
@@ -89,7 +88,7 @@ def t5_tokenizer(words: Sequence[str] = (), *, lower: bool = False) -> Any:
     return tokenizer
 
 
-def _t5_from_pieces(pieces: list[tuple[str, float]]) -> Any:
+def _t5_from_pieces(pieces: list[tuple[str, float]]) -> T5Tokenizer:
     try:
         return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
     except TypeError:  # transformers 4 builds a fast tokenizer from a tokenizers object

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import nn
 from typing_extensions import override
 
+from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.kontext import IPAdapterProcessor, PlainProcessor
 from fluxfire.kontext.attention import (
     SCALES_ATTRIBUTE,
@@ -155,7 +156,7 @@ class Attention:
         times = ", ".join(f"{name} {ms:.3f} ms" for name, ms in measured.milliseconds.items())
         return measured.backend, f"attentions computed by {measured.backend} (of {times})"
 
-    def _check_processors(self, pipe: Any) -> Iterator[Finding]:
+    def _check_processors(self, pipe: Pipeline) -> Iterator[Finding]:
         known = [PlainProcessor]
         if self.backend not in _OWN_PROCESSORS:
             known.append(IPAdapterProcessor)
@@ -219,7 +220,7 @@ def _refuse(
 class _ScaleUpdater(Listener):
     """Gives each attention its query and key scales, anew where the norms' weights change."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self._model, self._transformer = model_of(pipe), pipe.transformer
         self._watched: list[nn.Module] = []
         self._watch = Watch([])
@@ -253,7 +254,7 @@ class _ScaleUpdater(Listener):
             vars(attention).pop(SCALES_ATTRIBUTE, None)
 
 
-def _query_key_scales(attention: Any) -> QueryKeyScales:
+def _query_key_scales(attention: AttentionModule) -> QueryKeyScales:
     has_text = getattr(attention, "norm_added_q", None) is not None
     query_norms = ("norm_q", "norm_added_q") if has_text else ("norm_q",)
     key_norms = ("norm_k", "norm_added_k") if has_text else ("norm_k",)
@@ -264,13 +265,13 @@ def _query_key_scales(attention: Any) -> QueryKeyScales:
     return QueryKeyScales(query, key)
 
 
-def _device(pipe: Any) -> torch.device:
+def _device(pipe: Pipeline) -> torch.device:
     """Return the device that the transformer runs on, even while it is offloaded."""
     own: torch.device = pipe.transformer.device
     return own if own.type == "cuda" else pipe._execution_device  # noqa: SLF001 - no public name
 
 
-def _sizes(pipe: Any) -> Sizes:
+def _sizes(pipe: Pipeline) -> Sizes:
     config = pipe.transformer.config
     heads, width = config.num_attention_heads, config.attention_head_dim
     return Sizes(_device(pipe), pipe.transformer.dtype, heads, width)

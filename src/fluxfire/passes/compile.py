@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import nn
 from typing_extensions import override
 
 from fluxfire import modules
+from fluxfire.diffusers_types import Pipeline, Vae
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.runtime.generation import Generation, Listener
 from fluxfire.runtime.transaction import Transaction
@@ -156,7 +157,7 @@ class Compile:
         where = "blocks" if self.region == "blocks" else "whole models"
         return Change(sum(map(len, groups)), f"{where} set to compile at their first call")
 
-    def _groups(self, pipe: Any) -> list[list[nn.Module]]:
+    def _groups(self, pipe: Pipeline) -> list[list[nn.Module]]:
         """Return the modules to compile, in groups that share their graphs."""
         groups: list[list[nn.Module]] = []
         if self.region == "blocks":
@@ -165,9 +166,10 @@ class Compile:
                 by_class.setdefault(type(block), []).append(block)
             groups += by_class.values()
         else:
-            groups.append([pipe.transformer])
+            groups.append([cast("nn.Module", pipe.transformer)])
         if self.vae:
-            groups += [[part] for part in (pipe.vae.encoder, pipe.vae.decoder)]
+            vae = cast("Vae", pipe.vae)  # `check` refuses a pipeline without one
+            groups += [[part] for part in (vae.encoder, vae.decoder)]
         if self.text_encoders:
             groups += map(_layers, _text_encoders(pipe))
         return groups
@@ -209,7 +211,7 @@ class Compile:
             )
 
 
-def _text_encoders(pipe: Any) -> list[nn.Module]:
+def _text_encoders(pipe: Pipeline) -> list[nn.Module]:
     return model_of(pipe).text_encoders(pipe)
 
 
@@ -274,7 +276,7 @@ class _CompiledCall:
 class _HookChecker(Listener):
     """Bypasses graphs that hooks would break, since the user may add hooks at any time."""
 
-    def __init__(self, pipe: Any, compiled: list[_CompiledCall]) -> None:
+    def __init__(self, pipe: Pipeline, compiled: list[_CompiledCall]) -> None:
         self._pipe, self._compiled = pipe, compiled
 
     @override
@@ -286,7 +288,7 @@ class _HookChecker(Listener):
 
 
 def _compile_group(
-    modules: list[nn.Module], call: Any, settings: dict[str, Any], *, clone: bool
+    modules: list[nn.Module], call: Callable[..., Any], settings: dict[str, Any], *, clone: bool
 ) -> Iterator[_CompiledCall]:
     """Compile modules of one class.
 
@@ -330,11 +332,11 @@ def _private_copy(function: types.FunctionType | Any) -> Iterator[Any]:
     Dynamo also stores each graph in the function's globals, for the lifetime of the process. So the
     copy has its own globals, and dynamo's entries for its code are reset at the end.
     """
+    from torch._C._dynamo.eval_frame import reset_code
+
     known = {"__name__": __name__, "__builtins__": builtins}
     code = function.__code__.replace()
     try:
         yield types.FunctionType(code, known, function.__name__)
-    finally:
-        from torch._C._dynamo.eval_frame import reset_code
-
+    finally:  # also at the end of a process that does not restore, where nothing can be imported
         reset_code(code)

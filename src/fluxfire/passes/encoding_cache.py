@@ -6,7 +6,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -81,7 +81,7 @@ class EncodingCache:
             encoders = (pipe.text_encoder, pipe.text_encoder_2)
             places += [(one, CALL_SLOT, prompts) for one in encoders if one is not None]
         if self.pictures and pipe.vae is not None:
-            places.append((pipe.vae, "encode", pictures))
+            places.append((cast("nn.Module", pipe.vae), "encode", pictures))
         for encoder, name, cache in places:
             tx.override(encoder, name, _CachedEncoder(encoder, name, cache).encode)
         caches = {"prompts": prompts, "pictures": pictures}
@@ -172,7 +172,7 @@ class _CachedEncoder:
         A function that wraps this override still sees every call. A function that this override
         wraps would miss the cached ones, so then nothing is cached.
         """
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or has_global_hooks():
+        if modules.computes_derivatives() or torch.compiler.is_compiling() or has_global_hooks():
             return False
         if self._name == "encode" and getattr(plain_encode, "__self__", None) is not encoder:
             return False

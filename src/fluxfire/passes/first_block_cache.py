@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.model import Call, Run, Streams
 from fluxfire.passes.shared.block_cache import CacheWrapper, check_for_other_caches
 from fluxfire.passes.shared.distance import mean_abs, relative_distance
@@ -294,7 +295,7 @@ class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
       `predict="linear"` extends the line through them.
     """
 
-    def __init__(self, live: Live[FirstBlockCache], pipe: Any) -> None:
+    def __init__(self, live: Live[FirstBlockCache], pipe: Pipeline) -> None:
         super().__init__(live, pipe)
         self._states: dict[str, _BranchState] = {}
         self._hits: list[bool] = []  # of the current call; its later parts follow the first part

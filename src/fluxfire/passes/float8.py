@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from fluxfire import modules
+from fluxfire.diffusers_types import AttentionModule, Transformer
 from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.errors import FluxfireError
 from fluxfire.kernels.float8 import (
@@ -135,8 +136,8 @@ class Float8:
         layers = list(_linears(model, transformer))
         plain = {linear for *_, linear in layers}
         products: list[Float8Product] = []
-        stacked: list[tuple[str, Any]] = []
-        places: list[tuple[Any, str, Any]] = []
+        stacked: list[tuple[str, nn.Linear]] = []
+        places: list[tuple[object, str, nn.Module]] = []
         for attention in model.attentions(transformer):
             if (groups := _stackable(model, attention, plain)) is None:
                 continue
@@ -178,7 +179,7 @@ class Float8Product(nn.Module):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, linears: list[Any]) -> None:
+    def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
         self.linears = tuple(linears)
         for name in ("weight", "scale", "bias"):
@@ -209,6 +210,15 @@ class Float8Product(nn.Module):
             self.bias = torch.cat(biases)
 
     @property
+    def widths(self) -> list[int]:
+        """Width out of each layer."""
+        return [len(layer.weight) for layer in self.linears]
+
+    def dequantized(self, like: Tensor) -> Tensor:
+        """Return the float8 weight in another tensor's dtype: (width out, width)."""
+        return self.weight.to(like.dtype) * self.scale.to(like.dtype)
+
+    @property
     def nbytes(self) -> int:
         """Size of the buffers in bytes."""
         return sum(buffer.nbytes for buffer in self.buffers())
@@ -229,14 +239,14 @@ class Float8Product(nn.Module):
         return self._multiply_tensor(x, dtype)
 
     def _multiply_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if not torch.is_grad_enabled():
+        if not modules.computes_derivatives():
             return self.multiply(QuantizedRows(*quantize_rows(x)), dtype)
         apply: Any = _WithGradients.apply
         made: Tensor = apply(
             self,
             dtype,
             x,
-            *(layer.weight for layer in self.linears),
+            *(_unless_dropped(layer.weight) for layer in self.linears),
             *(layer.bias for layer in self.linears if layer.bias is not None),
         )
         return made
@@ -264,49 +274,73 @@ class Float8Product(nn.Module):
         self.weight = self.weight.view(E4M3)
 
 
-class _WithGradients(torch.autograd.Function):
-    """The float8 product with a straight-through gradient: rounding counts as the identity.
+def _unless_dropped(weight: Tensor) -> Tensor | None:
+    """Return a weight, or None for a dropped one, which has no derivative."""
+    return None if isinstance(weight, DroppedWeight) else weight
 
-    The input's gradient uses the float8 weight, so no full-precision weight is stored.
+
+class _WithGradients(torch.autograd.Function):
+    """The float8 product with straight-through derivatives: rounding counts as the identity.
+
+    The derivatives by the input use the float8 weight, so no full-precision weight is stored.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, product: Float8Product, dtype: torch.dtype, x: Tensor, *parameters: Any
-    ) -> Tensor:
-        """Multiply (batch, tokens, width); `parameters` are the layers' weights, then the biases.
+    def forward(product: Float8Product, dtype: torch.dtype, x: Tensor, *_: Any) -> Tensor:
+        """Multiply (batch, tokens, width). The layers' weights follow, then the biases.
 
-        The parameters are arguments only so that autograd asks for their gradients.
+        The parameters are arguments only so that autograd asks for their derivatives.
         """
-        ctx.product, ctx.parameters = product, parameters
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
         return product.multiply(QuantizedRows(*quantize_rows(x.detach())), dtype)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
+        """Save what the derivatives need."""
+        product, _, x, *parameters = inputs
+        ctx.product, ctx.like = product, [p is not None and (p.device, p.dtype) for p in parameters]
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
+        ctx.save_for_forward(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
         """Return the gradients of the input, the weights and the biases."""
         (grad,), product = grads, ctx.product
-        weight = product.weight.to(grad.dtype) * product.scale.to(grad.dtype)
-        widths = [layer.weight.shape[0] for layer in product.linears]
         (x,) = ctx.saved_tensors
-        by_layer = grad.split(widths, dim=-1)
+        by_layer = grad.split(product.widths, dim=-1)
         with_bias = [
             g
             for g, linear in zip(by_layer, product.linears, strict=True)
             if linear.bias is not None
         ]
-        parts = zip(ctx.parameters, (*by_layer, *with_bias), strict=True)
+        parts = zip(ctx.like, (*by_layer, *with_bias), strict=True)
         parameter_grads: list[Tensor | None] = []
-        for index, (parameter, part) in enumerate(parts):
+        for index, (like, part) in enumerate(parts):
             if not ctx.needs_input_grad[3 + index]:
                 parameter_grads.append(None)
                 continue
             rows = part.flatten(0, -2)
-            is_weight = index < len(widths)
+            is_weight = index < len(product.widths)
             full = rows.t() @ x.flatten(0, -2).to(rows) if is_weight else rows.sum(0)
-            parameter_grads.append(full.to(parameter))
-        input_grad = grad @ weight if ctx.needs_input_grad[2] else None
+            parameter_grads.append(full.to(*like))
+        input_grad = grad @ product.dequantized(grad) if ctx.needs_input_grad[2] else None
         return None, None, input_grad, *parameter_grads
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        """Return the tangent of the result, from those of the input, the weights and the biases."""
+        product, (_, _, of_x, *of_parameters) = ctx.product, tangents
+        (x,) = ctx.saved_tensors
+        made = x.new_zeros(*x.shape[:-1], sum(product.widths))
+        if of_x is not None:
+            made = made + of_x @ product.dequantized(of_x).t()
+        of_biases = iter(of_parameters[len(product.linears) :])
+        parts = []
+        for linear, of_weight in zip(product.linears, of_parameters, strict=False):
+            of_bias = None if linear.bias is None else next(of_biases)
+            part = x.new_zeros(*x.shape[:-1], len(linear.weight))
+            part = part if of_weight is None else part + x @ of_weight.to(x).t()
+            parts.append(part if of_bias is None else part + of_bias.to(x))
+        return (made + torch.cat(parts, dim=-1)).to(product.dtype)
 
 
 class Float8Linear(StandIn, nn.Linear):
@@ -329,8 +363,8 @@ class _WeightWatch(Listener):
     def __init__(
         self,
         tx: Transaction,
-        places: list[tuple[Any, str, Any]],
-        stacked: list[tuple[str, Any]],
+        places: list[tuple[object, str, nn.Module]],
+        stacked: list[tuple[str, nn.Linear]],
         products: list[Float8Product],
         host: HostWeights,
         *,
@@ -359,7 +393,7 @@ class _WeightWatch(Listener):
 
     def _refuse_replaced_or_hooked_layers(self) -> None:
         for owner, name, layer in self._places:
-            if getattr(owner, name, None) is not layer:
+            if modules.child(owner, name) is not layer:
                 raise FluxfireError(
                     f"{name} of {own_class(owner).__name__} was replaced after Float8 quantized it "
                     f"(a LoRA was loaded, or projections were fused?); restore(pipe), do that, and "
@@ -374,6 +408,8 @@ class _WeightWatch(Listener):
 
     def _drop_originals(self) -> None:
         linears = [linear for product in self._products for linear in product.linears]
+        if not all(isinstance(linear.weight, nn.Parameter) for linear in linears):
+            return  # `torch.func.functional_call` lends the layers other weights, for this call
         if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
             self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
@@ -400,21 +436,21 @@ def _quantize_again(product: Float8Product) -> None:
 
 
 def _stackable(
-    model: Model, attention: Any, plain: set[Any]
-) -> list[tuple[str, tuple[str, ...], list[Any]]] | None:
+    model: Model, attention: AttentionModule, plain: set[nn.Linear]
+) -> list[tuple[str, tuple[str, ...], list[nn.Linear]]] | None:
     """Return the projections to fuse, for the image and for the text.
 
     Returns:
         (name of the fused product, names of the projections, layers) for each group. None unless
         all layers are plain, since diffusers calls either all fused products or none.
     """
-    groups: list[tuple[str, tuple[str, ...], list[Any]]] = []
+    groups: list[tuple[str, tuple[str, ...], list[nn.Linear]]] = []
     for stack, names in model.projections(attention):
         groups.append((stack, names, [getattr(attention, name) for name in names]))
     return groups if all(plain.issuperset(parts) for *_, parts in groups) else None
 
 
-def _linears(model: Model, transformer: Any) -> Iterator[tuple[Any, str, Any]]:
+def _linears(model: Model, transformer: Transformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
     """Yield the plain linear layers to quantize: (owner, name of the attribute, layer)."""
     for block in model.blocks(transformer):
         for owner, name in model.linears(block):

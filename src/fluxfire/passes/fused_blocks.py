@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -30,8 +30,9 @@ from fluxfire.kontext.attention import (
     projections,
     query_key_value,
 )
-from fluxfire.kontext.modulation import modulations
+from fluxfire.kontext.modulation import ModulatedNorm, modulations
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.runtime.freshness import Structure
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
@@ -110,7 +111,7 @@ class FusedBlocks:
 class _FusedBlock(StandIn, nn.Module):
     """Base of both kinds of block: runs `fused`, or falls back to diffusers' forward."""
 
-    attn: Any
+    attn: BlockAttention
 
     @override
     def forward(
@@ -146,6 +147,13 @@ class _FusedBlock(StandIn, nn.Module):
 class FusedDoubleBlock(_FusedBlock, DoubleBlock):  # type: ignore[misc]
     """A two-stream block."""
 
+    norm1: ModulatedNorm
+    norm1_context: ModulatedNorm
+    norm2: nn.LayerNorm
+    norm2_context: nn.LayerNorm
+    ff: FeedForward
+    ff_context: FeedForward
+
     @override
     def fused(
         self,
@@ -173,6 +181,10 @@ class FusedDoubleBlock(_FusedBlock, DoubleBlock):  # type: ignore[misc]
 
 class FusedSingleBlock(_FusedBlock, SingleBlock):  # type: ignore[misc]
     """A one-stream block."""
+
+    norm: ModulatedNorm
+    proj_mlp: nn.Module
+    proj_out: nn.Module
 
     @override
     def fused(
@@ -204,10 +216,13 @@ class _FallbackChecker(Listener):
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self._blocks = blocks
+        self._structure = Structure(blocks)
 
     @override
     def prepare(self) -> None:
         """Mark blocks with a hook on a submodule, and blocks whose norms or GELUs were replaced."""
+        if not self._structure.changed():
+            return
         for block in self._blocks:
             hooked = any(map(modules.is_hooked, modules.submodules(block)[1:]))
             setattr(block, _FALLS_BACK, hooked or not _has_flux_parts(block))
@@ -218,11 +233,11 @@ class _FallbackChecker(Listener):
             vars(block).pop(_FALLS_BACK, None)
 
 
-def _has_flux_parts(block: Any) -> bool:
+def _has_flux_parts(block: DoubleBlock | SingleBlock) -> bool:
     """Whether the modules that the kernels replace are Flux's own, and compute what those do."""
     double = hasattr(block, "ff")
     names = ("norm1", "norm1_context") if double else ("norm",)
-    norms: list[Any] = [getattr(block, name) for name in names]
+    norms: list[ModulatedNorm] = [getattr(block, name) for name in names]
     return (
         _is(block.attn, BlockAttention)
         and has_plain_head_norms(block.attn)
@@ -237,12 +252,12 @@ def _has_flux_parts(block: Any) -> bool:
     )
 
 
-def _is(module: Any, cls: type) -> bool:
+def _is(module: object, cls: type) -> bool:
     """Whether a module is of exactly a class; a subclass may compute something else."""
     return isinstance(module, nn.Module) and own_class(module) is cls
 
 
-def _is_plain_layer_norm(norm: Any) -> bool:
+def _is_plain_layer_norm(norm: nn.Module) -> bool:
     return _is(norm, nn.LayerNorm) and norm.weight is None and norm.bias is None
 
 
@@ -255,13 +270,13 @@ def _is_plain_mlp(mlp: Any) -> bool:
     return _is(gelu, GELU) and gelu.approximate == "tanh" and _is(dropout, nn.Dropout) and not drops
 
 
-def _can_fuse(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
+def _can_fuse(block: _FusedBlock, x: Tensor, arguments: dict[str, Any] | None) -> bool:
     """Whether the kernels support this call of a block."""
     processor = block.attn.processor
     return (
         not set(arguments or ()) - {REFERENCE_KWARG}
         and not getattr(block, _FALLS_BACK)
-        and not torch.is_grad_enabled()
+        and not modules.computes_derivatives()
         and not torch.is_autocast_enabled(x.device.type)
         and x.dtype is not torch.float16
         and is_flux_processor(processor)
@@ -270,7 +285,11 @@ def _can_fuse(block: Any, x: Tensor, arguments: dict[str, Any] | None) -> bool:
 
 
 def _norm(
-    text: Tensor | None, image: Tensor, mods: Sequence[Tensor], norm: Any, into: Sequence[Any]
+    text: Tensor | None,
+    image: Tensor,
+    mods: Sequence[Tensor],
+    norm: nn.LayerNorm,
+    into: Sequence[nn.Module],
 ) -> Tensor | QuantizedRows:
     """Norm and modulate; the result is in float8 if all layers in `into` take float8."""
     shift, scale, *_ = mods
@@ -280,7 +299,9 @@ def _norm(
     return normed
 
 
-def _residuals(x: Tensor, add: Tensor, mods: Sequence[Tensor], norm: Any, mlp: Any) -> Tensor:
+def _residuals(
+    x: Tensor, add: Tensor, mods: Sequence[Tensor], norm: nn.LayerNorm, mlp: FeedForward
+) -> Tensor:
     """Add the attention's output `add`, then the MLP's output, each with its gate."""
     gate, shift, scale, mlp_gate = mods
     x = gated_add(x, None, gate, add)
@@ -291,7 +312,10 @@ def _residuals(x: Tensor, add: Tensor, mods: Sequence[Tensor], norm: Any, mlp: A
 
 
 def _mlp(
-    proj_in: Any, proj_out: Any, x: Tensor | QuantizedRows, beside: Tensor | None = None
+    proj_in: nn.Module,
+    proj_out: nn.Module,
+    x: Tensor | QuantizedRows,
+    beside: Tensor | None = None,
 ) -> Tensor:
     """Compute both products of an MLP and the GELU between them.
 
@@ -317,11 +341,11 @@ def _mlp(
     return done
 
 
-def _is_plain(layer: Any) -> bool:
+def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
     """Whether a layer is a plain `nn.Linear` with a bias: no LoRA, no quantized weight."""
     plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
     return plain and layer.bias is not None
 
 
-def _takes_float8(layer: Any) -> bool:
+def _takes_float8(layer: object) -> bool:
     return bool(getattr(layer, "takes_float8", False))

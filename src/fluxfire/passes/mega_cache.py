@@ -8,16 +8,17 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, cast
 
 import torch
 from typing_extensions import override
 
+from fluxfire.diffusers_types import Pipeline, Transformer, Vae
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.model import Call
@@ -124,14 +125,14 @@ class MegaCache:
             store.save()
 
 
-def fingerprint(pipe: Any, passes: Sequence[Configured]) -> dict[str, str]:
+def fingerprint(pipe: Pipeline, passes: Sequence[Configured]) -> dict[str, str]:
     """Return everything that compiled artifacts depend on, by name."""
-    transformer = pipe.transformer
+    transformer, vae = pipe.transformer, cast("Vae", pipe.vae)
     facts = machine() | {
         "device": str(transformer.device),
         "dtype": str(transformer.dtype),
         "transformer": _digest(transformer.config),
-        "vae": f"{_digest(pipe.vae.config)} {pipe.vae.dtype}",
+        "vae": f"{_digest(vae.config)} {vae.dtype}",
         "adapters": _adapters(transformer),
         "inductor": _inductor(),
     }
@@ -159,14 +160,14 @@ def machine() -> dict[str, str]:
     return {name: str(value) for name, value in facts.items()}
 
 
-def _digest(config: Any) -> str:
+def _digest(config: Mapping[str, object]) -> str:
     # diffusers' private entries have no fixed order, and say where the weights came from.
     settings = {k: v for k, v in dict(config).items() if not k.startswith("_")}
     written = json.dumps(settings, sort_keys=True, default=str)
     return hashlib.sha256(written.encode()).hexdigest()[:16]
 
 
-def _adapters(transformer: Any) -> str:
+def _adapters(transformer: Transformer) -> str:
     """Describe LoRAs and similar adapters, since they change the graphs."""
     found = getattr(transformer, "peft_config", None) or {}
     return ", ".join(f"{name} (rank {getattr(c, 'r', '?')})" for name, c in sorted(found.items()))
@@ -239,7 +240,7 @@ class _ArtifactStore(Listener):
     """Loads artifacts when the fingerprint changes, records compilations, saves on request."""
 
     file: Path
-    pipe: Any
+    pipe: Pipeline
     _fingerprint: dict[str, str] = field(default_factory=dict)
     _loaded: _Loaded = field(default_factory=_Loaded)
     _spent: CompileCounts = field(default_factory=CompileCounts)  # since the file was loaded

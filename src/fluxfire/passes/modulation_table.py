@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
-from torch import Tensor
+from torch import Tensor, nn
 from typing_extensions import override
 
 from fluxfire import modules
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.edits.stand_in import StandIn
-from fluxfire.kontext.modulation import COLUMNS, modulations
+from fluxfire.kontext.modulation import COLUMNS, ModulatedNorm, modulations
 from fluxfire.model import Call, Run, Streams
 from fluxfire.passes.shared.host_weights import HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
@@ -86,7 +87,7 @@ class ModulationTable:
         transformer = tx.pipe.transformer
         model = model_of(tx.pipe)
         blocks = model.blocks(transformer)
-        norms = [model.modulated_norms(block) for block in blocks]
+        norms: list[list[ModulatedNorm]] = [model.modulated_norms(block) for block in blocks]
         for of_block in norms:
             start = 0
             for norm in of_block:
@@ -147,13 +148,13 @@ class _Tables(Listener):
         declined: how often a branch ran without a table.
     """
 
-    pipe: Any
+    pipe: Pipeline
     made: int = 0
     declined: int = 0
     _call: Call | None = None
-    _norms: list[list[Any]] = field(default_factory=list)  # of each block
+    _norms: list[list[ModulatedNorm]] = field(default_factory=list)  # of each block
     _watch: Watch | None = None
-    _watched: list[Any] = field(default_factory=list)
+    _watched: list[nn.Module] = field(default_factory=list)
     _callback_may_change: bool = True
     _by_branch: dict[str, _BranchTable | None] = field(default_factory=dict)  # None: declined
 
@@ -202,14 +203,16 @@ class _Tables(Listener):
         """Report how many tables were computed, and how often a branch ran without one."""
         return {"tables": self.made, "without": self.declined}
 
-    def embed(self, plain_embed: Any, timestep: Tensor, *others: Tensor) -> Tensor:
+    def embed(
+        self, plain_embed: Callable[..., Tensor], timestep: Tensor, *others: Tensor
+    ) -> Tensor:
         """Return a step's embedding, from the table or computed.
 
         The first call of a branch computes its table. A table is dropped if weights, norms, pooled
         text or time steps no longer are those that it was computed for.
         """
         call = self._call
-        if call is not None and not torch.is_grad_enabled():
+        if call is not None and not modules.computes_derivatives():
             layers = (
                 self._layers() if self._callback_may_change or not self._watch else self._watched
             )
@@ -239,7 +242,7 @@ class _Tables(Listener):
         now = self.pipe.current_timestep
         return call.step < len(planned) and now.data_ptr() == planned[call.step].data_ptr()
 
-    def _layers(self) -> list[Any]:
+    def _layers(self) -> list[nn.Module]:
         """Return the layers whose weights determine the table, except offloaded ones."""
         sources = [norm for of_block in self._norms for norm in of_block]
         sources.append(self.pipe.transformer.time_text_embed)
@@ -260,7 +263,11 @@ class _Tables(Listener):
         return not any(map(has_foreign_hooks, sources))
 
     def _compute(
-        self, plain_embed: Any, call: Call, timestep: Tensor, others: tuple[Tensor, ...]
+        self,
+        plain_embed: Callable[..., Tensor],
+        call: Call,
+        timestep: Tensor,
+        others: tuple[Tensor, ...],
     ) -> _BranchTable | None:
         """Compute a branch's table; None if the branch has to run without one."""
         planned = self.pipe.scheduler.timesteps[-call.steps :]
@@ -321,7 +328,7 @@ class _TableNormZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[mis
         return self.norm(x) * (1 + scale[:, None]) + shift[:, None], gate
 
 
-def _is_observed(block: Any) -> bool:
+def _is_observed(block: nn.Module) -> bool:
     """Whether a hook or a replaced forward sees a block's arguments.
 
     It expects the embedding there, not a row of a table.

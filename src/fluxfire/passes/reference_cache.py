@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from fluxfire import modules
+from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.errors import FluxfireError
 from fluxfire.kernels.float8 import E4M3
 from fluxfire.kontext.attention import (
@@ -204,10 +205,10 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
     values of A. Then A would refresh at step 2, because its last request (step 1) is later.
     """
 
-    def __init__(self, live: Live[ReferenceCache], pipe: Any) -> None:
+    def __init__(self, live: Live[ReferenceCache], pipe: Pipeline) -> None:
         super().__init__(live, pipe)
         self._states: dict[str, _ReferenceState] = {}
-        self._attentions: list[Any] = []
+        self._attentions: list[AttentionModule] = []
         self._sigmas: list[float] = []
         self._refreshed = self._reused = self._bytes = 0
 
@@ -297,7 +298,7 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
         """Whether the call has a reference to cache, and attention runs without extra arguments."""
         if call.tokens.reference == 0 or self.settings.exactness == "bitwise":
             return False
-        if torch.is_grad_enabled() or streams.attention_kwargs:
+        if modules.computes_derivatives() or streams.attention_kwargs:
             return False
         if torch.is_autocast_enabled(streams.image.device.type):
             return False

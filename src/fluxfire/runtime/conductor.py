@@ -18,9 +18,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
+
+import torch
 
 from fluxfire.configured import Configured
+from fluxfire.diffusers_types import Pipeline, Transformer
 from fluxfire.edits.override import CALL_SLOT, Override
 from fluxfire.edits.stand_in import StandIn
 from fluxfire.errors import BusyError, FluxfireError
@@ -52,7 +55,7 @@ class Conductor:
         record: the edits made to the pipeline.
     """
 
-    def __init__(self, pipe: Any, model: Model, record: Record) -> None:
+    def __init__(self, pipe: Pipeline, model: Model, record: Record) -> None:
         self.listeners: list[Listener] = []
         self.live: list[Live[Any]] = []
         self.passes: tuple[Configured, ...] = ()
@@ -93,11 +96,16 @@ class Conductor:
             self._turns.leave(change)
 
     def prepare(self) -> None:
-        """Call `prepare` of every listener. Happens before the models are used."""
-        for listener in self.listeners:
-            listener.prepare()
+        """Call `prepare` of every listener. Happens before the models are used.
 
-    def why_unusable(self, pipe: Any) -> str | None:
+        A caller may differentiate or vectorize the call with `torch.func`. The listeners read the
+        weights and may rebuild values from them, which is no part of the caller's function.
+        """
+        with torch._C._DisableFuncTorch():  # noqa: SLF001 - it has no public name
+            for listener in self.listeners:
+                listener.prepare()
+
+    def why_unusable(self, pipe: Pipeline) -> str | None:
         """Return the reason why the pipeline cannot generate any more; None if it can.
 
         Somebody may have replaced or compiled the transformer since `optimize`.
@@ -120,7 +128,7 @@ class Conductor:
         return None
 
     @contextmanager
-    def conduct_generation(self, pipe: Any, *, calls_back: bool) -> Iterator[None]:
+    def conduct_generation(self, pipe: Pipeline, *, calls_back: bool) -> Iterator[None]:
         """Run the callbacks around a generation. The block is the whole pipeline call.
 
         Args:
@@ -178,11 +186,12 @@ class Conductor:
             return
         if generation.calls_back:
             self.prepare()  # the callback may have changed anything since the last step
-        call = generation.advance(self._pipe(), inputs)
+        call = generation.advance(cast("Pipeline", self._pipe()), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:
                 entered.enter_context(listener.on_step(call))
-            yield entered.enter_context(self.stack.mount(self._transformer(), call, inputs))
+            transformer = cast("Transformer", self._transformer())
+            yield entered.enter_context(self.stack.mount(transformer, call, inputs))
 
 
 class _Change:
@@ -203,7 +212,7 @@ def _why_busy(holder: Generation | _Change) -> str:
 class TransformerCall(Override):
     """Overrides the call of an optimized pipeline's transformer."""
 
-    def __init__(self, conductor: Conductor, pipe: Any) -> None:
+    def __init__(self, conductor: Conductor, pipe: Pipeline) -> None:
         self.conductor = conductor
         super().__init__(pipe.transformer, CALL_SLOT, self._call_as_step)
 
@@ -244,7 +253,7 @@ def conductor_of_transformer(transformer: object) -> Conductor | None:
     return call.conductor if isinstance(call, TransformerCall) else None
 
 
-def make_private_class(pipe: Any, conductor: Conductor) -> type:
+def make_private_class(pipe: Pipeline, conductor: Conductor) -> type:
     """Create the class that this one pipeline becomes an instance of.
 
     The class differs from the plain class in four things: how to call an instance, how to copy it,

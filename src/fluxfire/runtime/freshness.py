@@ -23,8 +23,8 @@ offloading moves them.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
-from operator import attrgetter, is_
+from collections.abc import Callable, Iterable
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -35,9 +35,9 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from fluxfire.edits.override import Override
 from fluxfire.kernels import checksum
-from fluxfire.modules import change_count, has_global_hooks
+from fluxfire.modules import change_count, has_global_hooks, submodules
 
-__all__ = ["Watch", "has_foreign_hooks", "numeric_settings"]
+__all__ = ["Structure", "Watch", "has_foreign_hooks", "numeric_settings"]
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # every module has them
 _COMPARED_BY_VALUE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
@@ -74,10 +74,8 @@ class Watch:
         self._roots = [weakref.ref(module) for module in modules]
         self._ignored = _MODULE_ATTRIBUTES.union(apart_from)
         self._latest, self._sums = _Snapshot(), checksum.Sums()
-        # For a module's id: the number of its attributes, and the names to compare. They are
-        # collected again if the number differs. If names differ but not their number, one of the
-        # collected names is missing, and that is a change.
-        self._names: dict[int, tuple[int, list[str]]] = {}
+        # How to read a module's attributes, by the module's id.
+        self._readers: dict[int, _Reader] = {}
         self.changed()
 
     def changed(self) -> bool:
@@ -86,39 +84,113 @@ class Watch:
         The first call compares with the state at construction.
         """
         snapshot, ignored = _Snapshot(), self._ignored
-        add_value, add_objects, names = snapshot.values.append, snapshot.objects, self._names
-        stack: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
-        while stack:  # FLUX's text encoders have 900 modules, so this loop avoids slow constructs
-            module = stack.pop()
+        add_value, tensors, readers = snapshot.values.append, snapshot.tensors, self._readers
+        found: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
+        # FLUX's text encoders have 900 modules, so this loop avoids slow constructs. It also visits
+        # the modules that it appends.
+        for module in found:
             own = module.__dict__
-            cls = type(module)
-            add_objects += weakref.ref(module), weakref.ref(cls), cls.forward
-            known = names.get(id(module))
-            if known is None or known[0] != len(own):
-                compared = [name for name in own if name not in ignored]
-                known = names[id(module)] = len(own), compared
-            for name in known[1]:
-                value = own.get(name, _MISSING)
-                if type(value) in _COMPARED_BY_VALUE:
-                    add_value(value)
-                else:
-                    snapshot.add(value)
+            reader = readers.get(id(module))
+            if reader is None or reader.count != len(own):
+                reader = readers[id(module)] = _Reader(own, ignored)
+            try:
+                add_value(reader.read_plain(own))
+            except KeyError:
+                add_value(_MISSING)
+            for name in reader.others:
+                snapshot.add(own.get(name, _MISSING))
             if own["_forward_hooks"] or own["_forward_pre_hooks"]:
                 snapshot.add(own["_forward_hooks"])
                 snapshot.add(own["_forward_pre_hooks"])
-            for kind in ("_parameters", "_buffers"):
-                if tensors := own[kind]:
-                    snapshot.tensors += [t for t in tensors.values() if t is not None]
+            if own["_parameters"]:
+                tensors += own["_parameters"].values()
+            if own["_buffers"]:
+                tensors += own["_buffers"].values()
             if children := own["_modules"]:
-                stack += [c for n, c in children.items() if c is not None and n not in ignored]
+                found += [c for n, c in children.items() if c is not None and n not in ignored]
             if snapshot.modules:
-                stack += snapshot.modules
+                found += snapshot.modules
                 snapshot.modules = []
+        classes: list[Any] = list(map(type, found))
+        snapshot.objects += [*map(weakref.ref, found), *classes]
+        snapshot.objects += [cls.forward for cls in dict.fromkeys(classes)]
         snapshot.read_tensors(self._sums)
         if snapshot.equals(self._latest):
             return False
         self._latest = snapshot
-        self._names.clear()
+        self._readers.clear()
+        return True
+
+
+class _Reader:
+    """Reads the attributes of one module that a `Watch` compares.
+
+    Made anew if the number of attributes differs. If names differ but not their number, a name is
+    missing, and that is a change.
+
+    Attributes:
+        count: number of all attributes of the module.
+        read_plain: reads the attributes that were plain values such as numbers. If one becomes
+            another kind of value, it differs, and that is a change, too.
+        others: names of the other attributes.
+    """
+
+    def __init__(self, own: dict[str, Any], ignored: frozenset[str]) -> None:
+        self.count = len(own)
+        names = [name for name in own if name not in ignored]
+        plain = [name for name in names if type(own[name]) in _COMPARED_BY_VALUE]
+        # Every module has the attribute `training`, so there is a name to read.
+        self.read_plain: Callable[[dict[str, Any]], object] = itemgetter("training", *plain)
+        self.others = [name for name in names if type(own[name]) not in _COMPARED_BY_VALUE]
+
+
+class Structure:
+    """Finds out whether modules were replaced, hooked or set otherwise. Reads no numbers.
+
+    It compares the tree of modules, their classes, their hooks, their attributes, and which
+    parameters they have, of which class. It does not look into attributes: for it, a processor with
+    other settings is the same processor. A `Watch` does, and takes three times as long.
+
+    A pass asks it before each generation, and repeats its own checks of the modules only if the
+    answer is yes. It keeps neither the modules nor their parameters alive.
+
+    Args:
+        modules: the modules to compare, with all their submodules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._roots = [weakref.ref(module) for module in modules]
+        self._kinds: list[object] = []
+        self._readers: list[Callable[[dict[str, Any]], object]] = []
+        self._settings: list[object] = []
+
+    def changed(self) -> bool:
+        """Whether anything has changed since the last call. The first call returns True."""
+        # FLUX has 1300 modules, so each line below is one loop of C or one comprehension.
+        parts = submodules(*(module for ref in self._roots if (module := ref()) is not None))
+        owns = [part.__dict__ for part in parts]
+        parameters = [own["_parameters"] for own in owns]
+        kinds: list[object] = [
+            has_global_hooks(),
+            *map(weakref.ref, parts),
+            *map(type, parts),
+            *map(len, owns),
+            *map(len, parameters),
+            *[type(p) for of_one in parameters if of_one for p in of_one.values()],
+            *[len(own["_forward_hooks"]) for own in owns],
+            *[len(own["_forward_pre_hooks"]) for own in owns],
+        ]
+        try:
+            # Every module has the attribute `training`, so each reader has a name to read.
+            settings = [read(own) for read, own in zip(self._readers, owns, strict=True)]
+            if kinds == self._kinds and settings == self._settings:
+                return False
+        except Exception:  # noqa: BLE001 - other modules, a missing name, or tensors as attributes
+            settings = []
+        if kinds != self._kinds or not settings:
+            self._readers = [itemgetter(*(own.keys() - _MODULE_ATTRIBUTES)) for own in owns]
+            settings = [read(own) for read, own in zip(self._readers, owns, strict=True)]
+        self._kinds, self._settings = kinds, settings
         return True
 
 
@@ -129,7 +201,7 @@ class _Snapshot:
         values: what to compare by value.
         objects: what to compare by identity, as weak references. The id of an object would not do:
             after the object is deleted, a new object may get the same id.
-        tensors: the tensors; empty after `read_tensors`.
+        tensors: the tensors, and None where a module has none; empty after `read_tensors`.
         modules: modules found in other places than `_modules`, such as a plain list. The walk must
             visit them, too.
         opened: ids of objects whose attributes are in the snapshot. T5's layers share one
@@ -139,7 +211,7 @@ class _Snapshot:
     def __init__(self) -> None:
         self.values: list[object] = []
         self.objects: list[object] = []
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Any] = []
         self.modules: list[nn.Module] = []
         self.opened: set[int] = set()
 
@@ -184,6 +256,7 @@ class _Snapshot:
         # Identity by id, not by weak reference: torch refuses to swap a tensor that has weak
         # references, and moving a torchao tensor swaps it. If a new tensor gets the id of a deleted
         # one, its checksum differs.
+        self.tensors = [tensor for tensor in self.tensors if tensor is not None]
         self.values += map(id, self.tensors)
         try:  # one C loop, because FLUX's text encoders have 660 tensors
             self.values += map(_VERSION, self.tensors)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxfire import modules
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.passes.shared.parameters import change_storage
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.runtime.transaction import Transaction
@@ -58,7 +59,7 @@ class MemoryLayout:
         return Change(count, "convolution weights made channels-last")
 
 
-def _convolutions(pipe: object) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _convolutions(pipe: Pipeline) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
     """Yield the 4-D weights: (module, name in the module, weight)."""
     for _, component in modules.components(pipe):
         for module in component.modules():

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.model import Call, Run, Streams
 from fluxfire.passes.shared.block_cache import CacheWrapper, check_for_other_caches
 from fluxfire.passes.shared.step_settings import check_whole_number
@@ -127,7 +128,7 @@ class ParaAttention:
 class _ParaAttentionWrapper(CacheWrapper[ParaAttention]):
     """Holds para-attn's contexts for one generation, and runs its code."""
 
-    def __init__(self, live: Live[ParaAttention], pipe: Any) -> None:
+    def __init__(self, live: Live[ParaAttention], pipe: Pipeline) -> None:
         super().__init__(live, pipe)
         self._contexts: dict[tuple[str, int], Any] = {}
 

@@ -18,10 +18,12 @@ from torch import nn
 from typing_extensions import override
 
 from fluxfire import modules
+from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.edits.stand_in import StandIn
 from fluxfire.passes.shared.fused_projection import install_products
 from fluxfire.passes.shared.parameters import change_storage
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
+from fluxfire.runtime.freshness import Structure
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
@@ -63,11 +65,15 @@ class QKVFusion:
     stage: ClassVar[Stage] = "weights"
     slot: ClassVar[str | None] = None
     exactness: ClassVar[Exactness] = "close"
-    provides: ClassVar[frozenset[Trait]] = frozenset({"fused-qkv"})
 
     def __post_init__(self) -> None:
         if not (self.transformer or self.vae):
             raise ValueError("QKVFusion(transformer=False, vae=False) has nothing to fuse")
+
+    @property
+    def provides(self) -> frozenset[Trait]:
+        """The transformer's attentions are fused; nothing reads the fusion of the VAE's."""
+        return frozenset({"fused-qkv"} if self.transformer else ())
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse weights that cannot become views, and attentions that are fused already."""
@@ -129,7 +135,7 @@ class QKVFusion:
         shared = sum(projection.shared for projection in fused)
         return Change(shared, "query-key-value triples fused, storage shared")
 
-    def _attentions(self, pipe: Any) -> Iterator[Any]:
+    def _attentions(self, pipe: Pipeline) -> Iterator[AttentionModule]:
         """Yield the attentions that can be fused."""
         from diffusers.models.attention import AttentionModuleMixin
 
@@ -162,7 +168,9 @@ class FusedProjection(nn.Module):
     weight: torch.Tensor | None
     bias: torch.Tensor | None
 
-    def __init__(self, attention: nn.Module, attribute: str, names: tuple[str, str, str]) -> None:
+    def __init__(
+        self, attention: AttentionModule, attribute: str, names: tuple[str, str, str]
+    ) -> None:
         super().__init__()
         self.names = names
         self.attribute = attribute
@@ -173,21 +181,23 @@ class FusedProjection(nn.Module):
         """Project (batch, tokens, width) to (batch, tokens, 3 · inner width)."""
         q, k, v = self._projections()
         plain = type(q) is type(k) is type(v) is nn.Linear
-        if self.weight is None or not plain or torch.is_grad_enabled():
+        if self.weight is None or not plain or modules.computes_derivatives():
             return torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1)
         return F.linear(hidden_states, self.weight, self.bias)
 
     @property
     def fusible(self) -> bool:
         """Whether all projections are plain linear layers, and the attention calls this layer."""
-        is_called = getattr(self._attention[0], self.attribute, self) in (self, None)
+        called = modules.child(self._attention[0], self.attribute)
         projections = self._projections()
-        alike = len({getattr(p, "bias", None) is None for p in projections}) == 1
-        return is_called and alike and all(map(_is_plain, projections))
+        if not (called is None or called is self) or not all(map(_is_plain, projections)):
+            return False
+        q, k, v = (modules.parameter(projection, "bias") is None for projection in projections)
+        return q == k == v
 
     def share(self) -> None:
         """Copy the projections' weights into one storage, and make them views of it."""
-        linears = self._linears()
+        linears = self.linears
         with torch.no_grad(), modules.matching_inference_mode(linears[0].weight):
             self.weight = torch.cat([m.weight for m in linears])
             has_bias = linears[0].bias is not None
@@ -199,16 +209,20 @@ class FusedProjection(nn.Module):
     @property
     def shared(self) -> bool:
         """Whether the weights of the projections still are views of the fused weight."""
-        linears = self._linears()
-        if self.weight is None or any((m.bias is None) != (self.bias is None) for m in linears):
-            return False
-        return all(
-            parameter.data_ptr() == fused.data_ptr() + part * (fused.nbytes // 3)
-            and parameter.dtype == fused.dtype
-            and parameter.is_contiguous()
-            for fused, parameters in self._parts(linears)
-            for part, parameter in enumerate(parameters)
-        )
+        linears = self.linears
+        for name, fused in (("weight", self.weight), ("bias", self.bias)):
+            parts = [modules.parameter(linear, name) for linear in linears]
+            if fused is None:
+                if name == "weight" or any(part is not None for part in parts):
+                    return False
+                continue
+            size, start = fused.nbytes // _FUSED_COUNT, fused.data_ptr()
+            for index, part in enumerate(parts):
+                if part is None or part.data_ptr() != start + index * size:
+                    return False
+                if part.dtype is not fused.dtype or not part.is_contiguous():
+                    return False
+        return True
 
     def separate(self) -> None:
         """Give each projection its own storage again.
@@ -216,18 +230,21 @@ class FusedProjection(nn.Module):
         Offloading stores the weights elsewhere, and brings back slices of the shared storage when
         it is removed. So this checks each weight's storage, and does not rely on `self.weight`.
         """
-        for linear in self._linears():
+        for linear in self.linears:
             for name in ("weight", "bias"):
                 change_storage(linear, name, _own_storage)
         self.weight = self.bias = None
 
-    def _projections(self) -> list[Any]:
-        return [getattr(self._attention[0], name) for name in self.names]
+    def _projections(self) -> list[nn.Module]:
+        found: list[Any] = [modules.child(self._attention[0], name) for name in self.names]
+        return found
 
-    def _linears(self) -> list[nn.Linear]:
+    @property
+    def linears(self) -> list[nn.Linear]:
+        """The projections, below a PEFT adapter if there is one."""
         return [_base(projection) for projection in self._projections()]
 
-    def _parts(self, linears: list[Any]) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
+    def _parts(self, linears: list[nn.Linear]) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         if self.weight is not None:
             yield self.weight, [m.weight for m in linears]
         if self.bias is not None:
@@ -249,7 +266,7 @@ class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
 
     def __call__(
         self,
-        attn: Any,
+        attn: Attention,
         hidden_states: torch.Tensor,
         encoder_hidden_states: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
@@ -274,12 +291,18 @@ class FusedVaeProcessor(StandIn, AttnProcessor2_0):  # type: ignore[misc]
 class _FusionUpdater(Listener):
     """Fuses replaced weights again (a merged LoRA, a loaded state dict), before each generation."""
 
-    def __init__(self, pipe: Any, fused: list[FusedProjection]) -> None:
+    def __init__(self, pipe: Pipeline, fused: list[FusedProjection]) -> None:
         self._pipe, self._fused = pipe, fused
+        components = (component for _, component in modules.optimizable_components(pipe))
+        self._structure = Structure(components)
+        self._linears: list[nn.Linear] = []
+        self._storages: list[object] = []
 
     @override
     def prepare(self) -> None:
         """Check every projection: separate those that are not fusible, fuse the others."""
+        if not self._structure.changed() and self._read_storages() == self._storages:
+            return
         offloaded: set[nn.Module] = set()
         for _, component in modules.optimizable_components(self._pipe):
             # Block-wise offloading puts no hook on a projection.
@@ -290,6 +313,18 @@ class _FusionUpdater(Listener):
                 projection.separate()
             elif not projection.shared:
                 projection.share()
+        self._linears = [linear for projection in self._fused for linear in projection.linears]
+        self._storages = self._read_storages()
+
+    def _read_storages(self) -> list[object]:
+        """Read where and how the weights lie, which tells whether they still share a storage."""
+        found = [p for m in self._linears for p in m.__dict__["_parameters"].values()]
+        parameters = [p for p in found if type(p) is nn.Parameter]
+        return [
+            *map(torch.Tensor.data_ptr, parameters),
+            *map(torch.Tensor.is_contiguous, parameters),
+            *[parameter.dtype for parameter in parameters],
+        ]
 
 
 def _own_storage(part: torch.Tensor) -> torch.Tensor:
@@ -297,16 +332,15 @@ def _own_storage(part: torch.Tensor) -> torch.Tensor:
     return part.clone() if shares else part
 
 
-def _is_plain(projection: Any) -> bool:
+def _is_plain(projection: nn.Module) -> bool:
     """Whether a projection is a plain linear layer: no hooks, weight present, not quantized."""
-    return (
-        type(projection) is nn.Linear
-        and not modules.is_hooked(projection)
-        and not projection.weight.is_meta
-        and not modules.is_quantized(projection.weight)
-    )
+    if type(projection) is not nn.Linear or modules.is_hooked(projection):
+        return False
+    weight = modules.parameter(projection, "weight")
+    return weight is not None and not weight.is_meta and not modules.is_quantized(weight)
 
 
-def _base(linear: Any) -> Any:
+def _base(linear: Any) -> nn.Linear:
     """Return the layer below a PEFT adapter, or the layer itself."""
-    return getattr(linear, "base_layer", linear)
+    base: nn.Linear = getattr(linear, "base_layer", linear)
+    return base

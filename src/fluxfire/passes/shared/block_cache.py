@@ -9,6 +9,7 @@ from typing import Any, Generic, TypeVar
 from typing_extensions import override
 
 from fluxfire import modules
+from fluxfire.diffusers_types import Pipeline, Transformer
 from fluxfire.errors import FluxfireError
 from fluxfire.model import Call
 from fluxfire.protocol import Finding, Target
@@ -34,7 +35,7 @@ class CacheWrapper(Listener, Generic[P]):
         settings: the settings at the generation's start. In a warm-up run, `warmup_settings`.
     """
 
-    def __init__(self, live: Live[P], pipe: Any) -> None:
+    def __init__(self, live: Live[P], pipe: Pipeline) -> None:
         self._live, self._pipe = live, pipe
         self._generation: Generation | None = None
         self._stamp: list[object] | None = None
@@ -87,11 +88,12 @@ class CacheWrapper(Listener, Generic[P]):
             self.forget()
 
 
-def _weights_stamp(transformer: Any) -> Iterator[object]:
+def _weights_stamp(transformer: Transformer) -> Iterator[object]:
     """Yield values that change if weights or LoRA settings do; takes less than a millisecond."""
     for weight in transformer.parameters():
         yield id(weight)
         yield modules.change_count(weight)
+    part: Any  # PEFT's layers have more attributes than a module
     for part in transformer.modules():
         if (scaling := getattr(part, "scaling", None)) and modules.has_adapter(part):
             yield tuple(scaling.items())

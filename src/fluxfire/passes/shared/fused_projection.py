@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from fluxfire.diffusers_types import AttentionModule
 from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.runtime.transaction import Transaction
 
@@ -39,7 +40,9 @@ class FusedAttention(StandIn):
         """Do nothing: the pass's products are not the user's to remove."""
 
 
-def install_products(tx: Transaction, attention: Any, products: Mapping[str, nn.Module]) -> None:
+def install_products(
+    tx: Transaction, attention: AttentionModule, products: Mapping[str, nn.Module]
+) -> None:
     """Make an attention of the transformer run a pass's fused products.
 
     Args:

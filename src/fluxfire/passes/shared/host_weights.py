@@ -6,6 +6,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from fluxfire import modules
 from fluxfire.errors import FluxfireError
 from fluxfire.runtime.generation import Listener
 
+_IS_ON_CPU = attrgetter("is_cpu")
 _Module: Any = nn.Module  # torch leaves the overridden methods untyped
 
 
@@ -31,10 +33,10 @@ class HostWeights(Listener):
         device: the device from which the weights came; None if no weight was moved.
     """
 
-    linears: list[Any] = field(default_factory=list)
+    linears: list[nn.Linear] = field(default_factory=list)
     device: torch.device | None = None
 
-    def offload(self, linear: Any) -> int:
+    def offload(self, linear: nn.Linear) -> int:
         """Move one more layer's weight to host memory.
 
         Returns:
@@ -50,8 +52,10 @@ class HostWeights(Listener):
         Raises:
             FluxfireError: layer-by-layer offloading moves these weights too.
         """
-        for linear in self.linears:
-            self._move_to_host(linear)
+        weights = [modules.parameter(linear, "weight") for linear in self.linears]
+        if not all(map(_IS_ON_CPU, weights)):
+            for linear in self.linears:
+                self._move_to_host(linear)
 
     def bring_back(self) -> None:
         """Move all weights back to their device, with the same bits."""
@@ -69,10 +73,10 @@ class HostWeights(Listener):
                 cls: Any = type(linear)
                 linear.__class__ = _class_without_weight(cls)
 
-    def _move_to_host(self, linear: Any) -> int:
+    def _move_to_host(self, linear: nn.Linear) -> int:
         weight = linear.weight
-        if isinstance(linear, LayerWithoutWeight):
-            return 0
+        if isinstance(linear, LayerWithoutWeight) or not isinstance(weight, nn.Parameter):
+            return 0  # dropped, or lent by `torch.func.functional_call` for this call
         if weight.is_meta:
             raise FluxfireError(
                 "weights that fluxfire keeps in host memory are moved by something else, too "

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from typing_extensions import override
 
+from fluxfire.diffusers_types import Transformer
 from fluxfire.edits.stand_in import own_class
 from fluxfire.kontext import KONTEXT, PlainProcessor
 from fluxfire.kontext.attention import (
@@ -24,7 +23,7 @@ class ProcessorSwap(Listener):
     as they are.
     """
 
-    def __init__(self, transformer: Any, cls: type[ReferenceAttnProcessor]) -> None:
+    def __init__(self, transformer: Transformer, cls: type[ReferenceAttnProcessor]) -> None:
         self._transformer, self._cls = transformer, cls
 
     @override
