@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import pytest
@@ -18,35 +18,17 @@ from fluxfire.passes import (
     Compile,
     EncodingCache,
     FirstBlockCache,
-    Float8,
     FusedBlocks,
-    InductorPatch,
     MemoryLayout,
     ModulationTable,
     QKVFusion,
     ReferenceCache,
 )
-from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.generation import Listener, Live
 from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
+from own_passes import own_passes
 
-OURS = [
-    InductorPatch(),
-    MemoryLayout(),
-    QKVFusion(),
-    QKVFusion(vae=False),
-    Float8(),
-    Attention(),
-    Attention("_native_math"),
-    Attention("fa3-fp8"),
-    FusedBlocks(),
-    ModulationTable(),
-    EncodingCache(),
-    FirstBlockCache(),
-    FirstBlockCache(0),
-    FirstBlockCache(schedule=[1], predict="linear"),
-    ReferenceCache(),
-    ReferenceCache(0),
-]
+OURS = own_passes()
 DOUBLES = [Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
 
 
@@ -374,6 +356,196 @@ class Hoards(Broken):
         return Change(1, "attributes")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Tuned(Wrapping):
+    """Adds to what the blocks make; `amount` can change while it is applied."""
+
+    amount: float = 0.1
+    times: int = 1
+
+    exactness = "lossy"
+    tunable = frozenset({"amount"})
+
+    def off(self):
+        return replace(self, amount=0.0)
+
+    def apply(self, tx):
+        live = tx.live(self)
+        tx.wrap_blocks(functools.partial(self._add, live))
+        return Change(1, "runs")
+
+    @staticmethod
+    def _add(live, run, streams, blocks, call):
+        out, settings = run(streams, blocks), live.settings
+        # A constant would be lost in the last norm.
+        return replace(out, image=out.image + settings.amount * settings.times * out.image.flip(-1))
+
+
+class TunedWithoutOff(Tuned):
+    off = property()  # it has none
+
+
+class TunedRounds(Tuned):
+    """With the settings of its `off` it is close."""
+
+    @property
+    def exactness(self):
+        return "lossy" if self.amount else "close"
+
+    @staticmethod
+    def _add(live, run, streams, blocks, call):
+        out = run(streams, blocks)
+        return replace(out, image=out.image + (1e-8 + live.settings.amount) * out.image.flip(-1))
+
+
+class FindsNothing(Tuned):
+    """On another pipeline it would wrap the blocks."""
+
+    exactness = "bitwise"
+
+    def apply(self, tx):
+        return Change(0, "runs")
+
+
+class ProvidesAList(Tuned):
+    provides = ("wraps-blocks",)
+
+
+class Quantizes(Broken):
+    """Keeps the plain weight as the parameter, and computes with another."""
+
+    exactness = "lossy"
+    provides = frozenset({"quantized"})
+
+    def apply(self, tx):
+        out, narrow = tx.pipe.transformer.proj_out, torch.nn.Module()
+        weight = (out.weight.detach() * 100).to(torch.int8)
+        narrow.register_buffer("weight", weight, persistent=False)
+        tx.setattr(out, "narrow", narrow)
+
+        def call(x):
+            return torch.nn.functional.linear(x, (out.weight * 100).to(torch.int8) / 100, out.bias)
+
+        tx.set_call(out, call)
+        return Change(1, "layers", bytes=weight.nbytes)
+
+
+class ProvidesWraps(Broken):
+    provides = frozenset({"wraps-blocks"})
+
+    def apply(self, tx):
+        tx.setattr(tx.pipe.vae, "new", 1)
+        return Change(1, "attributes")
+
+
+class ProvidesQuantized(ProvidesWraps):
+    provides = frozenset({"quantized"})
+
+
+class ProvidesLora(Tuned):
+    provides = frozenset({"wraps-blocks", "lora"})
+
+
+class ProvidesNoTrait(Broken):
+    provides = frozenset({"wrap-blocks"})
+
+
+class TunesNoField(Tuned):
+    tunable = frozenset({"amounts"})
+
+
+class TunesUnknown(Tuned):
+    """Never asks for settings that can change."""
+
+    def apply(self, tx):
+        tx.wrap_blocks(functools.partial(self._add, Live(self)))
+        return Change(1, "runs")
+
+
+class TunedOnce(Tuned):
+    """Reads the settings when it is applied, and not again."""
+
+    def apply(self, tx):
+        tx.wrap_blocks(functools.partial(self._add, Live(tx.live(self).settings)))
+        return Change(1, "runs")
+
+
+class TunedForGood(Tuned):
+    """Once off, it stays off."""
+
+    @staticmethod
+    def _add(live, run, streams, blocks, call):
+        if not live.settings.amount:
+            vars(live)["gone"] = True
+        if "gone" in vars(live):
+            return run(streams, blocks)
+        return Tuned._add(live, run, streams, blocks, call)
+
+
+class OffButNotTunable(Tuned):
+    tunable = frozenset()
+
+
+class OffIsOfAnotherClass(Tuned):
+    def off(self):
+        return Tuned(amount=0.0)
+
+
+class OffIsNone(Tuned):
+    def off(self):
+        return None
+
+
+class OffChangesAFixedField(Tuned):
+    def off(self):
+        return replace(self, times=0)
+
+
+class OffIsNotOff(Tuned):
+    def off(self):
+        return replace(self, amount=0.01)
+
+
+class OffIsNotClose(TunedRounds):
+    @staticmethod
+    def _add(live, run, streams, blocks, call):
+        out = run(streams, blocks)
+        return replace(out, image=out.image + (1e-4 + live.settings.amount) * out.image.flip(-1))
+
+
+class OffNeedsArguments(Tuned):
+    def off(self, how):
+        return replace(self, amount=how)
+
+
+class AfterWarmupNeedsMore(Broken):
+    def after_warmup(self, tx, pipe):
+        """Do nothing."""
+
+
+class NamesAndName(Tuned):
+    """`names` is no misspelt `name`, since that is there, too."""
+
+    name, names = "tuned", ("a", "b")
+
+
+class SpeltProvide(Broken):
+    provide = frozenset({"quantized"})
+
+
+class SpeltTuneable(Broken):
+    tuneable = frozenset()
+
+
+class SpeltAfterWarmUp(Broken):
+    def after_warm_up(self, tx):
+        """Do nothing."""
+
+
+class SpeltExactnes(Broken):
+    exactnes = "lossy"
+
+
 def list_rest(streams):
     return streams.temb, streams.rotary, streams.attention_kwargs
 
@@ -423,11 +595,48 @@ def _flags_back():
         (FailsUnderAutocast(), "it is right under autocast"),
         (CutsGradients(), "gradients through the transformer are true"),
         (Hoards(), "nothing grows from one optimize to the next"),
+        (ProvidesWraps(), "what it provides is true. it provides wraps-blocks"),
+        (ProvidesQuantized(), "what it provides is true. it provides quantized"),
+        (ProvidesLora(), "what it provides is true. it provides lora"),
+        (ProvidesNoTrait(), "it has the members of fluxfire.Pass. .*'wrap-blocks', which is no"),
+        (TunesNoField(), "it has the members of fluxfire.Pass. .*'amounts', which is no field"),
+        (TunesUnknown(), "what is tunable can change. apply must call tx.live"),
+        (TunedOnce(), r"with the settings of off\(\) it does nothing. a pixel differs"),
+        (TunedForGood(), r"after using\(\) the settings are those from before"),
+        (OffButNotTunable(), r"a pass with off\(\) is tunable"),
+        (OffIsOfAnotherClass(), r"off\(\) returns the pass with other settings. .*Tuned\(amount"),
+        (OffIsNone(), r"off\(\) returns the pass with other settings. it returned None"),
+        (OffChangesAFixedField(), r"off\(\) changes tunable fields only. times changed too"),
+        (OffIsNotOff(), r"with the settings of off\(\) it does nothing. a pixel differs"),
+        (OffIsNotClose(), r"with the settings of off\(\) it does nothing: at most twice"),
+        (OffNeedsArguments(), "it has the members of fluxfire.Pass. .* off that cannot be called"),
+        (AfterWarmupNeedsMore(), "it has the members of fluxfire.Pass. .* one argument, tx"),
+        (SpeltProvide(), "the names of the protocol. did you mean provides by provide"),
+        (SpeltTuneable(), "the names of the protocol. did you mean tunable by tuneable"),
+        (SpeltAfterWarmUp(), "the protocol. did you mean after_warmup by after_warm_up"),
+        (SpeltExactnes(), "the names of the protocol. did you mean exactness by exactnes"),
     ],
 )
 def test_each_broken_promise_is_found(broken, promise):
     with pytest.raises(ConformanceError, match=promise):
         check_pass(broken)
+
+
+@pytest.mark.parametrize(
+    "pass_",
+    [
+        Tuned(),
+        TunedWithoutOff(),
+        TunedRounds(),
+        FindsNothing(),
+        ProvidesAList(),
+        Quantizes(),
+        NamesAndName(),
+    ],
+    ids=repr,
+)
+def test_what_is_not_broken_conforms(pass_):
+    check_pass(pass_)
 
 
 def test_a_pass_defined_in_a_function_conforms():

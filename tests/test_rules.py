@@ -17,6 +17,7 @@ from fluxfire.planning.resolve import order
 from fluxfire.planning.rules import (
     conflict_messages,
     find_conflicts,
+    misspelt_members,
     reasons_to_leave_out,
     sort_by_stage,
     why_not_a_pass,
@@ -172,6 +173,100 @@ class Half:
 )
 def test_what_is_no_pass_is_told_why(candidate, words):
     assert words in why_not_a_pass(candidate)
+
+
+def a_pass(**members):
+    """A pass that has these members, too."""
+    return type("Odd", (Fake,), members)()
+
+
+@pytest.mark.parametrize(
+    ("members", "words"),
+    [
+        ({"provides": "lora"}, "has provides 'lora'; it must be a set of traits"),
+        ({"provides": None}, "has provides None; it must be a set of traits"),
+        ({"provides": iter(["lora"])}, "it must be a set of traits"),
+        ({"provides": [["lora"]]}, "it must be a set of traits"),
+        ({"provides": {"loras"}}, "provides 'loras', which is no trait; there are compiled"),
+        ({"tunable": "stage"}, "has tunable 'stage'; it must be a set of names of its fields"),
+        ({"tunable": True}, "has tunable True; it must be a set of names"),
+        ({"tunable": iter(["slot"])}, "it must be a set of names"),
+        ({"tunable": {"slots"}}, "has tunable 'slots', which is no field of it; its fields are na"),
+        ({"tunable": {"slot"}, "off": 3}, "has an off that cannot be called without arguments"),
+        ({"tunable": {"slot"}, "off": lambda self, x: self}, "has an off that cannot be called"),
+        ({"after_warmup": lambda self: None}, "after_warmup that cannot be called with one arg"),
+        ({"after_warmup": lambda self, tx, x: None}, "cannot be called with one argument, tx"),
+        ({"after_warmup": lambda self, *, tx: None}, "cannot be called with one argument, tx"),
+        ({"after_warmup": True}, "cannot be called with one argument, tx"),
+    ],
+)
+def test_an_optional_member_that_is_wrong_is_told(members, words):
+    assert words in why_not_a_pass(a_pass(**members))
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        {"provides": ["lora"]},
+        {"provides": frozenset()},
+        {"tunable": ("slot", "stage")},
+        {"tunable": {"slot"}, "off": lambda self, x=1: self},
+        {"off": True},  # of its own, since it is not tunable
+        {"after_warmup": lambda self, tx, x=1: None},
+        {"after_warmup": lambda self, *arguments: None},
+        {"after_warmup": print},
+        {"after_warmup": None},
+        {"tuneable": {"slot"}},  # `check_pass` alone reports it
+    ],
+)
+def test_an_optional_member_that_is_right_is_none_of_the_reasons(members):
+    assert why_not_a_pass(a_pass(**members)) is None
+
+
+def test_a_tunable_pass_without_fields_is_told_so():
+    class Plain:
+        name, stage, slot, exactness = "plain", "weights", None, "bitwise"
+        tunable = frozenset({"name"})
+        check = apply = Fake.check
+
+    assert "no field of it; its fields are none" in why_not_a_pass(Plain())
+
+
+def test_a_missing_member_that_is_misspelt_is_guessed():
+    class Slip:
+        name, stage, slots, exactnes = "slip", "weights", None, "bitwise"
+        check = apply = Fake.check
+
+    said = why_not_a_pass(Slip())
+    assert said.endswith(
+        "it has no slot, exactness; did you mean slot by slots, exactness by exactnes?"
+    )
+
+
+@pytest.mark.parametrize(
+    ("attribute", "member"),
+    [
+        ("provide", "provides"),
+        ("provided", "provides"),
+        ("tuneable", "tunable"),
+        ("tunabel", "tunable"),
+        ("after_warm_up", "after_warmup"),
+        ("afterwarmup", "after_warmup"),
+        ("exactnes", "exactness"),
+        ("stages", "stage"),
+    ],
+)
+def test_a_misspelt_member_is_found(attribute, member):
+    assert misspelt_members(a_pass(**{attribute: 1})) == {attribute: member}
+    # Beside the member itself it is another thing.
+    assert misspelt_members(a_pass(**{attribute: 1, member: 1})) == {}
+
+
+@pytest.mark.parametrize(
+    "attribute", ["_provide", "storage", "state", "warmup_steps", "offset", "change", "trainable"]
+)
+def test_a_name_that_is_not_so_near_is_no_misspelt_member(attribute):
+    assert misspelt_members(a_pass(**{attribute: 1})) == {}
 
 
 @pytest.mark.parametrize("name", fluxfire.__all__)

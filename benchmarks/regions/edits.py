@@ -155,7 +155,7 @@ def ladder() -> str:
         for row in rows
     ]
     head = (
-        "", "edit, s (× eager)", "computed step, ms (× eager)", "steps left out", "GiB peak",
+        "", "edit, s (× eager)", "computed step, ms (× eager)", "steps skipped", "GiB peak",
         "joules an edit", "GPU busy",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{where(result)}."

@@ -64,7 +64,7 @@ def reference_on_spark() -> str:
         for row in result["rows"]
     ]
     head = (
-        "", f"refreshes, of {result['steps']} steps", "steps of work", "edits done",
+        "", f"refreshes, of {result['steps']} steps", "steps of work", "edits that succeed",
         "PSNR to plain, dB: mean (worst)", "reached by 95 of 100", "PSNR to the exact target",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{result['examples']} held-out edits. {where(result)}."

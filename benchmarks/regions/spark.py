@@ -72,7 +72,7 @@ def passes_on_spark() -> str:
         for row in result["rows"]
         if not row["error"]
     ]
-    head = ("", "edits done", "PSNR to plain, dB: mean [95%] (worst)")
+    head = ("", "edits that succeed", "PSNR to plain, dB: mean [95%] (worst)")
     return (
         f"{markdown(head, table)}\n\n{result['examples']} held-out edits, {result['steps']} steps, "
         f"{result['dtype']}. {where(result)}."

@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fluxfire import modules
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.errors import FluxfireError, FluxfireWarning, PassError, PlanError, RestoreError
 from fluxfire.planning.check import make_plan
 from fluxfire.planning.plan import Plan
@@ -29,7 +29,7 @@ from fluxfire.runtime.transaction import Transaction
 from fluxfire.runtime.turns import Turns
 from fluxfire.supported import find_model, model_of, refusal
 
-MakeTransaction = Callable[[Any, Conductor], Transaction]
+MakeTransaction = Callable[[Pipeline, Conductor], Transaction]
 logger = logging.getLogger("fluxfire")
 _one_at_a_time = Turns()  # no other thread may apply passes between planning and applying
 
@@ -51,7 +51,9 @@ def applied_passes(pipe: object) -> list[Pass]:
     return Applications.of(conductor).passes if conductor else []
 
 
-def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Transaction) -> None:
+def apply_passes(
+    pipe: DiffusersPipeline, passes: Passes, transaction: MakeTransaction = Transaction
+) -> None:
     """Make a plan, and carry it out; see `fluxfire.optimize`.
 
     Args:
@@ -75,7 +77,7 @@ def apply_passes(pipe: Any, passes: Passes, transaction: MakeTransaction = Trans
                 warnings.warn(message, FluxfireWarning, stacklevel=_stacklevel_of_user())
 
 
-def replace_passes(pipe: Any, passes: Passes) -> None:
+def replace_passes(pipe: DiffusersPipeline, passes: Passes) -> None:
     """Undo the applied passes, and apply other passes; see `fluxfire.optimize`.
 
     Raises:
@@ -127,7 +129,7 @@ def undo(conductor: Conductor) -> None:
         ) from failures[0]
 
 
-def finish_warmup(pipe: Any) -> None:
+def finish_warmup(pipe: Pipeline) -> None:
     """Call `after_warmup` of every pass that has it.
 
     Args:
@@ -150,7 +152,7 @@ def finish_warmup(pipe: Any) -> None:
                         after_warmup(tx)
 
 
-def _apply_plan(pipe: Any, plan: Plan, transaction: MakeTransaction) -> None:
+def _apply_plan(pipe: Pipeline, plan: Plan, transaction: MakeTransaction) -> None:
     present = conductor_of(pipe)
     conductor = present or Conductor(pipe, model_of(pipe), Applications())
     with conductor.while_idle("optimize"), _outside_inference_mode():

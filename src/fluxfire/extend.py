@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from fluxfire.configured import Configured, Stage, Trait
+from fluxfire.diffusers_types import AttentionModule, Pipeline, Transformer
 from fluxfire.edits.stand_in import StandIn
 from fluxfire.model import Call, Model, Run, Streams, Tokens
 from fluxfire.protocol import Change, Exactness, Finding, Pass, Target
@@ -18,6 +19,7 @@ from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 
 __all__ = [
+    "AttentionModule",
     "BlockWrapper",
     "Call",
     "Change",
@@ -30,6 +32,7 @@ __all__ = [
     "Live",
     "Model",
     "Pass",
+    "Pipeline",
     "Refresh",
     "Run",
     "Stage",
@@ -39,6 +42,7 @@ __all__ = [
     "Tokens",
     "Trait",
     "Transaction",
+    "Transformer",
     "Watch",
     "model_of",
 ]

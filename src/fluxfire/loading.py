@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fluxfire import spark
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import LoadError
 from fluxfire.kontext.random_weights import full_kontext, tiny_kontext
 from fluxfire.supported import refusal
@@ -27,7 +27,9 @@ SPARK = "spark"
 RANDOM = {"random-tiny": tiny_kontext, "random-full": full_kontext}
 
 
-def load(model: str, *, device: str | None = None, dtype: torch.dtype | None = None) -> Any:
+def load(
+    model: str, *, device: str | None = None, dtype: torch.dtype | None = None
+) -> DiffusersPipeline:
     """Load a Kontext pipeline.
 
     Args:

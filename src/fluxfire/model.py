@@ -14,6 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from fluxfire.diffusers_types import AttentionModule, Pipeline, Transformer
+
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
@@ -88,23 +90,23 @@ class Model(Protocol):
     @property
     def pipelines(self) -> tuple[type, ...]: ...  # noqa: D102
 
-    def refusal(self, pipe: Any) -> str | None:
+    def refusal(self, pipe: Pipeline) -> str | None:
         """Return the reason why fluxfire cannot work on a pipeline of these classes, or None."""
         ...
 
-    def blocks(self, transformer: Any) -> list[nn.Module]:
+    def blocks(self, transformer: Transformer) -> list[nn.Module]:
         """Return the transformer's blocks in the order in which they run."""
         ...
 
-    def attentions(self, transformer: Any) -> list[Any]:
+    def attentions(self, transformer: Transformer) -> list[AttentionModule]:
         """Return the attentions of all blocks, in the order in which they run."""
         ...
 
-    def linears(self, block: Any) -> list[tuple[Any, str]]:
+    def linears(self, block: nn.Module) -> list[tuple[nn.Module, str]]:
         """Return a block's linear layers, each as (owner, name of the owner's attribute)."""
         ...
 
-    def projections(self, attention: Any) -> list[tuple[str, tuple[str, str, str]]]:
+    def projections(self, attention: AttentionModule) -> list[tuple[str, tuple[str, str, str]]]:
         """Return an attention's projections to queries, keys and values.
 
         Returns:
@@ -113,15 +115,15 @@ class Model(Protocol):
         """
         ...
 
-    def modulated_norms(self, block: Any) -> list[Any]:
+    def modulated_norms(self, block: nn.Module) -> list[nn.Module]:
         """Return a block's norms that compute modulations, in the order in which they run."""
         ...
 
-    def text_encoders(self, pipe: Any) -> list[nn.Module]:
+    def text_encoders(self, pipe: Pipeline) -> list[nn.Module]:
         """Return the text encoders of a pipeline."""
         ...
 
-    def sigma(self, pipe: Any) -> torch.Tensor:
+    def sigma(self, pipe: Pipeline) -> torch.Tensor:
         """Return the noise level of a pipeline's current step: float32, without dimensions."""
         ...
 
@@ -140,7 +142,7 @@ class Model(Protocol):
         """Count the tokens of a transformer call. Waits for the device."""
         ...
 
-    def runner(self, transformer: Any, inputs: dict[str, Any]) -> Run:
+    def runner(self, transformer: Transformer, inputs: dict[str, Any]) -> Run:
         """Return a function that runs blocks exactly as diffusers does.
 
         Args:
@@ -151,16 +153,16 @@ class Model(Protocol):
         ...
 
     def mount(
-        self, transformer: Any, stack: Callable[[Streams], Streams]
+        self, transformer: Transformer, stack: Callable[[Streams], Streams]
     ) -> AbstractContextManager[None]:
         """Make the transformer's forward call `stack` in place of its blocks, in a `with` block."""
         ...
 
-    def unmount(self, transformer: Any) -> None:
+    def unmount(self, transformer: Transformer) -> None:
         """Give a transformer its own blocks back, if an interrupt cut `mount` short."""
         ...
 
-    def reference_size(self, pipe: Any, width: int, height: int) -> tuple[int, int]:
+    def reference_size(self, pipe: Pipeline, width: int, height: int) -> tuple[int, int]:
         """Return the size (width, height) to which a pipeline resizes a reference by default."""
         ...
 
@@ -168,10 +170,10 @@ class Model(Protocol):
         """Return the arguments of a pipeline call for an output of exactly this size in pixels."""
         ...
 
-    def size_multiple(self, pipe: Any) -> int:
+    def size_multiple(self, pipe: Pipeline) -> int:
         """Return the number of pixels that both sides of every picture must be multiples of."""
         ...
 
-    def is_tiny(self, pipe: Any) -> bool:
+    def is_tiny(self, pipe: Pipeline) -> bool:
         """Whether a pipeline's model is tiny, as in tests."""
         ...

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from fluxfire.configured import TRAITS, Configured, Stage, Trait, Traits
+from fluxfire.diffusers_types import Pipeline
 
 if TYPE_CHECKING:  # so that this file loads no torch
     from fluxfire.environment import Environment
@@ -111,7 +112,7 @@ class Target:
             (`provides`). A pass refuses by trait, never by a sister's name.
     """
 
-    pipe: Any
+    pipe: Pipeline
     environment: Environment
     passes: tuple[Configured, ...] = ()
     traits: frozenset[Trait] = field(default_factory=frozenset)

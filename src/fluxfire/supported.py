@@ -5,8 +5,9 @@ To add one, implement `Model` in a folder beside `kontext/`, and add it to `MODE
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.errors import FluxfireError
 from fluxfire.kontext import KONTEXT
 from fluxfire.model import Model
@@ -18,13 +19,13 @@ def refusal(pipe: object) -> str | None:
     """Return the reason why fluxfire cannot work on an object; None if it can."""
     model = find_model(pipe)
     if model is not None:
-        return model.refusal(pipe)
+        return model.refusal(cast("Pipeline", pipe))
     known = [pipeline.__name__ for model in MODELS for pipeline in model.pipelines]
     names = f"{', '.join(known[:-1])} and {known[-1]}"
     return f"fluxfire works on {names}, not on {type(pipe).__name__}"
 
 
-def model_of(pipe: Any) -> Model:
+def model_of(pipe: object) -> Model:
     """Return the architecture of a pipeline.
 
     Raises:

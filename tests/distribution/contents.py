@@ -57,6 +57,7 @@ def check_sdist(path: Path) -> None:
     wanted = {f"src/{name}" for name in DATA} | {
         ".ci/constraints.txt",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
         "LICENSE",
         "PKG-INFO",
         "README.md",
@@ -64,6 +65,7 @@ def check_sdist(path: Path) -> None:
         "benchmarks/spark_training/__main__.py",
         "docs/mkdocs.yml",
         "examples/modal_app.py",
+        "examples/new_pass/pyproject.toml",
         "noxfile.py",
         "pyproject.toml",
         "tests/conftest.py",

@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import diffusers
 import torch
 
 from fluxfire.bench.contenders import Baseline, Contender
 from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import Pipeline, Transformer
 from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, ParaAttention
 from fluxfire.protocol import Pass
@@ -51,7 +52,7 @@ class CacheDit:
     compiles: ClassVar[bool] = False
 
     @contextmanager
-    def applied(self, pipe: Any) -> Iterator[None]:
+    def applied(self, pipe: Pipeline) -> Iterator[None]:
         """Enable cache-dit's cache for the length of a `with` block."""
         import cache_dit
         from cache_dit.caching.block_adapters.adapters import flux_adapter
@@ -107,11 +108,11 @@ class MagCache:
     threshold: float = 0.06
     skips: ClassVar[bool] = True
     compiles: ClassVar[bool] = False
-    _transformer: Any = None
+    _transformer: Transformer | None = None
     _ratios: dict[Workload, list[float]] = field(default_factory=dict)
 
     @contextmanager
-    def applied(self, pipe: Any) -> Iterator[None]:
+    def applied(self, pipe: Pipeline) -> Iterator[None]:
         """Disable its cache at the end; `begin` enables it, since it knows the number of steps."""
         self._transformer = pipe.transformer
         try:
@@ -125,7 +126,7 @@ class MagCache:
         """Calibrate for this workload, once, and start from a clean state."""
         from diffusers import MagCacheConfig
 
-        transformer, steps = self._transformer, workload.steps
+        transformer, steps = cast("Transformer", self._transformer), workload.steps
         if transformer.is_cache_enabled:
             transformer.disable_cache()
         if workload not in self._ratios:
@@ -151,7 +152,7 @@ class TorchaoFloat8:
     compiles: ClassVar[bool] = True
 
     @contextmanager
-    def applied(self, pipe: Any) -> Iterator[None]:
+    def applied(self, pipe: Pipeline) -> Iterator[None]:
         """Quantize the linear layers of the blocks, and compile the blocks."""
         from torchao.quantization import (
             Float8DynamicActivationFloat8WeightConfig,

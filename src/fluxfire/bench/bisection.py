@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from fluxfire import api
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.planning.resolve import Passes
 from fluxfire.protocol import Pass
 from fluxfire.text import table
@@ -56,7 +56,11 @@ class BisectResult:
         return f"{table(('passes', 'picture', 'why'), rows)}\n{verdict}"
 
 
-def bisect(pipe: Any, passes: Passes, judge: Callable[[Any], tuple[bool, str]]) -> BisectResult:
+def bisect(
+    pipe: DiffusersPipeline,
+    passes: Passes,
+    judge: Callable[[DiffusersPipeline], tuple[bool, str]],
+) -> BisectResult:
     """Find the first pass of a list that breaks a picture.
 
     It halves the list, as git bisect halves a history: a list of n passes takes one run of the

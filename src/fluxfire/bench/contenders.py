@@ -6,10 +6,11 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from fluxfire import api
 from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.passes import Compile
 from fluxfire.protocol import Pass
 from fluxfire.text import count_of
@@ -29,7 +30,7 @@ class Baseline(Protocol):
     def compiles(self) -> bool:
         """Whether it compiles the blocks itself. Then compilation alone is its exact twin."""
 
-    def applied(self, pipe: Any) -> AbstractContextManager[object]:
+    def applied(self, pipe: Pipeline) -> AbstractContextManager[object]:
         """Apply it for the length of a `with` block."""
 
     def begin(self, run: Callable[[], object], workload: Workload) -> None:
@@ -58,7 +59,7 @@ class Contender:
     steps: int | None = None
 
     @contextmanager
-    def applied(self, pipe: Any) -> Iterator[Any]:
+    def applied(self, pipe: DiffusersPipeline) -> Iterator[DiffusersPipeline]:
         """Apply it for the length of a `with` block. Without passes, steps are still counted.
 
         Yields:
@@ -121,7 +122,7 @@ class Contender:
         return replace(self, name=name, role="fewer steps", steps=steps)
 
     def prepare(
-        self, pipe: Any, workload: Workload, run: Callable[[], object]
+        self, pipe: DiffusersPipeline, workload: Workload, run: Callable[[], object]
     ) -> AbstractContextManager[object]:
         """Prepare for generations of one workload."""
         if self.baseline:
@@ -137,7 +138,7 @@ def _name(passes: Sequence[Pass]) -> str:
     return " + ".join(p.name for p in passes) or EAGER
 
 
-def check_plain(pipe: Any) -> None:
+def check_plain(pipe: object) -> None:
     """Check that a pipeline is plain, so that it can be the reference.
 
     Raises:
@@ -147,7 +148,7 @@ def check_plain(pipe: Any) -> None:
         pass
 
 
-def separate_copy(pipe: Any) -> Any:
+def separate_copy(pipe: Pipeline) -> DiffusersPipeline:
     """Return a pipeline with its own modules that share this pipeline's weights."""
     transformer = pipe.transformer
     shared = {id(t): t for t in (*transformer.parameters(), *transformer.buffers())}

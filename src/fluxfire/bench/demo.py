@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -16,6 +15,7 @@ from fluxfire.bench.rows import Row
 from fluxfire.bench.tables import format_decibels, remarks
 from fluxfire.bench.trials import FewerStepsComparison
 from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, draw_difference
 from fluxfire.protocol import Pass
@@ -138,7 +138,7 @@ class Demo:
 
 
 def run(
-    pipe: Any,
+    pipe: DiffusersPipeline,
     passes: Sequence[Pass],
     examples: Sequence[Example],
     *,

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from statistics import mean, median
-from typing import Any
 
 import torch
 from PIL import Image
@@ -23,6 +22,7 @@ from fluxfire.bench.rows import Row, TimedEdit
 from fluxfire.bench.timing import on_device, time_call
 from fluxfire.bench.work import BlockCounter, equal_steps, work_of_run
 from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.errors import BenchError, FluxfireError
 from fluxfire.runtime.conductor import warmup_run
 from fluxfire.supported import model_of
@@ -31,7 +31,7 @@ _GIB = 2**30
 
 
 def measure(
-    pipe: Any,
+    pipe: DiffusersPipeline,
     contenders: Sequence[Contender],
     workloads: Sequence[Workload],
     examples: Sequence[Example],
@@ -114,7 +114,7 @@ def measure(
 class _Bench:
     """One call of `measure`."""
 
-    pipe: Any
+    pipe: Pipeline
     examples: Sequence[Example]
     rounds: int
     warmups: int
@@ -292,7 +292,7 @@ class _Turn:
     label: str
     on_edit: Callable[[str], None]
 
-    def run(self, pipe: Any, rows: Sequence[Row]) -> None:
+    def run(self, pipe: Pipeline, rows: Sequence[Row]) -> None:
         """Apply the rows' list and run their workloads.
 
         An error ends only its own contender's turn: the list is applied again for the others.
@@ -300,7 +300,7 @@ class _Turn:
         while rows:
             rows = self._run_turn(pipe, rows)
 
-    def _run_turn(self, pipe: Any, rows: Sequence[Row]) -> list[Row]:
+    def _run_turn(self, pipe: Pipeline, rows: Sequence[Row]) -> list[Row]:
         """Apply the list once; return rows that did not run because another contender failed."""
         left: list[Row] = []
         torch.compiler.reset()
@@ -336,7 +336,7 @@ class _Turn:
             torch.cuda.empty_cache()
         return left
 
-    def _run(self, pipe: Any, row: Row) -> None:
+    def _run(self, pipe: Pipeline, row: Row) -> None:
         """Warm up and edit every example; after an error the row stays unchanged."""
         load = row.workload
         calibrate = lambda: load.run(pipe, self.examples[0], seed=self.seed)  # noqa: E731
@@ -369,7 +369,7 @@ class _Turn:
             row.weights = sum(p.nbytes for p in pipe.transformer.parameters())
 
     def _edit(
-        self, pipe: Any, row: Row, example: Example, seed: int
+        self, pipe: Pipeline, row: Row, example: Example, seed: int
     ) -> tuple[TimedEdit, Image.Image]:
         load, baseline = row.workload, row.contender.baseline
         counter = BlockCounter(pipe) if baseline and baseline.skips else nullcontext()

@@ -6,13 +6,14 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.reporting.device_events import DeviceClock
 
 
 class Phases:
     """Seconds of each phase, summed over the generations in a `phases` block."""
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self._clock = DeviceClock(pipe._execution_device)  # noqa: SLF001 - the only right device under offloading
         self._spans: dict[str, list[tuple[Callable[[], float], Callable[[], float]]]] = {}
 
@@ -34,7 +35,7 @@ class Phases:
 
 
 @contextmanager
-def phases(pipe: Any) -> Iterator[Phases]:
+def phases(pipe: Pipeline) -> Iterator[Phases]:
     """Measure the phases of a pipeline's generations in a `with` block.
 
     It overrides the phases' methods on the instance, and removes the overrides afterwards.
@@ -51,7 +52,7 @@ def phases(pipe: Any) -> Iterator[Phases]:
 
 
 @contextmanager
-def _override(owner: Any, method: str, recorder: Phases, name: str) -> Iterator[None]:
+def _override(owner: object, method: str, recorder: Phases, name: str) -> Iterator[None]:
     present = vars(owner)
     had, before = method in present, present.get(method)
     present[method] = recorder.bracket(name, getattr(owner, method))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from statistics import mean
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image
 
 from fluxfire.bench.intervals import Interval, bootstrap, share_interval
@@ -100,7 +101,9 @@ class Quality:
             ],
         }
 
-    def _summary(self, name: str, worst_of: Any) -> dict[str, Any] | None:
+    def _summary(
+        self, name: str, worst_of: Callable[[list[float]], float]
+    ) -> dict[str, Any] | None:
         """Summarize a measure over the pairs that have it; some pairs have no `edited`."""
         values = [v for one in self.similarities if (v := getattr(one, name)) is not None]
         if not values:
@@ -115,7 +118,12 @@ def _ends(interval: Interval | None) -> list[float] | None:
 
 SAME = Similarity(EQUAL, 1.0, 0.0, EQUAL)
 """The similarity of a picture to itself."""
-_WORST = {"psnr": min, "ssim": min, "flip": max, "edited": min}
+_WORST: dict[str, Callable[[list[float]], float]] = {
+    "psnr": min,
+    "ssim": min,
+    "flip": max,
+    "edited": min,
+}
 
 
 def compare(
@@ -172,7 +180,7 @@ def similarity(
     )
 
 
-def edited_region(source: Image.Image, result: Image.Image) -> Any:
+def edited_region(source: Image.Image, result: Image.Image) -> npt.NDArray[np.bool_]:
     """Return where an edit changed its picture.
 
     A patch of 8 x 8 pixels belongs to the edit if its mean absolute difference from the source,
@@ -198,10 +206,11 @@ def edited_region(source: Image.Image, result: Image.Image) -> Any:
     for down in range(3):
         for right in range(3):
             grown |= around[down : down + rows, right : right + columns]
-    return grown.repeat(_PATCH, axis=0).repeat(_PATCH, axis=1)[:height, :width]
+    region: npt.NDArray[np.bool_] = grown.repeat(_PATCH, axis=0).repeat(_PATCH, axis=1)
+    return region[:height, :width]
 
 
-def _inside(made: Image.Image, wanted: Image.Image, region: Any) -> float | None:
+def _inside(made: Image.Image, wanted: Image.Image, region: npt.NDArray[np.bool_]) -> float | None:
     """Return the PSNR over a region, (height, width) booleans; None if it is empty."""
     if not region.any():
         return None
@@ -245,6 +254,6 @@ def _flip(made: Image.Image, wanted: Image.Image) -> float | None:
     return float(error)
 
 
-def _pixels(picture: Image.Image) -> Any:
+def _pixels(picture: Image.Image) -> npt.NDArray[Any]:
     """Return (height, width, 3) float32 in [0, 1]."""
     return np.asarray(picture.convert("RGB"), dtype=np.float32) / 255

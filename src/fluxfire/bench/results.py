@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from fluxfire.bench.rows import Row
 from fluxfire.environment import environment
 from fluxfire.text import write_atomically
 
@@ -31,10 +32,10 @@ def save_result(result: dict[str, Any], path: Path) -> None:
     write_atomically(path, json.dumps(result, indent=1, allow_nan=False) + "\n")
 
 
-def row_saver(result: dict[str, Any], path: Path) -> Callable[[Sequence[Any]], None]:
+def row_saver(result: dict[str, Any], path: Path) -> Callable[[Sequence[Row]], None]:
     """Return an `on_rows` callback for `measure` that puts the rows into a result and saves it."""
 
-    def save_rows(rows: Sequence[Any]) -> None:
+    def save_rows(rows: Sequence[Row]) -> None:
         result["rows"] = [row.to_dict() for row in rows]
         save_result(result, path)
 

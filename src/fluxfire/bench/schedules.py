@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -79,7 +78,7 @@ def _refresh_share(due: Sequence[bool], hits: Sequence[bool] | None) -> float:
 
 @functools.cache
 def _run_on_spark(caches: tuple[Pass, ...], steps: int, edits: bool) -> RunStatistics:
-    tasks: Sequence[Any] = (
+    tasks: Sequence[spark.Drawing] = (
         spark.examples(split="test", n=_EXAMPLES) if edits else spark.drawings(n=_EXAMPLES)
     )
     pipe = spark.load(dtype=torch.float32)

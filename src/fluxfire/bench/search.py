@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from statistics import mean, median
-from typing import Any, Self
+from typing import Self
 
 from PIL import Image
 
@@ -32,6 +32,7 @@ from fluxfire.bench.trials import (
 )
 from fluxfire.bench.work import equal_steps, work_of_run
 from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.protocol import Pass, configured
 from fluxfire.runtime.conductor import warmup_run
 from fluxfire.supported import model_of
@@ -56,7 +57,7 @@ class Search:
         trials: all trials, in order.
     """
 
-    pipe: Any
+    pipe: Pipeline
     examples: Sequence[Example]
     budget: Budget
     workload: Workload
@@ -362,7 +363,7 @@ class Search:
         known = [r for n in numbers if (r := self._right[n]) is not None]
         return mean(known) if known else None
 
-    def _edit(self, number: int, steps: int | None = None) -> Any:
+    def _edit(self, number: int, steps: int | None = None) -> Image.Image:
         seed = self.seed + number
         return self.workload.run(self.pipe, self.examples[number], seed=seed, steps=steps)
 

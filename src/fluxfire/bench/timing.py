@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from fluxfire.diffusers_types import Pipeline
+
 T = TypeVar("T")
 
 
@@ -70,7 +72,7 @@ def time_call(run: Callable[[], T]) -> tuple[T, float]:
     return result, time.perf_counter() - began
 
 
-def on_device(pipe: Any) -> AbstractContextManager[object]:
+def on_device(pipe: Pipeline) -> AbstractContextManager[object]:
     """Make the pipeline's GPU torch's current one, whose time, memory and energy are measured."""
     device = pipe._execution_device  # noqa: SLF001 - the only right device under offloading
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

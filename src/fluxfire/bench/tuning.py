@@ -18,6 +18,7 @@ from fluxfire.bench.search import Search
 from fluxfire.bench.tables import format_decibels
 from fluxfire.bench.trials import Candidate, Family, Trial, describe_passes
 from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
 from fluxfire.planning import recipes
@@ -269,7 +270,7 @@ def cache_families(base: Sequence[Pass] = ()) -> list[Family]:
 
 
 def tune(
-    pipe: Any,
+    pipe: DiffusersPipeline,
     examples: Sequence[Example],
     budget: Budget,
     *,

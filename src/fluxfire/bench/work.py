@@ -10,6 +10,7 @@ from typing import Any, Self
 
 from torch import nn
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.edits.override import CALL_SLOT
 from fluxfire.model import Tokens
 from fluxfire.reporting.statistics import RunStatistics, StepKind
@@ -78,7 +79,7 @@ class BlockCounter:
     the block, so the counter counts calls of the block's first norm. A context manager.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Pipeline) -> None:
         self._model = model_of(pipe)
         self._blocks = self._model.blocks(pipe.transformer)
         self._runs = [0] * len(self._blocks)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from fluxfire.bench.examples import Example
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.supported import model_of
 
 _TINY_SIZE = (128, 128)
@@ -39,7 +40,7 @@ class Workload:
 
     @classmethod
     def for_pipeline(
-        cls, pipe: Any, *, steps: int = 28, size: tuple[int, int] | None = None
+        cls, pipe: DiffusersPipeline, *, steps: int = 28, size: tuple[int, int] | None = None
     ) -> Workload:
         """Return a pipeline's default workload: its own size, or a small size if it is tiny."""
         name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}, {steps} steps"
@@ -50,20 +51,27 @@ class Workload:
             return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
         return cls(name=name, steps=steps, size=size)
 
-    def output_size(self, pipe: Any, example: Example) -> tuple[int, int] | None:
+    def output_size(self, pipe: DiffusersPipeline, example: Example) -> tuple[int, int] | None:
         """Return the output's width and height; None for the pipeline's default."""
         if self.size is not None or example.picture is None or not self.reference:
             return self.size
         return model_of(pipe).reference_size(pipe, *example.picture.size)
 
-    def of_each_size(self, pipe: Any, examples: Sequence[Example]) -> list[Example]:
+    def of_each_size(self, pipe: DiffusersPipeline, examples: Sequence[Example]) -> list[Example]:
         """Return the first example of each output size, because each size may compile."""
         first: dict[object, Example] = {}
         for example in examples:
             first.setdefault((self.output_size(pipe, example), example.picture is None), example)
         return list(first.values())
 
-    def run(self, pipe: Any, example: Example, *, seed: int = 0, steps: int | None = None) -> Any:
+    def run(
+        self,
+        pipe: DiffusersPipeline,
+        example: Example,
+        *,
+        seed: int = 0,
+        steps: int | None = None,
+    ) -> Image.Image:
         """Make one picture.
 
         Args:
@@ -73,7 +81,7 @@ class Workload:
             steps: number of denoising steps; None for the workload's.
 
         Returns:
-            The Pillow picture.
+            The picture.
         """
         picture = example.picture if self.reference else None
         call: dict[str, Any] = {}
@@ -85,10 +93,11 @@ class Workload:
             call |= model_of(pipe).exact_size(*size)
         if self.text_tokens is not None:
             call["max_sequence_length"] = self.text_tokens
-        return pipe(
+        made: Image.Image = pipe(
             image=picture,
             prompt=example.instruction,
             num_inference_steps=steps or self.steps,
             generator=torch.Generator().manual_seed(seed),
             **call,
         ).images[0]
+        return made

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxfire.cli.console import UsageError, edits_bar, note, say, usage_errors
 from fluxfire.cli.options import (
@@ -28,6 +28,11 @@ from fluxfire.cli.options import (
 from fluxfire.cli.values import positive_number, positive_numbers, whole_number
 from fluxfire.errors import BenchError
 from fluxfire.text import did_you_mean, extra_hint
+
+if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from fluxfire.bench import Contender, Example
+    from fluxfire.bench.rows import Row
+    from fluxfire.protocol import Pass
 
 BASELINES = ("cache-dit", "mag-cache", "para-attn", "torchao")
 _NO_BASELINES = "none"
@@ -144,8 +149,8 @@ def _check_device(model: str) -> None:
 
 
 def _contenders(
-    arguments: argparse.Namespace, passes: Sequence[Any], examples: Sequence[Any]
-) -> tuple[list[Any], list[str]]:
+    arguments: argparse.Namespace, passes: Sequence[Pass], examples: Sequence[Example]
+) -> tuple[list[Contender], list[str]]:
     """Return the contenders, and notes for the tables."""
     from fluxfire.bench import Contender, baselines, ladder, quality, schedules
     from fluxfire.bench.intervals import MIN_EXAMPLES
@@ -203,7 +208,10 @@ def _empty_result(arguments: argparse.Namespace, examples: int, notes: list[str]
 
 
 def _write(
-    arguments: argparse.Namespace, result: dict[str, Any], rows: Sequence[Any], examples: Any
+    arguments: argparse.Namespace,
+    result: dict[str, Any],
+    rows: Sequence[Row],
+    examples: Sequence[Example],
 ) -> None:
     """Write the files that the command line asks for; the raw result is written already."""
     note(f"saved the raw result: {arguments.output}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fluxfire.cli.console import UsageError, say
 from fluxfire.cli.options import (
@@ -19,6 +19,9 @@ from fluxfire.cli.options import (
     selected_passes,
 )
 from fluxfire.cli.values import psnr, whole_number
+
+if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from PIL import Image
 
 
 def add(commands: Commands) -> None:
@@ -62,13 +65,13 @@ def bisect_passes(arguments: argparse.Namespace) -> int:
     pipe = load_model(arguments.model)
     load = Workload.for_pipeline(pipe, steps=arguments.steps)
 
-    def is_right(picture: Any) -> bool:
+    def is_right(picture: Image.Image) -> bool:
         return example.right(picture) is not False
 
     plain = load.run(pipe, example, seed=arguments.seed)
     plain_is_right = is_right(plain)
 
-    def judge(_: Any) -> tuple[bool, str]:
+    def judge(_: object) -> tuple[bool, str]:
         picture = load.run(pipe, example, seed=arguments.seed)
         distance = similarity(picture, plain).psnr
         spoiled = plain_is_right and not is_right(picture)

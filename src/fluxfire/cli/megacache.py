@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fluxfire.cli.console import UsageError, say
 from fluxfire.cli.options import Commands, add_check, add_command
 from fluxfire.errors import FluxfireError
 from fluxfire.text import human_seconds, table
+
+if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from fluxfire.passes.shared.artifact_file import Payload
 
 
 def add(commands: Commands) -> None:
@@ -57,7 +60,7 @@ def examine(arguments: argparse.Namespace) -> int:
     return 0 if fitting or arguments.action == "inspect" else 1
 
 
-def _facts(payload: Any) -> dict[str, object]:
+def _facts(payload: Payload) -> dict[str, object]:
     return {
         "made": payload.made,
         "bytes": len(payload.blob),

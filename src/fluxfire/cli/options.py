@@ -9,13 +9,19 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from fluxfire.cli import catalog
 from fluxfire.cli.console import UsageError, note, usage_errors
 from fluxfire.cli.files import check_output, check_picture_format, free_path
 from fluxfire.cli.values import positive_number, prompt, seed, size
 from fluxfire.protocol import Pass
+
+if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from PIL import Image
+
+    from fluxfire.bench import Example
+    from fluxfire.diffusers_types import DiffusersPipeline
 
 RANDOM_MODELS = ("random-tiny", "random-full")
 SPARK = "spark"
@@ -176,7 +182,7 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def selected_examples(arguments: argparse.Namespace) -> list[Any]:
+def selected_examples(arguments: argparse.Namespace) -> list[Example]:
     """Return the examples that a parser with `add_examples` asks for.
 
     Raises:
@@ -218,7 +224,7 @@ def selected_passes(arguments: argparse.Namespace) -> list[Pass]:
     return passes
 
 
-def load_model(model: str) -> Any:
+def load_model(model: str) -> DiffusersPipeline:
     """Load the pipeline that `--model` names."""
     from fluxfire import loading
 
@@ -230,7 +236,7 @@ def load_model(model: str) -> Any:
     return loading.load(model)
 
 
-def note_spark_limits(instruction: str, picture: Any) -> None:
+def note_spark_limits(instruction: str, picture: Image.Image) -> None:
     """Print what Spark cannot do with this instruction and picture."""
     from fluxfire import spark
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import TYPE_CHECKING
 
 from fluxfire.cli.console import announce_compilation, note, say, say_json
 from fluxfire.cli.options import (
@@ -23,6 +23,12 @@ from fluxfire.cli.options import (
 )
 from fluxfire.errors import FluxfireError
 from fluxfire.text import human_seconds
+
+if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from PIL import Image
+
+    from fluxfire.diffusers_types import DiffusersPipeline
+    from fluxfire.reporting.statistics import RunStatistics
 
 _NOTABLE_SECONDS = 1.0
 
@@ -77,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _edit(pipe: Any, arguments: argparse.Namespace) -> Any:
+def _edit(pipe: DiffusersPipeline, arguments: argparse.Namespace) -> Image.Image:
     """Return the edited picture."""
     import torch
 
@@ -94,7 +100,7 @@ def _edit(pipe: Any, arguments: argparse.Namespace) -> Any:
         raise FluxfireError(f"{first} Try a smaller --size, or a GPU with more memory") from None
 
 
-def _summary(seconds: float, run: Any) -> str:
+def _summary(seconds: float, run: RunStatistics | None) -> str:
     """Say how long an edit took, and what its caches skipped.
 
     Args:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
 
 from fluxfire import modules
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.environment import environment
 from fluxfire.planning.plan import Plan, Step
 from fluxfire.planning.resolve import Passes, resolve_entries
@@ -17,7 +17,7 @@ from fluxfire.runtime.conductor import conductor_of, conductor_of_transformer
 from fluxfire.supported import refusal
 
 
-def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
+def make_plan(pipe: DiffusersPipeline, passes: Passes, applied: Sequence[Pass]) -> Plan:
     """Plan the application of passes. Changes nothing.
 
     Args:
@@ -51,7 +51,7 @@ def make_plan(pipe: Any, passes: Passes, applied: Sequence[Pass]) -> Plan:
     return replace(plan, suggestion=suggestion, left_out=(*unknown, *left_out))
 
 
-def _why_unusable(pipe: Any) -> str | None:
+def _why_unusable(pipe: Pipeline) -> str | None:
     """Return the reason why fluxfire cannot work on a Kontext pipeline now; None if it can."""
     conductor = conductor_of(pipe)
     if conductor is not None and (why := conductor.why_unusable(pipe)) is not None:
@@ -73,7 +73,7 @@ def _why_unusable(pipe: Any) -> str | None:
     return None
 
 
-def _run_checks(pipe: Any, applied: Sequence[Pass], requested: Sequence[Pass]) -> list[Step]:
+def _run_checks(pipe: Pipeline, applied: Sequence[Pass], requested: Sequence[Pass]) -> list[Step]:
     """Run the check of every requested pass.
 
     Each check sees the whole list, and the traits that hold after the passes before it.
@@ -93,7 +93,7 @@ def _run_checks(pipe: Any, applied: Sequence[Pass], requested: Sequence[Pass]) -
     return steps
 
 
-def _refuse_one_graph(pass_: Pass, pipe: Any) -> Iterator[Finding]:
+def _refuse_one_graph(pass_: Pass, pipe: Pipeline) -> Iterator[Finding]:
     """Refuse a pass that wraps the blocks if the user compiled the whole transformer."""
     if "wraps-blocks" in provided_traits(pass_) and modules.is_compiled(pipe.transformer):
         yield Finding(

@@ -7,17 +7,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from difflib import get_close_matches
+from typing import Any
 
 from fluxfire.protocol import (
     BOUNDARIES,
     EXACTNESS,
+    OPTIONAL,
     STAGES,
     TRAITS,
     Finding,
     Pass,
-    provided_traits,
+    configured,
 )
 from fluxfire.text import spell
+
+_DATA, _METHODS = ("name", "stage", "slot", "exactness"), ("check", "apply")
+_SIMILAR = 0.85  # difflib's ratio: "tuneable" and "tunable" have 0.93, "storage" and "stage" 0.83
 
 
 def why_not_a_pass(candidate: object) -> str | None:
@@ -30,14 +36,35 @@ def why_not_a_pass(candidate: object) -> str | None:
     if isinstance(candidate, list | tuple):
         return f"{candidate!r} is a list within the list; write * before it"
     try:
-        missing = [m for m in ("name", "stage", "slot", "exactness") if not hasattr(candidate, m)]
+        missing = [m for m in _DATA if not hasattr(candidate, m)]
     except Exception as error:  # noqa: BLE001 - a property may raise anything
         return f"{candidate!r} is not a pass: it raised {type(error).__name__}: {error}"
-    missing += [f"{m}()" for m in ("check", "apply") if not callable(getattr(candidate, m, None))]
+    missing += [f"{m}()" for m in _METHODS if not callable(getattr(candidate, m, None))]
     if missing:
-        return f"{candidate!r} is not a pass: it has no {', '.join(missing)}"
+        similar = [f"{m} by {a}" for a, m in misspelt_members(candidate).items()]
+        hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+        return f"{candidate!r} is not a pass: it has no {', '.join(missing)}{hint}"
     assert isinstance(candidate, Pass)  # noqa: S101 - all members were found above
-    return _invalid_member(candidate)
+    return _invalid_member(candidate) or _invalid_optional_member(candidate)
+
+
+def misspelt_members(candidate: object) -> dict[str, str]:
+    """Find public attributes of an object's class that look like misspelt members of a pass.
+
+    An attribute counts as meant if the class that defines it defines the similar member, too.
+
+    Returns:
+        The member that each such attribute resembles.
+    """
+    members = (*_DATA, *_METHODS, *OPTIONAL)
+    found: dict[str, str] = {}
+    for cls in type(candidate).__mro__:
+        lacking = [member for member in members if member not in vars(cls)]
+        for name in vars(cls):
+            if not name.startswith("_") and name not in members:
+                for member in get_close_matches(name, lacking, n=1, cutoff=_SIMILAR):
+                    found[name] = member
+    return found
 
 
 def _invalid_member(candidate: Pass) -> str | None:
@@ -53,16 +80,58 @@ def _invalid_member(candidate: Pass) -> str | None:
             f"{candidate!r} has exactness {candidate.exactness!r}; "
             f"it must be one of {', '.join(EXACTNESS)}"
         )
-    try:
-        unknown = set(provided_traits(candidate)) - TRAITS
-    except TypeError:
-        return f"{candidate!r} has provides {candidate.provides!r}; it must be a set of traits"  # type: ignore[attr-defined]
-    if unknown:
+    return None
+
+
+def _invalid_optional_member(candidate: Any) -> str | None:
+    """Return a message about the first optional member that is invalid; None if all are valid."""
+    provides = getattr(candidate, "provides", ())
+    if (traits := _set_of_names(provides)) is None:
+        return f"{candidate!r} has provides {provides!r}; it must be a set of traits"
+    if unknown := traits - TRAITS:
         return (
             f"{candidate!r} provides {', '.join(sorted(map(repr, unknown)))}, which is no trait; "
             f"there are {', '.join(sorted(TRAITS))}"
         )
+    tunable = getattr(candidate, "tunable", ())
+    if (names := _set_of_names(tunable)) is None:
+        return f"{candidate!r} has tunable {tunable!r}; it must be a set of names of its fields"
+    fields = configured(candidate).settings
+    if unknown := names - set(fields):
+        return (
+            f"{candidate!r} has tunable {', '.join(sorted(map(repr, unknown)))}, which is no field "
+            f"of it; its fields are {', '.join(fields) or 'none'}"
+        )
+    # A pass that is not tunable may have an `off` of its own; `check_pass` reports it.
+    if names and hasattr(candidate, "off") and not _can_be_called(candidate.off):
+        return f"{candidate!r} has an off that cannot be called without arguments"
+    after_warmup = getattr(candidate, "after_warmup", None)
+    if after_warmup is not None and not _can_be_called(after_warmup, None):
+        return f"{candidate!r} has an after_warmup that cannot be called with one argument, tx"
     return None
+
+
+def _set_of_names(names: object) -> set[Any] | None:
+    """Return names as a set; None for what would not be read as several names, each time."""
+    if not isinstance(names, Iterable) or isinstance(names, str | bytes | Iterator):
+        return None
+    try:
+        return set(names)
+    except TypeError:  # something in it cannot be hashed
+        return None
+
+
+def _can_be_called(method: Any, *arguments: object) -> bool:
+    """Whether a method can be called with these arguments, as far as its signature tells."""
+    if not callable(method):
+        return False
+    try:
+        inspect.signature(method).bind(*arguments)
+    except TypeError:
+        return False
+    except ValueError:  # written in C, without a signature
+        return True
+    return True
 
 
 def find_conflicts(passes: Sequence[Pass], *, applied: int = 0) -> Iterator[tuple[int, str]]:

@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from fluxfire import modules
+from fluxfire.diffusers_types import Transformer
 from fluxfire.errors import FluxfireError
 from fluxfire.model import Call, Model, Run, Streams
 
@@ -58,7 +59,7 @@ class BlockStack:
 
     @contextmanager
     def mount(
-        self, transformer: Any, call: Call, inputs: dict[str, Any]
+        self, transformer: Transformer, call: Call, inputs: dict[str, Any]
     ) -> Iterator[dict[str, Any]]:
         """Mount the stack in place of the blocks, for one transformer call.
 

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
 from fluxfire import modules
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.edits.log import AttributeEdit, Memo, PartialMemo
 from fluxfire.edits.override import Override
 from fluxfire.errors import FluxfireError
@@ -22,7 +24,7 @@ from fluxfire.runtime.record import Record
 __all__ = ["copy_overrides", "deep_copy", "shallow_copy"]
 
 
-def deep_copy(pipe: Any, plain: type, record: Record, memo: Memo) -> Any:
+def deep_copy(pipe: Pipeline, plain: type, record: Record, memo: Memo) -> DiffusersPipeline:
     """Copy a pipeline with its models.
 
     Args:
@@ -51,7 +53,7 @@ def deep_copy(pipe: Any, plain: type, record: Record, memo: Memo) -> Any:
     return twin
 
 
-def shallow_copy(pipe: Any, plain: type, record: Record) -> Any:
+def shallow_copy(pipe: Pipeline, plain: type, record: Record) -> DiffusersPipeline:
     """Copy a pipeline without its models.
 
     The models stay shared, so what passes changed in them stays. Only edits of the pipeline object
@@ -69,7 +71,7 @@ def shallow_copy(pipe: Any, plain: type, record: Record) -> Any:
     return twin
 
 
-def copy_overrides(component: Any, pipe: Any, record: Record) -> list[Override]:
+def copy_overrides(component: nn.Module, pipe: Pipeline, record: Record) -> list[Override]:
     """Create the overrides that make deep copies and pickles of one model plain.
 
     Args:
@@ -105,7 +107,7 @@ def _undo_on_copies(record: Record, memo: Memo) -> None:
             transaction.undo_on_copies(memo)
 
 
-def _model_parts(pipe: Any) -> dict[int, Any]:
+def _model_parts(pipe: Pipeline | None) -> dict[int, Any]:
     """Return the modules, parameters and buffers of a pipeline's models, by id.
 
     Args:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from fluxfire.configured import Configured
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.model import Call, Model, Tokens
 
 __all__ = [
@@ -118,7 +119,7 @@ class Generation:
         identity = self.model.identity(inputs)
         return identity is not None and (self._identity is None or identity is self._identity)
 
-    def advance(self, pipe: Any, inputs: dict[str, Any]) -> Call:
+    def advance(self, pipe: Pipeline, inputs: dict[str, Any]) -> Call:
         """Count the next transformer call, and find out its step and branch.
 
         The pipeline creates a new object `current_timestep` for each step. Comparing the identity

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.edits.log import (
     AttributeEdit,
     ClassEdit,
@@ -38,7 +39,7 @@ class Transaction(EditLog):
         facts: returns the facts that the pass reports; None if it reports none.
     """
 
-    def __init__(self, pipe: Any, conductor: Conductor) -> None:
+    def __init__(self, pipe: Pipeline, conductor: Conductor) -> None:
         super().__init__()
         self.pipe = pipe
         self.facts: Callable[[], Mapping[str, object]] | None = None
@@ -57,7 +58,7 @@ class Transaction(EditLog):
         """
         self.record(ClassEdit(obj, cls))
 
-    def override(self, obj: Any, name: str, call: Callable[..., object]) -> Override:
+    def override(self, obj: object, name: str, call: Callable[..., object]) -> Override:
         """Replace a method of one object, or wrap it.
 
         Args:
@@ -80,7 +81,8 @@ class Transaction(EditLog):
         If the module is the transformer, listeners still hear of its calls. Undo also works if a
         hook or another call was put around this one since.
         """
-        if module is self.pipe.transformer:
+        transformer: object = self.pipe.transformer
+        if module is transformer:
             self.record(ListEdit(self._conductor.calls, call, "replace the transformer's call"))
         else:
 

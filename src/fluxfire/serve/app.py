@@ -8,7 +8,7 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
@@ -39,7 +39,7 @@ from fluxfire.serve.schema import (
 )
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
-from fluxfire.serve.storage import LocalStorage, StorageError, open_storage
+from fluxfire.serve.storage import LocalStorage, Storage, StorageError, open_storage
 from fluxfire.serve.wire import STEPS, Facts
 
 T = TypeVar("T")
@@ -335,7 +335,7 @@ async def _json(answer: EditAnswer | JobAnswer) -> Response:
     return Response(text, media_type="application/json")
 
 
-async def _sweep(storage: Any) -> None:
+async def _sweep(storage: Storage) -> None:
     """Delete old pictures every ten minutes."""
     while True:
         try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from PIL import Image
 
 from fluxfire import api
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.protocol import Pass
 from fluxfire.reporting.statistics import StepKind
 from fluxfire.runtime.generation import only_watches
@@ -25,7 +26,7 @@ _SIDES = (1024, 1024)
 class PipelineEditor:
     """Edits with one optimized pipeline, at each request's quality level."""
 
-    def __init__(self, pipe: Any, passes: tuple[Pass, ...], model: str) -> None:
+    def __init__(self, pipe: Pipeline, passes: tuple[Pass, ...], model: str) -> None:
         self._pipe = pipe
         self._levels = settings_by_level(passes)
         self.facts = Facts(
@@ -80,7 +81,7 @@ class PipelineEditor:
                 made[ticket].append((RawPicture.of(picture), run.kinds_of(sample)))
         return {ticket: _result(of) for ticket, of in made.items()}
 
-    def _using_level(self, level: Level | None) -> Any:
+    def _using_level(self, level: Level | None) -> AbstractContextManager[object]:
         """Apply a level's settings in a `with` block; the engine refused unknown levels."""
         settings = () if level is None else self._levels[level]
         return api.using(self._pipe, settings) if settings else nullcontext()
@@ -93,7 +94,9 @@ class PipelineEditor:
         size = self._size(first.picture, first.size)
 
         @only_watches
-        def on_step_end(_pipe: Any, step: int, _timestep: Any, _state: Any) -> dict[str, Any]:
+        def on_step_end(
+            _pipe: object, step: int, _timestep: object, _state: object
+        ) -> dict[str, object]:
             on_step(step + 1, first.steps)
             return {}
 

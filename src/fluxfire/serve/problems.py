@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 from typing import Any
 
@@ -66,7 +66,7 @@ def add_handlers(app: FastAPI) -> None:
             headers["WWW-Authenticate"] = "Bearer"
         return problem_response(error.status, error.code, str(error), headers)
 
-    def not_stored(_request: Request, error: Any) -> JSONResponse:
+    def not_stored(_request: Request, error: object) -> JSONResponse:
         _log.error("storage: %s", error)
         return problem_response(_UNAVAILABLE, "storage", "the picture could not be stored")
 
@@ -77,7 +77,7 @@ def add_handlers(app: FastAPI) -> None:
         code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "-")
         return problem_response(error.status_code, code, str(error.detail), error.headers)
 
-    def failed(_request: Request, _error: Any) -> JSONResponse:
+    def failed(_request: Request, _error: object) -> JSONResponse:
         return problem_response(500, "internal", "the service failed; its log says why")
 
     for kind, handler in (
@@ -103,7 +103,9 @@ def describe_errors(errors: Sequence[Any]) -> str:
     return "; ".join(sentences)
 
 
-def problem_response(status: int, code: str, message: str, headers: Any = None) -> JSONResponse:
+def problem_response(
+    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     """Return the response that describes a problem.
 
     Args:

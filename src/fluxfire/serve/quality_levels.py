@@ -65,7 +65,7 @@ def describe_level(settings: Iterable[Pass], steps: int = STEPS) -> str:
     return f"lossy: skips up to {most} of {steps} steps" if most else "computes every step"
 
 
-def _is_tunable(pass_: Any) -> bool:
+def _is_tunable(pass_: Pass) -> bool:
     return bool(getattr(pass_, "tunable", ())) and hasattr(pass_, "off")
 
 

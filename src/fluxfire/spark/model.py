@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from transformers import T5Config, T5EncoderModel
+from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 from fluxfire.kontext import components, tokenizers
 from fluxfire.spark import language
@@ -70,7 +70,7 @@ def _vae() -> AutoencoderKL:
     ).eval()
 
 
-def _clip(tokenizer: Any) -> Any:
+def _clip(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     return components.clip_text_model(
         tokenizer, hidden_size=64, intermediate_size=128, layers=2, heads=2
     ).eval()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.spark import checking
 from fluxfire.spark.tasks import Drawing, SparkExample
 from fluxfire.text import table
@@ -43,7 +44,7 @@ def psnr(image: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def score(
-    pipe: Any,
+    pipe: DiffusersPipeline,
     examples: Sequence[Drawing],
     *,
     steps: int = 28,

@@ -8,15 +8,17 @@ from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from fluxfire import api, modules
 from fluxfire.applying import apply_passes, finish_warmup
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.environment import environment
 from fluxfire.errors import PassError
 from fluxfire.kontext.random_weights import tiny_kontext
-from fluxfire.planning.rules import why_not_a_pass
+from fluxfire.planning.rules import misspelt_members, why_not_a_pass
 from fluxfire.protocol import Change, Finding, Pass, Target, configured, provided_traits
-from fluxfire.runtime.conductor import conductor_of
+from fluxfire.runtime.conductor import Conductor, conductor_of
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.testing import interactions
 from fluxfire.testing.fingerprints import fingerprint
@@ -43,7 +45,9 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: RunEdit 
     It checks the pass itself: a frozen configuration, and a repr that rebuilds it; a `check` that
     changes nothing; a correct `Change`; the declared exactness; `restore` of output and structure;
     a rollback after a failure at each recorded edit; no effect on a second pipeline; and no state
-    across generations, sizes and exceptions.
+    across generations, sizes and exceptions. Of the optional members it checks that they are spelt
+    right, that the traits in `provides` hold, that `using` can change what is `tunable`, and that
+    with the settings of `off()` the pass does nothing.
 
     It also checks the pass together with other code: weights that change between generations; deep,
     shallow and pickled copies; hooks and layerwise casting between `optimize` and `restore`; an
@@ -59,6 +63,7 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: RunEdit 
         ConformanceError: the pass breaks a promise; the check stops at the first one.
     """
     _check_configuration(pass_)
+    _check_spelling(pass_)
     plain = make_pipe()
     reference = run(plain)
     before = fingerprint(plain)
@@ -68,6 +73,7 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: RunEdit 
         _check_rollback(pass_, plain, before, reference, run)
         _check_exactness(pass_, make_pipe, reference, run)
         _check_no_state(pass_, make_pipe, run)
+        _check_tunable(pass_, make_pipe, reference, run)
         _check_neighbour(pass_, make_pipe, run)
         interactions.check_changed_weights(pass_, make_pipe, run)
         interactions.check_copies(pass_, make_pipe, reference, run)
@@ -118,7 +124,17 @@ def _check_keywords(pass_: Any) -> None:
         )
 
 
-def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
+def _check_spelling(pass_: Pass) -> None:
+    for attribute, member in misspelt_members(pass_).items():
+        fail(
+            pass_,
+            "its members have the names of the protocol",
+            f"did you mean {member} by {attribute}? If you did not, rename {attribute}, or define "
+            f"{member} in the same class",
+        )
+
+
+def _check_is_pure(pass_: Pass, pipe: Pipeline, before: dict[str, Any]) -> None:
     target = Target(pipe, environment(), (configured(pass_),), modules.traits(pipe))
     findings = list(pass_.check(target))
     if others := [f for f in findings if not isinstance(f, Finding)]:
@@ -129,7 +145,7 @@ def _check_is_pure(pass_: Pass, pipe: Any, before: dict[str, Any]) -> None:
 
 
 def _check_change_and_restore(
-    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: RunEdit
+    pass_: Pass, pipe: Pipeline, before: dict[str, Any], reference: Image, run: RunEdit
 ) -> None:
     bytes_before = modules.storage_bytes(pipe)
     api.optimize(pipe, [pass_])
@@ -141,14 +157,7 @@ def _check_change_and_restore(
             "Change.bytes is what weights and buffers grew by",
             f"it says {change.bytes}, but they grew by {grown}",
         )
-    conductor = conductor_of(pipe)
-    wraps = conductor is not None and conductor.stack.wrappers
-    if wraps and "wraps-blocks" not in provided_traits(pass_):
-        fail(
-            pass_,
-            "what it provides is declared",
-            'it wraps the blocks: say provides = frozenset({"wraps-blocks"})',
-        )
+    _check_provides(pass_, change, _traits(pipe))
     run(pipe)
     finish_warmup(pipe)
     run(pipe)
@@ -158,8 +167,44 @@ def _check_change_and_restore(
         fail(pass_, "restore gives the output back bit for bit", "the picture changed")
 
 
+def _check_provides(pass_: Pass, change: Change, found: set[str]) -> None:
+    provided = provided_traits(pass_)
+    if "wraps-blocks" in found - provided:
+        fail(
+            pass_,
+            "what it provides is declared",
+            'it wraps the blocks: say provides = frozenset({"wraps-blocks"})',
+        )
+    # A pass that found nothing to change has given the pipeline no trait.
+    if change.count and (missing := provided - found):
+        fail(
+            pass_,
+            "what it provides is true",
+            f"it provides {', '.join(sorted(missing))}, which is not found on the pipeline once it "
+            f"is applied, neither by fluxfire.modules.traits nor in wrapped blocks nor in buffers "
+            f"of 8 bits or fewer",
+        )
+
+
+def _traits(pipe: Pipeline) -> set[str]:
+    """Return the traits of a pipeline, those included that its passes gave it."""
+    found: set[str] = set(modules.traits(pipe))
+    conductor = conductor_of(pipe)
+    if conductor is not None and conductor.stack.wrappers:
+        found.add("wraps-blocks")
+    # A pass may compute with quantized copies, and keep the plain parameters for `restore`.
+    for _, component in modules.optimizable_components(pipe):
+        if any(map(_holds_few_bits, (*component.parameters(), *component.buffers()))):
+            found.add("quantized")
+    return found
+
+
+def _holds_few_bits(tensor: torch.Tensor) -> bool:
+    return tensor.dtype is not torch.bool and tensor.element_size() == 1
+
+
 def _check_rollback(
-    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: RunEdit
+    pass_: Pass, pipe: Pipeline, before: dict[str, Any], reference: Image, run: RunEdit
 ) -> None:
     edits, (change,) = _try_out([pass_], pipe)
     own = edits - _try_out([], pipe)[0]
@@ -192,16 +237,22 @@ def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Ru
         if off != 0:
             fail(pass_, "it is bitwise", f"a pixel differs by {off:.3g}")
     elif pass_.exactness == "close":
-        for what, (ours, eager) in (
-            ("the transformer's", forward_errors(make_pipe(), optimized, run)),
-            ("the VAE's", decoding_errors(make_pipe(), optimized)),
-        ):
-            if not ours <= 2 * eager:
-                fail(
-                    pass_,
-                    "it is close: at most twice plain eager's error against float64",
-                    f"{what} error is {ours:.3g}, eager's {eager:.3g}",
-                )
+        _check_is_close(pass_, "it is close", make_pipe, optimized, run)
+
+
+def _check_is_close(
+    pass_: Pass, promise: str, make_pipe: MakePipe, optimized: DiffusersPipeline, run: RunEdit
+) -> None:
+    for what, (ours, eager) in (
+        ("the transformer's", forward_errors(make_pipe(), optimized, run)),
+        ("the VAE's", decoding_errors(make_pipe(), optimized)),
+    ):
+        if not ours <= 2 * eager:
+            fail(
+                pass_,
+                f"{promise}: at most twice plain eager's error against float64",
+                f"{what} error is {ours:.3g}, eager's {eager:.3g}",
+            )
 
 
 def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> None:
@@ -222,6 +273,58 @@ def _check_no_state(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> None:
         fail(pass_, "exceptions of a generation reach the caller", "one was swallowed")
 
 
+def _check_tunable(pass_: Pass, make_pipe: MakePipe, reference: Image, run: RunEdit) -> None:
+    off = _off(pass_)
+    if not configured(pass_).tunable:
+        return
+    pipe = api.optimize(make_pipe(), [pass_])
+    conductor = conductor_of(pipe)
+    if conductor is None or all(live.settings.name != pass_.name for live in conductor.live):
+        if api.report(pipe).passes[0].change.count:
+            fail(pass_, "what is tunable can change", "apply must call tx.live(self)")
+        return  # it found nothing to change, so there is nothing to tune
+    if off is None:
+        return
+    made, promise = run(pipe), "with the settings of off() it does nothing"
+    with api.using(pipe, off):
+        difference = max_difference(run(pipe), reference)
+        if off.exactness == "close":
+            _check_is_close(pass_, promise, make_pipe, pipe, run)
+        elif difference != 0:
+            fail(pass_, promise, f"a pixel differs by {difference:.3g} from the plain pipeline's")
+    difference = max_difference(run(pipe), made)
+    if difference > (ROUNDING if pass_.exactness == "close" else 0):
+        fail(
+            pass_,
+            "after using() the settings are those from before",
+            f"a pixel differs by {difference:.3g}",
+        )
+
+
+def _off(pass_: Pass) -> Pass | None:
+    """Return the pass with settings by which it does nothing; None if it has no `off`."""
+    if not hasattr(pass_, "off"):
+        return None
+    now = configured(pass_)
+    if not now.tunable:
+        fail(
+            pass_,
+            "a pass with off() is tunable",
+            "name the fields that off() changes: tunable = frozenset({...})",
+        )
+    promise, off = "off() returns the pass with other settings", pass_.off()
+    if type(off) is not type(pass_):
+        fail(pass_, promise, f"it returned {off!r}")
+    then = configured(off).settings
+    if changed := [name for name, value in now.fixed.items() if then[name] != value]:
+        fail(
+            pass_,
+            "off() changes tunable fields only",
+            f"{', '.join(changed)} changed too; tunable are {', '.join(sorted(now.tunable))}",
+        )
+    return off
+
+
 def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> None:
     neighbour, pipe = make_pipe(), make_pipe()
     reference = run(neighbour)
@@ -234,12 +337,12 @@ def _check_neighbour(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> None:
     api.restore(pipe)
 
 
-def _try_out(passes: list[Pass], pipe: Any) -> tuple[int, list[Change]]:
+def _try_out(passes: list[Pass], pipe: Pipeline) -> tuple[int, list[Change]]:
     """Apply passes and restore; return the number of recorded edits, and each pass's Change."""
     counted: list[FaultyTransaction] = []
 
-    def transaction(*args: Any) -> FaultyTransaction:
-        counted.append(FaultyTransaction(*args))
+    def transaction(pipe: Pipeline, conductor: Conductor) -> FaultyTransaction:
+        counted.append(FaultyTransaction(pipe, conductor))
         return counted[0]
 
     apply_passes(pipe, passes, transaction)
@@ -255,7 +358,7 @@ class FaultyTransaction(Transaction):
         edits: number of recorded edits.
     """
 
-    def __init__(self, pipe: Any, conductor: Any, fail_at: int | None = None) -> None:
+    def __init__(self, pipe: Pipeline, conductor: Conductor, fail_at: int | None = None) -> None:
         super().__init__(pipe, conductor)
         self.edits = 0
         self._fail_at = fail_at

@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import nn
 
 from fluxfire import modules
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 
 # Dynamo replaces these attributes of torch.nn.Module permanently at the first compilation.
 _DYNAMOS_OWN = ("__init__", "__setstate__", "___needs_generation_tag_patch")
@@ -27,7 +27,7 @@ _OTHERS_VARIABLES = (
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
-def fingerprint(pipe: Any) -> dict[str, Any]:
+def fingerprint(pipe: DiffusersPipeline) -> dict[str, object]:
     """Describe everything about a pipeline that `restore` must give back.
 
     It has the components, the modules and their order, instance dictionaries, the weights' shapes,
@@ -38,7 +38,7 @@ def fingerprint(pipe: Any) -> dict[str, Any]:
     return dict(_entries(pipe))
 
 
-def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def differences(before: dict[str, object], after: dict[str, object]) -> list[str]:
     """Describe the differences between two fingerprints.
 
     Entries of a torch module that was imported in between are no difference.
@@ -53,7 +53,7 @@ def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return found
 
 
-def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
+def _entries(pipe: Pipeline) -> Iterator[tuple[str, object]]:
     classes: dict[type, None] = dict.fromkeys(type(pipe).__mro__)
     yield from _own("pipe", pipe)
     for component_name, component in modules.components(pipe):
@@ -82,7 +82,7 @@ def _entries(pipe: Any) -> Iterator[tuple[str, Any]]:
     yield from _settings()
 
 
-def _own(where: str, obj: object) -> Iterator[tuple[str, Any]]:
+def _own(where: str, obj: object) -> Iterator[tuple[str, object]]:
     """Describe an object's class and its instance dictionary, including the order."""
     yield f"{where}: class", id(type(obj))
     yield f"{where}: order of attributes", tuple(vars(obj))
@@ -90,7 +90,7 @@ def _own(where: str, obj: object) -> Iterator[tuple[str, Any]]:
         yield f"{where}: attribute {name}", _value(value)
 
 
-def _value(value: object) -> Any:
+def _value(value: object) -> object:
     if isinstance(value, _SIMPLE):
         return value
     if isinstance(value, torch.Tensor):
@@ -109,7 +109,7 @@ def _is_module(value: object) -> bool:
     return isinstance(value, nn.Module)
 
 
-def _tensor(tensor: torch.Tensor | None) -> Any:
+def _tensor(tensor: torch.Tensor | None) -> object:
     if tensor is None:
         return None
     storage = tensor.untyped_storage()
@@ -125,13 +125,13 @@ def _tensor(tensor: torch.Tensor | None) -> Any:
     )
 
 
-def _environment() -> Iterator[tuple[str, Any]]:
+def _environment() -> Iterator[tuple[str, object]]:
     for name, value in os.environ.items():
         if name not in _OTHERS_VARIABLES:
             yield f"environment: {name}", value
 
 
-def _functions() -> Iterator[tuple[str, Any]]:
+def _functions() -> Iterator[tuple[str, object]]:
     """Describe global functions that a pass could have replaced."""
     for name in ("torch", "torch.nn.functional", "torch._inductor.fx_passes.post_grad"):
         module = sys.modules.get(name)
@@ -140,7 +140,7 @@ def _functions() -> Iterator[tuple[str, Any]]:
                 yield f"{_LOADED}{name}.{attribute}", id(value)
 
 
-def _settings() -> Iterator[tuple[str, Any]]:
+def _settings() -> Iterator[tuple[str, object]]:
     """Describe torch's global settings that a pass could have changed."""
     yield "default dtype", torch.get_default_dtype()
     yield "grad enabled", torch.is_grad_enabled()

@@ -16,9 +16,10 @@ from torch import nn
 
 from fluxfire import api, modules
 from fluxfire.applying import apply_passes
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline, Transformer
 from fluxfire.errors import FluxfireError
 from fluxfire.protocol import Pass
-from fluxfire.runtime.conductor import conductor_of
+from fluxfire.runtime.conductor import Conductor, conductor_of
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.testing.fingerprints import fingerprint
 from fluxfire.testing.oracle import first_call
@@ -120,7 +121,7 @@ def check_later_hooks(pass_: Pass, make_pipe: MakePipe, reference: Image, run: R
 
 
 def check_interrupts(
-    pass_: Pass, pipe: Any, before: dict[str, Any], reference: Image, run: RunEdit
+    pass_: Pass, pipe: Pipeline, before: dict[str, Any], reference: Image, run: RunEdit
 ) -> None:
     """After an interrupted `restore`, the next `restore` finishes it."""
     counted: list[_Interrupted] = []
@@ -173,7 +174,7 @@ def check_modes(pass_: Pass, make_pipe: MakePipe, reference: Image, run: RunEdit
         fail(pass_, "gradients through the transformer are true", detail)
 
 
-def check_memory(pass_: Pass, pipe: Any, run: RunEdit) -> None:
+def check_memory(pass_: Pass, pipe: Pipeline, run: RunEdit) -> None:
     """Repeated applying and restoring leaks no tensors and no modules."""
     alive = []
     for _ in range(_CYCLES):
@@ -204,7 +205,9 @@ def _alive() -> tuple[int, int]:
 class _Interrupted(Transaction):
     """A transaction that raises KeyboardInterrupt once, right after undoing its n-th edit."""
 
-    def __init__(self, pipe: Any, conductor: Any, interrupt_at: int | None = None) -> None:
+    def __init__(
+        self, pipe: Pipeline, conductor: Conductor, interrupt_at: int | None = None
+    ) -> None:
         super().__init__(pipe, conductor)
         self.undone_edits = 0
         self._interrupt_at = interrupt_at
@@ -216,7 +219,7 @@ class _Interrupted(Transaction):
             raise KeyboardInterrupt
 
 
-def _apply(pipe: Any, pass_: Pass, transaction: Callable[..., Transaction]) -> None:
+def _apply(pipe: Pipeline, pass_: Pass, transaction: Callable[..., Transaction]) -> None:
     apply_passes(pipe, [pass_], transaction)
 
 
@@ -224,7 +227,7 @@ def _tolerance(pass_: Pass) -> float:
     return ROUNDING if pass_.exactness == "close" else 0.0
 
 
-def _generates(pipe: Any, run: RunEdit) -> bool:
+def _generates(pipe: Pipeline, run: RunEdit) -> bool:
     """Run, and return whether it raised no FluxfireError."""
     try:
         run(pipe)
@@ -233,13 +236,13 @@ def _generates(pipe: Any, run: RunEdit) -> bool:
     return True
 
 
-def _each_model(pipe: Any, change: Callable[[nn.Module], None]) -> None:
+def _each_model(pipe: Pipeline, change: Callable[[nn.Module], None]) -> None:
     for _, component in modules.components(pipe):
         with torch.no_grad():
             change(component)
 
 
-def _alike(pipe: Any, other: Any) -> bool:
+def _alike(pipe: Pipeline, other: Pipeline) -> bool:
     """Whether two pipelines' weights have equal values."""
     for name, component in modules.components(pipe):
         state, others = component.state_dict(), other.components[name].state_dict()
@@ -277,11 +280,11 @@ _CHANGES = {
 }
 
 
-def _pickled(pipe: Any) -> Any:
+def _pickled(pipe: DiffusersPipeline) -> DiffusersPipeline:
     return pickle.loads(pickle.dumps(pipe))  # noqa: S301 - just made
 
 
-def _leftovers(pipe: Any) -> list[str]:
+def _leftovers(pipe: Pipeline) -> list[str]:
     """Return the names of fluxfire's classes and attributes in a copy."""
     own = [f"class {type(pipe).__name__}"] if conductor_of(pipe) is not None else []
     for name, component in modules.components(pipe):
@@ -302,13 +305,13 @@ def _through(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return forward(*args, **kwargs)
 
 
-def _cast_by_layer(transformer: Any) -> None:
+def _cast_by_layer(transformer: Transformer) -> None:
     transformer.enable_layerwise_casting(
         storage_dtype=torch.float8_e4m3fn, compute_dtype=transformer.dtype
     )
 
 
-def _gradient(transformer: Any, inputs: dict[str, Any]) -> torch.Tensor:
+def _gradient(transformer: Transformer, inputs: dict[str, Any]) -> torch.Tensor:
     x = inputs["hidden_states"].detach().clone().requires_grad_()
     with torch.enable_grad():
         out = transformer(**{**inputs, "hidden_states": x})[0]

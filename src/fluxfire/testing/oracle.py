@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline, Transformer, Vae
 
-def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> tuple[float, float]:
+
+def forward_errors(
+    plain: DiffusersPipeline,
+    optimized: DiffusersPipeline,
+    run: Callable[[DiffusersPipeline], object],
+) -> tuple[float, float]:
     """Compare the first transformer call of a run with the same call in float64.
 
     Args:
@@ -33,22 +39,26 @@ def forward_errors(plain: Any, optimized: Any, run: Callable[[Any], object]) -> 
     return _error(output, exact[:, :tokens]), _error(eager[:, :tokens], exact[:, :tokens])
 
 
-def first_call(pipe: Any, run: Callable[[Any], object]) -> tuple[dict[str, Any], torch.Tensor]:
+def first_call(
+    pipe: Pipeline, run: Callable[[DiffusersPipeline], object]
+) -> tuple[dict[str, Any], torch.Tensor]:
     """Return the arguments and the output of the transformer's first call in a run."""
     with _first_call(pipe.transformer) as seen:
         run(pipe)
     return seen[0]
 
 
-def decoding_errors(plain: Any, optimized: Any) -> tuple[float, float]:
+def decoding_errors(plain: Pipeline, optimized: Pipeline) -> tuple[float, float]:
     """Return the relative errors of decoding fixed latents: optimized, and plain eager."""
-    vae = plain.vae
+    vae = cast("Vae", plain.vae)
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=generator)
     latents = latents.to(vae.device, vae.dtype)
     with torch.no_grad():
         exact = copy.deepcopy(vae).double().decode(latents.double()).sample
-        ours, eager = (pipe.vae.decode(latents).sample for pipe in (optimized, plain))
+        ours, eager = (
+            cast("Vae", pipe.vae).decode(latents).sample for pipe in (optimized, plain)
+        )
     return _error(ours, exact), _error(eager, exact)
 
 
@@ -63,7 +73,7 @@ class _KeepDouble(TorchFunctionMode):
 
 
 @contextmanager
-def _first_call(transformer: Any) -> Iterator[list[tuple[dict[str, Any], torch.Tensor]]]:
+def _first_call(transformer: Transformer) -> Iterator[list[tuple[dict[str, Any], torch.Tensor]]]:
     """Record inputs and output of the transformer's first call, from outside any graph."""
     plain = type(transformer)
     seen: list[tuple[dict[str, Any], torch.Tensor]] = []

@@ -10,12 +10,13 @@ import numpy.typing as npt
 import torch
 from PIL import Image as Pictures
 
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.kontext import KONTEXT
 from fluxfire.protocol import Pass
 from fluxfire.testing.fingerprints import differences, fingerprint
 
 Image = npt.NDArray[np.float32]
-MakePipe = Callable[[], Any]
+MakePipe = Callable[[], DiffusersPipeline]
 RunEdit = Callable[..., Image]
 
 SIZE, OTHER_SIZE = (32, 32), (48, 32)
@@ -31,7 +32,9 @@ class InjectedFailureError(Exception):
     """`check_pass` raises this on purpose, in the middle of an operation."""
 
 
-def edit(pipe: Any, size: tuple[int, int] = SIZE, *, steps: int = 3, **call: Any) -> Image:
+def edit(
+    pipe: DiffusersPipeline, size: tuple[int, int] = SIZE, *, steps: int = 3, **call: Any
+) -> Image:
     """Edit a small fixed picture.
 
     Args:
@@ -70,7 +73,7 @@ def fail(pass_: Pass, promise: str, detail: str, cause: BaseException | None = N
     raise ConformanceError(f"{name} breaks a promise: {promise}. {detail}") from cause
 
 
-def check_same_structure(pass_: Pass, promise: str, before: dict[str, Any], pipe: Any) -> None:
+def check_same_structure(pass_: Pass, promise: str, before: dict[str, Any], pipe: Pipeline) -> None:
     """Fail if a pipeline's structure has changed."""
     changed = differences(before, fingerprint(pipe))
     if changed:
