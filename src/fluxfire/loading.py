@@ -12,6 +12,7 @@ from fluxfire import spark
 from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import LoadError
 from fluxfire.kontext.random_weights import full_kontext, tiny_kontext
+from fluxfire.model_names import RANDOM, SPARK, model_folder
 from fluxfire.supported import refusal
 from fluxfire.text import extra_hint
 
@@ -23,8 +24,7 @@ _UNREACHABLE = {
     "LocalEntryNotFoundError",
     "OfflineModeIsEnabled",
 }
-SPARK = "spark"
-RANDOM = {"random-tiny": tiny_kontext, "random-full": full_kontext}
+RANDOM_MODELS = dict(zip(RANDOM, (tiny_kontext, full_kontext), strict=True))
 
 
 def load(
@@ -46,9 +46,9 @@ def load(
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     if model == SPARK:
         return spark.load(device=device, dtype=dtype)
-    if model in RANDOM:
-        return RANDOM[model](device=device, dtype=dtype)
-    folder = _folder(model)
+    if model in RANDOM_MODELS:
+        return RANDOM_MODELS[model](device=device, dtype=dtype)
+    folder = model_folder(model)
     token = None if folder else hub_token()
     from diffusers import DiffusionPipeline
 
@@ -91,29 +91,6 @@ def hub_token(folder: Path | None = None) -> str | None:
     except (OSError, ValueError) as error:
         raise LoadError(f"{file} cannot be read: {error}") from error
     return str(token) if token else None
-
-
-def _folder(model: str) -> Path | None:
-    """Return the folder that `model` names; None if `model` is a hub id.
-
-    Raises:
-        LoadError: it is neither. This is found out without the network.
-    """
-    path = Path(model).expanduser()
-    if path.exists():
-        if not (path / "model_index.json").is_file():
-            raise LoadError(
-                f"{model} holds no diffusers pipeline: it has no model_index.json "
-                f"(a folder written by pipe.save_pretrained has one)"
-            )
-        return path
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise LoadError(
-            f"there is no folder {model}, and it is no hub id (such as "
-            f"black-forest-labs/FLUX.1-Kontext-dev); fluxfire itself has {SPARK}, "
-            f"{' and '.join(RANDOM)}"
-        )
-    return None
 
 
 def _explain(model: str, error: BaseException) -> str:

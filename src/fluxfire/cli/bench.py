@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from fluxfire.cli.console import UsageError, edits_bar, note, say, usage_errors
 from fluxfire.cli.options import (
-    RANDOM_MODELS,
     Commands,
     add_check,
     add_command,
@@ -27,6 +26,7 @@ from fluxfire.cli.options import (
 )
 from fluxfire.cli.values import positive_number, positive_numbers, whole_number
 from fluxfire.errors import BenchError
+from fluxfire.model_names import RANDOM
 from fluxfire.text import did_you_mean, extra_hint
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded
@@ -161,7 +161,7 @@ def _contenders(
     contenders += [Contender("plain").with_steps(n) for n in arguments.plain_steps]
     with usage_errors():
         others = baselines.choose(arguments.baselines, steps=arguments.steps)
-    if arguments.model in RANDOM_MODELS:
+    if arguments.model in RANDOM:
         notes.append(
             "the weights are random and the pictures are noise: comparing them only tells exact "
             "passes from lossy ones. bench did not measure quality on Kontext"
@@ -200,7 +200,7 @@ def _empty_result(arguments: argparse.Namespace, examples: int, notes: list[str]
         "schema": 2,
         **stamp(),
         "model": arguments.model,
-        "random_weights": arguments.model in RANDOM_MODELS,
+        "random_weights": arguments.model in RANDOM,
         "settings": settings,
         "notes": notes,
         "rows": [],

@@ -15,6 +15,8 @@ from fluxfire.cli import catalog
 from fluxfire.cli.console import UsageError, note, usage_errors
 from fluxfire.cli.files import check_output, check_picture_format, free_path
 from fluxfire.cli.values import positive_number, prompt, seed, size
+from fluxfire.model_names import KONTEXT, RANDOM, SPARK, model_folder
+from fluxfire.planning import recipes
 from fluxfire.protocol import Pass
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded
@@ -23,10 +25,7 @@ if TYPE_CHECKING:  # so that the command line answers before torch is loaded
     from fluxfire.bench import Example
     from fluxfire.diffusers_types import DiffusersPipeline
 
-RANDOM_MODELS = ("random-tiny", "random-full")
-SPARK = "spark"
 MAX_EXAMPLES = 5000
-_KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
 
 # What `add_subparsers` returns; argparse has no public name for it.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"  # noqa: SLF001
@@ -65,10 +64,10 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `--model`."""
     option = parser.add_argument(
         "--model", default=SPARK,
-        help=f"{SPARK} (a tiny model for drawn scenes), a folder, a hub id such as {_KONTEXT}, "
-        f"{' or '.join(RANDOM_MODELS)} (default: %(default)s)",
+        help=f"{SPARK} (a tiny model for drawn scenes), a folder, a hub id such as {KONTEXT}, "
+        f"{' or '.join(RANDOM)} (default: %(default)s)",
     )  # fmt: skip
-    option.completer = lambda **_: [SPARK, *RANDOM_MODELS, _KONTEXT]  # type: ignore[attr-defined]
+    option.completer = lambda **_: [SPARK, *RANDOM, KONTEXT]  # type: ignore[attr-defined]
     add_check(parser, _check_model)
 
 
@@ -228,7 +227,7 @@ def load_model(model: str) -> DiffusersPipeline:
     """Load the pipeline that `--model` names."""
     from fluxfire import loading
 
-    if model in RANDOM_MODELS:
+    if model in RANDOM:
         note(
             f"note: {model} has random weights. The result is noise; it only shows that all parts "
             f"work"
@@ -244,7 +243,7 @@ def note_spark_limits(instruction: str, picture: Image.Image) -> None:
     resized = "" if (width, height) == picture.size else f"; yours becomes {width}x{height}"
     note(
         f"note: Spark is a tiny model. It edits drawings of flat shapes at about 128x128{resized}. "
-        f"For photographs use --model {_KONTEXT}"
+        f"For photographs use --model {KONTEXT}"
     )
     if foreign := spark.unknown(instruction):
         note(
@@ -285,22 +284,9 @@ def _check_examples(arguments: argparse.Namespace) -> None:
 
 
 def _check_model(arguments: argparse.Namespace) -> None:
-    """Tell a folder from a hub id."""
-    model = arguments.model
-    folder = Path(model).expanduser()
-    if model == SPARK or model in RANDOM_MODELS:
-        return
-    if folder.exists():
-        if not (folder / "model_index.json").is_file():
-            raise UsageError(
-                f"{model} holds no diffusers pipeline: it has no model_index.json "
-                f"(pipe.save_pretrained writes one)"
-            )
-    elif model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise UsageError(
-            f"there is no folder {model}, and it is no hub id (such as {_KONTEXT}); fluxfire "
-            f"brings {', '.join((SPARK, *RANDOM_MODELS))}"
-        )
+    """Check that the name means a model."""
+    with usage_errors():
+        model_folder(arguments.model)
 
 
 def _check_passes(arguments: argparse.Namespace) -> None:
@@ -310,8 +296,9 @@ def _check_passes(arguments: argparse.Namespace) -> None:
             catalog.check_passes(arguments.passes)
     elif not preset.endswith(".json"):
         catalog.check_preset(preset)
-    elif not Path(preset).is_file():
-        raise UsageError(f"cannot read passes from {preset}: there is no such file")
+    else:
+        with usage_errors():
+            recipes.read_entries(Path(preset))
 
 
 def _complete_passes(prefix: str, **_: object) -> list[str]:

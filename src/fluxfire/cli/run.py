@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 
 from fluxfire.cli.console import announce_compilation, note, say, say_json
 from fluxfire.cli.options import (
-    SPARK,
     Commands,
     add_command,
     add_model,
@@ -22,6 +21,7 @@ from fluxfire.cli.options import (
     selected_passes,
 )
 from fluxfire.errors import FluxfireError
+from fluxfire.model_names import SPARK
 from fluxfire.text import human_seconds
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded

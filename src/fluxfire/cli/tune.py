@@ -6,7 +6,6 @@ import argparse
 
 from fluxfire.cli.console import UsageError, edits_bar, note, say
 from fluxfire.cli.options import (
-    RANDOM_MODELS,
     Commands,
     add_check,
     add_command,
@@ -19,6 +18,7 @@ from fluxfire.cli.options import (
     selected_examples,
 )
 from fluxfire.cli.values import fraction, prices, psnr
+from fluxfire.model_names import RANDOM
 
 _BUDGET = ("min_psnr", "mean_psnr", "min_ssim", "max_flip", "max_lost")
 _EXAMPLES = 376  # 24 to search with, 96 to choose by, 256 to confirm on
@@ -69,7 +69,7 @@ def _check_budget(arguments: argparse.Namespace) -> None:
         raise UsageError(f"state a budget, one or more of {options}")
     if arguments.output.suffix != ".json":
         raise UsageError(f"cannot write {arguments.output}: it must be a file ending in .json")
-    if arguments.model in RANDOM_MODELS:
+    if arguments.model in RANDOM:
         raise UsageError(
             f"{arguments.model} has random weights, whose pictures are noise: they cannot show "
             f"what a pass costs in quality"

@@ -59,6 +59,16 @@ def read(path: Path) -> tuple[Pass, ...]:
         PlanError: the file cannot be read, names a pass that is not installed, or has settings that
             this version does not know.
     """
+    entries = enumerate(read_entries(path), 1)
+    return tuple(_read_pass(entry, f"{path}, pass {n}") for n, entry in entries)
+
+
+def read_entries(path: Path) -> list[object]:
+    """Read the entries of a file, one for each pass. Does not look at them, and loads no torch.
+
+    Raises:
+        PlanError: the file cannot be read, or has another format.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:  # str(error) would name the file a second time
@@ -77,8 +87,8 @@ def read(path: Path) -> tuple[Pass, ...]:
             f"{path} has format {content.get('format')!r}, and this fluxfire reads {_FORMAT}; "
             f"save it again with fluxfire tune"
         )
-    entries = enumerate(content["passes"], 1)
-    return tuple(_read_pass(entry, f"{path}, pass {n}") for n, entry in entries)
+    entries: list[object] = content["passes"]
+    return entries
 
 
 def _read_pass(entry: object, where: str) -> Pass:

@@ -56,9 +56,7 @@ def decoding_errors(plain: Pipeline, optimized: Pipeline) -> tuple[float, float]
     latents = latents.to(vae.device, vae.dtype)
     with torch.no_grad():
         exact = copy.deepcopy(vae).double().decode(latents.double()).sample
-        ours, eager = (
-            cast("Vae", pipe.vae).decode(latents).sample for pipe in (optimized, plain)
-        )
+        ours, eager = (cast("Vae", pipe.vae).decode(latents).sample for pipe in (optimized, plain))
     return _error(ours, exact), _error(eager, exact)
 
 
