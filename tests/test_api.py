@@ -29,12 +29,14 @@ from fluxfire.passes import (
     Float8,
     FusedBlocks,
     InductorPatch,
+    MegaCache,
     MemoryLayout,
     QKVFusion,
 )
 from fluxfire.protocol import BOUNDARIES
 from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+from own_passes import own_passes
 
 EAGER = [InductorPatch(), QKVFusion(), MemoryLayout()]
 CLOSE = 1e-5
@@ -762,3 +764,33 @@ def test_using_in_two_threads(pipe, first_out):
     thread.join()
     assert seen == {"own": 0.2, "other": 0.3}
     assert live.settings.threshold == 0.1
+
+
+MISSING = [("vae",), ("text_encoder",), ("text_encoder_2",), ("text_encoder", "text_encoder_2")]
+
+
+@pytest.mark.parametrize("missing", MISSING, ids=str)
+@pytest.mark.parametrize("pass_", [*own_passes(), MegaCache("cache.bin")], ids=repr)
+def test_a_pipeline_that_lacks_components(pass_, missing, tmp_path, monkeypatch):
+    """As one that only computes latents from embeddings that were computed elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    embeds, pooled, _ = pipe.encode_prompt("a cat", max_sequence_length=8)
+    for name in missing:
+        setattr(pipe, name, None)
+
+    def latents():
+        generator = torch.Generator().manual_seed(0)
+        reference = torch.randn(1, pipe.latent_channels, 8, 8, generator=generator)
+        return pipe(
+            reference, prompt_embeds=embeds, pooled_prompt_embeds=pooled, output_type="latent",
+            num_inference_steps=2, height=32, width=32, max_area=1024, generator=generator,
+        ).images  # fmt: skip
+
+    plain = latents()
+    fluxfire.optimize(pipe, [pass_])
+    made = latents()
+    bound = {"bitwise": 0.0, "close": 1e-5, "lossy": 0.1}[pass_.exactness]
+    assert (made - plain).abs().max() <= bound * plain.abs().max()
+    fluxfire.restore(pipe)
+    assert torch.equal(latents(), plain)

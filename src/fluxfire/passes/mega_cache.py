@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from typing_extensions import override
 
-from fluxfire.diffusers_types import Pipeline, Transformer, Vae
+from fluxfire.diffusers_types import Pipeline, Transformer
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.model import Call
@@ -127,12 +127,12 @@ class MegaCache:
 
 def fingerprint(pipe: Pipeline, passes: Sequence[Configured]) -> dict[str, str]:
     """Return everything that compiled artifacts depend on, by name."""
-    transformer, vae = pipe.transformer, cast("Vae", pipe.vae)
+    transformer, vae = pipe.transformer, pipe.vae
     facts = machine() | {
         "device": str(transformer.device),
         "dtype": str(transformer.dtype),
         "transformer": _digest(transformer.config),
-        "vae": f"{_digest(vae.config)} {vae.dtype}",
+        "vae": "none" if vae is None else f"{_digest(vae.config)} {vae.dtype}",
         "adapters": _adapters(transformer),
         "inductor": _inductor(),
     }
