@@ -86,4 +86,5 @@ def test_every_way_to_import_is_followed(tmp_path, monkeypatch):
 
 def test_the_drawing_is_that_of_the_code(between_files):
     arrows = draw_imports.between_parts(between_files, PARTS)
-    assert draw_imports.DRAWING.read_text() == draw_imports.draw(PARTS, arrows)
+    same = draw_imports.DRAWING.read_text() == draw_imports.draw(PARTS, arrows)
+    assert same, "draw it anew: python docs/draw_imports.py"

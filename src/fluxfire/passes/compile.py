@@ -21,6 +21,7 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.diffusers_types import Pipeline, Vae
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.runtime.freshness import Structure
 from fluxfire.runtime.generation import Generation, Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
@@ -278,13 +279,17 @@ class _HookChecker(Listener):
 
     def __init__(self, pipe: Pipeline, compiled: list[_CompiledCall]) -> None:
         self._pipe, self._compiled = pipe, compiled
+        self._structure = Structure(one.module for one in compiled)
+        self._cached = False
 
     @override
     def prepare(self) -> None:
         """Run modules with such hooks without their graphs."""
         cached = not _GRAPH_BREAKING.isdisjoint(modules.cache_traits(self._pipe.transformer))
-        for one in self._compiled:
-            one.bypass = cached or bool(modules.swapping_traits(one.module))
+        if self._structure.changed() or cached != self._cached:
+            for one in self._compiled:
+                one.bypass = cached or bool(modules.swapping_traits(one.module))
+            self._cached = cached
 
 
 def _compile_group(

@@ -25,7 +25,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable
 from operator import attrgetter, is_, itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -83,37 +83,12 @@ class Watch:
 
         The first call compares with the state at construction.
         """
-        snapshot, ignored = _Snapshot(), self._ignored
-        add_value, tensors, readers = snapshot.values.append, snapshot.tensors, self._readers
-        found: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
-        # FLUX's text encoders have 900 modules, so this loop avoids slow constructs. It also visits
-        # the modules that it appends.
-        for module in found:
-            own = module.__dict__
-            reader = readers.get(id(module))
-            if reader is None or reader.count != len(own):
-                reader = readers[id(module)] = _Reader(own, ignored)
-            try:
-                add_value(reader.read_plain(own))
-            except KeyError:
-                add_value(_MISSING)
-            for name in reader.others:
-                snapshot.add(own.get(name, _MISSING))
-            if own["_forward_hooks"] or own["_forward_pre_hooks"]:
-                snapshot.add(own["_forward_hooks"])
-                snapshot.add(own["_forward_pre_hooks"])
-            if own["_parameters"]:
-                tensors += own["_parameters"].values()
-            if own["_buffers"]:
-                tensors += own["_buffers"].values()
-            if children := own["_modules"]:
-                found += [c for n, c in children.items() if c is not None and n not in ignored]
-            if snapshot.modules:
-                found += snapshot.modules
-                snapshot.modules = []
-        classes: list[Any] = list(map(type, found))
-        snapshot.objects += [*map(weakref.ref, found), *classes]
-        snapshot.objects += [cls.forward for cls in dict.fromkeys(classes)]
+        snapshot = _Snapshot()
+        modules: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
+        while modules:
+            self._add_submodules(modules)
+            self._read_modules(modules, snapshot)
+            modules, snapshot.modules = snapshot.modules, []
         snapshot.read_tensors(self._sums)
         if snapshot.equals(self._latest):
             return False
@@ -121,27 +96,68 @@ class Watch:
         self._readers.clear()
         return True
 
+    def _add_submodules(self, modules: list[Any]) -> None:
+        ignored = self._ignored
+        for module in modules:  # the loop also visits the modules that it appends
+            if children := module.__dict__["_modules"]:
+                modules += [c for n, c in children.items() if c is not None and n not in ignored]
 
-class _Reader:
+    def _read_modules(self, modules: list[Any], snapshot: _Snapshot) -> None:
+        """Add modules to a snapshot, without their submodules.
+
+        FLUX's text encoders have 900 modules, so each line is one loop of C or one comprehension.
+        """
+        owns = [module.__dict__ for module in modules]
+        classes: list[Any] = list(map(type, modules))
+        snapshot.objects += [*map(weakref.ref, modules), *classes]
+        snapshot.objects += [cls.forward for cls in dict.fromkeys(classes)]
+        known = list(map(self._readers.get, map(id, modules)))
+        if [reader and reader.size for reader in known] != list(map(len, owns)):
+            made = {
+                id(m): _Reader.of(own, self._ignored) for m, own in zip(modules, owns, strict=True)
+            }
+            self._readers.update(made)
+        pairs = [(self._readers[id(m)], own) for m, own in zip(modules, owns, strict=True)]
+        try:
+            snapshot.values += [reader.read_plain(own) for reader, own in pairs]
+        except KeyError as error:  # a name is missing that was there before
+            snapshot.values.append(error)
+        for own, names in [(own, reader.others) for reader, own in pairs if reader.others]:
+            for name in names:
+                snapshot.add(own.get(name, _MISSING))
+        for kind in ("_forward_hooks", "_forward_pre_hooks"):
+            for hooks in [hooks for own in owns if (hooks := own[kind])]:
+                snapshot.add(hooks)
+        for kind in ("_parameters", "_buffers"):
+            of_modules = [tensors for own in owns if (tensors := own[kind])]
+            snapshot.tensors += [t for tensors in of_modules for t in tensors.values()]
+
+
+class _Reader(NamedTuple):
     """Reads the attributes of one module that a `Watch` compares.
 
     Made anew if the number of attributes differs. If names differ but not their number, a name is
     missing, and that is a change.
 
     Attributes:
-        count: number of all attributes of the module.
+        size: number of all attributes of the module.
         read_plain: reads the attributes that were plain values such as numbers. If one becomes
             another kind of value, it differs, and that is a change, too.
         others: names of the other attributes.
     """
 
-    def __init__(self, own: dict[str, Any], ignored: frozenset[str]) -> None:
-        self.count = len(own)
+    size: int
+    read_plain: Callable[[dict[str, Any]], object]
+    others: list[str]
+
+    @classmethod
+    def of(cls, own: dict[str, Any], ignored: frozenset[str]) -> _Reader:
+        """Create the reader for a module with these attributes, ignored ones included."""
         names = [name for name in own if name not in ignored]
         plain = [name for name in names if type(own[name]) in _COMPARED_BY_VALUE]
+        others = [name for name in names if type(own[name]) not in _COMPARED_BY_VALUE]
         # Every module has the attribute `training`, so there is a name to read.
-        self.read_plain: Callable[[dict[str, Any]], object] = itemgetter("training", *plain)
-        self.others = [name for name in names if type(own[name]) not in _COMPARED_BY_VALUE]
+        return cls(len(own), itemgetter("training", *plain), others)
 
 
 class Structure:
