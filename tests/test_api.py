@@ -18,6 +18,7 @@ from diffusers import (
     FluxKontextPipeline,
     FluxTransformer2DModel,
 )
+from peft import LoraConfig
 
 import fluxfire
 from doubles import Bare, Fake, HalfTheTokens, Listen, ScaleTemb, SkipBlock
@@ -794,3 +795,23 @@ def test_a_pipeline_that_lacks_components(pass_, missing, tmp_path, monkeypatch)
     assert (made - plain).abs().max() <= bound * plain.abs().max()
     fluxfire.restore(pipe)
     assert torch.equal(latents(), plain)
+
+
+@pytest.mark.parametrize("pass_", own_passes(), ids=repr)
+def test_a_lora_that_was_there_before(pass_):
+    """On layers of each kind that passes replace: projections, MLPs, outputs, modulations."""
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    without = edit(pipe, steps=2)
+    targets = ["to_q", "to_v", "add_k_proj", "to_out.0", "proj_mlp", "net.2", "linear", "linear_1"]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        config = LoraConfig(r=4, lora_alpha=4, init_lora_weights=False, target_modules=targets)
+        pipe.transformer.add_adapter(config)
+    plain = edit(pipe, steps=2)
+    effect = np.abs(plain - without).max()
+    fluxfire.optimize(pipe, [pass_])
+    made = edit(pipe, steps=2)
+    bound = {"bitwise": 0.0, "close": 1e-4, "lossy": 0.6}[pass_.exactness]
+    assert np.abs(made - plain).max() <= bound * effect
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe, steps=2), plain)

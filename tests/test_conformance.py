@@ -395,7 +395,7 @@ class TunedRounds(Tuned):
     @staticmethod
     def _add(live, run, streams, blocks, call):
         out = run(streams, blocks)
-        return replace(out, image=out.image + (1e-8 + live.settings.amount) * out.image.flip(-1))
+        return replace(out, image=out.image + (1e-7 + live.settings.amount) * out.image.flip(-1))
 
 
 class FindsNothing(Tuned):

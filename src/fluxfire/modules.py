@@ -44,8 +44,12 @@ def child(module: object, name: str) -> nn.Module | None:
 
 
 def parameter(module: object, name: str) -> nn.Parameter | None:
-    """Return a parameter, or None, in a fifth of the time of `getattr`."""
-    found: nn.Parameter | None = module.__dict__["_parameters"].get(name)
+    """Return a parameter, or None, in a fifth of the time of `getattr`.
+
+    A layer with an adapter has no parameter of its own, but a property of that name.
+    """
+    own: dict[str, nn.Parameter | None] = module.__dict__["_parameters"]
+    found: nn.Parameter | None = own[name] if name in own else getattr(module, name, None)
     return found
 
 

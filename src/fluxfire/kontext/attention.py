@@ -55,7 +55,7 @@ class ReferenceKV(NamedTuple):
     refresh_mask: Tensor | None = None
 
     def dequantization_scales(self, dtype: torch.dtype) -> Pair | None:
-        """Return the factors that convert keys and values to a dtype; None if they have it."""
+        """Return the factors that convert keys and values to a dtype; None if none is needed."""
         return None if self.key.dtype == dtype else (self.key_scale, self.value_scale)
 
 
@@ -128,7 +128,8 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
 
 
 class KernelAttnProcessor(ReferenceAttnProcessor):
-    """Norms and rotates by fluxfire's kernels; a subclass chooses the attention kernel."""
+    """Uses fluxfire's kernels for norms and rotary embedding. A subclass chooses the attention's.
+    """
 
     @override
     def _attend(
@@ -306,8 +307,8 @@ def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair
     """Store the reference's new keys and values in the cache, and return the joint ones to use.
 
     Example with `refresh_mask` [[True], [False]]: sample 0's new keys go into the cache, and its
-    attention uses them. Sample 1's new keys are dropped. Its cached keys stay and take their place
-    in the joint keys, so sample 1 attends to what it would attend to if it ran alone.
+    attention uses them. Sample 1's new keys are dropped. Its cached keys stay in the cache, and
+    replace the new ones in the joint keys. So sample 1 attends to the same keys as if it ran alone.
     """
     tokens = reference.key.shape[1]
     joint = []
@@ -361,9 +362,9 @@ def _float8_scales(
 ) -> Triple:
     """Return the divisors that quantize query, key and value.
 
-    Query and key scales are fixed, since their norms bound them. Values have no such bound, so
-    their scale is measured. Cached values are in float8 already. So in the mode "cached" the new
-    values reuse the cached scale and are clamped to its range.
+    Query and key scales are fixed, since norms bound queries and keys. Values have no such bound,
+    so this measures their scale. Cached values are in float8 already. So in the mode "cached" the
+    new values use the cached scale, which clamps them to its range.
     """
     device = streams[0].projected[0].device  # with offloading, `fixed` may be on another device
     of_heads = fixed.query.to(device), fixed.key.to(device)

@@ -224,13 +224,13 @@ KONTEXT: Model = Kontext()
 class _AllBlocks:
     """Stands in the place of the blocks, and runs all of them.
 
-    Only diffusers' own forward may call it. One of somebody else's may do anything between two
-    blocks, or look at one of them, and would get another picture without a word.
+    Only diffusers' own forward may call it. Another library's forward may do something between two
+    blocks, or read one block. Here it would compute a wrong picture without an error.
     """
 
     def __init__(self, stack: Callable[[Streams], Streams]) -> None:
         self._stack = stack
-        self._known = False  # gradient checkpointing calls again, from where torch goes backwards
+        self._known = False  # gradient checkpointing calls again, from torch's backward pass
 
     # The argument names are diffusers'; gradient checkpointing passes them by position.
     def __call__(
@@ -257,7 +257,7 @@ class _AllBlocks:
         return out.text, out.image
 
     def __getattr__(self, name: str) -> Any:
-        """Refuse to be taken for one of the blocks."""
+        """Raise an error if somebody reads an attribute of a block."""
         if name.startswith("__"):
             raise AttributeError(name)
         raise FluxfireError(_FOREIGN_FORWARD)

@@ -57,15 +57,16 @@ class Attention:
     native one. The report lists all times. A process measures equal settings only once. Without a
     GPU, `"auto"` uses the native kernel.
 
-    `"fa3"` is FlashAttention-3 (https://arxiv.org/abs/2407.08608). Calls with a mask, without
-    rotary embedding, or with gradients on run diffusers' own attention.
+    `"fa3"` is FlashAttention-3 (https://arxiv.org/abs/2407.08608). diffusers' own attention runs in
+    its place for a call with a mask, for a call without rotary embedding, and while gradients are
+    on.
 
     `"fa3-fp8"` is FlashAttention-3 in float8 (e4m3), which is lossy. The RMS norm bounds query and
     key, and the rotary embedding keeps the bound, so their scale is fixed in advance. The values'
     scale is the largest value of each sample and head. One kernel does norm, rotary embedding and
     rounding to float8. A CPU emulates all of it except the rounding of the probabilities. Others
-    measured an error of about 5% for float8 attention at FLUX's shapes. We have not measured any
-    picture of the real FLUX.1 Kontext with it, and know of nobody who has.
+    measured an error of about 5% for float8 attention at FLUX's shapes. We measured no picture of
+    the real FLUX.1 Kontext with `"fa3-fp8"`, and know of nobody who has.
 
     Measured on an H100 (docs, "Passes") with `fa3-fwd` installed: a step of `faithful`
     274 → 264 ms, with `"fa3-fp8"` 274 → 250 ms.
@@ -166,7 +167,7 @@ class Attention:
             yield Finding(
                 "error",
                 f"the transformer's attention runs through {', '.join(strange)}, and "
-                f"backend={self.backend!r} works on {names}",
+                f"backend={self.backend!r} works only on {names}",
                 "leave Attention out",
             )
 
@@ -176,8 +177,8 @@ class Attention:
         if offloaded and self.backend == FLASH_3_FLOAT8:
             yield Finding(
                 "error",
-                f"the scales come from the norms' weights, and offloading keeps those elsewhere "
-                f"({', '.join(sorted(offloaded))})",
+                f"{self.backend} computes its scales from the norms' weights, and offloading "
+                f"({', '.join(sorted(offloaded))}) keeps these weights elsewhere",
                 "use enable_model_cpu_offload() or none",
             )
         device = _device(target.pipe)
@@ -218,7 +219,8 @@ def _refuse(
 
 
 class _ScaleUpdater(Listener):
-    """Gives each attention its query and key scales, anew where the norms' weights change."""
+    """Gives each attention its query and key scales; recomputes them if the norms' weights change.
+    """
 
     def __init__(self, pipe: Pipeline) -> None:
         self._model, self._transformer = model_of(pipe), pipe.transformer
@@ -243,13 +245,13 @@ class _ScaleUpdater(Listener):
             return
         for attention, outdated in zip(attentions, scales, strict=True):
             current = _query_key_scales(attention)
-            if outdated is None:  # a block that somebody put in
+            if outdated is None:  # somebody added this block after the last call
                 setattr(attention, SCALES_ATTRIBUTE, current)
-            else:  # in place, since compiled code has hold of it
+            else:  # in place, since compiled code refers to this object
                 outdated.query, outdated.key = current.query, current.key
 
     def remove(self) -> None:
-        """Take the scales off again."""
+        """Remove the scales from the attentions."""
         for attention in self._model.attentions(self._transformer):
             vars(attention).pop(SCALES_ATTRIBUTE, None)
 

@@ -66,7 +66,7 @@ class Compile:
         options: inductor options by name; they override those of the mode. Stored as sorted pairs.
 
     Raises:
-        ValueError: `region` is neither of these.
+        ValueError: `region` is neither `"blocks"` nor `"transformer"`.
         TypeError: a setting has the wrong type.
     """
 
@@ -106,8 +106,8 @@ class Compile:
         if self.region == "transformer" and "wraps-blocks" in target.traits:
             yield Finding(
                 "error",
-                "an earlier pass decides between the blocks, which one graph of the whole "
-                "transformer cannot hold",
+                "an earlier pass decides between the blocks, and one graph of the whole "
+                "transformer cannot contain such a decision",
                 'use Compile(region="blocks")',
                 instead=replace(self, region="blocks"),
             )
@@ -264,7 +264,7 @@ def _compile_takes_recompile_limit() -> bool:
 
 
 class _CompiledCall:
-    """Replaces a module's call: runs its graph, or with `bypass` the module itself."""
+    """Replaces a module's call: runs the module's graph, or with `bypass` the module itself."""
 
     def __init__(self, module: nn.Module, graph: Callable[..., Any]) -> None:
         self.module, self.graph, self.bypass = module, graph, False
@@ -328,7 +328,7 @@ def _clone_outputs(compiled: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def _private_copy(function: types.FunctionType | Any) -> Iterator[Any]:
-    """Copy a function with its code object; when the block ends, its graphs are freed.
+    """Copy a function with its code object; at the end of the block, free the copy's graphs.
 
     Dynamo stores graphs per code object, and allows eight recompilations for each. With one shared
     code object, the eighth optimize-and-restore would raise an error, and the user's own compiled

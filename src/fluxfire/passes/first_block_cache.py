@@ -36,10 +36,10 @@ class FirstBlockCache:
 
     The defaults are careful, because the first steps decide the picture: they compute the first
     8 and the last 2 of 28 steps, and at least every third step between. That computes 16 to 28
-    steps of 28. Nearest published figure for the real model: cache-dit's F1B0 at these settings,
-    but holding the last value, computed 16 of 28 steps of one Kontext edit at 1024 x 1024. Its
-    picture had 38.2 dB to the plain one, and 28.5 dB inside the edited region (measured by us on
-    the pictures that cache-dit publishes). We measured no quality on the real model.
+    steps of 28. The nearest published figure for the real model is cache-dit's F1B0 at these
+    settings, which holds the last value instead. It computed 16 of 28 steps of one Kontext edit at
+    1024 x 1024. Its picture had 38.2 dB to the plain one, and 28.5 dB inside the edited region (we
+    measured the pictures that cache-dit publishes). We measured no quality on the real model.
 
     Each branch of true CFG has its own memory, and so does every sample of a batch: a sample hits
     where it would hit alone. A batch in which only some samples hit is computed whole, so shapes
@@ -268,10 +268,13 @@ class _ResidualHistory:
         return predicted
 
     def _zero_unless_known(self, needed: int, factor: Tensor) -> Tensor | None:
-        """Zero the factor of samples with `needed` residuals or fewer; None if that is all of them.
+        """Set the factor to 0 for samples with `needed` residuals or fewer.
 
-        A mixed batch needs a mask. Copying it to the GPU waits for the GPU: that made a hit of an
-        edit to 1024² take 8 ms instead of 6, on an H100. So other batches do without a mask.
+        A mixed batch needs a mask. Copying a mask to the GPU waits for the GPU. On an H100, that
+        made a hit of an edit to 1024² take 8 ms instead of 6. So other batches use no mask.
+
+        Returns:
+            The factor; None if all samples have too few residuals.
         """
         known = [n > needed for n in self.counts]
         if all(known):
@@ -284,12 +287,13 @@ class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
 
     Example: 2 samples, 3 steps, threshold 0.12, `warmup_steps=0`, `tail_steps=0`.
 
-    - Step 0: the cache is empty, so both samples miss. All blocks run. The cache stores the first
-      block's residual and the rest's residual of both samples.
+    - Step 0: the cache is empty, so neither sample hits. All blocks run. For both samples, the
+      cache stores the residual of the first block, and the residual of the other blocks.
     - Step 1: the first block runs. Its residual has distance 0.05 from step 0's for sample A, and
-      0.30 for B. A hits and B misses. All blocks run for the whole batch, so that shapes stay the
-      same. A's result is thrown away: A gets its input plus step 0's rest residual, as it would if
-      it ran alone. B gets the computed result, and only B's residuals enter the cache.
+      0.30 for B. A hits and B does not. All blocks run for the whole batch, so that shapes stay the
+      same. A's result is thrown away. Instead, A gets its input plus step 0's residual of the other
+      blocks, as if it ran alone. B gets the computed result, and only B's residuals enter the
+      cache.
     - Step 2: A is compared with step 0 (distance 0.10) and B with step 1 (0.08). Both hit, so no
       block after the first runs. A has one residual and repeats it. B has two, and
       `predict="linear"` extends the line through them.
@@ -417,8 +421,8 @@ def _push(old: list[Tensor], new: Tensor, keep: int, hit: Tensor | None) -> list
 def _nonzero_difference(one: Tensor, other: Tensor) -> Tensor:
     """Return the difference of two sigmas, with 1 in place of 0.
 
-    A difference is 0 where a sample's entry repeats its oldest one. Its factor is zeroed, and must
-    not become NaN before.
+    A difference is 0 where a sample's entry repeats its oldest one. `_zero_unless_known` sets the
+    factor to 0 there, but 0 times NaN would stay NaN.
     """
     difference = one - other
     return difference.where(difference != 0, 1)

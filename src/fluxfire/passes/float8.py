@@ -57,11 +57,12 @@ class Float8:
 
     Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
-    Layers with a LoRA or a hook are not quantized. If a LoRA is loaded later, the next step raises
-    an error with the layer's name. So does a hook that the fused products would not call. Weights
-    that changed (a LoRA was fused, a state dict was loaded, a step callback wrote to them) are
-    quantized again before the next step. Gradients are those of the product without rounding. On a
-    CPU the arithmetic is emulated, which is slow and only useful to judge quality.
+    The pass does not quantize layers with a LoRA or a hook. If a LoRA is loaded later, the next
+    step raises an error with the layer's name. A later hook raises the same error if the fused
+    products would not call it. If weights change (a LoRA is fused, a state dict is loaded, a step
+    callback writes to them), the pass quantizes them again before the next step. Gradients are
+    those of the product without rounding. A CPU emulates the arithmetic, which is slow and only
+    useful to judge quality.
 
     Attributes:
         originals: `"host"` keeps the original weights in host memory; `restore` brings them back
@@ -69,7 +70,7 @@ class Float8:
             error, and so does everything else that needs them: saving, copying, fusing a LoRA.
 
     Raises:
-        ValueError: `originals` is neither of these.
+        ValueError: `originals` is neither `"host"` nor `"drop"`.
     """
 
     originals: Originals = "host"
@@ -122,10 +123,14 @@ class Float8:
                 "float8 halves them: take the offloading off",
             )
         if "lora" in target.traits:
-            yield Finding("info", "layers that carry a LoRA keep their weights")
+            yield Finding("info", "layers with a LoRA are not quantized")
         widths = {n for *_, linear in _linears(model, transformer) for n in linear.weight.shape}
         if odd := sorted(n for n in widths if n % 16):
-            yield Finding("error", f"widths must be multiples of 16, and there are {odd}")
+            yield Finding(
+                "error",
+                f"float8 products need widths that are multiples of 16, and layers have {odd}",
+                "leave Float8 out",
+            )
 
     def apply(self, tx: Transaction) -> Change:
         """Quantize layer by layer, so that at most one layer is in memory twice."""
@@ -381,8 +386,8 @@ class _WeightWatch(Listener):
         """Quantize changed weights again; with `originals="drop"`, free the original ones.
 
         Raises:
-            FluxfireError: a layer was replaced, as loading a LoRA does; or a fused layer got a
-                hook, as layer-by-layer offloading adds it, and nothing would call the hook.
+            FluxfireError: a layer was replaced, for example by loading a LoRA; or a fused layer got
+                a hook, for example from layer-by-layer offloading, which nothing would call.
         """
         self._refuse_replaced_or_hooked_layers()
         if self._watch.changed():
@@ -396,14 +401,14 @@ class _WeightWatch(Listener):
             if modules.child(owner, name) is not layer:
                 raise FluxfireError(
                     f"{name} of {own_class(owner).__name__} was replaced after Float8 quantized it "
-                    f"(a LoRA was loaded, or projections were fused?); restore(pipe), do that, and "
-                    f"optimize(pipe) again"
+                    f"(a LoRA was loaded, or projections were fused?); restore(pipe), repeat that "
+                    f"change, and optimize(pipe) again"
                 )
         for name, linear in self._stacked:
             if modules.is_hooked(linear):
                 raise FluxfireError(
-                    f"{name} has a hook that came after Float8 (offloading was enabled?), which "
-                    f"its product with others would not call; take it off, or restore(pipe)"
+                    f"{name} has a hook that came after Float8 (offloading was enabled?), and the "
+                    f"fused product would not call that hook; take it off, or restore(pipe)"
                 )
 
     def _drop_originals(self) -> None:
@@ -413,7 +418,7 @@ class _WeightWatch(Listener):
         if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
             self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
-            self._watch.changed()  # the drop itself is no change to react to
+            self._watch.changed()  # forgets the drop itself, which needs no new quantization
 
 
 def _quantize_again(product: Float8Product) -> None:
@@ -430,7 +435,7 @@ def _quantize_again(product: Float8Product) -> None:
     if product.weight.is_meta or not all(own):
         raise FluxfireError(
             "some of the weights that Float8(originals='drop') let go of were loaded again, "
-            "and others that share a product with them were not; load all of them"
+            "and other weights of the same product were not; load all weights of the transformer"
         )
     product.copy_biases(product.weight.device)
 

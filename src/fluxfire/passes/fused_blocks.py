@@ -62,8 +62,8 @@ class FusedBlocks:
     no faster than diffusers' own.
 
     A block falls back to diffusers' own forward while gradients are on, under autocast, in float16
-    (where diffusers clips overflows), without rotary embeddings, and with an attention processor
-    or attention arguments that are not plain Flux's. It also falls back if any of its layers has a
+    (where diffusers clips overflows), and without rotary embeddings. It also falls back with an
+    attention processor or attention arguments that Flux itself does not use, if any layer has a
     hook, or if somebody replaced a norm or an activation, since the kernels do not call these
     modules. A layer that is not a plain `nn.Linear` (it has a LoRA, or is quantized) is called as
     it is.
@@ -234,7 +234,7 @@ class _FallbackChecker(Listener):
 
 
 def _has_flux_parts(block: DoubleBlock | SingleBlock) -> bool:
-    """Whether the modules that the kernels replace are Flux's own, and compute what those do."""
+    """Whether the modules that the kernels replace are Flux's own, and compute the same."""
     double = hasattr(block, "ff")
     names = ("norm1", "norm1_context") if double else ("norm",)
     norms: list[ModulatedNorm] = [getattr(block, name) for name in names]

@@ -38,11 +38,11 @@ class MegaCache:
     """Loads compiled artifacts from a file before the first compilation; saves them after `warmup`.
 
     torch's own mega-cache (`torch.compiler.save_cache_artifacts`) is one blob. If a setting
-    changed, it misses silently; if it is saved again, its old content is lost. This pass stores the
-    blobs in a safetensors file. The header says what each blob was compiled for (versions, GPU,
-    model, passes and their compiler options), so a miss can be explained. Saving adds to the file,
-    also if other processes save at the same time. The pass records only what this pipeline's
-    generations compile in their thread.
+    changed, torch compiles again without saying why. A new blob replaces the old one. This pass
+    stores blobs in a safetensors file. The header says what each blob was compiled for (versions,
+    GPU, model, passes and their compiler options), so the report can explain a miss. Saving adds to
+    the file, also if other processes save at the same time. The pass records only what this
+    pipeline's generations compile in their thread.
 
     A hit skips inductor, not dynamo: every process traces the Python code again. Measured on an
     H100 (docs, "Passes"): the first edit of a process 17.3 → 8.5 s.
@@ -110,7 +110,8 @@ class MegaCache:
             yield Finding("warning", f"{file} will not be used: {_error_text(error)}")
         else:
             if not any(p.fingerprint == wanted for p in payloads):
-                yield Finding("info", f"{file} will be added to: {_mismatch(wanted, payloads)}")
+                why = _mismatch(wanted, payloads)
+                yield Finding("info", f"{file} has nothing for this pipeline yet: {why}")
 
     def apply(self, tx: Transaction) -> Change:
         """Prepare to load at the first generation, after all other passes are applied."""
@@ -345,7 +346,7 @@ class _ArtifactStore(Listener):
         """Collect artifacts that the file lacks, also if torch's cache on disk had them already."""
         self._spent.add(compiled)
         if recorded.problem is not None:
-            self._warn(f"what was compiled cannot be kept: {recorded.problem}")
+            self._warn(f"the compiled artifacts cannot be kept: {recorded.problem}")
         if not compiled.compiles or recorded.keys <= self._known:
             return
         self._known |= recorded.keys

@@ -47,8 +47,8 @@ class ModulationTable:
 
     Attributes:
         host: keep these layers' weights in pinned host memory, and copy them to the GPU one by one
-            to compute a table. This frees 6.0 GiB of FLUX's 22.2; the copies took the first step
-            0.12 s, on an H100.
+            to compute a table. This frees 6.0 GiB of FLUX's 22.2. The copies add 0.12 s to the
+            first step, on an H100.
     """
 
     host: bool = False
@@ -175,7 +175,7 @@ class _Tables(Listener):
         """Remember the call and the current blocks.
 
         The user may remove or reorder blocks at any time. The transformer hides its blocks while
-        they run, so this lists them before.
+        they run, so this method lists them before the run.
         """
         model = model_of(self.pipe)
         blocks = model.blocks(self.pipe.transformer)
@@ -288,8 +288,8 @@ class _Tables(Listener):
         """Return the time that each step's embedding will get, (batch,) each; None if unknown.
 
         The pipeline casts a time step to the latents' dtype and divides it by 1000. The transformer
-        casts the result to its own dtype and multiplies by 1000. Both steps round, so the same
-        arithmetic is done here. The result is checked against the current step's time.
+        casts the result to its own dtype and multiplies by 1000. Both casts round, so this method
+        does the same arithmetic. It then compares the result with the current step's time.
         """
         if len(planned) != call.steps or not self._is_planned_step(planned, call):
             return None
@@ -331,7 +331,7 @@ class _TableNormZeroSingle(StandIn, AdaLayerNormZeroSingle):  # type: ignore[mis
 def _is_observed(block: nn.Module) -> bool:
     """Whether a hook or a replaced forward sees a block's arguments.
 
-    It expects the embedding there, not a row of a table.
+    Such code expects the embedding among the arguments, not a row of a table.
     """
     own = vars(block)
     patched = "forward" in own and not {"_hf_hook", "_diffusers_hook"} & own.keys()

@@ -113,7 +113,7 @@ class ReferenceCache:
             steps = sorted_steps("schedule", self.schedule)
             if not steps or steps[0] != 0:
                 raise ValueError(
-                    f"schedule={steps!r}; it must have step 0, before which nothing is cached"
+                    f"schedule={steps!r}; it must have step 0, because the cache is empty then"
                 )
             object.__setattr__(self, "schedule", steps)
 
@@ -198,7 +198,7 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
       does not. The blocks compute all tokens of both, so that shapes stay the same. They store A's
       new keys and values. B's new ones are dropped, and B attends to step 0's.
     - Step 2: since A's refresh the sigma has fallen by 0.05, since B's by 0.15, and both drifts are
-      small. Nobody refreshes: after the first block, the blocks compute text and noise tokens only.
+      small. No sample refreshes: after the first block, only text and noise tokens are computed.
       A attends to step 1's keys and values, B to step 0's.
 
     If FirstBlockCache had skipped blocks at step 1, these would still store step 0's keys and
@@ -284,8 +284,8 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
             ]
             self._record_refresh(state, call, drifts)
         if any(state.refresh):
-            # A mask has graphs of its own. With a drift a batch always has one, even if all samples
-            # refresh: a warm-up run cannot tell in advance who will.
+            # A refresh with a mask has graphs of its own. With a drift a batch always has a mask,
+            # even if all samples refresh: a warm-up run cannot know which samples will refresh.
             maskless = all(state.refresh) and (not self._measures_drift or len(state.refresh) == 1)
             return self._refresh(state, run, streams, blocks, None if maskless else state.refresh)
         return self._reuse(state, run, streams, blocks, call)
@@ -328,7 +328,7 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
     def _sigma(self, step: int, steps: int) -> float:
         """Return a step's sigma. The first call of a generation waits for the device.
 
-        Some schedulers do not keep their time steps; then the sigmas are taken as evenly spaced.
+        Some schedulers do not keep their time steps. For these, this assumes evenly spaced sigmas.
         """
         if not self._sigmas:
             planned = self._pipe.scheduler.timesteps[-steps:].tolist()
@@ -451,5 +451,5 @@ def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
         raise FluxfireError(
             f"ReferenceCache would keep {human_bytes(needed).lstrip('+')} for {tokens} tokens of "
             f"the reference, and the GPU has {human_bytes(free).lstrip('+')} left; use a smaller "
-            f"reference or batch, set in_float8=True for half of it, or leave ReferenceCache out"
+            f"reference or batch, set in_float8=True to halve that, or leave ReferenceCache out"
         )

@@ -29,8 +29,8 @@ class InductorPatch:
 
     The patched function is global to the process, so the patch is active only while this pipeline
     generates. It replaces the crash by the answer "not the same". So every graph that compiled
-    before still compiles in the same way. Measured on an H100 (docs, "Passes"): the patch has no
-    part in a step's time; a step of `faithful` 277 → 274 ms is noise.
+    before still compiles in the same way. Measured on an H100 (docs, "Passes"): a step of
+    `faithful` 277 → 274 ms, which is noise, since the patch does not run in a step.
 
     Trigger on torch 2.7 to 2.12:
     `torch.compile(lambda x, s: torch.pow(x.shape[0] * 0.5, x.abs()) * s, dynamic=True)`.
@@ -87,7 +87,7 @@ _plain: Callable[..., Any] | None = None
 
 @contextmanager
 def guarded() -> Iterator[None]:
-    """Activate the patch. Nested and concurrent blocks share one; the last of them removes it."""
+    """Activate the patch. Nested and concurrent blocks share it; the last one to end removes it."""
     from torch._inductor.fx_passes import post_grad
 
     global _depth, _plain  # noqa: PLW0603 - the process has one patch, with a use count

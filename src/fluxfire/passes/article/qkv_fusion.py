@@ -45,10 +45,10 @@ class QKVFusion:
     compilation it is slower, since the strided slices cost more than the larger product saves. So
     it is in the preset `article` only.
 
-    A projection that is not a plain `nn.Linear` (it has a LoRA or a hook, or offloading swaps its
-    weight) is called as it is. So its result is that of the plain pipeline, whether the LoRA or
-    hook came before or after the pass. All projections are called as they are while gradients are
-    on.
+    If a projection is not a plain `nn.Linear` (it has a LoRA or a hook, or offloading swaps its
+    weight), the pass calls the three projections one by one. So their result is that of the plain
+    pipeline, whether the LoRA or hook came before or after the pass. It does the same while
+    gradients are on.
 
     Attributes:
         transformer: fuse the transformer's attentions.
@@ -88,7 +88,7 @@ class QKVFusion:
             yield Finding(
                 "error",
                 f"offloading swaps weights module by module while the pipeline runs "
-                f"({', '.join(sorted(moved))}), which would separate the fused ones",
+                f"({', '.join(sorted(moved))}), which would separate the fused weights",
                 "use enable_model_cpu_offload() or none",
             )
         model = model_of(target.pipe)
@@ -107,11 +107,11 @@ class QKVFusion:
         if self.transformer and "quantized" in target.traits - modules.traits(target.pipe):
             yield Finding(
                 "error",
-                "an earlier pass quantized the weights, and the fused ones would not be quantized",
-                "leave it out",
+                "an earlier pass quantized the weights, and QKVFusion would fuse the plain weights",
+                "leave QKVFusion out",
             )
         if "lora" in target.traits:
-            yield Finding("info", "projections that carry a LoRA are left unfused")
+            yield Finding("info", "projections with a LoRA are not fused")
 
     def apply(self, tx: Transaction) -> Change:
         """Fuse the projections of every self-attention into one shared storage."""
@@ -317,7 +317,8 @@ class _FusionUpdater(Listener):
         self._storages = self._read_storages()
 
     def _read_storages(self) -> list[object]:
-        """Read where and how the weights lie, which tells whether they still share a storage."""
+        """Read the weights' addresses, layouts and dtypes: they differ once a storage is not shared.
+        """
         found = [p for m in self._linears for p in m.__dict__["_parameters"].values()]
         parameters = [p for p in found if type(p) is nn.Parameter]
         return [

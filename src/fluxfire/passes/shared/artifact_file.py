@@ -132,11 +132,14 @@ def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
         except FileNotFoundError:
             present, signature = (), ""
         if signature and key is None:
-            raise ArchiveError(f"it is signed, and without {KEY_VARIABLE} would lose that")
+            raise ArchiveError(f"it is signed; set {KEY_VARIABLE}, or adding would unsign it")
         data = _pack(_merged([*present, *payloads]), key)
         _unpack(data)  # raises if the new file could not be read back
         if len(data) > _LARGEST:
-            raise ArchiveError(f"it would have {len(data)} bytes; delete it to start anew")
+            raise ArchiveError(
+                f"it would have {len(data)} bytes, more than the limit of {_LARGEST}; delete it to "
+                f"start anew"
+            )
         _replace(path, data, private=key is None)
 
 
@@ -236,7 +239,7 @@ def _remove_leftovers(path: Path) -> None:
 def _writable_by_others(what: str, found: os.stat_result) -> str | None:
     """Return why other users could write a file, or replace it in a folder; None if they cannot."""
     if not hasattr(os, "geteuid"):
-        return f"who may write it cannot be told on this system; sign it, with {KEY_VARIABLE}"
+        return f"this system does not tell who may write it; sign it, with {KEY_VARIABLE}"
     advice = (
         f"and so run code here; keep a new one where only you can write, "
         f"or sign it, with {KEY_VARIABLE}"

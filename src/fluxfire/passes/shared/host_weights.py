@@ -47,7 +47,7 @@ class HostWeights(Listener):
 
     @override
     def prepare(self) -> None:
-        """Move weights to the host again that `.to(device)` moved to the device.
+        """Move weights back to the host if `.to(device)` moved them to the device.
 
         Raises:
             FluxfireError: layer-by-layer offloading moves these weights too.
@@ -80,7 +80,7 @@ class HostWeights(Listener):
         if weight.is_meta:
             raise FluxfireError(
                 "weights that fluxfire keeps in host memory are moved by something else, too "
-                "(offloading was enabled?); take that off, or restore(pipe) before it"
+                "(offloading was enabled?); disable that, or restore(pipe) before you enable it"
             )
         if weight.device.type == "cpu":
             return 0

@@ -33,7 +33,7 @@ def sorted_steps(name: str, steps: Iterable[object]) -> tuple[int, ...]:
 
     Args:
         name: the setting's name, for the message.
-        steps: the steps, counted from 0. A sign is left to the caller to check.
+        steps: the steps, counted from 0. The caller must check that none is negative.
 
     Raises:
         ValueError: a step is a bool or not an int.
