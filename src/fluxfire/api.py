@@ -60,9 +60,9 @@ def plan(pipe: object, passes: Passes = "faithful") -> Plan:
 def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> P:
     """Apply passes to a pipeline, in place.
 
-    All passes check the pipeline before the first is applied. A second call adds passes to those of
-    the first, unless it replaces them. Warnings of a check are issued as `FluxfireWarning`. The
-    logger `fluxfire` gets a line for each applied pass, at level INFO.
+    All passes check the pipeline before fluxfire applies the first. A second call adds its passes
+    to the passes of the first call, unless it replaces them. A warning of a check becomes a
+    `FluxfireWarning`. The logger `fluxfire` gets a line for each applied pass, at level INFO.
 
     Args:
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.

@@ -31,7 +31,7 @@ TRAITS: frozenset[str] = frozenset(get_args(Trait))
 class Traits(frozenset[Trait]):
     """A set of traits whose operations raise ValueError for a name that is no trait.
 
-    In a plain set, a misspelt trait would just never be found.
+    A plain set would only answer False for a misspelt trait.
     """
 
     def __contains__(self, trait: object) -> bool:

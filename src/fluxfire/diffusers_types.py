@@ -1,8 +1,8 @@
 """What fluxfire reads of diffusers' objects, as types.
 
-Diffusers declares neither the components of a pipeline nor most of what a component has. To mypy
-its pipelines are even empty placeholder classes. So the types that fluxfire relies on stand here.
-They are protocols: diffusers' objects have these members, and no class derives from them.
+diffusers declares neither the components of a pipeline nor most members of a component. mypy sees
+its pipelines as empty placeholder classes. So this module declares the types that fluxfire relies
+on. They are protocols: diffusers' objects have these members, and no class derives from them.
 
 Importing this module loads neither torch nor diffusers.
 """
@@ -46,8 +46,8 @@ class Pipeline(Protocol):
         vae: the model between pictures and latents, or None.
         text_encoder: the first text encoder, or None.
         text_encoder_2: the second text encoder, or None.
-        scheduler: it knows the time steps of a generation.
-        image_processor: it converts and resizes pictures.
+        scheduler: the object that holds the time steps of a generation.
+        image_processor: the object that converts and resizes pictures.
         vae_scale_factor: pixels per latent, in each direction.
     """
 
@@ -86,11 +86,11 @@ class Pipeline(Protocol):
         ...
 
     def progress_bar(self, *, total: int) -> Any:
-        """Create a bar of tqdm."""
+        """Create a progress bar of tqdm."""
         ...
 
     def set_progress_bar_config(self, **settings: Any) -> None:
-        """Set the arguments of all bars."""
+        """Set the arguments of all progress bars."""
         ...
 
     def __call__(self, *args: Any, **kwargs: Any) -> Output:
@@ -115,7 +115,7 @@ class Transformer(Protocol):
         config: the settings that the model was built with; diffusers gives each as an attribute.
         transformer_blocks: the double blocks of FLUX.
         single_transformer_blocks: the single blocks of FLUX.
-        time_text_embed: it embeds the time step, the guidance and the pooled text.
+        time_text_embed: the module that embeds time step, guidance and pooled text.
         is_cache_enabled: whether diffusers' own cache is enabled.
     """
 
@@ -207,7 +207,7 @@ class Vae(Protocol):
 
 
 class Scheduler(Protocol):
-    """It knows the time steps of a generation.
+    """The object that holds the time steps of a generation.
 
     Attributes:
         timesteps: (steps,): the time steps in the order in which they run.
@@ -217,7 +217,7 @@ class Scheduler(Protocol):
 
 
 class ImageProcessor(Protocol):
-    """It converts and resizes pictures."""
+    """The object that converts and resizes pictures."""
 
     def resize(self, image: Image.Image, height: int, width: int) -> Image.Image:
         """Resize a picture."""

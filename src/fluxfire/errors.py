@@ -24,10 +24,10 @@ class FluxfireError(Exception):
 
 
 class PlanError(FluxfireError):
-    """The request cannot be carried out; nothing was changed.
+    """fluxfire cannot do what was asked; nothing was changed.
 
     Attributes:
-        suggestion: passes that could be applied instead; nothing where none are known.
+        suggestion: passes that could be applied instead; empty if fluxfire found none.
     """
 
     def __init__(self, message: str, *, suggestion: tuple[Any, ...] = ()) -> None:
@@ -39,7 +39,7 @@ class PassError(FluxfireError):
     """A pass failed while it was being applied; everything was rolled back.
 
     Attributes:
-        pass_name: name of the pass that failed. The cause is chained.
+        pass_name: name of the pass that failed. `__cause__` is the pass's own error.
     """
 
     def __init__(self, message: str, *, pass_name: str) -> None:
@@ -48,14 +48,14 @@ class PassError(FluxfireError):
 
 
 class BusyError(FluxfireError):
-    """The pipeline is generating, and what was asked for needs it idle."""
+    """The pipeline is busy: it generates, or another thread changes it."""
 
 
 class RestoreError(FluxfireError):
-    """Some edits could not be taken back; all the others were.
+    """Some edits could not be undone; all others were.
 
     Attributes:
-        failures: what each failed inverse raised, in the order of undoing.
+        failures: the exceptions of the failed edits, in the order of undoing.
     """
 
     def __init__(self, message: str, *, failures: tuple[Exception, ...]) -> None:
@@ -68,7 +68,7 @@ class LoadError(FluxfireError):
 
 
 class BenchError(FluxfireError):
-    """Nothing can be measured so: examples or a budget that make no sense, or no such device."""
+    """Measuring is impossible: examples or a budget are invalid, or the device is missing."""
 
 
 class PictureError(FluxfireError):
@@ -80,8 +80,8 @@ class ExampleError(BenchError):
 
 
 class FluxfireWarning(UserWarning):
-    """A pass is applied, and something about it is worth knowing."""
+    """A warning about a pass; fluxfire applies the pass anyway."""
 
 
 class MegaCacheWarning(FluxfireWarning):
-    """A file of compiled artifacts was not used, or not written; the pipeline goes on without."""
+    """A file of compiled artifacts was not used, or not written; the pipeline works without it."""

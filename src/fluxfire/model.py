@@ -147,8 +147,8 @@ class Model(Protocol):
 
         Args:
             transformer: the transformer.
-            inputs: keyword arguments of a transformer call. Removes those that the function
-                handles itself.
+            inputs: keyword arguments of a transformer call. This removes the arguments that the
+                function handles itself.
         """
         ...
 

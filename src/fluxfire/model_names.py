@@ -1,4 +1,4 @@
-"""Names of models: those that fluxfire brings, folders, and ids of the Hugging Face hub.
+"""Names of models: fluxfire's own models, folders, and ids of the Hugging Face hub.
 
 This module loads no torch, so that the command line refuses a wrong name at once.
 """
@@ -21,7 +21,7 @@ def model_folder(model: str) -> Path | None:
     """Return the folder that a name means; None for a model of fluxfire or a hub id.
 
     Raises:
-        LoadError: the name means none of these. The network is not asked.
+        LoadError: the name means none of these. This does not use the network.
     """
     if model == SPARK or model in RANDOM:
         return None

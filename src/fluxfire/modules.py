@@ -1,7 +1,7 @@
 """Inspects torch modules, whatever the architecture: are they quantized, offloaded, hooked?
 
 The answers are *traits*. A pass refuses a pipeline because of a trait, never because of the name of
-another pass. The attributes that this module reads are those of diffusers 0.35 to 0.42 and of
+another pass. This module reads attributes of the modules of diffusers 0.35 to 0.42 and of
 accelerate.
 """
 
@@ -117,7 +117,7 @@ def cache_traits(transformer: object) -> set[Trait]:
 
 
 def module_traits(module: nn.Module) -> Iterator[Trait]:
-    """Return the traits of one module, without those of its submodules."""
+    """Return the traits of one module, without the traits of its submodules."""
     own = vars(module)
     if is_compiled(module):
         yield "compiled"
@@ -160,7 +160,7 @@ def computes_derivatives() -> bool:
     """Whether torch records operations for derivatives: of gradients, or of `torch.func.jvp`.
 
     torch differentiates its own operations, but not a kernel, a cached value or a weight in float8.
-    A training by consistency or mean flow calls `torch.func.jvp`, mostly under `no_grad`.
+    Training of consistency and mean-flow models calls `torch.func.jvp`, mostly under `no_grad`.
     """
     return torch.is_grad_enabled() or forward_ad._current_level >= 0  # noqa: SLF001 - no public name
 
@@ -202,7 +202,7 @@ def is_hooked(module: nn.Module) -> bool:
         "forward" in own
         or own["_forward_hooks"]
         or own["_forward_pre_hooks"]
-        # As in `has_global_hooks`, without a call: passes ask this of a thousand modules.
+        # The same as `has_global_hooks`, but inline: passes check a thousand modules.
         or torch_module._global_forward_hooks  # noqa: SLF001
         or torch_module._global_forward_pre_hooks  # noqa: SLF001
     )

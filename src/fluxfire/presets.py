@@ -41,8 +41,8 @@ balanced: tuple[Pass, ...] = _cached(
 )
 """Lossy: skips up to 12 of 28 steps, so it computes 16 or more.
 
-Measured on an H100, random weights, with all 12 skipped: 2.32 times as fast as eager. `faithful`
-with 17 steps is slightly more work (16.2), and 2.22 times as fast.
+Measured on an H100, random weights, with all 12 skipped: 2.32 times as fast as eager. That is the
+work of 16.2 steps. `faithful` with 17 steps is 2.22 times as fast as eager.
 
 Evidence from the real model, by others: cache-dit's F1B0 at these settings, holding the last value
 where this extends a line, computed 16 of 28 steps of one FLUX.1 Kontext edit and kept 38.2 dB to
@@ -59,8 +59,8 @@ fast: tuple[Pass, ...] = _cached(
 )
 """Lossy, more so than `balanced`: skips up to 15 of 28 steps, so it computes 13 or more.
 
-Measured on an H100, random weights, with all 15 skipped: 2.80 times as fast as eager. `faithful`
-with 14 steps is slightly more work (13.3), and 2.66 times as fast.
+Measured on an H100, random weights, with all 15 skipped: 2.80 times as fast as eager. That is the
+work of 13.3 steps. `faithful` with 14 steps is 2.66 times as fast as eager.
 
 Evidence from the real model, by others: cache-dit's F1B0 at 0.15 with 2 warm-up steps and at most 2
 hits in a row computed 13 of 28 steps of one FLUX.1 Kontext edit and kept 32.5 dB to the plain
@@ -88,13 +88,15 @@ article: tuple[Pass, ...] = (
         },
     ),
 )
-"""The settings of the article that fluxfire began as a re-implementation of ("FLUX.1-Kontext:
-When Speed Meets Style"), in the order that fluxfire's stages ask for, and by blocks: the article
-compiles the whole transformer, which no cache can decide in. Kept as a record; not advised.
+"""The settings of the article that fluxfire began with ("FLUX.1-Kontext: When Speed Meets Style").
+
+The order is that of fluxfire's stages. The article compiles the whole transformer, in which no
+cache can decide, so this preset compiles the blocks. We keep it as a record and do not recommend
+it.
 
 Lossy: its cache has no warm-up steps and no limit on hits in a row. At this threshold pictures of
-FLUX.1-dev that para-attn and cache-dit publish have 19 to 22 dB. Tuning takes minutes, once:
-`warmup` saves the compiled code in the user's cache folder.
+FLUX.1-dev that para-attn and cache-dit publish have 19 to 22 dB to the plain ones. The first
+`warmup` takes minutes for autotuning, and saves the compiled code in the user's cache folder.
 """
 
 PresetName = Literal["faithful", "balanced", "fast", "article"]

@@ -27,7 +27,7 @@ class PrivateName:
             if it takes a parameter of that name, or sets an attribute of that name on an object.
         name: the name.
         use: what fluxfire does with it.
-        instead: what to use if it goes away.
+        instead: what fluxfire could use if a new version lacks the name.
         since: the first version of the library that has it, if fluxfire also runs on older ones.
     """
 
@@ -140,7 +140,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     PrivateName(
         "torch.nn.Module", "_call_impl",
         "Calls a module with its hooks, but without its compiled call.",
-        "Module.__call__ with the compiled call taken off.",
+        "Module.__call__ with the compiled call removed.",
     ),
     PrivateName(
         "torch.nn.Module", "_compiled_call_impl",
@@ -149,7 +149,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module", "_apply",
-        "Overrides it, so that .to() leaves float8 weights and dropped weights right.",
+        "Overrides it, so that .to() keeps float8 weights and dropped weights correct.",
         "An override of Module.to.",
     ),
     PrivateName(
@@ -159,7 +159,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.nn.Module", "_load_from_state_dict",
-        "Overrides it, to load a weight in the place of one that was dropped.",
+        "Overrides it, to replace a dropped weight by a loaded one.",
         "Module.register_load_state_dict_pre_hook.",
     ),
     # torch: modes and trees.
@@ -175,13 +175,13 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "torch.autograd.forward_ad", "_current_level",
-        "Sees whether torch.func.jvp runs, to leave kernels and caches out.",
+        "Sees whether torch.func.jvp runs, and then uses no kernels and no caches.",
         "There is no public reader; ask for one.",
     ),
     PrivateName(
         "torch._C", "_DisableFuncTorch",
-        "Takes what a pass prepares out of the caller's torch.func transforms.",
-        "A thread of its own for the preparations: the transforms are of one thread.",
+        "Keeps a pass's preparations out of the caller's torch.func transforms.",
+        "A separate thread for the preparations, since a transform holds for one thread.",
     ),
     PrivateName(
         "torch.utils._pytree", "tree_flatten",
@@ -201,7 +201,7 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     # torch: what torch.compile does, and its settings.
     PrivateName(
         "torch", "_dynamo",
-        "Sees in sys.modules whether anything can have compiled; the progress bar imports it.",
+        "Sees in sys.modules whether torch can have compiled; the progress bar imports it.",
         "Always watch, which imports the compiler.",
     ),
     PrivateName(

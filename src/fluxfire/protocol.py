@@ -63,7 +63,7 @@ class Finding:
     Attributes:
         level: `"error"` stops the plan. `optimize` issues a `"warning"` as a `FluxfireWarning`. The
             report shows an `"info"`.
-        message: what is the case, with the values seen.
+        message: what the check found, with the values.
         remedy: what the user can do about it.
         instead: for an error, a pass that could take this one's place.
         trait: for an error, the trait that stands in the way. A list without the pass that provides
@@ -87,10 +87,10 @@ class Change:
     """What a pass did.
 
     Attributes:
-        count: how many things were changed; 0 is an honest answer.
-        what: what they are, as a plural phrase ("attention projections fused").
+        count: how many things the pass changed; it may be 0.
+        what: what these things are, as a plural phrase ("attention projections fused").
         bytes: bytes of weights and buffers gained (positive) or freed (negative).
-        host_bytes: bytes of those freed that wait in host memory.
+        host_bytes: how many of the freed bytes are in host memory now.
     """
 
     count: int
@@ -104,12 +104,12 @@ class Target:
     """What `Pass.check` looks at.
 
     Attributes:
-        pipe: the pipeline. To be read, never touched.
+        pipe: the pipeline. Read it, and never change it.
         environment: versions and device facts.
-        passes: the whole list, those already applied included, in order.
-        traits: what is true of the pipeline when this pass's turn comes: facts found on
-            the pipeline (`modules.traits`) and those that earlier passes say they provide
-            (`provides`). A pass refuses by trait, never by a sister's name.
+        passes: the whole list in order, including passes that are already applied.
+        traits: the traits that hold when `apply` of this pass begins: traits of the pipeline
+            itself (`modules.traits`), and traits that earlier passes provide (`provides`). A pass
+            refuses a pipeline because of a trait, never because of another pass's name.
     """
 
     pipe: Pipeline
@@ -118,7 +118,7 @@ class Target:
     traits: frozenset[Trait] = field(default_factory=frozenset)
 
     def __post_init__(self) -> None:
-        """Have a misspelt trait raise, where a plain set would say that it is not there."""
+        """Make a misspelt trait raise an error; a plain set would only answer False."""
         object.__setattr__(self, "traits", Traits(self.traits))
 
 
@@ -131,8 +131,8 @@ class Pass(Protocol):
     - `provides: frozenset[Trait]`: traits that hold once the pass is applied.
     - `tunable: frozenset[str]`: fields that `fluxfire.using` may change while the pass is applied
       (see `Transaction.live`).
-    - `off() -> Pass`: for a tunable pass, a copy with settings by which it does nothing. A service
-      switches the pass off with it, for one request.
+    - `off() -> Pass`: for a tunable pass, a copy whose settings make it do nothing. A service uses
+      the copy to switch the pass off for one request.
     - `after_warmup(tx)`: called once `fluxfire.warmup` has run the pipeline.
     """
 
@@ -154,7 +154,7 @@ class Pass(Protocol):
         ...
 
     def check(self, target: Target) -> Iterable[Finding]:
-        """Look at the pipeline and say what stands in the way. Changes nothing."""
+        """Look at the pipeline, and yield everything that stands in the way. Changes nothing."""
         ...
 
     def apply(self, tx: Transaction) -> Change:

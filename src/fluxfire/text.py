@@ -77,8 +77,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def extra_hint(extra: str) -> str:
     """Return the command that installs an extra of fluxfire.
 
-    The command is right for an installation from an index and for one from a clone: pip keeps the
-    installed fluxfire, and adds only the packages that are missing.
+    The command works whether fluxfire was installed from an index or from a clone: pip keeps the
+    installed fluxfire, and adds only the missing packages.
     """
     return f'pip install "fluxfire[{extra}]"'
 

@@ -86,7 +86,7 @@ def refuse_size_arguments(
     if references is not None and pictures:
         raise PlanError(
             f"warmup would not use references={references!r} beside {' and '.join(pictures)}; "
-            f"leave one out"
+            f"leave one of them out"
         )
 
 

@@ -113,7 +113,7 @@ class MagCache:
 
     @contextmanager
     def applied(self, pipe: Pipeline) -> Iterator[None]:
-        """Disable its cache at the end; `begin` enables it, since it knows the number of steps."""
+        """Disable the cache at the end; `begin` enables it, since only `begin` knows the steps."""
         self._transformer = pipe.transformer
         try:
             yield
@@ -173,7 +173,7 @@ class TorchaoFloat8:
 
 
 def decides_by_content(contender: Contender) -> bool:
-    """Whether a baseline chooses steps to skip by content, which is meaningless on noise."""
+    """Whether a baseline chooses steps to skip by content; on noise its choice means nothing."""
     return contender.baseline is None or contender.baseline.skips
 
 

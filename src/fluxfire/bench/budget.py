@@ -22,11 +22,11 @@ class Budget:
         min_ssim: lowest allowed SSIM of any picture.
         max_flip: highest allowed FLIP of any picture.
         max_lost: allowed drop of the share of correct edits below the plain pipeline's, as a
-            fraction: 0.01 is one percentage point. Needs examples that a program can check. Edits
-            that are correct only with the passes count against edits that are lost.
+            fraction: 0.01 is one percentage point. Needs examples that a program can check. An edit
+            that is correct only with the passes makes up for one that is correct only without.
 
     Raises:
-        BenchError: in the constructor: there is no limit, or a limit is out of range.
+        BenchError: the constructor got no limit, or a limit that is out of range.
     """
 
     min_psnr: float | None = None

@@ -63,8 +63,8 @@ class Contender:
         """Apply it for the length of a `with` block. Without passes, steps are still counted.
 
         Yields:
-            The pipeline to run: the given one, or a separate copy for a baseline, because another
-            library may leave traces that nobody can remove.
+            The pipeline to run: the given pipeline; or a separate copy for a baseline, because
+            another library may leave traces that nobody can remove.
         """
         if self.baseline is None:
             with api.optimized(pipe, list(self.passes)):
@@ -194,8 +194,8 @@ def ladder(passes: Sequence[Pass], *, partial: bool = True) -> list[Contender]:
 def with_twins(contenders: Sequence[Contender]) -> list[Contender]:
     """Insert the exact twin before each lossy contender, unless the list has it already.
 
-    A twin takes its turn together with the same list at fewer steps, which the lossy contender
-    must beat.
+    A twin takes its turn together with the same list at fewer steps, and the lossy contender must
+    beat that.
     """
     found = list(contenders)
     for contender in contenders:

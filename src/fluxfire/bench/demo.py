@@ -99,7 +99,7 @@ class Demo:
         if self.optimized.contender.may_skip:
             work = mean(edit.work.steps for edit in self.optimized.edits)
             yield (
-                f"{self.optimized.contender.name} computed {work:.1f} steps of work, because a "
+                f"{self.optimized.contender.name} did the work of {work:.1f} steps, because a "
                 f"skipped step still runs some blocks. Plain gets the next whole number of steps."
             )
         if gap is None:

@@ -10,7 +10,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 MIN_EXAMPLES = 5
-"""Fewest examples for a verdict: with fewer, all differences have one sign by chance too often."""
+"""Fewest examples for a verdict: fewer differences too often have the same sign by chance."""
 _RESAMPLES = 10_000
 
 
@@ -51,9 +51,9 @@ def bootstrap(values: Sequence[float]) -> Interval | None:
     To compare two methods on the same examples, pass one difference per example: the result is the
     paired interval. The same values always give the same interval.
 
-    A plain percentile interval is too narrow for few values: of 5 it covers 85% instead of 95%. So
-    the percentiles are widened as Student's t is wider than the normal distribution (the expanded
-    percentile interval of Hesterberg, 2014, https://arxiv.org/abs/1411.5279).
+    A plain percentile interval is too narrow for few values: with 5 it covers 85% instead of 95%.
+    So this widens the percentiles by as much as Student's t is wider than the normal distribution
+    (the expanded percentile interval of Hesterberg, 2014, https://arxiv.org/abs/1411.5279).
 
     Args:
         values: one value for each example.

@@ -54,8 +54,8 @@ def measure(
 
     A lossy contender gets two companions. Its *twin* is the same list without lossy passes; the
     twin's pictures are the reference. After the first round the twin also runs with fewer steps: as
-    many as the contender computed, rounded up. A method that does not beat that is useless, because
-    `num_inference_steps` does the same.
+    many as the contender computed, rounded up. A method that does not beat this baseline is
+    useless, because `num_inference_steps` does the same.
 
     The first contender runs again at the end. If its median changed by more than 5%, another
     program slowed the machine down, and `Row.moved` shows that.
@@ -205,7 +205,7 @@ class _Bench:
         self._report_rows()
 
     def _compare_pictures(self, row: Row) -> None:
-        """Compare a row's pictures with its references once, then drop pictures nobody needs."""
+        """Compare a row's pictures with its references once, then drop pictures without a use."""
         if row.quality or not row.pictures:
             return
         numbers = sorted(row.pictures)

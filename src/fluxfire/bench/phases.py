@@ -1,4 +1,4 @@
-"""Measures the phases of a generation, also outside the denoising loop."""
+"""Measures the phases of a generation, including those outside the denoising loop."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def why_unavailable() -> str | None:
 
 @contextmanager
 def measure_energy() -> Iterator[EnergyUse | None]:
-    """Measure the energy of torch's current GPU in a `with` block; yields None if it cannot."""
+    """Measure the energy of torch's current GPU in a `with` block; yield None if NVML cannot."""
     if why_unavailable():
         yield None
         return

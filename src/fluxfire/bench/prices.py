@@ -1,4 +1,4 @@
-"""Step times of another machine: quality measured here, step times supplied from there."""
+"""Step times of a target machine, to tune for it on this machine."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from fluxfire.reporting.statistics import StepKind
 class Prices:
     """Seconds of each kind of step on the target machine, and of the work around the steps.
 
-    Step times of a small model on a small machine say nothing about a large model on a GPU: there a
-    hit costs almost nothing, and here it does. But the decisions of a cache, and their effect on
-    the pictures, do not depend on speed. Prices apply to caches only: other passes change the time
-    of a step and not its kind.
+    Step times of a small model on a small machine say nothing about a large model on a GPU, where a
+    hit costs almost nothing. But the decisions of a cache, and their effect on the pictures, do not
+    depend on speed. Prices apply to caches only: other passes change the time of a step and not its
+    kind.
 
     Attributes:
         computed: seconds of a fully computed step.
@@ -26,7 +26,7 @@ class Prices:
         around: seconds outside the steps, per edit.
 
     Raises:
-        BenchError: in the constructor: a value is not above 0.
+        BenchError: the constructor got a value that is not above 0.
     """
 
     computed: float

@@ -1,4 +1,4 @@
-"""Image similarity: PSNR, also inside the edit, and SSIM and FLIP if installed."""
+"""Image similarity: PSNR of the whole picture and of the edited region; SSIM, FLIP if installed."""
 
 from __future__ import annotations
 

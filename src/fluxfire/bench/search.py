@@ -1,6 +1,6 @@
 """The search of `tune`: bisects each knob, chooses the best list, confirms it on new examples.
 
-A lossy list must also beat plain with as many steps as the list computed, else it is rejected.
+The search rejects a lossy list that does not beat plain with as many steps as the list computed.
 """
 
 from __future__ import annotations
@@ -127,9 +127,9 @@ class Search:
     def search_knob(self, family: Family, best_speed: float = 0.0) -> Candidate | None:
         """Find a family's fastest setting within the budget on the first part, by bisection.
 
-        It assumes that each setting of the knob is at least as fast as the one before, and no more
-        similar to the plain pictures. If that is wrong, the search may miss a faster list, but it
-        never accepts a list outside the budget.
+        It assumes that each setting of the knob is at least as fast as the setting before, and that
+        its pictures are no nearer to the plain ones. If that is wrong, the search may miss a faster
+        list, but it never accepts a list outside the budget.
 
         Args:
             family: the family.
@@ -156,9 +156,9 @@ class Search:
         return best
 
     def choose(self, found: Sequence[Candidate]) -> Candidate:
-        """Try candidates on the second part, best first, until no other one can be better.
+        """Try candidates on the second part, best first, until no remaining one can be better.
 
-        Each knob steps back until all pictures of this part are within the budget, too.
+        It steps each knob back until all pictures of this part are within the budget, too.
         """
         best = self.plain("choose")
         for candidate in sorted(found, key=lambda c: -c.trial.worth):
@@ -312,7 +312,7 @@ class Search:
                 verdict, why = "outside", broken
                 break
             if len(speeds) >= _EDITS_TO_JUDGE_SPEED and median(speeds) < best_speed:
-                verdict, why = "slower", "slower than what was found"
+                verdict, why = "slower", "slower than the best list so far"
                 break
         ordered = [seen[number] for number in sorted(seen)]
         quality = Quality(tuple(near for near, _ in ordered), tuple(right for _, right in ordered))
@@ -369,5 +369,5 @@ class Search:
 
 
 def _without_knob(knob: Pass, passes: Sequence[Pass]) -> list[object]:
-    """Return what must be equal for `using` to change one list into the other by its knob."""
+    """Return a list without its knob's tunable settings, to see if two lists differ in more."""
     return [(type(p), configured(p).fixed) if p.name == knob.name else p for p in passes]

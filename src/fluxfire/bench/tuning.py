@@ -144,8 +144,8 @@ class Tuned:
             verdict += self._describe_lost_edits(plain, quality)
         if self.attempts > 1:
             verdict += (
-                f".\n{self.attempts} lists were tried on these examples, because faster ones "
-                f"failed there, so these examples had a small part in the choice"
+                f".\ntune tried {self.attempts} lists on these examples, because faster lists "
+                f"failed on them. So these examples had a small part in the choice"
             )
         if self.confirmed.examples < PUBLISHABLE:
             verdict += (

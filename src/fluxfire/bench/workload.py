@@ -46,7 +46,7 @@ class Workload:
         name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}, {steps} steps"
         if model_of(pipe).is_tiny(
             pipe
-        ):  # a megapixel has so many of its small patches that it would take minutes
+        ):  # its patches are small: a megapixel has so many of them that an edit takes minutes
             size = size or _TINY_SIZE
             return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
         return cls(name=name, steps=steps, size=size)

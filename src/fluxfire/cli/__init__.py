@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with suppress(ImportError):
             importlib.import_module("argcomplete").autocomplete(parser)
     arguments = parser.parse_args(argv)
-    arguments.wait_policy = os.environ.get("OMP_WAIT_POLICY")  # the user's own, for `doctor`
+    arguments.wait_policy = os.environ.get("OMP_WAIT_POLICY")  # the user's setting, for `doctor`
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # users cannot act on its warnings
     # Threads that spin while they wait can slow a shared CPU down tenfold.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _print_help(parser: argparse.ArgumentParser) -> NoReturn:
-    """Print what commands there are, where none was typed."""
+    """Print the list of commands, if the user typed none."""
     parser.print_help(sys.stderr)
     parser.exit(_USAGE_ERROR)
 

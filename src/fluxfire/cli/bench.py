@@ -66,7 +66,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--no-ablation", action="store_true",
-        help="measure the whole list only: no pass alone, no partial lists",
+        help="measure the whole list only: no single passes, no partial lists",
     )  # fmt: skip
     parser.add_argument(
         "--plain-steps", type=positive_numbers, default=[], metavar="N,N,…",
@@ -88,7 +88,7 @@ def add(commands: Commands) -> None:
 
 
 def bench(arguments: argparse.Namespace) -> int:
-    """Measure; 1 means that a contender failed. The rows of the others are kept."""
+    """Measure; 1 means that a contender failed. The result keeps the rows of the others."""
     _check_device(arguments.model)
     passes = selected_passes(arguments)
     examples = selected_examples(arguments)
@@ -164,7 +164,7 @@ def _contenders(
     if arguments.model in RANDOM:
         notes.append(
             "the weights are random and the pictures are noise: comparing them only tells exact "
-            "passes from lossy ones. bench did not measure quality on Kontext"
+            "passes from lossy passes. This run does not measure quality"
         )
         edits = any(e.picture is not None for e in examples)
         contenders = [
@@ -175,7 +175,7 @@ def _contenders(
         others = [c for c in others if not baselines.decides_by_content(c)]
     elif len(examples) < MIN_EXAMPLES:
         notes.append(
-            f"{len(examples)} examples are too few to tell a method from plain with fewer steps: "
+            f"{len(examples)} examples are too few to compare a method with plain at fewer steps: "
             f"give {MIN_EXAMPLES} or more"
         )
     if missing := quality.missing():

@@ -21,14 +21,14 @@ NO_PASSES = "none"
 
 @dataclass(frozen=True)
 class PassFacts:
-    """What a pass's class says of it.
+    """The facts that a pass's class states.
 
     Attributes:
         name: its name on the command line.
         class_name: its name in Python.
         stage: its stage.
         slot: the slot it fills, or None.
-        exactness: its exactness; two where the settings decide.
+        exactness: its exactness; two values if it depends on the settings.
         summary: the first line of its docstring.
     """
 
@@ -104,7 +104,7 @@ def _class_names() -> list[str]:
 
 
 def _explain_unknown(name: str, known: list[str]) -> str:
-    """Say that a pass is unknown, and which one may be meant."""
+    """Say that a pass is unknown, and which pass the user may mean."""
     hint = did_you_mean(name.replace("_", "-"), known) or f"; there are {', '.join(known)}"
     return f"there is no pass {name!r}{hint}"
 

@@ -1,4 +1,4 @@
-"""What every command prints with, and the error for a command line that cannot work."""
+"""Functions with which every command prints, and the error for a command line that cannot work."""
 
 from __future__ import annotations
 

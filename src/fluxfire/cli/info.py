@@ -185,6 +185,6 @@ def _judge_wait_policy(policy: str | None) -> str:
     if policy is not None and policy.lower() == "passive":
         return policy
     return (
-        f"{policy or 'not set'}; set it to passive in your shell, or your own scripts may be 10 "
+        f"{policy or 'not set'}; set it to passive in your shell, or your own scripts may be ten "
         f"times slower"
     )

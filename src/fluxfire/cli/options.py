@@ -74,7 +74,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def add_passes(
     parser: argparse.ArgumentParser, default: str = "faithful, without compile on a CPU"
 ) -> None:
-    """Add `--preset` and `--passes`, one of which may be given.
+    """Add `--preset` and `--passes`, which exclude each other.
 
     Args:
         parser: the command's.
@@ -229,7 +229,7 @@ def load_model(model: str) -> DiffusersPipeline:
 
     if model in RANDOM:
         note(
-            f"note: {model} has random weights. The result is noise; it only shows that all parts "
+            f"note: {model} has random weights. The result is noise, and only shows that all parts "
             f"work"
         )
     return loading.load(model)
@@ -248,7 +248,7 @@ def note_spark_limits(instruction: str, picture: Image.Image) -> None:
     if foreign := spark.unknown(instruction):
         note(
             f"note: Spark never learned {', '.join(map(repr, foreign))}, so the result means "
-            f'little. It knows instructions such as "make the red circle blue"'
+            f'little. Spark knows instructions such as "make the red circle blue"'
         )
 
 

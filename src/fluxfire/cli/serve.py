@@ -29,11 +29,11 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument(
         "--port", type=port, default=Settings.port,
-        help="port to listen on; 0 for any (default: %(default)s)",
+        help="port to listen on; 0 for any free port (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--keys", type=Path, metavar="FILE",
-        help="file of API keys (required unless --host is this machine's own)",
+        help="file of API keys (required unless --host is a loopback address)",
     )  # fmt: skip
     parser.add_argument("--new-key", metavar="NAME", help="make an API key, print it, and exit")
     parser.add_argument(
@@ -51,11 +51,11 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--max-queue", type=positive_number, default=Settings.max_queue, metavar="N",
-        help="requests that may wait (default: %(default)s)",
+        help="most requests that may wait (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--max-batch", type=positive_number, metavar="N",
-        help="pictures to make at once (default: 4 with a small model, else 1)",
+        help="most pictures to make at once (default: 4 with a small model, else 1)",
     )  # fmt: skip
     parser.add_argument(
         "--drain", type=positive_number, default=Settings.drain_seconds, metavar="SECONDS",
@@ -112,7 +112,7 @@ def _print_new_key(name: str) -> None:
     with usage_errors():
         key, line = new_key(name)
     say(line)
-    note(f"the key, which nothing will show again: {key}")
+    note(f"the key (fluxfire will not show it again): {key}")
     if sys.stdout.isatty():
         note("append the line above to the file that --keys names")
 

@@ -21,7 +21,7 @@ from fluxfire.cli.values import fraction, prices, psnr
 from fluxfire.model_names import RANDOM
 
 _BUDGET = ("min_psnr", "mean_psnr", "min_ssim", "max_flip", "max_lost")
-_EXAMPLES = 376  # 24 to search with, 96 to choose by, 256 to confirm on
+_EXAMPLES = 376  # 24 for the search, 96 for the choice, 256 for the confirmation
 _MIN_EXAMPLES = 3
 
 
@@ -72,7 +72,7 @@ def _check_budget(arguments: argparse.Namespace) -> None:
     if arguments.model in RANDOM:
         raise UsageError(
             f"{arguments.model} has random weights, whose pictures are noise: they cannot show "
-            f"what a pass costs in quality"
+            f"what a pass costs in quality. Give a --model with trained weights"
         )
     own = arguments.examples is not None or arguments.image is not None
     if own and arguments.max_lost is not None:

@@ -1,4 +1,4 @@
-"""Types of options: each reads one text, or raises with what is wrong with it."""
+"""Types of options: each reads one text, or raises an error that says what is wrong with it."""
 
 from __future__ import annotations
 

@@ -6,9 +6,9 @@ Every edit keeps three rules.
 first, an interrupt could leave an edit that no log knows. So `undo` must also work on an edit that
 was not made, is half made, or is undone already.
 
-*Keep what others did.* Somebody may replace what an edit put in place: an IP-Adapter its
-processors, offloading its hooks. Then `undo` keeps the replacement. The pipeline ends in the same
-state as if fluxfire had never touched it.
+*Keep what others did.* Somebody may replace what an edit put in place: an IP-Adapter replaces
+processors, and offloading replaces a `forward`. Then `undo` keeps the replacement. The pipeline
+ends in the same state as if fluxfire had never touched it.
 
 *Copies are plain.* `Edit.for_copies` returns the same edit for copies of the edited objects, and
 the log undoes it there.
@@ -223,7 +223,7 @@ class EnteredManager:
 
 @dataclass(eq=False)
 class InverseCall:
-    """An edit that a pass makes itself. Only the call that undoes it is known.
+    """An edit that a pass makes itself. The log knows only the call that undoes it.
 
     On a copy, the call must act on the copy's objects. So `for_copies` copies the call together
     with everything that it is bound to. For example, one pass recorded three inverses:
@@ -301,7 +301,7 @@ class EditLog:
         """Undo every edit, the last one first.
 
         After an interrupt, the log still has the edit whose `undo` was cut short, and all edits
-        before it. The next call goes on from there.
+        before it. The next call continues from there.
 
         Returns:
             The exceptions that edits raised. They do not stop the rollback.
@@ -331,9 +331,9 @@ class EditLog:
 class PartialMemo(dict[Any, Any]):
     """The memo of a copy of one model, to undo the edits of a whole pipeline on that copy.
 
-    It is a dictionary apart from the memo that it begins with. So the copies of other models that
-    an inverse needs stay in here. If the user copies another model in the same `deepcopy`, that
-    model gets a copy of its own.
+    It begins with the entries of a memo, but is a separate dictionary. So the copies of other
+    models that an inverse needs stay in here. If the user copies another model in the same
+    `deepcopy`, that model gets a copy of its own.
 
     Attributes:
         others: the objects of all models of the pipeline, by id.
@@ -341,7 +341,7 @@ class PartialMemo(dict[Any, Any]):
     """
 
     def __init__(self, memo: Memo, others: Memo, whole: object) -> None:
-        # torch keeps the copies of storages in memo["torch"], which must be apart, too.
+        # torch keeps the copies of storages in memo["torch"], which must be a separate one, too.
         super().__init__(memo, torch=dict(memo.get("torch", {})))
         self.others, self.whole = others, whole
 
@@ -440,7 +440,7 @@ def _dictionary(obj: Any, place: str) -> dict[str, Any]:
 
 
 def _find_place(obj: object, name: str) -> str | None:
-    """Return the name of the dictionary with an attribute; None if the object has no such."""
+    """Return the name of the dictionary with an attribute; None if no dictionary has it."""
     return next((place for place in _places(obj) if name in _dictionary(obj, place)), None)
 
 

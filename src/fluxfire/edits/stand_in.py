@@ -15,14 +15,14 @@ _CLASS: Any = vars(object)["__class__"]
 
 
 def own_class(obj: object) -> type:
-    """Return an object's plain class: its first class that is no stand-in."""
+    """Return an object's plain class: the first class of its MRO that is no stand-in."""
     return next(cls for cls in type(obj).__mro__ if not issubclass(cls, StandIn))
 
 
 def _visible_class(obj: object) -> type:
     """Return the value of `obj.__class__`: the plain class, except while torch compiles.
 
-    torch's compiler looks methods up by `__class__`, and must find those of the stand-in.
+    torch's compiler looks methods up by `__class__`, and must find the stand-in's methods.
     """
     return type(obj) if TracingContext.try_get() is not None else own_class(obj)
 
@@ -34,7 +34,7 @@ def _set_class(obj: object, cls: type) -> None:
 class StandIn:
     """The first base of a class for `Transaction.set_class`. The plain class is the second base.
 
-    Code outside fluxfire goes on seeing the plain class: `type(obj)` is the stand-in, but
+    Code outside fluxfire still sees the plain class: `type(obj)` is the stand-in, but
     `obj.__class__` is the plain class. By `__class__`, diffusers finds the blocks to cache, compile
     and offload, creates more processors of the same class, and writes class names into files.
     Copies have the plain class.
@@ -73,7 +73,7 @@ def _without(state: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _only_for_instances(cls: type, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Call `forward` for instances of a class, and the own `forward` of any other object."""
+    """Call `forward` for instances of a class; for any other object call the object's `forward`."""
 
     @functools.wraps(forward)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -26,9 +26,9 @@ from torch import Tensor
 from fluxfire.errors import FluxfireError
 
 SAMPLES = 32768
-"""Minimum number of words read of a tensor that has so many; each row gets the same number."""
+"""The checksum reads at least this many words of a larger tensor, the same number in each row."""
 HOST_SAMPLES = 32
-"""Words read of a pinned tensor in host memory: every word is a bus transfer of its own."""
+"""Words read of a pinned tensor in host memory: each needs its own transfer over the bus."""
 MIX = (0x9E3779B97F4A7C1, 0x3F58476D1CE4E5B9)
 """Multipliers of the hash that turns a position into the factor of its word."""
 STEP = 2654435761

@@ -79,7 +79,7 @@ def float8_attention(
 def _fa3_forward(
     query: Tensor, key: Tensor, value: Tensor, scales: Sequence[Tensor | None] = (None,) * 3
 ) -> Tensor:
-    """Call the package's operator directly: its Python wrapper cost the host 0.15 ms a call.
+    """Call the package's operator directly: its Python function costs the host 0.15 ms more a call.
 
     The many unused arguments serve paged KV caches, variable-length sequences and windows.
     """

@@ -36,7 +36,7 @@ def two_products(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Compute `[x, y] · weightᵀ + bias` without concatenating `x` and `y`.
 
     The second product adds to the first in place. This is an operator because compiled torch code
-    would copy the intermediate sum. The sum is rounded to the dtype once more than in one product.
+    would copy the intermediate sum. The sum is rounded to the dtype twice, in one product once.
 
     Args:
         x: (batch, tokens, width of x).

@@ -128,8 +128,7 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
 
 
 class KernelAttnProcessor(ReferenceAttnProcessor):
-    """Uses fluxfire's kernels for norms and rotary embedding. A subclass chooses the attention's.
-    """
+    """Uses fluxfire's norm and rotary kernels; a subclass chooses the attention kernel."""
 
     @override
     def _attend(

@@ -222,7 +222,7 @@ KONTEXT: Model = Kontext()
 
 
 class _AllBlocks:
-    """Stands in the place of the blocks, and runs all of them.
+    """Takes the place of the blocks, and runs all of them.
 
     Only diffusers' own forward may call it. Another library's forward may do something between two
     blocks, or read one block. Here it would compute a wrong picture without an error.

@@ -219,8 +219,7 @@ def _refuse(
 
 
 class _ScaleUpdater(Listener):
-    """Gives each attention its query and key scales; recomputes them if the norms' weights change.
-    """
+    """Gives attentions their query and key scales, and again if the norms' weights change."""
 
     def __init__(self, pipe: Pipeline) -> None:
         self._model, self._transformer = model_of(pipe), pipe.transformer

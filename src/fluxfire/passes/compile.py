@@ -63,7 +63,7 @@ class Compile:
         dynamic: True compiles for dynamic sizes from the start, False for fixed sizes only. None
             compiles for dynamic sizes when the second size comes.
         fullgraph: raise an error at a graph break.
-        options: inductor options by name; they override those of the mode. Stored as sorted pairs.
+        options: inductor options by name; they override the mode's options. Stored as sorted pairs.
 
     Raises:
         ValueError: `region` is neither `"blocks"` nor `"transformer"`.

@@ -332,7 +332,7 @@ class _WithGradients(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Return the tangent of the result, from those of the input, the weights and the biases."""
+        """Return the result's tangent, from the tangents of input, weights and biases."""
         product, (_, _, of_x, *of_parameters) = ctx.product, tangents
         (x,) = ctx.saved_tensors
         made = x.new_zeros(*x.shape[:-1], sum(product.widths))
@@ -434,8 +434,8 @@ def _quantize_again(product: Float8Product) -> None:
     own = (isinstance(x.weight, DroppedWeight) and x.weight.layer() is x for x in product.linears)
     if product.weight.is_meta or not all(own):
         raise FluxfireError(
-            "some of the weights that Float8(originals='drop') let go of were loaded again, "
-            "and other weights of the same product were not; load all weights of the transformer"
+            "some of the weights that Float8(originals='drop') let go of were loaded again, and "
+            "others that share a product with them were not; load all weights of the transformer"
         )
     product.copy_biases(product.weight.device)
 

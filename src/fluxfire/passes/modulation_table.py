@@ -208,8 +208,8 @@ class _Tables(Listener):
     ) -> Tensor:
         """Return a step's embedding, from the table or computed.
 
-        The first call of a branch computes its table. A table is dropped if weights, norms, pooled
-        text or time steps no longer are those that it was computed for.
+        The first call of a branch computes its table. This drops a table if weights, norms, pooled
+        text or time steps have changed since the table was computed.
         """
         call = self._call
         if call is not None and not modules.computes_derivatives():

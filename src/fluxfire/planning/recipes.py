@@ -32,12 +32,12 @@ def write(passes: Iterable[Pass], path: Path, **facts: object) -> None:
     """
     passes = list(passes)
     if path.suffix != SUFFIX:
-        raise PlanError(f"{path} must end in {SUFFIX}, by which optimize() knows it")
+        raise PlanError(f"{path} must end in {SUFFIX}, or optimize() would read it as a preset")
     for pass_ in passes:
         if registry.find(pass_.name) is not type(pass_):
             raise PlanError(
                 f"{pass_!r} cannot be saved: the name {pass_.name!r} is not announced as its "
-                f"class, so a file with it could not be read"
+                f"class, so fluxfire could not read the file again"
             )
     entries = [{"name": p.name, "settings": dict(configured(p).settings)} for p in passes]
     try:
@@ -64,7 +64,7 @@ def read(path: Path) -> tuple[Pass, ...]:
 
 
 def read_entries(path: Path) -> list[object]:
-    """Read the entries of a file, one for each pass. Does not look at them, and loads no torch.
+    """Read the entries of a file, one for each pass. Does not check them, and loads no torch.
 
     Raises:
         PlanError: the file cannot be read, or has another format.
@@ -96,7 +96,10 @@ def _read_pass(entry: object, where: str) -> Pass:
         raise PlanError(f"{where} has no name: {entry!r}")
     settings = entry.get("settings", {})
     if not isinstance(settings, Mapping):
-        raise PlanError(f"{where}: its settings are {settings!r}, not settings by name")
+        raise PlanError(
+            f"{where}: its settings are {settings!r}; they must be a JSON object with the "
+            f"settings by name"
+        )
     try:
         cls = registry.find(entry["name"])
     except PlanError as error:
@@ -116,7 +119,7 @@ def _read_pass(entry: object, where: str) -> Pass:
 
 
 def _to_json(value: object) -> Any:
-    """Convert a setting that JSON has no type for to one that the pass's constructor accepts."""
+    """Convert a setting of a type that JSON lacks; the pass's constructor accepts the result."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, frozenset | set):

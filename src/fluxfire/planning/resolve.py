@@ -21,8 +21,8 @@ def resolve(passes: Passes) -> tuple[list[Pass], list[str]]:
     """Turn names into passes.
 
     Returns:
-        The passes, and messages about wrong entries. Where a wrong entry lets guess what the user
-        meant, that pass is in the list too.
+        The passes, and messages about wrong entries. If a wrong entry shows which pass the user
+        meant, the list has that pass, too.
 
     Raises:
         PlanError: there is no such preset, a file cannot be read, or `passes` is no list.

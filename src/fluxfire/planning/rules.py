@@ -51,7 +51,7 @@ def why_not_a_pass(candidate: object) -> str | None:
 def misspelt_members(candidate: object) -> dict[str, str]:
     """Find public attributes of an object's class that look like misspelt members of a pass.
 
-    An attribute counts as meant if the class that defines it defines the similar member, too.
+    An attribute is no misspelling if the class that defines it also defines the similar member.
 
     Returns:
         The member that each such attribute resembles.
@@ -112,7 +112,7 @@ def _invalid_optional_member(candidate: Any) -> str | None:
 
 
 def _set_of_names(names: object) -> set[Any] | None:
-    """Return names as a set; None for what would not be read as several names, each time."""
+    """Return names as a set; None for text, and for an iterator, which can be read only once."""
     if not isinstance(names, Iterable) or isinstance(names, str | bytes | Iterator):
         return None
     try:

@@ -41,11 +41,11 @@ def suggest(
     """Find a list that can be applied on top of the applied passes.
 
     Each round checks a list without conflicts. If a pass refuses, the search changes one thing, as
-    the findings advise, and tries again. A pass that refuses is given up before a pass that only
-    lacks a slot: so the result does not depend on which of two passes came first.
+    the findings advise, and tries again. It gives up a pass that refuses before a pass that only
+    lacks a slot. So the result does not depend on which of two passes came first.
 
     Example: the list is A, B, and both fill one slot. The first round checks [A]. If A refuses the
-    pipeline, A is given up, and the second round checks [B].
+    pipeline, the search gives A up, and the second round checks [B].
 
     Args:
         requested: valid passes in any order.

@@ -16,7 +16,7 @@ class CompileCounts:
     """What torch.compile did during some period.
 
     Attributes:
-        compiles: number of compilations, each of which traces code.
+        compiles: number of compilations; each compilation traces code.
         recompiles: number of compilations of code that torch had compiled before.
         graph_breaks: number of places where torch split a graph in two.
         hits: number of graphs whose compiled code was in torch's caches.
@@ -43,8 +43,8 @@ class CompileCounts:
 def count_compilations() -> Iterator[CompileCounts]:
     """Count what this thread compiles inside the block.
 
-    Compiles and recompiles are of this thread. Breaks, hits, misses and seconds are of the whole
-    process, because torch counts them so.
+    Compiles and recompiles count this thread only. Breaks, hits, misses and seconds count the whole
+    process, because torch does.
 
     Yields:
         The counts. They are zero until the block ends.
@@ -83,8 +83,8 @@ def on_compilation(
     """Call functions at each compilation inside the block, in any thread.
 
     Args:
-        begin: called at the begin of a compilation, with dynamo's `CallbackArgs`.
-        end: called at the end of a compilation, with the same arguments.
+        begin: called when a compilation begins, with dynamo's `CallbackArgs`.
+        end: called when a compilation ends, with the same arguments.
     """
     if not _dynamo_is_loaded():
         yield

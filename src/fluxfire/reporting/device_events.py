@@ -12,8 +12,8 @@ import torch
 class DeviceClock:
     """Marks points in time, and reads them later.
 
-    On CUDA a mark is an event in the current stream. Recording it does not wait; reading it waits
-    until the device has reached it. On other devices the wall clock serves.
+    On CUDA a mark is an event in the current stream. Recording a mark does not wait. Reading it
+    waits until the device has reached it. Other devices use the wall clock.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -171,7 +171,7 @@ class Statistics(Listener):
     @override
     @contextmanager
     def on_step(self, call: Call) -> Iterator[None]:
-        """Mark the begin of each step, and the end of the latest transformer call."""
+        """Mark the start of each step, and the end of the latest transformer call."""
         if self._clock is None:
             self._clock = _StepClock(call.timestep.device)
             self._tokens = call.tokens
@@ -187,7 +187,7 @@ class Statistics(Listener):
 
 
 class _StepClock:
-    """Marks the begin of each step, and the end of the latest transformer call."""
+    """Marks the start of each step, and the end of the latest transformer call."""
 
     def __init__(self, device: torch.device) -> None:
         self._clock = DeviceClock(device)
@@ -196,7 +196,7 @@ class _StepClock:
 
     @property
     def marks(self) -> list[Callable[[], float]]:
-        """The begin of every step, and the end of the latest call."""
+        """The start of every step, and the end of the latest call."""
         return [*self._starts, self._end] if self._end else self._starts
 
     def begin_step(self) -> None:

@@ -80,7 +80,9 @@ class BlockStack:
             return
         if "foreign-cache" in modules.cache_traits(transformer):
             why, remedy = modules.FOREIGN_CACHE
-            raise FluxfireError(f"{why}, since optimize(), in the place of its blocks; {remedy}")
+            raise FluxfireError(
+                f"{why}, since optimize(): it runs in the place of its blocks; {remedy}"
+            )
         if modules.is_compiled(transformer):
             raise FluxfireError(
                 "the transformer's forward was compiled after optimize(), and one graph cannot "

@@ -1,7 +1,7 @@
 """The conductor: runs the callbacks around the generations and steps of one pipeline.
 
-The conductor must hear of every call of this one pipeline. Python looks `__call__` up on the class,
-so an attribute of the instance would be ignored; and a patch of the class would change every other
+The conductor must see every call of this one pipeline. Python looks `__call__` up on the class, so
+it would ignore an attribute of the instance. A patch of the class would change every other
 pipeline. So the pipeline becomes an instance of a private subclass of its class, with the same
 name. Other code does not see the subclass (`StandIn`). Copies, and new pipelines created through
 the subclass, have the plain class.
@@ -96,10 +96,10 @@ class Conductor:
             self._turns.leave(change)
 
     def prepare(self) -> None:
-        """Call `prepare` of every listener. Happens before the models are used.
+        """Call `prepare` of every listener, before the pipeline uses its models.
 
         A caller may differentiate or vectorize the call with `torch.func`. The listeners read the
-        weights and may rebuild values from them, which is no part of the caller's function.
+        weights and may rebuild values from them. That work is no part of the caller's function.
         """
         with torch._C._DisableFuncTorch():  # noqa: SLF001 - it has no public name
             for listener in self.listeners:
@@ -122,7 +122,7 @@ class Conductor:
             )
         if conductor_of_transformer(pipe.transformer) is not self:
             return (
-                "pipe.transformer was compiled after optimize(), which cut fluxfire off; "
+                "pipe.transformer was compiled after optimize(), which cut fluxfire off from it; "
                 "call restore(pipe), and optimize(pipe) with Compile() instead"
             )
         return None

@@ -42,9 +42,9 @@ def deep_copy(pipe: Pipeline, plain: type, record: Record, memo: Memo) -> Diffus
     _refuse_irreversible(record)
     twin: Any = object.__new__(plain)
     memo[id(pipe)] = twin
-    # While the memo has the record, one call undoes the edits, and the calls inside it must not.
-    # This call is such an inner one if somebody copies a single model, and an inverse that is to be
-    # undone on the copy is bound to this pipeline.
+    # The record in the memo means that an outer call will undo the edits; this call must not undo
+    # them too. There is an outer call if somebody copies a single model, and an inverse that
+    # fluxfire must call on the copy is bound to this pipeline.
     is_inner = id(record) in memo
     memo[id(record)] = record
     vars(twin).update(copy.deepcopy(vars(pipe), memo))
@@ -56,8 +56,8 @@ def deep_copy(pipe: Pipeline, plain: type, record: Record, memo: Memo) -> Diffus
 def shallow_copy(pipe: Pipeline, plain: type, record: Record) -> DiffusersPipeline:
     """Copy a pipeline without its models.
 
-    The models stay shared, so what passes changed in them stays. Only edits of the pipeline object
-    itself are undone on the copy.
+    The copy shares the models, so passes' changes of the models stay. This undoes only edits of the
+    pipeline object itself on the copy.
 
     Returns:
         A pipeline of the plain class.
@@ -122,7 +122,7 @@ def _model_parts(pipe: Pipeline | None) -> dict[int, Any]:
 def _refuse_irreversible(record: Record) -> None:
     if reasons := record.irreversible:
         raise FluxfireError(
-            f"a copy would be of the plain pipeline, and {'; '.join(reasons)}. "
+            f"a copy would be of the plain pipeline, which is impossible: {'; '.join(reasons)}. "
             f"Load the pipeline again instead of copying it"
         )
 

@@ -136,8 +136,8 @@ class Watch:
 class _Reader(NamedTuple):
     """Reads the attributes of one module that a `Watch` compares.
 
-    Made anew if the number of attributes differs. If names differ but not their number, a name is
-    missing, and that is a change.
+    A `Watch` creates a new reader if the number of attributes differs. If names differ but not
+    their number, a name is missing, and that is a change.
 
     Attributes:
         size: number of all attributes of the module.
@@ -161,14 +161,15 @@ class _Reader(NamedTuple):
 
 
 class Structure:
-    """Finds out whether modules were replaced, hooked or set otherwise. Reads no numbers.
+    """Finds out whether modules, their hooks or their settings changed. Reads no numbers.
 
     It compares the tree of modules, their classes, their hooks, their attributes, and which
     parameters they have, of which class. It does not look into attributes: for it, a processor with
-    other settings is the same processor. A `Watch` does, and takes three times as long.
+    other settings is the same processor. A `Watch` looks into attributes, and takes three times as
+    long.
 
-    A pass asks it before each generation, and repeats its own checks of the modules only if the
-    answer is yes. It keeps neither the modules nor their parameters alive.
+    A pass calls `changed` before each generation, and repeats its own checks of the modules only if
+    the answer is yes. A `Structure` keeps neither the modules nor their parameters alive.
 
     Args:
         modules: the modules to compare, with all their submodules.

@@ -1,4 +1,4 @@
-"""One generation: its steps, what listeners hear of it, and what caches record about it."""
+"""One generation: its steps, the callbacks of its listeners, and the records of caches."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ class Live(Generic[P]):
     def settings(self) -> P:
         """The pass with the settings to use now.
 
-        Read it once at the begin of each generation, so that no setting changes in the middle.
+        Read it once when a generation begins, so that no setting changes in the middle.
 
         The latest open `using` block of this thread wins. If this thread has none, the latest block
         of any thread wins, because a user may open the block in one thread and generate in

@@ -52,7 +52,7 @@ class Transaction(EditLog):
     def set_class(self, obj: object, cls: type) -> None:
         """Make an object an instance of another class, normally of a subclass of its class.
 
-        Derive the class from `fluxfire.extend.StandIn`. Then code outside fluxfire goes on seeing
+        Derive the class from `fluxfire.extend.StandIn`. Then code outside fluxfire still sees
         the plain class, and a hook that kept the class's `forward` does not call it after
         `restore`.
         """
@@ -78,8 +78,8 @@ class Transaction(EditLog):
     def set_call(self, module: nn.Module, call: Callable[..., object]) -> None:
         """Replace what a call of a module runs. `call` gets the caller's arguments.
 
-        If the module is the transformer, listeners still hear of its calls. Undo also works if a
-        hook or another call was put around this one since.
+        If the module is the transformer, listeners still hear of its calls. Undo also works if
+        somebody put a hook or another call around this one later.
         """
         transformer: object = self.pipe.transformer
         if module is transformer:
@@ -102,11 +102,11 @@ class Transaction(EditLog):
         return entered[0]
 
     def on_undo(self, inverse: Callable[[], object]) -> None:
-        """Record how to undo an edit that the pass makes itself, right after this call.
+        """Record how to undo an edit. The pass makes this edit itself, right after this call.
 
         Args:
             inverse: a function, a bound method or a `functools.partial`. It must also work if the
-                edit was not made, or was made by half. Two calls must do the same as one. To undo
+                edit was not made, or was half made. Two calls must do the same as one. To undo
                 the edit on a copy of the pipeline, fluxfire copies the inverse with everything that
                 it is bound to.
         """

@@ -76,7 +76,7 @@ def create_app(
     Args:
         settings: the service's settings.
         on_ready: callback with the pipeline's facts, whenever a worker has loaded it.
-        on_trouble: callback with the reason, when no worker can load the pipeline.
+        on_trouble: callback with the reason, if no worker can load the pipeline.
 
     Raises:
         FluxfireError: the keys, the allow-list or the storage cannot be used.
@@ -348,5 +348,5 @@ async def _sweep(storage: Storage) -> None:
 
 
 def _largest_body(settings: Settings) -> int:
-    """Return the most bytes of a body: a picture in base64, and 1 MiB of other fields."""
+    """Return the size limit of a body in bytes: a picture in base64, and 1 MiB of other fields."""
     return 4 * -(-settings.max_bytes // 3) + 2**20

@@ -1,8 +1,9 @@
 """Decodes pictures from untrusted bytes, and encodes pictures.
 
 This module checks all limits before it decodes anything: a file of some kilobytes can claim to be
-a picture of gigabytes. Pillow has a limit of its own, but the limit is a global of the process and
-half of it is a warning. So this module uses Pillow's plugins directly; they ignore that limit.
+a picture of gigabytes. Pillow has a limit of its own, but this limit is a global of the process,
+and Pillow only warns up to twice the limit. So this module uses Pillow's plugins directly; they
+ignore that limit.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ MEDIA_TYPES: dict[Format, str] = {"PNG": "image/png", "JPG": "image/jpeg", "WEBP
 LARGEST_SIDE = 16_384
 """Most pixels of a side; it is also WebP's limit."""
 MOST_SCANS = 100
-"""Most scans of a JPEG, each of which updates all its pixels.
+"""Most scans of a JPEG. Each scan updates all pixels of the picture.
 
 Progressive files have about ten. Each scan costs time for every pixel and may take only a
 few bytes, so a small file could keep a core busy for hours.

@@ -48,7 +48,7 @@ class Ticket:
 
     Attributes:
         number: unique number of the ticket, counted up.
-        request: what the pipeline shall do.
+        request: the request to the pipeline.
         done: future of the result, or of the error.
         began: loop time of the last send to the worker; None before the first.
         inference: seconds that the pipeline took for the batch.
@@ -114,7 +114,7 @@ class Engine:
             on_batch: callback with the number of pictures and the seconds of each finished batch.
             on_ready: callback with the pipeline's facts, whenever a worker has loaded it.
             on_restart: callback after each death of a worker.
-            on_trouble: callback with the reason, when the engine gives up on starting a worker.
+            on_trouble: callback with the reason, if the engine cannot start a worker.
         """
         self.facts: Facts | None = None
         self.trouble: str | None = None
@@ -212,7 +212,7 @@ class Engine:
         """Put a request into the queue.
 
         Args:
-            request: what the pipeline shall do.
+            request: the request to the pipeline.
             slot: the slot from `reserve`. The engine accepts it even if the service began to stop
                 in between.
 

@@ -94,7 +94,7 @@ def read_allow_list(entries: Sequence[str]) -> tuple[Origin, ...]:
 
 
 def is_public(address: Address) -> bool:
-    """Return whether an address certainly belongs to the public Internet."""
+    """Return whether an address is certainly one of the public Internet."""
     if isinstance(address, ipaddress.IPv6Address):
         wide = address in _GLOBAL_UNICAST
     else:
@@ -284,7 +284,7 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
     if encoding.lower() != "identity":
         raise _failed_error(f"the image's host answered in the encoding {encoding[:_QUOTED]!r}")
     body = bytearray()
-    # Content-Length may be wrong; if it is too large, reading is not worth it.
+    # Content-Length may be wrong. If it is too large, this refuses the file without reading it.
     announced = int(response.headers.get("Content-Length", 0))
     if announced <= max_bytes:
         async for part in response.aiter_raw():

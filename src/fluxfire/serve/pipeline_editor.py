@@ -123,7 +123,7 @@ class PipelineEditor:
         return made
 
     def _references(self, samples: list[tuple[PipelineRequest, int]]) -> Iterator[Image.Image]:
-        """Resize the pictures as the pipeline does for a single one; it does not resize a list."""
+        """Resize the pictures: the pipeline resizes a single picture, but not a list."""
         for request, _ in samples:
             assert request.picture is not None  # noqa: S101 - all requests of a kind have one or none
             picture = request.picture.picture()

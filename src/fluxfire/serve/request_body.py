@@ -136,7 +136,7 @@ async def race(work: Awaitable[T], *against: Awaitable[Never]) -> T:
 
     Args:
         work: the work.
-        against: awaitables that never return; each may raise the reason to stop the work.
+        against: awaitables that never return; each may raise an error that stops the work.
 
     Returns:
         The result of the work.

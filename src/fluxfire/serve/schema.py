@@ -37,7 +37,7 @@ class EditRequest(BaseModel):
     prompt: _WORDS = Field(description="What to do, or what to draw.")
     prompt2: _WORDS | None = Field(None, description="The prompt for T5, if different.")
     negative_prompt: _WORDS | None = Field(
-        None, description="What the picture shall not show. Needs a true_cfg_scale above 1."
+        None, description="What the picture must not show. Needs a true_cfg_scale above 1."
     )
     negative_prompt2: _WORDS | None = Field(None, description="The negative prompt for T5.")
     image: str | None = Field(
@@ -177,7 +177,7 @@ class About(BaseModel):
 
 
 class Health(BaseModel):
-    """Whether the service lives."""
+    """Whether the service is alive."""
 
     status: Literal["starting", "ok", "draining", "failed"]
     gpu_available: bool

@@ -42,7 +42,8 @@ class Settings:
             default (CORS).
         storage: a folder, or `s3://bucket/prefix?endpoint=…&region=…`: answers then contain links.
             With None they contain the pictures themselves.
-        secret: signs links to a folder. None creates a random secret, which a restart loses.
+        secret: signs links to a folder. None creates a random secret at each start, so a restart
+            makes earlier links invalid.
         retention_seconds: how long the service keeps stored pictures.
         link_seconds: how long a link to a stored picture is valid.
         max_queue: most requests in the queue.
@@ -55,13 +56,13 @@ class Settings:
         request_seconds: time limit of a request.
         fetch_seconds: time limit for fetching an `image_url`.
         drain_seconds: seconds to finish requests on shutdown.
-        hang_seconds: a worker that is silent for this long on a cancelled batch is restarted.
-            Compiling for a new size is silent, too.
+        hang_seconds: the service restarts a worker that is silent for this long on a cancelled
+            batch. A worker that compiles for a new size is silent, too.
         warm_up: sizes (width, height) of the warm-up runs before the service is ready; None for the
             model's own.
 
     Raises:
-        FluxfireError: in the constructor: a setting is invalid, or the service would serve other
+        FluxfireError: the constructor got an invalid setting, or the service would serve other
             machines without keys.
     """
 

@@ -161,7 +161,7 @@ class LocalStorage:
     ) -> None:
         if len(secret) < SHORTEST_SECRET:
             raise StorageError(
-                f"links are signed with a secret of {SHORTEST_SECRET} bytes or more, and this one "
+                f"the secret that signs links needs {SHORTEST_SECRET} bytes or more, and this one "
                 f"has {len(secret)}; make one with `openssl rand -hex 32`"
             )
         self._folder = folder

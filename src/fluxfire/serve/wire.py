@@ -44,7 +44,7 @@ class PipelineRequest:
     Attributes:
         prompt: the instruction.
         prompt_2: the instruction for T5, if different.
-        negative_prompt: what the picture shall not show, under true CFG.
+        negative_prompt: what the picture must not show, under true CFG.
         negative_prompt_2: the negative prompt for T5, if different.
         picture: the picture to edit.
         seeds: a seed for each picture.
@@ -131,7 +131,7 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Stop:
-    """The worker shall stop."""
+    """The server asks the worker to stop."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -57,7 +57,7 @@ def check_changed_weights(pass_: Pass, make_pipe: MakePipe, run: RunEdit) -> Non
         fresh = make_pipe()
         for name, component in modules.components(twin):
             fresh.components[name].load_state_dict(component.state_dict())
-        promise = "weights that change after optimize() count"
+        promise = "weights that change after optimize() reach the next generation"
         try:
             off = max_difference(run(used), run(api.optimize(fresh, [pass_])))
         except FluxfireError:
@@ -83,12 +83,14 @@ def check_copies(pass_: Pass, make_pipe: MakePipe, reference: Image, run: RunEdi
         ("type(pipe)(**pipe.components)", type(pipe)(**pipe.components)),
     ):
         if conductor_of(sharing) is not None or api.report(sharing).passes:
-            fail(pass_, "what shares the models claims no passes", f"{what} claims some")
+            promise = "a pipeline that shares the models reports no passes"
+            fail(pass_, promise, f"the result of {what} reports some")
         run(sharing)
         api.restore(sharing)
     api.restore(pipe)
     if not np.array_equal(run(pipe), reference):
-        fail(pass_, "restore gives the output back bit for bit", "after copies it does not")
+        promise = "restore gives the output back bit for bit"
+        fail(pass_, promise, "after the pipeline was copied, it does not")
 
 
 def check_later_hooks(pass_: Pass, make_pipe: MakePipe, reference: Image, run: RunEdit) -> None:

@@ -300,7 +300,7 @@ class _FusionUpdater(Listener):
 
     @override
     def prepare(self) -> None:
-        """Check every projection: separate those that are not fusible, fuse the others."""
+        """Check every projection: separate it if it is not fusible, else fuse it."""
         if not self._structure.changed() and self._read_storages() == self._storages:
             return
         offloaded: set[nn.Module] = set()
@@ -317,8 +317,7 @@ class _FusionUpdater(Listener):
         self._storages = self._read_storages()
 
     def _read_storages(self) -> list[object]:
-        """Read the weights' addresses, layouts and dtypes: they differ once a storage is not shared.
-        """
+        """Read the weights' addresses, layouts and dtypes, which show whether storage is shared."""
         found = [p for m in self._linears for p in m.__dict__["_parameters"].values()]
         parameters = [p for p in found if type(p) is nn.Parameter]
         return [

@@ -132,7 +132,7 @@ def add(path: Path, payloads: Iterable[Payload], key: bytes | None) -> None:
         except FileNotFoundError:
             present, signature = (), ""
         if signature and key is None:
-            raise ArchiveError(f"it is signed; set {KEY_VARIABLE}, or adding would unsign it")
+            raise ArchiveError(f"it is signed, and without {KEY_VARIABLE} would get no signature")
         data = _pack(_merged([*present, *payloads]), key)
         _unpack(data)  # raises if the new file could not be read back
         if len(data) > _LARGEST:
@@ -291,7 +291,7 @@ def _bytes(payloads: Sequence[Payload], header: str, signature: str) -> bytes:
 
 
 def _unpack(data: bytes) -> tuple[tuple[Payload, ...], str]:
-    """Return payloads and signature. The bytes must be exactly those that `_bytes` would write."""
+    """Return payloads and signature. The bytes must be exactly the result of `_bytes`."""
     from safetensors.numpy import load
 
     if not data:

@@ -106,7 +106,7 @@ def check_for_other_caches(target: Target) -> Iterator[Finding]:
     if "group-offload" in target.traits:
         yield Finding(
             "error",
-            "group offloading prefetches blocks while the blocks before them run; a hit skips these",
+            "group offloading prefetches blocks while earlier blocks run, and a hit skips those",
             "use enable_model_cpu_offload() instead, or leave the cache out",
         )
     for trait, (why, remedy) in _OTHER_CACHES.items():
