@@ -216,6 +216,37 @@ def test_an_interrupted_generation(shop, pass_):
     fluxfire.restore(shop.pipe)
 
 
+def change(pipe):
+    """Change what passes prepared from: numbers past torch's counter, a hook, which is toggled."""
+    models = (pipe.transformer, pipe.text_encoder_2, pipe.vae)
+    for weight in (weight for model in models for weight in model.parameters()):
+        weight.data.mul_(1.02)
+    for block in pipe.transformer.single_transformer_blocks:
+        if hooks := block.act_mlp._forward_hooks:
+            hooks.clear()
+        else:
+            block.act_mlp.register_forward_hook(lambda module, inputs, output: output * 1.5)
+
+
+@each_pass
+def test_a_change_and_then_an_interrupted_generation(pass_):
+    """What a pass does about the change is cut short, and must be done in the next generation."""
+    pipe, twin = (fluxfire.optimize(tiny_kontext(), [pass_]) for _ in range(2))
+    for each in (pipe, twin):
+        edit(each, steps=1)
+        change(each)
+    edit(twin, steps=1)
+    with Interrupter() as heard:
+        edit(pipe, steps=1)
+    looks = heard.began["prepare"], heard.began["on_generation"]
+    for number in samples(pass_, (FEW, *looks), (1, 0, heard.seen)):
+        for each in (pipe, twin):
+            change(each)
+        with Interrupter(number):
+            edit(pipe, steps=1)
+        assert np.array_equal(edit(pipe, steps=1), edit(twin, steps=1))
+
+
 def test_turns_are_one_after_the_other():
     turns, inside, most = Turns(), [], []
 

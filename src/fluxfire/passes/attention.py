@@ -238,9 +238,9 @@ class _ScaleUpdater(Listener):
         scales = [getattr(attention, SCALES_ATTRIBUTE, None) for attention in attentions]
         devices = {scale.query.device for scale in scales if scale is not None}
         moved = devices != {norm.weight.device for norm in norms}
-        if norms != self._watched:
-            self._watched, self._watch = norms, Watch(norms)
-        elif not self._watch.changed() and not moved and None not in scales:
+        watch = self._watch if norms == self._watched else Watch(norms)
+        changed = watch is not self._watch or watch.changed()
+        if not changed and not moved and None not in scales:
             return
         for attention, outdated in zip(attentions, scales, strict=True):
             current = _query_key_scales(attention)
@@ -248,6 +248,8 @@ class _ScaleUpdater(Listener):
                 setattr(attention, SCALES_ATTRIBUTE, current)
             else:  # in place, since compiled code refers to this object
                 outdated.query, outdated.key = current.query, current.key
+        watch.accept()
+        self._watched, self._watch = norms, watch
 
     def remove(self) -> None:
         """Remove the scales from the attentions."""

@@ -290,6 +290,7 @@ class _HookChecker(Listener):
             for one in self._compiled:
                 one.bypass = cached or bool(modules.swapping_traits(one.module))
             self._cached = cached
+            self._structure.accept()
 
 
 def _compile_group(

@@ -184,6 +184,7 @@ class _CachedEncoder:
             varies = any(part.training or modules.has_adapter(part) for part in parts)
             offloaded = any(weight.is_meta for weight in encoder.parameters())
             self._cacheable = not (observed or varies or offloaded)
+            self._watch.accept()
         return self._cacheable
 
 

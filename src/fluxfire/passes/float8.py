@@ -46,8 +46,8 @@ class Float8:
     also quantizes it.
 
     Measured on an H100 (docs, "Passes"): a step of `faithful` 274 → 200 ms, and the edit's peak of
-    memory 33.5 → 25.5 GiB. The docs ("To the floor") compare it with torchao's float8, and with
-    `Attention("fa3-fp8")`.
+    memory 33.5 → 25.5 GiB. The docs ("How close is a step to the hardware limit?") compare it with
+    torchao's float8, and with `Attention("fa3-fp8")`.
 
     Others report LPIPS 0.02 to 0.09 for eight bits on FLUX.1-dev and FLUX.2, and 0.123 for plain
     Kontext with about 16 of 28 steps (docs, "What others measured on the real model"). Nobody
@@ -393,6 +393,7 @@ class _WeightWatch(Listener):
         if self._watch.changed():
             for product in self._products:
                 _quantize_again(product)
+            self._watch.accept()
         if self._drop:
             self._drop_originals()
 
@@ -418,7 +419,8 @@ class _WeightWatch(Listener):
         if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
             self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self._host.drop()
-            self._watch.changed()  # forgets the drop itself, which needs no new quantization
+            self._watch.changed()
+            self._watch.accept()  # the drop itself needs no new quantization
 
 
 def _quantize_again(product: Float8Product) -> None:

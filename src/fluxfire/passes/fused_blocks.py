@@ -226,6 +226,7 @@ class _FallbackChecker(Listener):
         for block in self._blocks:
             hooked = any(map(modules.is_hooked, modules.submodules(block)[1:]))
             setattr(block, _FALLS_BACK, hooked or not _has_flux_parts(block))
+        self._structure.accept()
 
     def clear(self) -> None:
         """Remove the marks."""

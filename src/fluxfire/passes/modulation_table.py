@@ -221,6 +221,7 @@ class _Tables(Listener):
                 self._watched, self._watch = layers, Watch(layers, apart_from=(COLUMNS,))
             elif self._callback_may_change and self._watch.changed():
                 self._by_branch.clear()
+                self._watch.accept()
             table = self._by_branch.get(call.branch)
             plain = not self._callback_may_change or self._depends_on_time_alone()
             fits = table and plain and table.fits(others[-1])

@@ -74,14 +74,16 @@ class Watch:
         self._roots = [weakref.ref(module) for module in modules]
         self._ignored = _MODULE_ATTRIBUTES.union(apart_from)
         self._latest, self._sums = _Snapshot(), checksum.Sums()
+        self._seen = self._latest
         # How to read a module's attributes, by the module's id.
         self._readers: dict[int, _Reader] = {}
         self.changed()
+        self.accept()
 
     def changed(self) -> bool:
-        """Whether anything has changed since the last call. Waits for the device.
+        """Whether anything has changed since the last `accept`. Waits for the device.
 
-        The first call compares with the state at construction.
+        Without an `accept`, the first call compares with the state at construction.
         """
         snapshot = _Snapshot()
         modules: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
@@ -90,11 +92,18 @@ class Watch:
             self._read_modules(modules, snapshot)
             modules, snapshot.modules = snapshot.modules, []
         snapshot.read_tensors(self._sums)
-        if snapshot.equals(self._latest):
-            return False
-        self._latest = snapshot
-        self._readers.clear()
-        return True
+        self._seen = snapshot
+        return not snapshot.equals(self._latest)
+
+    def accept(self) -> None:
+        """Take the state of the last `changed` as the one to compare with.
+
+        Call it after the pass has dealt with the change. An interrupt or a lack of memory may come
+        in between; then the change must still show at the next look.
+        """
+        if self._seen is not self._latest:
+            self._latest = self._seen
+            self._readers.clear()
 
     def _add_submodules(self, modules: list[Any]) -> None:
         ignored = self._ignored
@@ -154,8 +163,8 @@ class _Reader(NamedTuple):
     def of(cls, own: dict[str, Any], ignored: frozenset[str]) -> _Reader:
         """Create the reader for a module with these attributes, ignored ones included."""
         names = [name for name in own if name not in ignored]
-        plain = [name for name in names if type(own[name]) in _COMPARED_BY_VALUE]
-        others = [name for name in names if type(own[name]) not in _COMPARED_BY_VALUE]
+        plain = [name for name in names if _is_plain(own[name])]
+        others = [name for name in names if not _is_plain(own[name])]
         # Every module has the attribute `training`, so there is a name to read.
         return cls(len(own), itemgetter("training", *plain), others)
 
@@ -163,13 +172,12 @@ class _Reader(NamedTuple):
 class Structure:
     """Finds out whether modules, their hooks or their settings changed. Reads no numbers.
 
-    It compares the tree of modules, their classes, their hooks, their attributes, and which
-    parameters they have, of which class. It does not look into attributes: for it, a processor with
-    other settings is the same processor. A `Watch` looks into attributes, and takes three times as
-    long.
+    It compares the tree of modules, their classes, their hooks, their attributes, and the classes
+    of their parameters. It does not look inside objects: if a processor's settings change, the
+    processor is still the same. A `Watch` looks inside, and takes three times as long.
 
-    A pass calls `changed` before each generation, and repeats its own checks of the modules only if
-    the answer is yes. A `Structure` keeps neither the modules nor their parameters alive.
+    A pass asks it before each generation, and repeats its own checks of the modules only if the
+    answer is yes. It keeps neither the modules nor their tensors alive.
 
     Args:
         modules: the modules to compare, with all their submodules.
@@ -177,12 +185,11 @@ class Structure:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._roots = [weakref.ref(module) for module in modules]
-        self._kinds: list[object] = []
-        self._readers: list[Callable[[dict[str, Any]], object]] = []
-        self._settings: list[object] = []
+        self._latest: _State | None = None
+        self._seen: _State | None = None
 
     def changed(self) -> bool:
-        """Whether anything has changed since the last call. The first call returns True."""
+        """Whether anything has changed since the last `accept`. True before the first one."""
         # FLUX has 1300 modules, so each line below is one loop of C or one comprehension.
         parts = submodules(*(module for ref in self._roots if (module := ref()) is not None))
         owns = [part.__dict__ for part in parts]
@@ -197,18 +204,70 @@ class Structure:
             *[len(own["_forward_hooks"]) for own in owns],
             *[len(own["_forward_pre_hooks"]) for own in owns],
         ]
-        try:
-            # Every module has the attribute `training`, so each reader has a name to read.
-            settings = [read(own) for read, own in zip(self._readers, owns, strict=True)]
-            if kinds == self._kinds and settings == self._settings:
-                return False
-        except Exception:  # noqa: BLE001 - other modules, a missing name, or tensors as attributes
-            settings = []
-        if kinds != self._kinds or not settings:
-            self._readers = [itemgetter(*(own.keys() - _MODULE_ATTRIBUTES)) for own in owns]
-            settings = [read(own) for read, own in zip(self._readers, owns, strict=True)]
-        self._kinds, self._settings = kinds, settings
+        if self._latest is not None and kinds == self._latest.kinds:
+            try:
+                self._seen = _State.of(kinds, self._latest.readers, owns)
+                if self._seen.equals(self._latest):
+                    return False
+            except (KeyError, RuntimeError):  # no attribute of that name, or a tensor in its place
+                pass
+        readers = [_Reader.of(own, _MODULE_ATTRIBUTES) for own in owns]
+        self._seen = _State.of(kinds, readers, owns)
         return True
+
+    def accept(self) -> None:
+        """Take the state of the last `changed` as the one to compare with; see `Watch.accept`."""
+        self._latest = self._seen
+
+
+class _State(NamedTuple):
+    """What a `Structure` compares.
+
+    Attributes:
+        kinds: the modules, and classes and numbers of what they have.
+        readers: how to read each module's attributes.
+        plain: the attributes that are plain values.
+        others: the other attributes.
+    """
+
+    kinds: list[object]
+    readers: list[_Reader]
+    plain: list[object]
+    others: _Snapshot
+
+    @classmethod
+    def of(cls, kinds: list[object], readers: list[_Reader], owns: list[dict[str, Any]]) -> _State:
+        """Read the attributes of modules.
+
+        Raises:
+            KeyError: an attribute is missing that a reader should read.
+        """
+        pairs = list(zip(readers, owns, strict=True))
+        plain = [reader.read_plain(own) for reader, own in pairs]
+        others = _Snapshot()
+        for own, names in [(own, reader.others) for reader, own in pairs if reader.others]:
+            for name in names:
+                others.add(own[name], depth=0)
+        others.values += map(id, others.tensors)
+        others.tensors = []
+        return cls(kinds, readers, plain, others)
+
+    def equals(self, other: _State) -> bool:
+        """Whether another state is the same, except for `kinds`.
+
+        Raises:
+            RuntimeError: an attribute is now a tensor; it has no one truth value.
+        """
+        return self.plain == other.plain and self.others.equals(other.others)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a value is a number, text, or the like, or a tuple of such values."""
+    kind = type(value)
+    if kind is tuple:
+        items: Any = value
+        return _COMPARED_BY_VALUE.issuperset(map(type, items))
+    return kind in _COMPARED_BY_VALUE
 
 
 class _Snapshot:
@@ -240,10 +299,7 @@ class _Snapshot:
             depth: how many levels of attributes to add if the value is an object. With 1, it adds
                 the object's attributes, but not the attributes of these.
         """
-        kind = type(value)
-        if kind in _COMPARED_BY_VALUE or (
-            kind is tuple and _COMPARED_BY_VALUE.issuperset(map(type, value))
-        ):
+        if _is_plain(value):
             self.values.append(value)
         elif isinstance(value, dict):
             self.values += len(value), *value

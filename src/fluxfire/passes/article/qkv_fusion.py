@@ -315,6 +315,7 @@ class _FusionUpdater(Listener):
                 projection.share()
         self._linears = [linear for projection in self._fused for linear in projection.linears]
         self._storages = self._read_storages()
+        self._structure.accept()
 
     def _read_storages(self) -> list[object]:
         """Read the weights' addresses, layouts and dtypes, which show whether storage is shared."""
