@@ -16,7 +16,7 @@ SETTINGS = {
         FirstBlockCache(schedule=[1], predict="linear"),
     ],
     "qkv-fusion": [QKVFusion(), QKVFusion(vae=False), QKVFusion(transformer=False)],
-    "reference-cache": [ReferenceCache(), ReferenceCache(0)],
+    "reference-cache": [ReferenceCache(2.0), ReferenceCache(0)],
 }
 """Instances by the pass's name, where the default settings do not show all that it does."""
 

@@ -368,13 +368,14 @@ def test_lists_that_differ_in_steps_share_a_turn(pipe):
         Contender("plain", ()).with_steps(2),
     ]
     measure(pipe, contenders, [replace(LOAD, steps=8)], EXAMPLES[:1], on_edit=told.append)
+    assert "round 1 of 2: plain, 2 steps, tiny: 1 of 1" in told
     turns = [said for said in told if ", tiny: " not in said]
     assert turns == [
-        "round 1 of 2: eager and plain, 2 steps",
+        "round 1 of 2: plain and plain, 2 steps",
         "round 1 of 2: cached",
         "round 1 of 2: plain, 4 steps",
         "round 2 of 2: cached",
-        "round 2 of 2: plain, 4 steps and plain, 2 steps and eager",
+        "round 2 of 2: plain, 4 steps and plain, 2 steps and plain",
     ]
 
 
@@ -413,7 +414,7 @@ def row_of(median, again):
 def test_a_busy_machine_is_told(again, busy):
     told = as_text({"rows": [row_of(1.0, again)], "notes": []})
     assert ("this machine was busy" in told.splitlines()[0]) == busy
-    assert ("note: this machine was busy: the median edit of eager moved" in told) == busy
+    assert ("note: this machine was busy: the median edit of plain moved" in told) == busy
 
 
 def test_the_first_contender_runs_again_at_the_end(pipe, monkeypatch):

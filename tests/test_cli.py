@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,6 +24,7 @@ from PIL import Image
 from fluxfire import presets
 from fluxfire.bench import baselines, quality
 from fluxfire.cli import bench, catalog, console, main, values
+from fluxfire.cli import options as options_module
 from fluxfire.cli import run as cli_run
 from fluxfire.errors import PictureError
 from fluxfire.passes.mega_cache import machine
@@ -61,6 +64,24 @@ def test_what_the_command_line_reads_of_a_pass_is_what_its_class_says(name):
     assert (facts.class_name, facts.stage, facts.slot) == (cls.__name__, cls.stage, cls.slot)
     assert facts.summary == cls.__doc__.partition("\n")[0]
     assert registry.make(name).exactness in facts.exactness
+
+
+@pytest.mark.parametrize("name", registry.built_in())
+def test_one_pass_is_described_as_its_class_is(capsys, name):
+    cls = registry.built_in()[name]
+    status, out, _ = run(capsys, "passes", name)
+    assert (status, out.partition(":")[0]) == (0, f"{cls.__name__} ({name})")
+    assert inspect.getdoc(cls) in out
+    own = [field.name for field in fields(cls) if field.init]
+    assert re.findall(r"^    (\w+): .+", out.partition("\nSettings:")[2], re.MULTILINE) == own
+    assert run(capsys, "passes", cls.__name__)[1] == out
+    told = json.loads(run(capsys, "passes", name, "--json")[1])
+    assert (told["name"], len(told["settings"])) == (name, len(own))
+
+
+def test_a_pass_that_is_not_there_cannot_be_described(capsys):
+    status, _, err = run(capsys, "passes", "qkv")
+    assert (status, err) == (2, "error: there is no pass 'qkv'; did you mean 'qkv-fusion'?\n")
 
 
 def test_names_that_the_command_line_knows_without_torch():
@@ -107,6 +128,35 @@ def test_the_default_compiles_nothing_on_a_cpu(capsys):
     _, out, err = run(capsys, "plan", "--json", "--preset", "faithful")
     assert json.loads(out)["passes"][-1]["name"] == "compile"
     assert err == ""
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of CPUs alone")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--preset", "balanced"], "balanced includes compile: on a CPU it takes minutes"),
+        (["--passes", "compile"], ""),
+        (["--passes", "qkv-fusion"], ""),
+        ([], "the default leaves out compile: on a CPU it takes minutes"),
+    ],
+)
+def test_before_a_preset_compiles_on_a_cpu_it_says_how_long_that_takes(capsys, options, said):
+    preset, passes = (dict([options or ("", "")]).get(name) for name in ("--preset", "--passes"))
+    assert options_module.selected_passes(SimpleNamespace(preset=preset, passes=passes))
+    err = capsys.readouterr().err
+    assert said in err
+    assert bool(said) == bool(err)
+
+
+def test_the_duration_of_many_edits_is_estimated_once(capsys, monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(console.time, "perf_counter", lambda: next(clock))
+    shown = []
+    show = console.estimate_once(shown.append, 376, "edits", "more follow")
+    for text in ("round 1 of 2: plain", "plain: 1 of 376", "plain: 2 of 376", "plain: 3 of 376"):
+        show(text)
+    assert capsys.readouterr().err == "376 edits: about 13 min; more follow\n"
+    assert len(shown) == 4
 
 
 def test_the_progress_bar_says_that_something_compiles(capsys):
@@ -394,6 +444,8 @@ def test_threads_do_not_spin_while_they_wait(monkeypatch):
         (["demo", "-n", "1000000"], "-n 1000000 is more than 5000"),
         (["bisect", "--example", "1000000"], "--example 1000000 is past the last scene, 4999"),
         (["plan", "--preset", "faithfull"], "did you mean 'faithful'?"),
+        (["plan", "--passes", "qkv,compile"], "no pass 'qkv'; did you mean 'qkv-fusion'?"),
+        (["plan", "--passes", "me"], "there is no pass 'me'; there are attention"),  # two begin so
         (["plan", "--passes", "QKVFuson"], "there is no pass 'QKVFuson'; there are attention"),
         (["plan", "--preset", "nowhere.json"], "cannot read passes from nowhere.json"),
         (["demo", "--examples", "nowhere.jsonl"], "cannot read examples from nowhere.jsonl"),

@@ -12,7 +12,8 @@ import torch
 from torch._inductor import config as inductor_config
 
 from doubles import Bare, HalfTheTokens, Listen, ScaleTemb, SkipBlock
-from fluxfire import Change, Finding
+from fluxfire import Change, Finding, api
+from fluxfire.errors import FluxfireWarning
 from fluxfire.passes import (
     Attention,
     Compile,
@@ -25,7 +26,7 @@ from fluxfire.passes import (
     ReferenceCache,
 )
 from fluxfire.runtime.generation import Listener, Live
-from fluxfire.testing import ConformanceError, check_pass, forward_errors, tiny_kontext
+from fluxfire.testing import ConformanceError, check_pass, edit, forward_errors, tiny_kontext
 from own_passes import own_passes
 
 OURS = own_passes()
@@ -39,7 +40,7 @@ def test_passes_conform(pass_):
 
 @pytest.mark.parametrize(
     "pass_",
-    [FusedBlocks(), EncodingCache(), FirstBlockCache(), ReferenceCache()],
+    [FusedBlocks(), EncodingCache(), FirstBlockCache(schedule=[1]), ReferenceCache(2.0)],
     ids=lambda p: p.name,
 )
 def test_passes_conform_where_a_part_is_painted(pass_):
@@ -611,10 +612,19 @@ def _flags_back():
         (OffIsNotClose(), r"with the settings of off\(\) it does nothing: at most twice"),
         (OffNeedsArguments(), "it has the members of fluxfire.Pass. .* off that cannot be called"),
         (AfterWarmupNeedsMore(), "it has the members of fluxfire.Pass. .* one argument, tx"),
-        (SpeltProvide(), "the names of the protocol. did you mean provides by provide"),
-        (SpeltTuneable(), "the names of the protocol. did you mean tunable by tuneable"),
-        (SpeltAfterWarmUp(), "the protocol. did you mean after_warmup by after_warm_up"),
-        (SpeltExactnes(), "the names of the protocol. did you mean exactness by exactnes"),
+        (SpeltProvide(), "the names of the protocol. did you mean `provides`. You wrote `provide`"),
+        (
+            SpeltTuneable(),
+            "the names of the protocol. did you mean `tunable`. You wrote `tuneable`",
+        ),
+        (
+            SpeltAfterWarmUp(),
+            "the protocol. did you mean `after_warmup`. You wrote `after_warm_up`",
+        ),
+        (
+            SpeltExactnes(),
+            "the names of the protocol. did you mean `exactness`. You wrote `exactnes`",
+        ),
     ],
 )
 def test_each_broken_promise_is_found(broken, promise):
@@ -639,6 +649,27 @@ def test_what_is_not_broken_conforms(pass_):
     check_pass(pass_)
 
 
+class LossyByName(Broken):
+    exactness = "lossy"
+
+
+def test_a_lossy_pass_that_does_nothing_gets_a_warning():
+    with pytest.warns(FluxfireWarning, match="LossyByName.* changes nothing.* or declare") as seen:
+        check_pass(LossyByName())
+    assert seen[0].filename == __file__
+
+
+LOSSY = {pass_.name for pass_ in OURS if pass_.exactness == "lossy"}
+
+
+@pytest.mark.parametrize("name", sorted(LOSSY))
+def test_with_some_settings_no_lossy_pass_does_nothing(name):
+    """Else `check_pass` would test nothing of it; see SETTINGS in tests/own_passes.py."""
+    plain = edit(tiny_kontext())
+    tried = [pass_ for pass_ in OURS if pass_.name == name]
+    assert any((edit(api.optimize(tiny_kontext(), [p])) != plain).any() for p in tried)
+
+
 def test_a_pass_defined_in_a_function_conforms():
     @dataclass(frozen=True, kw_only=True)
     class Local(Broken):
@@ -648,8 +679,6 @@ def test_a_pass_defined_in_a_function_conforms():
 
 
 def test_the_float64_oracle_is_far_more_exact_than_what_it_judges():
-    from fluxfire.testing import edit
-
     plain = tiny_kontext(dtype=torch.bfloat16)
     ours, eager = forward_errors(plain, tiny_kontext(dtype=torch.bfloat16), edit)
     assert ours == eager

@@ -6,6 +6,7 @@ import copy
 import gc
 import inspect
 import pickle
+import threading
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -584,3 +585,26 @@ def test_a_copied_block_is_plain(pass_):
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), expected)
     fluxfire.optimize(pipe, [pass_])
+
+
+@pytest.mark.parametrize("other", PASSES, ids=repr)
+def test_copies_of_pipelines_with_fused_blocks_and_another_pass(other):
+    """What one pass remembers of the modules must not drag the other's tensors into the copy."""
+    passes = [p for p in (other, FusedBlocks()) if p.name != other.name or p is other]
+    if not fluxfire.plan(tiny_kontext(), passes).ok:
+        passes.reverse()
+    pipe = tiny_kontext()
+    expected = edit(pipe, steps=1)
+    fluxfire.optimize(pipe, passes)
+    pipe.transformer.transformer_blocks[0].lock = lock = threading.Lock()
+    edit(pipe, steps=1)
+    copy.deepcopy(pipe.vae)
+    del pipe.transformer.transformer_blocks[0].lock, lock
+    for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
+        assert np.array_equal(edit(twin, steps=1), expected)
+    assert not any(weight.requires_grad and weight.grad_fn for weight in tensors_of(pipe))
+
+
+def tensors_of(pipe):
+    for module in pipe.transformer.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))

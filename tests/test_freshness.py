@@ -223,13 +223,44 @@ def blocks_swapped(pipe):
     blocks[0], blocks[1] = blocks[1], blocks[0]
 
 
+def norms_exchanged(pipe):
+    block = double(pipe)
+    block.norm1, block.norm1_context = block.norm1_context, block.norm1
+
+
+def norm_of_another_stream(pipe):
+    double(pipe).norm1 = copy.deepcopy(double(pipe).norm1_context)
+
+
+def patched_activation(pipe):
+    double(pipe).ff.net[0].gelu = torch.relu  # a method that the module's forward calls
+
+
+def norms_with_default_epsilon(pipe):
+    attention = single(pipe).attn
+    attention.norm_q, attention.norm_k = nn.RMSNorm(16), nn.RMSNorm(16)
+    attention.norm_q.weight.data *= 3
+
+
+def a_head_cut_off(pipe):
+    block, width = single(pipe), 16
+    attention = block.attn
+    for linear in (attention.to_q, attention.to_k, attention.to_v):
+        linear.weight.data, linear.bias.data = linear.weight.data[width:], linear.bias.data[width:]
+        linear.out_features -= width
+    attention.heads, attention.inner_dim = attention.heads - 1, attention.inner_dim - width
+    block.proj_out.weight.data = block.proj_out.weight.data[:, width:].clone()
+    block.proj_out.in_features -= width
+
+
 CHANGES = [
     lora, lora_fused_and_unloaded, lora_fused_safely, loaded, assigned, loaded_in_part,
     assigned_in_part, edited_in_place, edited_through_data, new_data, one_row, one_column, one_bias,
     one_table_bias, transposed, weights_swapped, numbers_swapped, new_parameter, new_layer,
     new_modulation, new_embedder, norm_weight, epsilon, another_activation, hook,
     hook_on_modulations, hook_on_embedding, hook_below_embedding, patched, a_block_less,
-    blocks_swapped,
+    blocks_swapped, norms_exchanged, norm_of_another_stream, patched_activation,
+    norms_with_default_epsilon, a_head_cut_off,
 ]  # fmt: skip
 LISTS = {
     "float8": [Float8()],
@@ -250,6 +281,7 @@ REFUSES = {  # what cannot be used and cannot go unheard
     "float8-fused-table": {lora, new_layer},
     "float8-drop": {
         lora, new_layer, lora_fused_and_unloaded, lora_fused_safely, edited_in_place, new_data,
+        a_head_cut_off,
         edited_through_data, one_row, one_column, transposed, weights_swapped, numbers_swapped,
         new_parameter,
     },
@@ -274,7 +306,10 @@ def changed_first(passes, change):
 
 
 DERIVE = ("float8", "float8-drop", "table", "fused")
-FEW = [lora, lora_fused_and_unloaded, assigned_in_part, edited_through_data, transposed, hook]
+FEW = [
+    lora, lora_fused_and_unloaded, assigned_in_part, edited_through_data, transposed, hook,
+    norms_with_default_epsilon, a_head_cut_off,
+]  # fmt: skip
 CASES = [(of, change) for of in LISTS for change in (CHANGES if of in DERIVE else FEW)]
 
 
@@ -364,6 +399,181 @@ def test_by_a_step_callback(of, change):
     assert shows > 10 * CLOSE
     apart = np.abs(edit(pipe, **at_first_step(change)) - expected).max()
     assert apart < (max(0.2 * shows, 0.005) if "float8" in of else CLOSE)
+
+
+def by_scheduler(pipe, change):
+    plain, count = pipe.scheduler.step, itertools.count()
+
+    def step(*args, **kwargs):
+        made = plain(*args, **kwargs)
+        if next(count) == 0:
+            change(pipe)
+        return made
+
+    pipe.scheduler.step = step
+
+
+def by_subclass(pipe, change):
+    """One whose call has a step callback of its own."""
+
+    class Mine(pipe.__class__):
+        def __call__(self, *args, **kwargs):
+            given = at_first_step(change)
+            del given["steps"]
+            return super().__call__(*args, **kwargs, **given)
+
+    pipe.__class__ = Mine
+
+
+def by_text_encoding(pipe, change):
+    plain, count = pipe.encode_prompt, itertools.count()
+
+    def encode_prompt(*args, **kwargs):
+        if next(count) == 0:
+            change(pipe)
+        return plain(*args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
+
+
+@pytest.mark.parametrize("by", [by_scheduler, by_subclass, by_text_encoding])
+@pytest.mark.parametrize("change", [edited_through_data, hook], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("of", ["float8", "table", "fused", "qkv"])
+def test_by_code_that_runs_during_a_generation(of, change, by):
+    plain, pipe = tiny(), tiny()
+    fluxfire.optimize(pipe, LISTS[of])
+    for each in (plain, pipe):
+        by(each, change)
+    expected = edit(plain, steps=3)
+    shows = np.abs(expected - edit(tiny(), steps=3)).max()
+    assert shows > 10 * CLOSE
+    apart = np.abs(edit(pipe, steps=3) - expected).max()
+    assert apart < (max(0.2 * shows, 0.005) if of == "float8" else CLOSE)
+
+
+def averaged(pipe):
+    """As an average of the training's weights is copied in: past torch's counter."""
+    for weight in pipe.transformer.parameters():
+        weight.data.copy_(weight.data * 1.3)
+
+
+@pytest.mark.parametrize("change", [averaged, hook, patched], ids=lambda x: x.__name__)
+def test_a_cache_drops_what_a_step_callback_outdated(change):
+    always = {"threshold": 1e9, "warmup_steps": 0, "tail_steps": 0, "max_consecutive_hits": 9}
+    plain, pipe = tiny(), fluxfire.optimize(tiny(), [FirstBlockCache(**always)])
+    expected = edit(plain, **at_first_step(change))
+    # Computed: the first step, and the one after the change, whose residual the last step reuses.
+    made = edit(pipe, **at_first_step(change))
+    assert [d.hits for d in fluxfire.report(pipe).runs[-1].decisions] == [
+        (False,),
+        (False,),
+        (True,),
+    ]
+    assert np.abs(made - expected).max() < 0.05
+
+
+def vae_assigned(pipe):
+    pipe.vae.load_state_dict({k: v * 1.5 for k, v in pipe.vae.state_dict().items()}, assign=True)
+
+
+def vae_hooked(pipe):
+    attention = pipe.vae.decoder.mid_block.attentions[0]
+    attention.to_v.register_forward_hook(lambda _, inputs, out: out * 5)
+
+
+@pytest.mark.parametrize("change", [vae_assigned, vae_hooked], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("passes", [[QKVFusion()], [MemoryLayout()], [EncodingCache()]], ids=repr)
+def test_a_vae_that_changes_before_it_decodes(passes, change):
+    def last(pipe, step, timestep, kwargs):
+        if step == 1:
+            change(pipe)
+        return kwargs
+
+    def pictures(optimize):
+        pipe, sharing = tiny(), tiny()
+        sharing.register_modules(vae=pipe.vae)
+        if optimize:
+            fluxfire.optimize(pipe, passes)
+            edit(pipe, steps=1)
+        yield edit(pipe, steps=2, callback_on_step_end=last)
+        change(pipe)
+        yield edit(sharing, steps=1)  # a plain pipeline
+        change(pipe)
+        latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            decoded = pipe.vae.decode(latents).sample
+        yield decoded.numpy()
+
+    for made, expected in zip(pictures(True), pictures(False), strict=True):
+        assert np.abs(made - expected).max() <= CLOSE * max(1, np.abs(expected).max())
+
+
+def scaled_values(transformer, step):
+    for block in transformer.single_transformer_blocks:
+        block.attn.to_v.weight.data.mul_(1.2)
+    transformer.single_transformer_blocks[0].attn.to_k.weight.data.mul_(1.2)
+    assert len(transformer.transformer_blocks) == len(list(transformer.transformer_blocks)) > 0
+
+
+def with_hook(transformer, work):
+    count = itertools.count()
+
+    def pre(module, args, kwargs):
+        work(module, next(count))
+
+    transformer.register_forward_pre_hook(pre, with_kwargs=True)
+
+
+def with_wrapper(transformer, work):
+    plain, count = transformer.forward, itertools.count()
+
+    def forward(*args, **kwargs):
+        work(transformer, next(count))
+        return plain(*args, **kwargs)
+
+    transformer.forward = forward
+
+
+WRAPS_BLOCKS = {
+    "first-block": [FirstBlockCache(0)],
+    "reference": [ReferenceCache(0)],
+    "table": [ModulationTable()],
+    "fused": [FusedBlocks(), FirstBlockCache(0)],
+}
+
+
+@pytest.mark.parametrize("where", [with_hook, with_wrapper])
+@pytest.mark.parametrize("of", WRAPS_BLOCKS)
+def test_who_looks_at_the_blocks_during_a_call_finds_them(of, where):
+    plain, pipe = tiny(), fluxfire.optimize(tiny(), WRAPS_BLOCKS[of])
+    for each in (plain, pipe):
+        where(each.transformer, scaled_values)
+    expected = edit(plain, steps=3)
+    assert np.abs(expected - edit(tiny(), steps=3)).max() > 10 * CLOSE
+    assert np.abs(edit(pipe, steps=3) - expected).max() < CLOSE
+
+
+@pytest.mark.parametrize("name", ["guidance", "timestep"])
+@pytest.mark.parametrize("passes", [[ModulationTable()], [ModulationTable(host=True)]], ids=repr)
+def test_inputs_that_a_hook_changes_from_step_to_step(passes, name):
+    """Such as a schedule of the guidance, or a model that is told less noise than there is."""
+
+    def add(pipe):
+        count = itertools.count()
+
+        def pre(module, args, kwargs):
+            kwargs[name] = kwargs[name] * (1 - 0.2 * (next(count) % 3))
+            return args, kwargs
+
+        pipe.transformer.register_forward_pre_hook(pre, with_kwargs=True)
+
+    plain, pipe = tiny(), fluxfire.optimize(tiny(), passes)
+    for each in (plain, pipe):
+        add(each)
+    expected = edit(plain, steps=3)
+    assert np.abs(expected - edit(tiny(), steps=3)).max() > 10 * CLOSE
+    for _ in range(2):
+        assert np.abs(edit(pipe, steps=3) - expected).max() < CLOSE
 
 
 def dtypes():

@@ -6,14 +6,17 @@ import os
 import subprocess
 import sys
 import threading
+import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+import torch
 
+from fluxfire import loading
 from fluxfire.errors import LoadError
 from fluxfire.loading import hub_token, load
-from fluxfire.testing import edit
+from fluxfire.testing import edit, tiny_kontext
 
 
 @pytest.fixture(scope="module")
@@ -150,3 +153,26 @@ def test_a_dotenv_file_that_cannot_be_read(monkeypatch, tmp_path):
     (tmp_path / ".env").write_text("HF_TOKEN=x\n")
     with pytest.raises(LoadError, match=r'pip install "fluxfire\[cli\]"'):
         hub_token(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("version", "argument"),
+    [
+        ("0.35.0", "torch_dtype"),
+        ("0.39.1", "torch_dtype"),
+        ("0.40.0", "dtype"),
+        ("0.41.0.dev0", "dtype"),
+        ("1.0.0", "dtype"),
+    ],
+)
+def test_the_dtype_is_given_by_the_name_that_diffusers_knows(monkeypatch, version, argument):
+    monkeypatch.setattr(loading.metadata, "version", {"diffusers": version}.__getitem__)
+    assert loading._dtype_argument() == argument
+
+
+def test_loading_a_folder_in_a_dtype_warns_of_nothing(tmp_path):
+    tiny_kontext().save_pretrained(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        pipe = load(str(tmp_path), device="cpu", dtype=torch.bfloat16)
+    assert {pipe.transformer.dtype, pipe.vae.dtype} == {torch.bfloat16}

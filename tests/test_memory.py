@@ -15,7 +15,8 @@ from torch import nn
 
 import fluxfire
 from doubles import Listen, Tally
-from fluxfire.passes import EncodingCache, FirstBlockCache
+from fluxfire.passes import EncodingCache, FirstBlockCache, FusedBlocks, QKVFusion
+from fluxfire.passes.article.qkv_fusion import FusedProjection
 from fluxfire.testing import edit, tiny_kontext
 from test_undo import PASSES
 
@@ -179,3 +180,19 @@ def test_an_encoder_taken_out_is_freed(name):
     setattr(pipe, name, None)
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("passes", [[QKVFusion()], [QKVFusion(), FusedBlocks()]], ids=repr)
+@pytest.mark.parametrize("where", [torch.bfloat16, "meta"], ids=str)
+def test_a_cast_or_moved_pipeline_frees_the_fused_weights(passes, where):
+    pipe = fluxfire.optimize(tiny_kontext(), passes)
+    edit(pipe, steps=1)
+    fused = [
+        weakref.ref(part.weight)
+        for part in pipe.transformer.modules()
+        if isinstance(part, FusedProjection)
+    ]
+    pipe.to(where)
+    gc.collect()
+    assert fused
+    assert [ref() for ref in fused] == [None] * len(fused)

@@ -239,7 +239,7 @@ def test_a_missing_member_that_is_misspelt_is_guessed():
 
     said = why_not_a_pass(Slip())
     assert said.endswith(
-        "it has no slot, exactness; did you mean slot by slots, exactness by exactnes?"
+        "it has no slot, exactness; did you mean `slot`, `exactness`? You wrote `slots`, `exactnes`"
     )
 
 

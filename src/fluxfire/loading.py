@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -24,6 +25,8 @@ _UNREACHABLE = {
     "LocalEntryNotFoundError",
     "OfflineModeIsEnabled",
 }
+_KNOWS_DTYPE = (0, 40)
+"""The first diffusers whose pipelines take `dtype`; since then `torch_dtype` warns."""
 RANDOM_MODELS = dict(zip(RANDOM, (tiny_kontext, full_kontext), strict=True))
 
 
@@ -52,9 +55,9 @@ def load(
     token = None if folder else hub_token()
     from diffusers import DiffusionPipeline
 
+    precision = {_dtype_argument(): dtype}
     try:
-        # The argument's new name is dtype, which diffusers before 0.40 ignores.
-        pipe = DiffusionPipeline.from_pretrained(folder or model, torch_dtype=dtype, token=token)
+        pipe = DiffusionPipeline.from_pretrained(folder or model, token=token, **precision)
     except Exception as error:
         raise LoadError(_explain(model, error)) from error
     if (why := refusal(pipe)) is not None:
@@ -91,6 +94,12 @@ def hub_token(folder: Path | None = None) -> str | None:
     except (OSError, ValueError) as error:
         raise LoadError(f"{file} cannot be read: {error}") from error
     return str(token) if token else None
+
+
+def _dtype_argument() -> str:
+    """Return what the installed diffusers calls the dtype; the other name is ignored or warns."""
+    major, minor, *_ = metadata.version("diffusers").split(".")
+    return "dtype" if (int(major), int(minor)) >= _KNOWS_DTYPE else "torch_dtype"
 
 
 def _explain(model: str, error: BaseException) -> str:

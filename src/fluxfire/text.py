@@ -70,8 +70,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Returns:
         Such as "; did you mean 'compile'?"; empty if no known name is similar.
     """
-    close = get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    close = closest(name, known)
+    return f"; did you mean {close!r}?" if close else ""
+
+
+def closest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most similar to a misspelt one, or the only one that it begins.
+
+    Returns:
+        A name; None if no known name is similar.
+    """
+    known = list(known)
+    begun = [one for one in known if name and one.startswith(name)]
+    similar = get_close_matches(name, known, n=1) or (begun if len(begun) == 1 else [])
+    return similar[0] if similar else None
 
 
 def extra_hint(extra: str) -> str:

@@ -47,7 +47,8 @@ def test_demo_compares_on_held_out_scenes(capsys, tmp_path):
     assert "2 of 2" in lines[3]
     assert "num_inference_steps" not in out  # nothing lossy: no row and verdict of fewer steps
     assert str(output) in err
-    assert "eager, edit, 2 steps: 3 of 3" in err
+    assert "plain, edit, 2 steps: 3 of 3" in err
+    assert "eager" not in err
     with Image.open(output) as grid:
         assert grid.width == 5 * 132 + 4
         assert grid.height == 3 * 148 + 20
@@ -126,6 +127,8 @@ def test_the_demo_of_a_lossy_list_has_a_row_for_plain_with_as_many_steps():
         "3 of 3",
         "2 of 4",
     ]
+    assert "2.2 steps: it computed 2 of 4, and a skipped step still runs its first" in lines[6]
+    assert lines[6].endswith("Rounded up, plain gets 3 steps.")
     assert any("num_inference_steps=3" in line and "dB [" in line for line in lines[5:])
     assert done.grid().width == 6 * 132 + 4
     wanted = pipe(

@@ -17,6 +17,7 @@ from fluxfire.text import count_of
 
 Role = Literal["control", "alone", "stack", "baseline", "fewer steps"]
 EAGER, COMPILED = "eager", "compile only"
+_SHOWN = {EAGER: "plain"}
 
 
 class Baseline(Protocol):
@@ -136,6 +137,11 @@ def _name(passes: Sequence[Pass]) -> str:
     if len(passes) == 1 and isinstance(passes[0], Compile):
         return COMPILED
     return " + ".join(p.name for p in passes) or EAGER
+
+
+def shown_name(name: str) -> str:
+    """Return how texts call a contender; in the data the plain pipeline is called `EAGER`."""
+    return _SHOWN.get(name, name)
 
 
 def check_plain(pipe: object) -> None:

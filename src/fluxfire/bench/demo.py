@@ -19,7 +19,7 @@ from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import BenchError
 from fluxfire.pictures import AMPLIFIED, draw_difference
 from fluxfire.protocol import Pass
-from fluxfire.text import human_seconds, settings_line, spell_non_defaults, table
+from fluxfire.text import count_of, human_seconds, settings_line, spell_non_defaults, table
 
 _MARGIN, _CAPTION, _HEAD = 4, 16, 20
 
@@ -97,16 +97,25 @@ class Demo:
         gap = self.optimized.quality[reference].minus(self.fewer.quality[reference])
         steps = self.fewer.steps
         if self.optimized.contender.may_skip:
-            work = mean(edit.work.steps for edit in self.optimized.edits)
-            yield (
-                f"{self.optimized.contender.name} did the work of {work:.1f} steps, because a "
-                f"skipped step still runs some blocks. Plain gets the next whole number of steps."
-            )
+            yield self._explain_work(steps)
         if gap is None:
             yield f"One example does not tell whether this beats num_inference_steps={steps}."
             return
         near = mean(one.psnr for one in self.fewer.quality[reference].similarities)
         yield f"At equal computed work {FewerStepsComparison(steps, near, gap)}."
+
+    def _explain_work(self, fewer: int) -> str:
+        """Say how the steps computed lead to the number of steps that plain gets."""
+        edits, name = self.optimized.edits, self.optimized.contender.name
+        work, skipped = (mean(getattr(e.work, of) for e in edits) for of in ("steps", "skipped"))
+        done = f"{name} did the work of {work:.1f} steps"
+        if skipped:
+            full = self.optimized.steps - skipped
+            done += (
+                f": it computed {full:.4g} of {self.optimized.steps}, and a skipped step still "
+                f"runs its first block or more"
+            )
+        return f"{done}. Rounded up, plain gets {count_of(fewer, 'step')}."
 
     def grid(self) -> Image.Image:
         """Draw a strip for each edit: reference, one picture per row, difference, target."""

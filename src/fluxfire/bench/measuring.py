@@ -13,7 +13,15 @@ import torch
 from PIL import Image
 
 from fluxfire import api
-from fluxfire.bench.contenders import COMPILED, EAGER, Contender, check_plain, twin_of, with_twins
+from fluxfire.bench.contenders import (
+    COMPILED,
+    EAGER,
+    Contender,
+    check_plain,
+    shown_name,
+    twin_of,
+    with_twins,
+)
 from fluxfire.bench.examples import Example
 from fluxfire.bench.phases import phases
 from fluxfire.bench.power import measure_energy
@@ -131,14 +139,13 @@ class _Bench:
         if number % 2 == 1:
             turns = [turn[::-1] for turn in reversed(turns)]
         for turn in turns:
-            names = " and ".join(contender.name for contender in turn)
-            self._run_group([row for c in turn for row in self._rows_of(c)], number, names)
+            self._run_group([row for c in turn for row in self._rows_of(c)], number)
 
-    def _run_group(self, rows: Sequence[Row], number: int, names: str) -> None:
+    def _run_group(self, rows: Sequence[Row], number: int) -> None:
         failed = {row.contender.name for row in rows if row.error}
         rows = [row for row in rows if row.contender.name not in failed]
         if rows:
-            self._run_turn(rows, f"round {number + 1} of {self.rounds}: {names}")
+            self._run_turn(rows, f"round {number + 1} of {self.rounds}")
             for row in rows:
                 self._compare_pictures(row)
             self._latest = rows[-1].contender
@@ -192,7 +199,7 @@ class _Bench:
         again = rows
         if rows and (self._latest is not first or self.rounds == 1):
             again = [Row(first, row.workload) for row in rows]
-            self._run_turn(again, f"once more: {first.name}")
+            self._run_turn(again, "once more")
         for row, other in zip(rows, again, strict=True):
             row.again = [edit.seconds for edit in other.edits[-len(self.examples) :]]
         self._report_rows()
@@ -271,6 +278,14 @@ def _same_but_for_steps(one: Contender, other: Contender) -> bool:
     return one.bare and other.bare and one.passes == other.passes and one.steps != other.steps
 
 
+def _describe(row: Row) -> str:
+    """Name a row's contender and workload, with the number of steps that its edits really have."""
+    name, load = shown_name(row.contender.name), row.workload
+    if row.contender.steps is None:
+        return f"{name}, {load.name}"
+    return f"{name}, {load.name_without_steps}"
+
+
 def _step_cost(row: Row, twin: Row) -> float:
     """Return the cost of a computed step relative to the twin's; 1 if the row only skips steps."""
     if not row.contender.cheaper_steps:
@@ -308,7 +323,8 @@ class _Turn:
         _reset_peak()
         began = time.perf_counter()
         done = 0
-        self.on_edit(self.label)
+        names = dict.fromkeys(shown_name(row.contender.name) for row in rows)
+        self.on_edit(f"{self.label}: {' and '.join(names)}")
         try:
             with rows[0].contender.applied(pipe) as own:
                 applied = {
@@ -354,7 +370,8 @@ class _Turn:
             _reset_peak()
             with measure_energy() as energy:
                 for number, example in enumerate(self.examples):
-                    self.on_edit(f"{self.label}, {load.name}: {number + 1} of {len(self.examples)}")
+                    turn = f"{number + 1} of {len(self.examples)}"
+                    self.on_edit(f"{self.label}: {_describe(row)}: {turn}")
                     edit, picture = self._edit(pipe, row, example, self.seed + number)
                     edits.append(edit)
                     if not row.edits:

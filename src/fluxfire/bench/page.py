@@ -76,11 +76,11 @@ def _strips(rows: Sequence[Row], examples: Sequence[Example]) -> Iterator[Strip]
         quality = row.quality[EAGER]
         number = quality.worst
         near, example = quality.similarities[number], examples[number]
-        made, eager = row.pictures[number], base.pictures[number]
+        made, wanted = row.pictures[number], base.pictures[number]
         shown = [
-            ("eager", eager),
+            ("plain", wanted),
             ("this", made),
-            (f"difference × {AMPLIFIED}", draw_difference(made, eager)),
+            (f"difference × {AMPLIFIED}", draw_difference(made, wanted)),
         ]
         if example.picture is not None:
             shown.insert(0, ("reference", example.picture))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from fluxfire.bench.contenders import EAGER
+from fluxfire.bench.contenders import EAGER, shown_name
 from fluxfire.bench.tables import speedup
 
 Row = dict[str, Any]
@@ -107,8 +107,8 @@ def _tradeoff(axes: Any, rows: list[Row]) -> None:
     axes.plot(*zip(*sorted(plain), strict=True) if plain else ([], []), ":", color="0.5", zorder=0)
     axes.legend(**_LEGEND)
     axes.set(
-        xlabel="times as fast as eager",
-        ylabel="PSNR to eager, dB: mean with 95% interval, triangle: worst",
+        xlabel="times as fast as plain",
+        ylabel="PSNR to plain, dB: mean with 95% interval, triangle: worst",
     )
     axes.grid(visible=True, alpha=0.3)
 
@@ -118,7 +118,7 @@ def _rows_with_quality(rows: list[Row]) -> list[Row]:
 
 
 def _names(rows: list[Row]) -> list[str]:
-    return [row["contender"] for row in rows]
+    return [shown_name(row["contender"]) for row in rows]
 
 
 def _finish(axes: Any) -> None:

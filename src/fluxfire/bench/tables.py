@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from statistics import median
 from typing import Any
 
-from fluxfire.bench.contenders import COMPILED, EAGER
+from fluxfire.bench.contenders import COMPILED, EAGER, shown_name
 from fluxfire.bench.intervals import Interval
 from fluxfire.text import human_seconds, table
 
@@ -27,14 +27,15 @@ def as_text(result: dict[str, Any]) -> str:
     """Format a whole result as text."""
     parts = [f"{title}\n\n{table(head, rows)}" for title, head, rows in tables(result)]
     parts += [f"note: {note}" for note in (*result["notes"], *remarks(result["rows"]))]
-    parts += [f"{row['contender']}: {row['error']}" for row in result["rows"] if row["error"]]
+    failed = [row for row in result["rows"] if row["error"]]
+    parts += [f"{shown_name(row['contender'])}: {row['error']}" for row in failed]
     return "\n\n".join(parts)
 
 
 def remarks(rows: Sequence[Row]) -> Iterator[str]:
     """Yield warnings for readers of the tables: a busy machine, methods that skipped nothing."""
     for row in rows:
-        name, moved = row["contender"], row.get("moved")
+        name, moved = shown_name(row["contender"]), row.get("moved")
         if is_busy(row):
             yield (
                 f"this machine was busy: the median edit of {name} moved by {moved:+.0%} from its "
@@ -167,7 +168,7 @@ def _workload_name(row: Row) -> str:
 
 def _names(row: Row) -> tuple[str, str]:
     failed = " (failed later)" if row["error"] else ""
-    return f"{row['contender']}{failed}", _workload_name(row)
+    return f"{shown_name(row['contender'])}{failed}", _workload_name(row)
 
 
 def _speed(rows: Sequence[Row]) -> Table:
@@ -175,7 +176,7 @@ def _speed(rows: Sequence[Row]) -> Table:
         "contender",
         "workload",
         "edit: median (spread)",
-        "× eager",
+        "× plain",
         "× compiled",
         "computed step",
         "reuse",
@@ -298,7 +299,7 @@ def _qualities(rows: Sequence[Row]) -> Iterator[Table]:
             "FLIP",
             "right [95%]",
         )
-        yield f"Similarity to the pictures of {control}", head, lines
+        yield f"Similarity to the pictures of {shown_name(control)}", head, lines
 
 
 def _quality(quality: dict[str, Any]) -> tuple[str, ...]:

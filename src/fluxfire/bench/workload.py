@@ -43,13 +43,18 @@ class Workload:
         cls, pipe: DiffusersPipeline, *, steps: int = 28, size: tuple[int, int] | None = None
     ) -> Workload:
         """Return a pipeline's default workload: its own size, or a small size if it is tiny."""
-        name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}, {steps} steps"
+        name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}{_in_steps(steps)}"
         if model_of(pipe).is_tiny(
             pipe
         ):  # its patches are small: a megapixel has so many of them that an edit takes minutes
             size = size or _TINY_SIZE
             return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
         return cls(name=name, steps=steps, size=size)
+
+    @property
+    def name_without_steps(self) -> str:
+        """Its name, for an edit with another number of steps than this workload's."""
+        return self.name.removesuffix(_in_steps(self.steps))
 
     def output_size(self, pipe: DiffusersPipeline, example: Example) -> tuple[int, int] | None:
         """Return the output's width and height; None for the pipeline's default."""
@@ -101,3 +106,7 @@ class Workload:
             **call,
         ).images[0]
         return made
+
+
+def _in_steps(steps: int) -> str:
+    return f", {steps} steps"

@@ -8,7 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fluxfire.cli.console import UsageError, edits_bar, note, say, usage_errors
+from fluxfire.cli.console import (
+    UsageError,
+    edits_bar,
+    estimate_once,
+    note,
+    say,
+    usage_errors,
+)
 from fluxfire.cli.options import (
     Commands,
     add_check,
@@ -93,16 +100,22 @@ def bench(arguments: argparse.Namespace) -> int:
     passes = selected_passes(arguments)
     examples = selected_examples(arguments)
     from fluxfire.bench import Workload, measure, row_saver, tables
+    from fluxfire.bench.contenders import with_twins
 
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
     load = Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
     contenders, notes = _contenders(arguments, passes, examples)
     result = _empty_result(arguments, len(examples), notes)
+    edits = arguments.rounds * len(with_twins(contenders)) * len(examples)
     with edits_bar(compiles=True) as show:
         rows = measure(
             pipe, contenders, [load], examples, rounds=arguments.rounds,
-            warmups=arguments.warmups, seed=arguments.seed, on_edit=show,
+            warmups=arguments.warmups, seed=arguments.seed,
+            on_edit=estimate_once(
+                show, edits, "edits at the plain pipeline's speed",
+                "compiling and the rows with fewer steps come on top",
+            ),
             on_rows=row_saver(result, arguments.output),
         )  # fmt: skip
     say(tables.as_text(result))

@@ -40,13 +40,33 @@ class PassFacts:
     summary: str
 
 
+@dataclass(frozen=True)
+class PassText:
+    """What a pass's class says about itself at length.
+
+    Attributes:
+        docstring: its docstring.
+        settings: each setting as the source has it, such as `threshold: float = 0.12`.
+    """
+
+    docstring: str
+    settings: tuple[str, ...]
+
+
 @cache
 def own_passes() -> dict[str, PassFacts]:
     """Return fluxfire's own passes by name."""
-    imports = [n for n in _parse("fluxfire.passes").body if isinstance(n, ast.ImportFrom)]
-    classes = [(i.module, a.name) for i in imports for a in i.names if i.module != "__future__"]
-    found = [_read_pass(str(module), name) for module, name in sorted(classes, key=lambda c: c[1])]
+    found = [_read_pass(node) for node in _own_classes()]
     return {facts.name: facts for facts in found}
+
+
+@cache
+def own_texts() -> dict[str, PassText]:
+    """Return what fluxfire's own passes say about themselves, by name."""
+    return {
+        _read_pass(node).name: PassText(ast.get_docstring(node) or "", tuple(_settings(node)))
+        for node in _own_classes()
+    }
 
 
 @cache
@@ -82,6 +102,19 @@ def check_passes(text: str) -> None:
         known = pass_names()
         if wrong := [name for name in unknown if name not in known]:
             raise UsageError("; ".join(_explain_unknown(name, known) for name in wrong))
+
+
+def check_pass_name(text: str) -> str:
+    """Return the name of the pass that a user names, by its name or its class name.
+
+    Raises:
+        UsageError: there is no such pass.
+    """
+    by_class = {facts.class_name: facts.name for facts in own_passes().values()}
+    name = by_class.get(text, text)
+    if name not in own_passes() and name not in (known := pass_names()):
+        raise UsageError(_explain_unknown(name, known))
+    return name
 
 
 def check_preset(text: str) -> None:
@@ -129,17 +162,35 @@ def _literals(body: list[ast.stmt]) -> Iterator[tuple[str, object]]:
                 yield target.id, ast.literal_eval(value)
 
 
-def _read_pass(module: str, class_name: str) -> PassFacts:
+def _own_classes() -> Iterator[ast.ClassDef]:
+    """Yield the classes of fluxfire's own passes, sorted by their names."""
+    imports = [n for n in _parse("fluxfire.passes").body if isinstance(n, ast.ImportFrom)]
+    classes = [(a.name, i.module) for i in imports for a in i.names if i.module != "__future__"]
+    for name, module in sorted(classes):
+        yield from (
+            node
+            for node in _parse(str(module)).body
+            if isinstance(node, ast.ClassDef) and node.name == name
+        )
+
+
+def _settings(node: ast.ClassDef) -> Iterator[str]:
+    """Yield the fields of a pass's class."""
+    for field in node.body:
+        if isinstance(field, ast.AnnAssign):
+            kind = ast.unparse(field.annotation)
+            if not kind.startswith("ClassVar") and kind != "KW_ONLY":
+                yield ast.unparse(field)
+
+
+def _read_pass(node: ast.ClassDef) -> PassFacts:
     """Read a pass's facts from its class."""
-    (node,) = (
-        n for n in _parse(module).body if isinstance(n, ast.ClassDef) and n.name == class_name
-    )
     said = {name: value for name, value in _literals(node.body) if name in _MEMBERS}
     exactness = (str(said["exactness"]),) if "exactness" in said else _returned_exactness(node)
     summary = (ast.get_docstring(node) or "").partition("\n")[0]
     slot = said["slot"]
     return PassFacts(
-        str(said["name"]), class_name, str(said["stage"]), None if slot is None else str(slot),
+        str(said["name"]), node.name, str(said["stage"]), None if slot is None else str(slot),
         exactness, summary,
     )  # fmt: skip
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -12,6 +14,8 @@ from fluxfire.protocol import Pass
 from fluxfire.text import spell_non_defaults
 
 _COMPILING = "compiling, once; may take minutes"
+_AN_EDIT = re.compile(r"\d+ of \d+$")
+_LONG = 60.0  # seconds
 
 
 class UsageError(FluxfireError):
@@ -86,6 +90,41 @@ def edits_bar(*, compiles: bool) -> Iterator[Callable[[str], None]]:
             )
 
         yield show
+
+
+def estimate_once(
+    show: Callable[[str], None], edits: int, what: str, rest: str
+) -> Callable[[str], None]:
+    """Wrap a bar's function: after the first edit, print how long all edits will take.
+
+    Nothing is printed if that is less than a minute.
+
+    Args:
+        show: the function that is called before each edit; the text of an edit ends in "1 of 8".
+        edits: number of edits.
+        what: what these edits are, as the plural noun.
+        rest: what the estimate leaves out.
+    """
+    began: list[float] = []
+    told: list[float] = []
+
+    def show_and_estimate(text: str) -> None:
+        if began and not told:
+            told.append(edits * (time.perf_counter() - began[0]))
+            if told[0] >= _LONG:
+                from tqdm import tqdm
+
+                tqdm.write(f"{edits} {what}: {_roughly(told[0])}; {rest}", file=sys.stderr)
+        show(text)
+        if not began and _AN_EDIT.search(text):
+            began.append(time.perf_counter())
+
+    return show_and_estimate
+
+
+def _roughly(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"about {minutes:.0f} min" if minutes < 90 else f"about {minutes / 60:.1f} h"  # noqa: PLR2004
 
 
 @contextmanager

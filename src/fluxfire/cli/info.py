@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluxfire.cli import catalog
 from fluxfire.cli.console import note_suggestion, say, say_json
 from fluxfire.cli.options import (
     Commands,
+    add_check,
     add_command,
     add_json,
     add_model,
@@ -30,8 +32,14 @@ def add(commands: Commands) -> None:
     """Add `passes`, `plan` and `doctor`."""
     parser = add_command(
         commands, "passes", list_passes, "list fluxfire's passes and those of installed plugins",
-        example="fluxfire passes --json",
+        example="fluxfire passes first-block-cache",
     )  # fmt: skip
+    option = parser.add_argument(
+        "name", nargs="?", metavar="NAME",
+        help="print all that this pass says about itself, and its settings",
+    )  # fmt: skip
+    option.completer = lambda **_: catalog.pass_names()  # type: ignore[attr-defined]
+    add_check(parser, _check_name)
     add_json(parser)
 
     parser = add_command(
@@ -51,9 +59,12 @@ def add(commands: Commands) -> None:
 
 
 def list_passes(arguments: argparse.Namespace) -> int:
-    """List the passes; only plugins are imported."""
+    """List the passes, or describe one; only plugins are imported."""
     facts = [asdict(f) | {"plugin": None, "error": None} for f in catalog.own_passes().values()]
     facts += _plugins()
+    if arguments.name is not None:
+        (one,) = (f for f in facts if f["name"] == arguments.name)
+        return _describe(one, as_json=arguments.json)
     if arguments.json:
         say_json(facts)
         return 0
@@ -69,6 +80,41 @@ def list_passes(arguments: argparse.Namespace) -> int:
     ]
     say(table(("pass", "stage", "slot", "exactness", "what it does"), rows))
     return 0
+
+
+def _check_name(arguments: argparse.Namespace) -> None:
+    if arguments.name is not None:
+        arguments.name = catalog.check_pass_name(arguments.name)
+
+
+def _describe(facts: dict[str, Any], *, as_json: bool) -> int:
+    """Print a pass's facts, docstring and settings; 1 means that its plugin cannot be used."""
+    text = catalog.own_texts().get(facts["name"])
+    if text is None and facts["error"] is None:
+        text = _text_of_plugin(facts["name"])
+    if as_json:
+        say_json(facts | asdict(text or catalog.PassText("", ())))
+    elif text is None:
+        say(f"{facts['name']} (plugin: {facts['plugin']}): {facts['error']}")
+    else:
+        slot = f", slot {facts['slot']}" if facts["slot"] else ""
+        say(f"{facts['class_name']} ({facts['name']}): stage {facts['stage']}{slot}, "
+            f"{' or '.join(facts['exactness'])}\n")  # fmt: skip
+        say(text.docstring)
+        say("\nSettings:" if text.settings else "\nIt has no settings.")
+        for setting in text.settings:
+            say(f"    {setting}")
+    return 0 if text else 1
+
+
+def _text_of_plugin(name: str) -> catalog.PassText:
+    """Read a plugin's class, which its entry point names."""
+    from fluxfire.planning import registry
+
+    made = registry.make(name)
+    own = fields(made) if is_dataclass(made) else ()
+    settings = (f"{field.name} = {getattr(made, field.name)!r}" for field in own if field.init)
+    return catalog.PassText(inspect.getdoc(type(made)) or "", tuple(settings))
 
 
 def _plugins() -> Iterator[dict[str, Any]]:
@@ -94,7 +140,7 @@ def _plugins() -> Iterator[dict[str, Any]]:
 
 def print_plan(arguments: argparse.Namespace) -> int:
     """Print the plan; 1 means that the passes cannot be applied."""
-    passes = selected_passes(arguments)
+    passes = selected_passes(arguments, dry_run=True)
     from fluxfire import api
 
     plan = api.plan(load_model(arguments.model), passes)

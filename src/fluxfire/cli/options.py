@@ -201,8 +201,12 @@ def selected_examples(arguments: argparse.Namespace) -> list[Example]:
     return examples
 
 
-def selected_passes(arguments: argparse.Namespace) -> list[Pass]:
+def selected_passes(arguments: argparse.Namespace, *, dry_run: bool = False) -> list[Pass]:
     """Return the passes that a parser with `add_passes` asks for.
+
+    Args:
+        arguments: the parsed arguments.
+        dry_run: whether the command compiles nothing, so that no remark on compiling is due.
 
     Raises:
         UsageError: a file of passes cannot be used.
@@ -213,12 +217,18 @@ def selected_passes(arguments: argparse.Namespace) -> list[Pass]:
 
     with usage_errors():
         passes = passes_from_options(arguments.preset, arguments.passes)
-    is_default = arguments.preset is None and arguments.passes is None
-    if is_default and not torch.cuda.is_available():
-        passes = [p for p in passes if p.stage != "compile"]
+    if torch.cuda.is_available() or all(p.stage != "compile" for p in passes):
+        return passes
+    if arguments.preset is None and arguments.passes is None:
         note(
             "note: there is no GPU, so the default leaves out compile: on a CPU it takes minutes. "
             "--preset faithful includes it"
+        )
+        return [p for p in passes if p.stage != "compile"]
+    if arguments.preset is not None and not dry_run:  # whoever writes --passes has named compile
+        note(
+            f"note: there is no GPU, and {arguments.preset} includes compile: on a CPU it takes "
+            f"minutes. To leave it out, name the other passes with --passes"
         )
     return passes
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from fluxfire.cli.console import UsageError, edits_bar, note, say
+from fluxfire.cli.console import UsageError, edits_bar, estimate_once, note, say
 from fluxfire.cli.options import (
     Commands,
     add_check,
@@ -105,8 +105,11 @@ def tune(arguments: argparse.Namespace) -> int:
     costs = bench.Prices(**arguments.prices) if arguments.prices else None
     with edits_bar(compiles=costs is None) as show:
         tuned = bench.tune(
-            pipe, examples, budget, workload=load, prices=costs, seed=arguments.seed, on_edit=show
-        )
+            pipe, examples, budget, workload=load, prices=costs, seed=arguments.seed,
+            on_edit=estimate_once(
+                show, len(examples), "plain edits come first", "then the search edits with passes"
+            ),
+        )  # fmt: skip
     say(tuned)
     out = arguments.output
     tuned.save(out)

@@ -248,7 +248,8 @@ def has_plain_head_norms(attention: BlockAttention) -> bool:
         weight, bias = modules.parameter(norm, "weight"), modules.parameter(norm, "bias")
         if weight is None or bias is not None or modules.is_hooked(norm):
             return False
-    return len({norm.eps for norm in norms}) == 1
+    # `torch.nn.RMSNorm` without `eps` takes that of the dtype, which a kernel does not know.
+    return len({norm.eps for norm in norms}) == 1 and norms[0].eps is not None
 
 
 _RMS_NORMS = (RMSNorm, nn.RMSNorm)

@@ -169,18 +169,23 @@ class Kontext:
     def mount(
         self, transformer: FluxTransformer2DModel, stack: Callable[[Streams], Streams]
     ) -> Iterator[None]:
-        """Shadow the two lists of blocks: one holds the whole stack, the other is empty.
+        """Shadow the two lists of blocks: diffusers' forward finds the stack, others the blocks.
 
         diffusers' own forward still computes the embeddings and the output projection. No module is
         replaced.
         """
         own = vars(transformer)  # Module.__setattr__ would remove the real lists
+        mine = _shadows(transformer, stack)
         try:
-            own[_LISTS[0]] = [_AllBlocks(stack)]
-            own[_LISTS[1]] = []
+            own.update(zip(_LISTS, mine, strict=True))
             yield
         finally:
-            self.unmount(transformer)
+            # After an interrupt this block may end late, when another call has mounted its stack.
+            for name, shadow in zip(_LISTS, mine, strict=True):
+                if own.get(name) is shadow:
+                    del own[name]
+        if any(shadow.read_by_others for shadow in mine) and not mine[0].read_by_forward:
+            raise FluxfireError(_FOREIGN_FORWARD)
 
     def unmount(self, transformer: FluxTransformer2DModel) -> None:
         """Remove the shadows of the lists of blocks."""
@@ -221,16 +226,53 @@ class Kontext:
 KONTEXT: Model = Kontext()
 
 
-class _AllBlocks:
-    """Takes the place of the blocks, and runs all of them.
+def _shadows(
+    transformer: FluxTransformer2DModel, stack: Callable[[Streams], Streams]
+) -> tuple[_ShadowList, _ShadowList]:
+    double, single = (getattr(transformer, name) for name in _LISTS)
+    return _ShadowList(double, [_AllBlocks(stack)]), _ShadowList(single, [])
 
-    Only diffusers' own forward may call it. Another library's forward may do something between two
-    blocks, or read one block. Here it would compute a wrong picture without an error.
+
+class _ShadowList:
+    """Takes the place of a list of blocks during one call of the transformer.
+
+    diffusers' own forward iterates over what it should run. Everybody else, such as a hook that
+    changes the blocks from step to step, finds the blocks themselves. Another library's forward
+    finds them, too, and so runs them past the stack; `mount` raises an error then.
+
+    Attributes:
+        read_by_forward: whether diffusers' forward has iterated over the list.
+        read_by_others: whether anybody else has read the list.
     """
+
+    def __init__(self, blocks: nn.ModuleList, for_forward: list[_AllBlocks]) -> None:
+        self._blocks, self._for_forward = blocks, for_forward
+        self.read_by_forward = self.read_by_others = False
+
+    def __iter__(self) -> Iterator[Any]:
+        caller = sys._getframe(1)  # noqa: SLF001
+        if caller.f_code is _FORWARD or caller.f_globals.get("__name__") == _CACHE_DIT_FORWARD:
+            self.read_by_forward = True
+            return iter(self._for_forward)
+        self.read_by_others = True
+        return iter(self._blocks)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read_by_others = True
+        return self._blocks[index]
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._blocks, name)
+
+
+class _AllBlocks:
+    """Takes the place of the blocks in diffusers' forward, and runs all of them."""
 
     def __init__(self, stack: Callable[[Streams], Streams]) -> None:
         self._stack = stack
-        self._known = False  # gradient checkpointing calls again, from torch's backward pass
 
     # The argument names are diffusers'; gradient checkpointing passes them by position.
     def __call__(
@@ -242,25 +284,11 @@ class _AllBlocks:
         joint_attention_kwargs: dict[str, Any] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the blocks; arguments and result as of a block."""
-        frame = sys._getframe(1)  # noqa: SLF001
-        while not self._known:
-            self._known = (
-                frame.f_code is _FORWARD or frame.f_globals.get("__name__") == _CACHE_DIT_FORWARD
-            )
-            if frame.f_back is None:
-                raise FluxfireError(_FOREIGN_FORWARD)
-            frame = frame.f_back
         streams = Streams(
             hidden_states, encoder_hidden_states, temb, image_rotary_emb, joint_attention_kwargs
         )
         out = self._stack(streams)
         return out.text, out.image
-
-    def __getattr__(self, name: str) -> Any:
-        """Raise an error if somebody reads an attribute of a block."""
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise FluxfireError(_FOREIGN_FORWARD)
 
 
 _FORWARD = inspect.unwrap(FluxTransformer2DModel.forward).__code__

@@ -5,8 +5,9 @@ from __future__ import annotations
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -96,9 +97,16 @@ class EncodingCache:
         return Change(len(places), "encoders run only for new inputs")
 
 
+class _Found(NamedTuple):
+    result: Any
+
+
 @dataclass(eq=False)
 class _ResultCache:
     """An LRU cache of encoder results; the first entry is the least recently used.
+
+    Several threads may use it: pipelines may share an encoder, and `fluxfire.report` reads it. So
+    no method iterates over the dictionary itself.
 
     Attributes:
         room: how many results to keep.
@@ -111,35 +119,37 @@ class _ResultCache:
     misses: int = 0
     entries: OrderedDict[Hashable, tuple[list[Tensor], Any]] = field(default_factory=OrderedDict)
 
-    def find(self, signature: Hashable, inputs: list[Tensor]) -> Hashable | None:
-        """Return the key of the entry with this signature and equal inputs, or None."""
-        for key, (cached_inputs, _) in reversed(self.entries.items()):
+    def find(self, signature: Hashable, inputs: list[Tensor]) -> _Found | None:
+        """Return a copy of the result for this signature and equal inputs, or None.
+
+        A copy, so that the caller cannot change the cached result.
+        """
+        for key, (cached_inputs, result) in reversed(list(self.entries.items())):
             same = isinstance(key, tuple) and key[0] == signature
             if same and all(map(torch.equal, cached_inputs, inputs)):
-                return key
+                self.hits += 1
+                with suppress(KeyError):  # another thread may have dropped it
+                    self.entries.move_to_end(key)
+                return _Found(_copy_result(result))
         return None
-
-    def get(self, key: Hashable) -> Any:
-        """Return a copy of a result, so that the caller cannot change the cached one."""
-        self.hits += 1
-        self.entries.move_to_end(key)
-        return _copy_result(self.entries[key][1])
 
     def put(self, signature: Hashable, inputs: list[Tensor], result: Any) -> None:
         """Add a copy of a result; if the cache is full, drop the least recently used result."""
         self.misses += 1
         self.entries[signature, object()] = [x.clone() for x in inputs], _copy_result(result)
         while len(self.entries) > self.room:
-            self.entries.popitem(last=False)
+            with suppress(KeyError):
+                self.entries.popitem(last=False)
 
     def drop(self, encoder: int) -> None:
         """Drop all results of one encoder."""
-        for key in [key for key in self.entries if key[0][0] == encoder]:  # type: ignore[index]
-            del self.entries[key]
+        for key in list(self.entries):
+            if key[0][0] == encoder:  # type: ignore[index]
+                self.entries.pop(key, None)
 
     def facts(self) -> dict[str, int]:
         """Return counts and bytes for the report."""
-        tensors = [x for entry in self.entries.values() for x in _tensors(entry)]
+        tensors = [x for entry in list(self.entries.values()) for x in _tensors(entry)]
         size = sum(x.nbytes for x in tensors)
         return {"hits": self.hits, "misses": self.misses, "kept": len(self.entries), "bytes": size}
 
@@ -161,8 +171,8 @@ class _CachedEncoder:
         if encoder is None or not inputs or not self._can_cache(encoder, plain_encode):
             return plain_encode(*args, **kwargs)
         signature = id(self), numeric_settings(inputs[0].device), *_describe((args, kwargs))
-        if (key := self._cache.find(signature, inputs)) is not None:
-            return self._cache.get(key)
+        if (found := self._cache.find(signature, inputs)) is not None:
+            return found.result
         result = plain_encode(*args, **kwargs)
         self._cache.put(signature, inputs, result)
         return result

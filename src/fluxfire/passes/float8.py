@@ -33,6 +33,9 @@ from fluxfire.supported import model_of
 Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
 _MIN_CAPABILITY = (8, 9)
+_APPLY_AGAIN = "call restore(pipe), then optimize(pipe, …) with the same passes"
+_LORA = "(the LoRA stays), or fuse and unload the LoRA first"
+_TAKE_BACK = "take that change back, because originals='drop' let go of the original weights"
 
 
 @dataclass(frozen=True)
@@ -138,23 +141,23 @@ class Float8:
         model = model_of(tx.pipe)
         host = HostWeights()
         tx.on_undo(host.bring_back)
-        layers = list(_linears(model, transformer))
+        layers = list(dict.fromkeys(_linears(model, transformer)))  # a block may stand twice
         plain = {linear for *_, linear in layers}
         products: list[Float8Product] = []
-        stacked: list[tuple[str, nn.Linear]] = []
+        stacked: list[nn.Linear] = []
         places: list[tuple[object, str, nn.Module]] = []
-        for attention in model.attentions(transformer):
+        for attention in dict.fromkeys(model.attentions(transformer)):
             if (groups := _stackable(model, attention, plain)) is None:
                 continue
             made: dict[str, nn.Module] = {}
-            for stack, names, parts in groups:
+            for stack, parts in groups:
                 products.append(Float8Product(parts))
                 made[stack] = products[-1]
-                stacked += zip(names, parts, strict=True)
+                stacked += parts
                 places.append((attention, stack, products[-1]))
                 freed += sum(map(host.offload, parts))
             install_products(tx, attention, made)
-        alone = plain - {linear for _, linear in stacked}
+        alone = plain.difference(stacked)
         for linear in (linear for *_, linear in layers if linear in alone):
             products.append(Float8Product([linear]))
             tx.setattr(linear, "product", products[-1])
@@ -369,7 +372,7 @@ class _WeightWatch(Listener):
         self,
         tx: Transaction,
         places: list[tuple[object, str, nn.Module]],
-        stacked: list[tuple[str, nn.Linear]],
+        stacked: list[nn.Linear],
         products: list[Float8Product],
         host: HostWeights,
         *,
@@ -401,16 +404,28 @@ class _WeightWatch(Listener):
         for owner, name, layer in self._places:
             if modules.child(owner, name) is not layer:
                 raise FluxfireError(
-                    f"{name} of {own_class(owner).__name__} was replaced after Float8 quantized it "
-                    f"(a LoRA was loaded, or projections were fused?); restore(pipe), repeat that "
-                    f"change, and optimize(pipe) again"
+                    f"{self._path(owner)}.{name} was replaced after Float8 quantized it "
+                    f"(a LoRA was loaded, or projections were fused?); "
+                    + (_TAKE_BACK if self._is_dropped() else f"{_APPLY_AGAIN} {_LORA}")
                 )
-        for name, linear in self._stacked:
+        for linear in self._stacked:
             if modules.is_hooked(linear):
                 raise FluxfireError(
-                    f"{name} has a hook that came after Float8 (offloading was enabled?), and the "
-                    f"fused product would not call that hook; take it off, or restore(pipe)"
+                    f"{self._path(linear)} has a hook that came after Float8 (offloading was "
+                    f"enabled?), and the fused product would not call that hook; "
+                    + (_TAKE_BACK if self._is_dropped() else f"take it off, or {_APPLY_AGAIN}")
                 )
+
+    def _is_dropped(self) -> bool:
+        linears = (linear for product in self._products for linear in product.linears)
+        return any(isinstance(linear.weight, DroppedWeight) for linear in linears)
+
+    def _path(self, module: object) -> str:
+        """Return a module's path in the transformer; its class, if it is there no more."""
+        for path, one in self._tx.pipe.transformer.named_modules():
+            if one is module:
+                return path
+        return own_class(module).__name__
 
     def _drop_originals(self) -> None:
         linears = [linear for product in self._products for linear in product.linears]
@@ -444,17 +459,17 @@ def _quantize_again(product: Float8Product) -> None:
 
 def _stackable(
     model: Model, attention: AttentionModule, plain: set[nn.Linear]
-) -> list[tuple[str, tuple[str, ...], list[nn.Linear]]] | None:
+) -> list[tuple[str, list[nn.Linear]]] | None:
     """Return the projections to fuse, for the image and for the text.
 
     Returns:
-        (name of the fused product, names of the projections, layers) for each group. None unless
-        all layers are plain, since diffusers calls either all fused products or none.
+        (name of the fused product, layers) for each group. None if a layer is not plain, since
+        diffusers calls either all fused products or none.
     """
-    groups: list[tuple[str, tuple[str, ...], list[nn.Linear]]] = []
+    groups: list[tuple[str, list[nn.Linear]]] = []
     for stack, names in model.projections(attention):
-        groups.append((stack, names, [getattr(attention, name) for name in names]))
-    return groups if all(plain.issuperset(parts) for *_, parts in groups) else None
+        groups.append((stack, [getattr(attention, name) for name in names]))
+    return groups if all(plain.issuperset(parts) for _, parts in groups) else None
 
 
 def _linears(model: Model, transformer: Transformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:

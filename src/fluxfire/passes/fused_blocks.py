@@ -32,7 +32,7 @@ from fluxfire.kontext.attention import (
 )
 from fluxfire.kontext.modulation import ModulatedNorm, modulations
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.runtime.freshness import Structure
+from fluxfire.runtime.freshness import Structure, is_patched
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
@@ -98,7 +98,8 @@ class FusedBlocks:
 
     def apply(self, tx: Transaction) -> Change:
         """Turn every block into an instance of a subclass with a fused forward."""
-        blocks = model_of(tx.pipe).blocks(tx.pipe.transformer)
+        # One block may stand in two places.
+        blocks = list(dict.fromkeys(model_of(tx.pipe).blocks(tx.pipe.transformer)))
         checker = _FallbackChecker(blocks)
         tx.on_undo(checker.clear)
         checker.prepare()
@@ -255,7 +256,9 @@ def _has_flux_parts(block: DoubleBlock | SingleBlock) -> bool:
 
 def _is(module: object, cls: type) -> bool:
     """Whether a module is of exactly a class; a subclass may compute something else."""
-    return isinstance(module, nn.Module) and own_class(module) is cls
+    if not isinstance(module, nn.Module) or own_class(module) is not cls:
+        return False
+    return not any(is_patched(module, name) for name in vars(module))
 
 
 def _is_plain_layer_norm(norm: nn.Module) -> bool:
@@ -279,7 +282,7 @@ def _can_fuse(block: _FusedBlock, x: Tensor, arguments: dict[str, Any] | None) -
         and not getattr(block, _FALLS_BACK)
         and not modules.computes_derivatives()
         and not torch.is_autocast_enabled(x.device.type)
-        and x.dtype is not torch.float16
+        and x.dtype in (torch.bfloat16, torch.float32)
         and is_flux_processor(processor)
         and not modules.runs_on_several_gpus(processor)
     )

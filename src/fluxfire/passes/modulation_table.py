@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from diffusers.models.normalization import AdaLayerNormZero, AdaLayerNormZeroSingle
@@ -90,12 +90,14 @@ class ModulationTable:
         norms: list[list[ModulatedNorm]] = [model.modulated_norms(block) for block in blocks]
         for of_block in norms:
             start = 0
+            if isinstance(of_block[0], _TABLE_CLASSES):
+                continue  # one block may stand in two places
             for norm in of_block:
                 stop = start + norm.linear.out_features
                 tx.set_class(norm, _TABLE_NORMS[type(norm)])
                 tx.setattr(norm, COLUMNS, (start, stop))
                 start = stop
-        linears = [norm.linear for of_block in norms for norm in of_block]
+        linears = list(dict.fromkeys(norm.linear for of_block in norms for norm in of_block))
         freed = 0
         if self.host:
             host = HostWeights()
@@ -117,21 +119,34 @@ class _BranchTable:
 
     Attributes:
         planned: the scheduler's time steps for which the table was computed.
-        pooled: the pooled text embedding for which the table was computed.
+        times: the time of each step as the embedding gets it: (batch,).
+        others: the other inputs of the embedding: guidance, if the model has it, and pooled text.
         temb: the embedding of each step: (batch, width).
         blocks: for each block: (steps, batch, modulations of all its norms).
         versions: torch's counters of in-place changes of `planned` and `pooled`.
     """
 
     planned: Tensor
-    pooled: Tensor
+    times: list[Tensor]
+    others: tuple[Tensor, ...]
     temb: list[Tensor]
     blocks: list[Tensor]
     versions: tuple[int, ...]
 
     def fits(self, pooled: Tensor) -> bool:
         """Whether the table still holds: nobody wrote to the time steps or the pooled text."""
-        return pooled is self.pooled and self.versions == _versions(self.planned, pooled)
+        return pooled is self.others[-1] and self.versions == _versions(self.planned, pooled)
+
+    def holds(self, step: int, timestep: Tensor, others: tuple[Tensor, ...]) -> bool:
+        """Whether the table was computed from these inputs of the embedding. Waits for the device.
+
+        Args:
+            step: the denoising step.
+            timestep: its time: (batch,).
+            others: guidance, if the model has it, and pooled text.
+        """
+        pairs = zip((self.times[step], *self.others), (timestep, *others), strict=True)
+        return all(torch.equal(mine, given) for mine, given in pairs)
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
@@ -155,19 +170,21 @@ class _Tables(Listener):
     _norms: list[list[ModulatedNorm]] = field(default_factory=list)  # of each block
     _watch: Watch | None = None
     _watched: list[nn.Module] = field(default_factory=list)
-    _callback_may_change: bool = True
+    _may_change: bool = True
+    _is_wrapped: bool = False
     _by_branch: dict[str, _BranchTable | None] = field(default_factory=dict)  # None: declined
 
     @override
     @contextmanager
     def on_generation(self, generation: Generation) -> Iterator[None]:
         """Start and end without tables."""
-        self._watch, self._callback_may_change = None, generation.calls_back
-        self._by_branch.clear()
+        self._watch, self._may_change = None, generation.may_change
+        tables: dict[str, _BranchTable | None] = {}
+        self._by_branch = tables
         try:
             yield
-        finally:
-            self._by_branch.clear()
+        finally:  # after an interrupt it may come late, when another generation has its own tables
+            tables.clear()
 
     @override
     @contextmanager
@@ -182,6 +199,8 @@ class _Tables(Listener):
         norms = [model.modulated_norms(block) for block in blocks]
         if norms != self._norms:
             self._norms, self._watch = norms, None
+        # A hook may give the transformer another time or guidance than the pipeline.
+        self._is_wrapped = _is_observed(cast("nn.Module", self.pipe.transformer))
         if any(map(_is_observed, blocks)):
             self._by_branch.clear()
         elif not torch.is_autocast_enabled(call.timestep.device.type):
@@ -189,7 +208,8 @@ class _Tables(Listener):
         try:
             yield
         finally:
-            self._call = None
+            if self._call is call:
+                self._call = None
 
     def __call__(self, run: Run, streams: Streams, blocks: range, call: Call) -> Streams:
         """Give each block its row of the table in place of the embedding."""
@@ -213,21 +233,22 @@ class _Tables(Listener):
         """
         call = self._call
         if call is not None and not modules.computes_derivatives():
-            layers = (
-                self._layers() if self._callback_may_change or not self._watch else self._watched
-            )
+            layers = self._layers() if self._may_change or not self._watch else self._watched
             if self._watch is None or layers != self._watched:
                 self._by_branch.clear()
                 self._watched, self._watch = layers, Watch(layers, apart_from=(COLUMNS,))
-            elif self._callback_may_change and self._watch.changed():
+            elif self._may_change and self._watch.changed():
                 self._by_branch.clear()
                 self._watch.accept()
             table = self._by_branch.get(call.branch)
-            plain = not self._callback_may_change or self._depends_on_time_alone()
+            plain = not self._may_change or self._depends_on_time_alone()
             fits = table and plain and table.fits(others[-1])
             if call.branch not in self._by_branch or (table and not fits):
                 self._by_branch[call.branch] = self._compute(plain_embed, call, timestep, others)
-            elif table and not self._is_planned_step(table.planned, call):
+            elif table and not (
+                self._is_planned_step(table.planned, call)
+                and (not self._is_wrapped or table.holds(call.step, timestep, others))
+            ):
                 self._by_branch[call.branch] = None
                 self.declined += 1
             if (table := self._by_branch[call.branch]) is not None:
@@ -255,9 +276,14 @@ class _Tables(Listener):
 
         A LoRA's scale can change from step to step, and a hook must be called at every step.
         """
+        for of_block in self._norms:
+            end = 0  # a row has the modulations in the order in which the norms stand today
+            for norm in of_block:
+                start, stop = getattr(norm, COLUMNS, (-1, -1))
+                if not isinstance(norm, _TABLE_CLASSES) or start != end:
+                    return False
+                end = stop
         norms = [norm for of_block in self._norms for norm in of_block]
-        if any(not isinstance(norm, _TableNormZero | _TableNormZeroSingle) for norm in norms):
-            return False
         sources = (*norms, self.pipe.transformer.time_text_embed)
         if any(modules.has_adapter(part) for source in sources for part in source.modules()):
             return False
@@ -283,7 +309,8 @@ class _Tables(Listener):
         for norms in self._norms:
             parts = [modulations(norm, rows) for norm in norms]
             blocks.append(torch.cat(parts, dim=1).view(len(times), len(temb[0]), -1))
-        return _BranchTable(planned, others[-1], temb, blocks, _versions(planned, others[-1]))
+        versions = _versions(planned, others[-1])
+        return _BranchTable(planned, times, others, temb, blocks, versions)
 
     def _times(self, planned: Tensor, call: Call, timestep: Tensor) -> list[Tensor] | None:
         """Return the time that each step's embedding will get, (batch,) each; None if unknown.
@@ -339,6 +366,7 @@ def _is_observed(block: nn.Module) -> bool:
     return bool(patched or own["_forward_hooks"] or own["_forward_pre_hooks"])
 
 
+_TABLE_CLASSES = (_TableNormZero, _TableNormZeroSingle)
 _TABLE_NORMS = {
     AdaLayerNormZero: _TableNormZero,
     AdaLayerNormZeroSingle: _TableNormZeroSingle,

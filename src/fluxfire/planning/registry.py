@@ -10,11 +10,11 @@ is the pass's name, and its value is the class:
 from __future__ import annotations
 
 from collections.abc import Callable
-from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
 
 from fluxfire.errors import PlanError
 from fluxfire.protocol import Pass
+from fluxfire.text import closest
 
 GROUP = "fluxfire.passes"
 
@@ -61,14 +61,14 @@ def find(name: str) -> Callable[..., Pass]:
             f"; did you mean {close!r}?"
             if close
             else f"; if a pass is in another package, that package must be installed first "
-            f"(pip install …), and be announced there as an entry point of the group {GROUP!r}"
+            f"(pip install …), and register the pass as an entry point of the group {GROUP!r}"
         )
         raise PlanError(f"there is no pass {name!r}; there are {', '.join(names())}{hint}")
     try:
         cls: Callable[..., Pass] = theirs[name].load()
     except Exception as error:
         raise PlanError(
-            f"the pass {name!r} is announced as {theirs[name].value}, which cannot be imported: "
+            f"the pass {name!r} is registered as {theirs[name].value}, which cannot be imported: "
             f"{type(error).__name__}: {error}"
         ) from error
     return cls
@@ -76,8 +76,7 @@ def find(name: str) -> Callable[..., Pass]:
 
 def closest_name(name: str) -> str | None:
     """Return the pass name most similar to a misspelt one; None if no name is similar."""
-    close = get_close_matches(name.replace("_", "-"), names(), n=1)
-    return close[0] if close else None
+    return closest(name.replace("_", "-"), names())
 
 
 def make(name: str) -> Pass:

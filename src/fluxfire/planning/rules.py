@@ -41,8 +41,9 @@ def why_not_a_pass(candidate: object) -> str | None:
         return f"{candidate!r} is not a pass: it raised {type(error).__name__}: {error}"
     missing += [f"{m}()" for m in _METHODS if not callable(getattr(candidate, m, None))]
     if missing:
-        similar = [f"{m} by {a}" for a, m in misspelt_members(candidate).items()]
-        hint = f"; did you mean {', '.join(similar)}?" if similar else ""
+        similar = misspelt_members(candidate)
+        meant, written = (", ".join(map("`{}`".format, x)) for x in (similar.values(), similar))
+        hint = f"; did you mean {meant}? You wrote {written}" if similar else ""
         return f"{candidate!r} is not a pass: it has no {', '.join(missing)}{hint}"
     assert isinstance(candidate, Pass)  # noqa: S101 - all members were found above
     return _invalid_member(candidate) or _invalid_optional_member(candidate)

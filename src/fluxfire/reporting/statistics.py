@@ -141,6 +141,7 @@ class Statistics(Listener):
 
     def __init__(self) -> None:
         self.runs: deque[RunStatistics] = deque(maxlen=_MAX_RUNS)
+        self._run: RunStatistics | None = None
         self._step = -1
         self._clock: _StepClock | None = None
         self._tokens: Tokens | None = None
@@ -150,7 +151,7 @@ class Statistics(Listener):
     def on_generation(self, generation: Generation) -> Iterator[None]:
         """Time the whole pipeline call, and count its compilations."""
         run = RunStatistics(generation.number)
-        self._step, self._clock, self._tokens = -1, None, None
+        self._run, self._step, self._clock, self._tokens = run, -1, None, None
         began = time.perf_counter()
         try:
             with count_compilations() as run.compiled:
@@ -162,10 +163,12 @@ class Statistics(Listener):
             run.seconds = time.perf_counter() - began
             run.calls = generation.calls
             run.decisions, run.refreshes = generation.decisions, generation.refreshes
-            run.tokens = self._tokens
-            if self._clock is not None:
-                run._marks = self._clock.marks  # noqa: SLF001 - a class of this file
-            self._clock = None
+            # After an interrupt this block may end late, during another generation.
+            if self._run is run:
+                run.tokens = self._tokens
+                if self._clock is not None:
+                    run._marks = self._clock.marks  # noqa: SLF001 - a class of this file
+                self._clock = None
             self.runs.append(run)
 
     @override

@@ -30,11 +30,13 @@ from fluxfire.errors import BusyError, FluxfireError
 from fluxfire.model import Model
 from fluxfire.runtime import copies
 from fluxfire.runtime.blocks import BlockStack
+from fluxfire.runtime.freshness import has_foreign_hooks, is_patched
 from fluxfire.runtime.generation import Generation, Listener, Live, callback_may_change
 from fluxfire.runtime.record import Record
 from fluxfire.runtime.turns import Turns
 
 _CONDUCTOR = "_fluxfire_conductor"
+_KNOWN = ("diffusers.", "fluxfire.")
 _NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
 
 
@@ -49,17 +51,17 @@ class Conductor:
             whole transformer adds one.
         live: the live settings of passes that `fluxfire.using` can change.
         passes: the applied passes as data.
-        warming_up: whether generations are warm-up runs.
         changing: whether a change of the pipeline has begun and not finished. It stays True after
             an interrupt that left the pipeline half changed.
         record: the edits made to the pipeline.
+        warmups: the open blocks of `warmup_run`.
     """
 
     def __init__(self, pipe: Pipeline, model: Model, record: Record) -> None:
         self.listeners: list[Listener] = []
         self.live: list[Live[Any]] = []
         self.passes: tuple[Configured, ...] = ()
-        self.warming_up = False
+        self.warmups: weakref.WeakSet[_WarmupRun] = weakref.WeakSet()
         self.changing = False
         self.model = model
         self.stack = BlockStack(model)
@@ -69,6 +71,11 @@ class Conductor:
         self._transformer = weakref.ref(pipe.transformer)
         self._turns = Turns()
         self._count = 0
+
+    @property
+    def warming_up(self) -> bool:
+        """Whether generations are warm-up runs."""
+        return bool(self.warmups)
 
     def owns(self, pipe: object) -> bool:
         """Whether an object is the pipeline of this conductor."""
@@ -128,19 +135,19 @@ class Conductor:
         return None
 
     @contextmanager
-    def conduct_generation(self, pipe: Pipeline, *, calls_back: bool) -> Iterator[None]:
+    def conduct_generation(self, pipe: Pipeline, *, may_change: bool) -> Iterator[None]:
         """Run the callbacks around a generation. The block is the whole pipeline call.
 
         Args:
             pipe: the pipeline.
-            calls_back: whether a step callback may change the pipeline.
+            may_change: whether somebody's code runs between the steps.
 
         Raises:
             BusyError: the pipeline is generating already, or is being changed.
             FluxfireError: the pipeline cannot generate any more (see `why_unusable`).
         """
         generation = Generation(
-            self._count + 1, self.model, self.passes, self.warming_up, calls_back
+            self._count + 1, self.model, self.passes, self.warming_up, may_change
         )
         try:
             holder = self._turns.take(generation)
@@ -184,14 +191,18 @@ class Conductor:
             self.prepare()
             yield inputs
             return
-        if generation.calls_back:
-            self.prepare()  # the callback may have changed anything since the last step
+        if generation.may_change:
+            self.prepare()
         call = generation.advance(cast("Pipeline", self._pipe()), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:
                 entered.enter_context(listener.on_step(call))
             transformer = cast("Transformer", self._transformer())
             yield entered.enter_context(self.stack.mount(transformer, call, inputs))
+
+
+class _WarmupRun:
+    """One open block of `warmup_run`."""
 
 
 class _Change:
@@ -240,17 +251,52 @@ def warmup_run(pipe: object) -> Iterator[None]:
     if conductor is None:  # a plain pipeline has no passes that could use the mark
         yield
         return
-    before, conductor.warming_up = conductor.warming_up, True
+    run = _WarmupRun()  # if an interrupt skips the end of this block, Python deletes the object
     try:
+        conductor.warmups.add(run)
         yield
     finally:
-        conductor.warming_up = before
+        conductor.warmups.discard(run)
 
 
 def conductor_of_transformer(transformer: object) -> Conductor | None:
     """Return the conductor of the pipeline that a transformer was optimized through, or None."""
     call = vars(transformer).get(CALL_SLOT)
     return call.conductor if isinstance(call, TransformerCall) else None
+
+
+def _look_after_last_step(conductor: Conductor, callback: Any) -> dict[str, Any]:
+    """Return the arguments of a pipeline call with a step callback, for which the VAE is prepared.
+
+    The last callback comes after the last transformer call, and may change the VAE.
+    """
+
+    def call_and_look(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
+        made = callback(pipe, step, timestep, tensors)
+        if step == pipe.num_timesteps - 1:
+            conductor.prepare()
+        return made
+
+    arguments: dict[str, Any] = {"callback_on_step_end": call_and_look}
+    # diffusers' own callback classes name the tensors that they want.
+    if (wanted := getattr(callback, "tensor_inputs", None)) is not None:
+        arguments["callback_on_step_end_tensor_inputs"] = wanted
+    return arguments
+
+
+def runs_foreign_code(pipe: Any, plain: type) -> bool:
+    """Whether code that is neither diffusers' nor fluxfire's runs between the steps.
+
+    Args:
+        pipe: the pipeline.
+        plain: its plain class.
+    """
+    scheduler = pipe.scheduler
+    if not all(cls.__module__.startswith(_KNOWN) for cls in (plain, type(scheduler))):
+        return True
+    if has_foreign_hooks(pipe.transformer, submodules=False):
+        return True
+    return any(is_patched(owner, name) for owner in (pipe, scheduler) for name in vars(owner))
 
 
 def make_private_class(pipe: Pipeline, conductor: Conductor) -> type:
@@ -273,8 +319,12 @@ def make_private_class(pipe: Pipeline, conductor: Conductor) -> type:
 
     @functools.wraps(first.__call__)
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N807
-        calls_back = callback_may_change(kwargs.get("callback_on_step_end"))
-        with conductor.conduct_generation(self, calls_back=calls_back):
+        callback = kwargs.get("callback_on_step_end")
+        calls_back = callback_may_change(callback)
+        if calls_back:
+            kwargs |= _look_after_last_step(conductor, callback)
+        may_change = calls_back or runs_foreign_code(self, plain())
+        with conductor.conduct_generation(self, may_change=may_change):
             return plain().__call__(self, *args, **kwargs)
 
     def __copy__(self: Any) -> Any:  # noqa: N807

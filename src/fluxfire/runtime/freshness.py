@@ -37,7 +37,7 @@ from fluxfire.edits.override import Override
 from fluxfire.kernels import checksum
 from fluxfire.modules import change_count, has_global_hooks, submodules
 
-__all__ = ["Structure", "Watch", "has_foreign_hooks", "numeric_settings"]
+__all__ = ["Structure", "Watch", "has_foreign_hooks", "is_patched", "numeric_settings"]
 
 _MODULE_ATTRIBUTES = frozenset(vars(nn.Module())) - {"training"}  # every module has them
 _COMPARED_BY_VALUE = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
@@ -346,7 +346,9 @@ class _Snapshot:
         return self.values == other.values
 
 
-def has_foreign_hooks(module: nn.Module, apart_from: Iterable[str] = ()) -> bool:
+def has_foreign_hooks(
+    module: nn.Module, apart_from: Iterable[str] = (), *, submodules: bool = True
+) -> bool:
     """Whether code outside fluxfire sees or changes what a module computes.
 
     Such code is in forward hooks, or in functions that replace a method of the instance. Hooks of
@@ -354,23 +356,32 @@ def has_foreign_hooks(module: nn.Module, apart_from: Iterable[str] = ()) -> bool
     sees a change of weights.
 
     Args:
-        module: the module, with all its submodules.
+        module: the module.
         apart_from: names of methods to ignore.
+        submodules: whether to look at all its submodules, too.
     """
     if has_global_hooks():
         return True
     ignored = _MODULE_ATTRIBUTES.union(apart_from)
-    for part in module.modules():
+    for part in module.modules() if submodules else (module,):
         own = vars(part)
         if own["_forward_hooks"] or own["_forward_pre_hooks"]:
             return True
         for name in own.keys() - ignored:
             is_offloading = name == "forward" and not _OFFLOADING.isdisjoint(own)
-            if is_offloading or not _is_foreign(own[name]):
-                continue
-            if callable(getattr(type(part), name, None)):  # the attribute hides a method
+            if not is_offloading and is_patched(part, name):
                 return True
     return False
+
+
+def is_patched(owner: object, name: str) -> bool:
+    """Whether an attribute of an object hides a method of its class, and is not fluxfire's.
+
+    Args:
+        owner: the object.
+        name: name of one of its own attributes.
+    """
+    return callable(getattr(type(owner), name, None)) and _is_foreign(vars(owner)[name])
 
 
 def numeric_settings(device: torch.device) -> tuple[object, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -85,7 +86,7 @@ class Generation:
         passes: the applied passes as data. The tuple is the same object until they change.
         warmup: whether this is a warm-up run. In a warm-up run a cache takes each of its code paths
             at least once, so that torch compiles all graphs.
-        calls_back: whether a step callback may change the pipeline; True if that is unknown.
+        may_change: whether somebody's code runs between the steps, and so may change the pipeline.
         thread: the id of the thread that generates.
         step: the current step, from 0; -1 before the first step.
         calls: how often the transformer ran.
@@ -98,7 +99,7 @@ class Generation:
     model: Model
     passes: tuple[Configured, ...] = ()
     warmup: bool = False
-    calls_back: bool = True
+    may_change: bool = True
     thread: int = field(default_factory=threading.get_ident)
     step: int = -1
     calls: int = 0
@@ -151,7 +152,7 @@ class Live(Generic[P]):
     """
 
     applied: P
-    _uses: list[_Use[P]] = field(default_factory=list)
+    _uses: list[weakref.ref[_Use[P]]] = field(default_factory=list)
 
     @property
     def settings(self) -> P:
@@ -163,7 +164,7 @@ class Live(Generic[P]):
         of any thread wins, because a user may open the block in one thread and generate in
         another. Without any block, this is the applied pass.
         """
-        uses = list(self._uses)
+        uses = [use for ref in tuple(self._uses) if (use := ref()) is not None]
         own = [use for use in uses if use.thread == threading.get_ident()]
         return (own or uses)[-1].settings if uses else self.applied
 
@@ -174,11 +175,14 @@ class Live(Generic[P]):
         Blocks of two threads may overlap, and end in any order.
         """
         use = _Use(settings, threading.get_ident())
-        self._uses.append(use)
+        # If an interrupt skips the end of this block, Python deletes `use` with the frame.
+        ref = weakref.ref(use)
+        self._uses.append(ref)
         try:
             yield
         finally:
-            self._uses.remove(use)
+            if ref in self._uses:
+                self._uses.remove(ref)
 
 
 @dataclass(eq=False)

@@ -7,6 +7,7 @@ then the lock stays locked for good. A turn needs no release: it is over when it
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
@@ -24,10 +25,14 @@ class _Turn:
 
     def __init__(self, holder: object) -> None:
         self.holder, self.over = weakref.ref(holder), False
+        self._process = os.getpid()
 
     def current(self) -> Any:
-        """Return the holder, or None if the turn is over."""
-        return None if self.over else self.holder()
+        """Return the holder, or None if the turn is over.
+
+        A forked process has none of the threads that held a turn.
+        """
+        return None if self.over or self._process != os.getpid() else self.holder()
 
 
 class Turns:

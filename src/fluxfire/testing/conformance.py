@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from dataclasses import FrozenInstanceError, fields, is_dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from fluxfire import api, modules
 from fluxfire.applying import apply_passes, finish_warmup
 from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.environment import environment
-from fluxfire.errors import PassError
+from fluxfire.errors import FluxfireWarning, PassError
 from fluxfire.kontext.random_weights import tiny_kontext
 from fluxfire.planning.rules import misspelt_members, why_not_a_pass
 from fluxfire.protocol import Change, Finding, Pass, Target, configured, provided_traits
@@ -53,6 +54,9 @@ def check_pass(pass_: Pass, make_pipe: MakePipe = tiny_kontext, *, run: RunEdit 
     shallow and pickled copies; hooks and layerwise casting between `optimize` and `restore`; an
     interrupted `restore`; autocast and gradients; and memory after repeated applying. There a pass
     may raise a `FluxfireError` instead.
+
+    A lossy pass that leaves the picture as it was gets a `FluxfireWarning`, because then most of
+    these checks show nothing. It is no broken promise: a cache may skip nothing in so few steps.
 
     Args:
         pass_: the configured pass.
@@ -129,8 +133,8 @@ def _check_spelling(pass_: Pass) -> None:
         fail(
             pass_,
             "its members have the names of the protocol",
-            f"did you mean {member} by {attribute}? If you did not, rename {attribute}, or define "
-            f"{member} in the same class",
+            f"did you mean `{member}`? You wrote `{attribute}`. If it is no misspelling, rename "
+            f"`{attribute}`, or define `{member}` in the same class",
         )
 
 
@@ -238,6 +242,13 @@ def _check_exactness(pass_: Pass, make_pipe: MakePipe, reference: Image, run: Ru
             fail(pass_, "it is bitwise", f"a pixel differs by {off:.3g}")
     elif pass_.exactness == "close":
         _check_is_close(pass_, "it is close", make_pipe, optimized, run)
+    elif np.array_equal(run(optimized), reference):
+        warnings.warn(
+            f"{pass_!r} is lossy, but changes nothing in this pipeline's picture, so check_pass "
+            f"hardly tests it; try settings that act on the tiny pipeline, or declare it bitwise",
+            FluxfireWarning,
+            stacklevel=3,  # the caller of check_pass
+        )
 
 
 def _check_is_close(

@@ -79,7 +79,8 @@ def check_same_structure(pass_: Pass, promise: str, before: dict[str, Any], pipe
     if changed:
         shown = "\n  ".join(changed[:10])
         hint = "change the pipeline through the transaction alone"
-        fail(pass_, promise, f"{len(changed)} things differ ({hint}):\n  {shown}")
+        differ = "1 thing differs" if len(changed) == 1 else f"{len(changed)} things differ"
+        fail(pass_, promise, f"{differ} ({hint}):\n  {shown}")
 
 
 def max_difference(one: Image, other: Image) -> float:

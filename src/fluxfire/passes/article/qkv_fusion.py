@@ -175,12 +175,16 @@ class FusedProjection(nn.Module):
         self.names = names
         self.attribute = attribute
         self._attention = (attention,)
+        self._looks = isinstance(attention, Attention)  # the VAE's; the transformer has 114
         self.weight = self.bias = None
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Project (batch, tokens, width) to (batch, tokens, 3 · inner width)."""
         q, k, v = self._projections()
         plain = type(q) is type(k) is type(v) is nn.Linear
+        # Another pipeline, or a user, may call the VAE without a generation that looks first.
+        if self._looks and plain and not torch.compiler.is_compiling():
+            plain = self.fusible and self.shared
         if self.weight is None or not plain or modules.computes_derivatives():
             return torch.cat([q(hidden_states), k(hidden_states), v(hidden_states)], dim=-1)
         return F.linear(hidden_states, self.weight, self.bias)
@@ -198,7 +202,7 @@ class FusedProjection(nn.Module):
     def share(self) -> None:
         """Copy the projections' weights into one storage, and make them views of it."""
         linears = self.linears
-        with torch.no_grad(), modules.matching_inference_mode(linears[0].weight):
+        with modules.matching_inference_mode(linears[0].weight):
             self.weight = torch.cat([m.weight for m in linears])
             has_bias = linears[0].bias is not None
             self.bias = torch.cat([m.bias for m in linears]) if has_bias else None
@@ -218,7 +222,7 @@ class FusedProjection(nn.Module):
                 continue
             size, start = fused.nbytes // _FUSED_COUNT, fused.data_ptr()
             for index, part in enumerate(parts):
-                if part is None or part.data_ptr() != start + index * size:
+                if part is None or part.data_ptr() != start + index * size or part.nbytes != size:
                     return False
                 if part.dtype is not fused.dtype or not part.is_contiguous():
                     return False
@@ -324,6 +328,7 @@ class _FusionUpdater(Listener):
         return [
             *map(torch.Tensor.data_ptr, parameters),
             *map(torch.Tensor.is_contiguous, parameters),
+            *map(torch.Tensor.size, parameters),
             *[parameter.dtype for parameter in parameters],
         ]
 

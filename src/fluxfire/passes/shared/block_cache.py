@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 from typing_extensions import override
 
 from fluxfire import modules
-from fluxfire.diffusers_types import Pipeline, Transformer
+from fluxfire.diffusers_types import Pipeline
 from fluxfire.errors import FluxfireError
 from fluxfire.model import Call
 from fluxfire.protocol import Finding, Target
+from fluxfire.runtime.freshness import Watch
 from fluxfire.runtime.generation import Decision, Generation, Listener, Live
+
+if TYPE_CHECKING:
+    from torch import nn
 
 P = TypeVar("P")
 _OTHER_CACHES = {
@@ -38,7 +42,7 @@ class CacheWrapper(Listener, Generic[P]):
     def __init__(self, live: Live[P], pipe: Pipeline) -> None:
         self._live, self._pipe = live, pipe
         self._generation: Generation | None = None
-        self._stamp: list[object] | None = None
+        self._watch: Watch | None = None
         self.settings = live.settings
 
     def forget(self) -> None:
@@ -55,12 +59,16 @@ class CacheWrapper(Listener, Generic[P]):
 
     @override
     def on_step(self, call: Call) -> AbstractContextManager[object]:
-        """Drop the cached tensors if a step callback changed weights or a LoRA's scale."""
-        if self._generation is not None and self._generation.calls_back:
-            stamp = list(_weights_stamp(self._pipe.transformer))
-            if self._stamp not in (None, stamp):
+        """Drop the cached tensors if somebody changed the transformer since the last step.
+
+        The first step creates the watch: what has changed before does not matter to the cache.
+        """
+        if self._generation is not None and self._generation.may_change:
+            if self._watch is None:
+                self._watch = Watch([cast("nn.Module", self._pipe.transformer)])
+            elif self._watch.changed():
                 self.forget()
-            self._stamp = stamp
+                self._watch.accept()
         return super().on_step(call)
 
     @override
@@ -84,21 +92,10 @@ class CacheWrapper(Listener, Generic[P]):
         try:
             yield
         finally:
-            self._generation = self._stamp = None
-            self.forget()
-
-
-def _weights_stamp(transformer: Transformer) -> Iterator[object]:
-    """Yield values that change if weights or LoRA settings do; takes less than a millisecond."""
-    for weight in transformer.parameters():
-        yield id(weight)
-        yield modules.change_count(weight)
-    part: Any  # PEFT's layers have more attributes than a module
-    for part in transformer.modules():
-        if (scaling := getattr(part, "scaling", None)) and modules.has_adapter(part):
-            yield tuple(scaling.items())
-            yield tuple(part.active_adapters)
-            yield part.disable_adapters
+            # After an interrupt this block may end late, during another generation.
+            if self._generation is generation:
+                self._generation = self._watch = None
+                self.forget()
 
 
 def check_for_other_caches(target: Target) -> Iterator[Finding]:

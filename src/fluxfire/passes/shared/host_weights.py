@@ -50,19 +50,30 @@ class HostWeights(Listener):
         """Move weights back to the host if `.to(device)` moved them to the device.
 
         Raises:
-            FluxfireError: layer-by-layer offloading moves these weights too.
+            FluxfireError: layer-by-layer offloading moves these weights too; or a weight is no
+                parameter any more.
         """
         weights = [modules.parameter(linear, "weight") for linear in self.linears]
+        if not all(map(_is_own_weight, self.linears, weights)):
+            raise FluxfireError(
+                "a layer whose weight fluxfire keeps in host memory has no parameter `weight` any "
+                "more (it was pruned or parametrized?); restore(pipe), and prune before optimize()"
+            )
         if not all(map(_IS_ON_CPU, weights)):
             for linear in self.linears:
                 self._move_to_host(linear)
 
     def bring_back(self) -> None:
-        """Move all weights back to their device, with the same bits."""
-        for weight in (linear.weight for linear in self.linears):
-            if self.device is not None and weight.device != self.device:
-                with modules.matching_inference_mode(weight):
-                    weight.data = weight.data.to(self.device)
+        """Move all weights to the device of their layer's bias, with the same bits.
+
+        Without a bias, a weight goes back to the device that it came from.
+        """
+        for linear in self.linears:
+            device = self.device if linear.bias is None else linear.bias.device
+            for weight in linear.parameters():  # its own, or those it was pruned to
+                if device is not None and weight.device != device and not weight.is_meta:
+                    with modules.matching_inference_mode(weight):
+                        weight.data = weight.data.to(device)
 
     def drop(self) -> None:
         """Free all weights. A `DroppedWeight` with the shape and dtype takes the place of each."""
@@ -88,6 +99,14 @@ class HostWeights(Listener):
         with modules.matching_inference_mode(weight):
             weight.data = weight.data.cpu().pin_memory()
         return int(weight.nbytes)
+
+
+def _is_own_weight(linear: nn.Linear, weight: Tensor | None) -> bool:
+    """Whether a weight is the layer's parameter, its adapter's base, or lent for one call.
+
+    Pruning and parametrizing put a computed tensor in the weight's place, which is not registered.
+    """
+    return isinstance(weight, nn.Parameter) or "weight" in vars(linear)["_parameters"]
 
 
 class DroppedWeight(nn.Parameter):
