@@ -287,3 +287,30 @@ def test_a_turn_within_a_turn_and_one_whose_holder_is_gone():
 
 class Holder:
     """Anything that a weak reference can be made to."""
+
+
+@each_pass
+def test_what_an_interrupt_left_open_and_python_closes_in_the_next_call(pass_):
+    """An exception holds the frames that it cut short; they end when somebody lets go of it."""
+    passes = [pass_, FirstBlockCache(0)] if pass_.slot != "block-cache" else [pass_]
+    pipe, twin = (fluxfire.optimize(tiny_kontext(), passes) for _ in range(2))
+    kept = []
+
+    def let_go(*_):
+        kept.clear()
+
+    for each in (pipe, twin):
+        each.transformer.context_embedder.register_forward_hook(let_go)
+        edit(each, steps=2)
+    with Interrupter() as heard:
+        edit(pipe, steps=2)
+    for number in samples(pass_, (FEW, heard.began["mount"], heard.seen)):
+        try:
+            with Interrupter(number) as interrupter:
+                try:
+                    edit(pipe, steps=2)
+                except KeyboardInterrupt as error:
+                    kept.append(error)
+        finally:
+            assert not interrupter.left
+        assert np.array_equal(edit(pipe, steps=2), edit(twin, steps=2))

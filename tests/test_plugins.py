@@ -26,7 +26,7 @@ def test_an_announced_pass_is_found_by_name(pipe, announced):
 
 
 def test_a_plugin_that_cannot_be_imported_says_so(pipe, announced):
-    with pytest.raises(PlanError, match="'gone' is announced as no_such_package:Gone, which"):
+    with pytest.raises(PlanError, match="'gone' is registered as no_such_package:Gone, which"):
         fluxfire.optimize(pipe, ["gone"])
 
 
@@ -58,7 +58,9 @@ def test_unknown_names_list_plugins_too(pipe, announced):
 
 
 def test_a_name_that_nobody_announces_gets_a_hint(pipe, announced):
-    with pytest.raises(PlanError, match=r"pip install …\), and be .* group 'fluxfire.passes'$"):
+    with pytest.raises(
+        PlanError, match=r"pip install …\), and register .* group 'fluxfire.passes'$"
+    ):
         fluxfire.optimize(pipe, ["zzz"])
 
 
@@ -68,7 +70,7 @@ def test_plugins_are_listed_as_what_they_are(capsys, announced):
     assert said["skip-block"].split(maxsplit=4)[1:] == [
         "blocks", "-", "lossy", "Skips one block of the transformer. (plugin: doubles:SkipBlock)",
     ]  # fmt: skip
-    assert "'gone' is announced as no_such_package:Gone, which cannot be" in said["gone"]
+    assert "'gone' is registered as no_such_package:Gone, which cannot be" in said["gone"]
 
 
 def test_a_plugin_that_is_no_pass_is_listed_so(capsys, monkeypatch):

@@ -522,7 +522,7 @@ def test_files_that_are_no_lists_are_refused(pipe, tmp_path, text, said):
 
 
 def test_what_no_file_could_give_back_is_not_saved(tmp_path):
-    with pytest.raises(PlanError, match="not announced as its class|there is no pass"):
+    with pytest.raises(PlanError, match="not registered as its class|there is no pass"):
         recipes.write([SkipBlock()], tmp_path / "list.json")
     with pytest.raises(PlanError, match="cannot be saved"):
         recipes.write([FirstBlockCache(float("inf"))], tmp_path / "list.json")

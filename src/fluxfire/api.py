@@ -64,6 +64,9 @@ def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> 
     to the passes of the first call, unless it replaces them. A warning of a check becomes a
     `FluxfireWarning`. The logger `fluxfire` gets a line for each applied pass, at level INFO.
 
+    An interrupt (Ctrl-C) rolls back what this call did; if it hits the rollback itself, one
+    `restore` finishes it.
+
     Args:
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.
         passes: the name of a preset (`"faithful"`, `"balanced"`, `"fast"`, `"article"`); or a list
@@ -88,7 +91,8 @@ def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> 
 def restore(pipe: P) -> P:
     """Undo everything that fluxfire did to a pipeline, bit for bit.
 
-    Does nothing to a plain pipeline, so a second call is safe.
+    Does nothing to a plain pipeline, so a second call is safe. If an interrupt (Ctrl-C) hits
+    `restore`, one more `restore` finishes it.
 
     Returns:
         The same pipeline.

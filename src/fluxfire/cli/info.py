@@ -111,7 +111,7 @@ def _text_of_plugin(name: str) -> catalog.PassText:
     """Read a plugin's class, which its entry point names."""
     from fluxfire.planning import registry
 
-    made = registry.make(name)
+    made: Any = registry.make(name)
     own = fields(made) if is_dataclass(made) else ()
     settings = (f"{field.name} = {getattr(made, field.name)!r}" for field in own if field.init)
     return catalog.PassText(inspect.getdoc(type(made)) or "", tuple(settings))

@@ -27,7 +27,7 @@ def modulations(norm: ModulatedNorm, temb: Tensor) -> Tensor:
         (batch, 3 · width): shift, scale and gate of a single block.
     """
     columns = getattr(norm, COLUMNS, None)
-    if columns is not None and temb.shape[-1] != norm.linear.in_features:
+    if columns is not None and temb.shape[-1] != norm.linear.weight.shape[1]:
         start, stop = columns
         return temb[:, start:stop]
     linear, x = norm.linear, norm.silu(temb)

@@ -422,10 +422,9 @@ class _WeightWatch(Listener):
 
     def _path(self, module: object) -> str:
         """Return a module's path in the transformer; its class, if it is there no more."""
-        for path, one in self._tx.pipe.transformer.named_modules():
-            if one is module:
-                return path
-        return own_class(module).__name__
+        transformer: Any = self._tx.pipe.transformer
+        paths = (str(path) for path, one in transformer.named_modules() if one is module)
+        return next(paths, own_class(module).__name__)
 
     def _drop_originals(self) -> None:
         linears = [linear for product in self._products for linear in product.linears]

@@ -219,7 +219,7 @@ def _expand_home(path: Path) -> Path:
 
 @dataclass
 class _Loaded:
-    """What was loaded from the file for one fingerprint.
+    """What was loaded from the file for one fingerprint of pipeline, passes and machine.
 
     Attributes:
         state: a description for the report.

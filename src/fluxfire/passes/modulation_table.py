@@ -93,7 +93,7 @@ class ModulationTable:
             if isinstance(of_block[0], _TABLE_CLASSES):
                 continue  # one block may stand in two places
             for norm in of_block:
-                stop = start + norm.linear.out_features
+                stop = start + len(norm.linear.weight)
                 tx.set_class(norm, _TABLE_NORMS[type(norm)])
                 tx.setattr(norm, COLUMNS, (start, stop))
                 start = stop
@@ -115,7 +115,7 @@ class ModulationTable:
 
 @dataclass(eq=False)
 class _BranchTable:
-    """The modulations of one branch.
+    """The modulations of one branch: `"cond"`, or `"uncond"` of true CFG.
 
     Attributes:
         planned: the scheduler's time steps for which the table was computed.

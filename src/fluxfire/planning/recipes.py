@@ -36,7 +36,7 @@ def write(passes: Iterable[Pass], path: Path, **facts: object) -> None:
     for pass_ in passes:
         if registry.find(pass_.name) is not type(pass_):
             raise PlanError(
-                f"{pass_!r} cannot be saved: the name {pass_.name!r} is not announced as its "
+                f"{pass_!r} cannot be saved: the name {pass_.name!r} is not registered as its "
                 f"class, so fluxfire could not read the file again"
             )
     entries = [{"name": p.name, "settings": dict(configured(p).settings)} for p in passes]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ class Conductor:
         """
         change = _Change()
         try:
-            holder = self._turns.take(change)
+            holder = self._turns.take(change, sys._getframe(2))  # noqa: SLF001 - of the `with` statement
             if holder is not change:
                 generating = isinstance(holder, Generation)
                 doing = "generating" if generating else "being changed by another thread"
@@ -150,7 +151,7 @@ class Conductor:
             self._count + 1, self.model, self.passes, self.warming_up, may_change
         )
         try:
-            holder = self._turns.take(generation)
+            holder = self._turns.take(generation, sys._getframe(2))  # noqa: SLF001 - as above
             if holder is not generation:
                 raise BusyError(_why_busy(holder))
             if (why := self.why_unusable(pipe)) is not None:

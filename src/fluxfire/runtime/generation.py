@@ -1,4 +1,7 @@
-"""One generation: its steps, the callbacks of its listeners, and the records of caches."""
+"""One generation: its steps, the callbacks of its listeners, and the records of caches.
+
+`conductor.py` raises the error "already generating" when a second generation would begin.
+"""
 
 from __future__ import annotations
 

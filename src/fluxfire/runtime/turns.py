@@ -3,16 +3,20 @@
 With `threading.Lock`, Ctrl-C can come after the body of `with lock:` and before the release, and
 then the lock stays locked for good. A turn needs no release: it is over when its holder calls
 `leave`, or when Python deletes the holder, as it deletes a local variable when the frame ends.
+
+`conductor.py` raises the error "already generating" when a turn is taken.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 __all__ = ["Turns"]
@@ -23,16 +27,31 @@ _PAUSE = 0.002  # seconds between two attempts of a waiting thread
 class _Turn:
     """One holder's turn: a node of a linked list, whose attribute `next` is the turn after it."""
 
-    def __init__(self, holder: object) -> None:
+    def __init__(self, holder: object, frame: FrameType | None = None) -> None:
         self.holder, self.over = weakref.ref(holder), False
-        self._process = os.getpid()
+        self._process, self._thread = os.getpid(), threading.get_ident()
+        self._frame = None if frame is None else id(frame)
 
     def current(self) -> Any:
         """Return the holder, or None if the turn is over.
 
         A forked process has none of the threads that held a turn.
         """
-        return None if self.over or self._process != os.getpid() else self.holder()
+        holder = None if self.over or self._process != os.getpid() else self.holder()
+        return holder if holder is not None and self._is_running() else None
+
+    def _is_running(self) -> bool:
+        """Whether the frame of the holder's block still runs.
+
+        An interrupt may skip `leave`. If somebody keeps its exception, as IPython does, then the
+        exception keeps the frame and so the holder alive, but the frame runs no more.
+        """
+        if self._frame is None:
+            return True
+        running = sys._current_frames().get(self._thread)  # noqa: SLF001 - its documented name
+        while running is not None and id(running) != self._frame:
+            running = running.f_back
+        return running is not None
 
 
 class Turns:
@@ -47,16 +66,17 @@ class Turns:
         """The object whose turn it is; None if it is nobody's turn."""
         return self._last().current()
 
-    def take(self, holder: Any) -> Any:
+    def take(self, holder: Any, frame: FrameType | None = None) -> Any:
         """Give the turn to a holder, unless somebody else has it.
 
         Args:
             holder: any object with weak references. The turn ends when the object is deleted.
+            frame: a frame of this thread; the turn also ends when it does.
 
         Returns:
             The object whose turn it is now.
         """
-        mine = _Turn(holder)
+        mine = _Turn(holder, frame)
         while True:
             last = self._last()
             if (current := last.current()) is not None:
@@ -78,9 +98,9 @@ class Turns:
 
         Blocks of the same thread may nest.
         """
-        me = _Waiting()
+        me, block = _Waiting(), sys._getframe(2)  # noqa: SLF001 - the frame of the `with` statement
         try:
-            while (current := self.take(me)) is not me and current.thread != me.thread:
+            while (current := self.take(me, block)) is not me and current.thread != me.thread:
                 del current  # a reference would keep the other holder alive, and so its turn
                 time.sleep(_PAUSE)
             yield

@@ -231,8 +231,8 @@ class FusedProjection(nn.Module):
     def separate(self) -> None:
         """Give each projection its own storage again.
 
-        Offloading stores the weights elsewhere, and brings back slices of the shared storage when
-        it is removed. So this checks each weight's storage, and does not rely on `self.weight`.
+        Offloading stores the weights elsewhere. When offloading is removed, it puts slices of the
+        shared storage back. So this checks each weight's storage, not `self.weight`.
         """
         for linear in self.linears:
             for name in ("weight", "bias"):
