@@ -815,3 +815,18 @@ def test_a_lora_that_was_there_before(pass_):
     assert np.abs(made - plain).max() <= bound * effect
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe, steps=2), plain)
+
+
+@pytest.mark.parametrize("pass_", own_passes(), ids=repr)
+def test_a_block_that_stands_in_two_places(pass_):
+    """As in models that are made deeper by repeating a block."""
+    pipe = tiny_kontext(double_blocks=1, single_blocks=2)
+    for blocks in (pipe.transformer.transformer_blocks, pipe.transformer.single_transformer_blocks):
+        blocks.append(blocks[0])
+    plain = edit(pipe, steps=2)
+    fluxfire.optimize(pipe, [pass_])
+    made = edit(pipe, steps=2)
+    bound = {"bitwise": 0.0, "close": CLOSE, "lossy": 0.05}[pass_.exactness]
+    assert np.abs(made - plain).max() <= bound
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe, steps=2), plain)

@@ -25,6 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig
 from torch import nn
+from torch.nn.utils import parametrize, prune
 from torch.overrides import TorchFunctionMode
 
 import fluxfire
@@ -338,6 +339,44 @@ def test_between_two_generations(of, change):
     rounds = change in ROUNDS_OTHERWISE and "float8" in of
     bitwise = any(p.exactness == "lossy" for p in passes) or of == "encodings"
     assert apart <= (0.005 if rounds else 0 if bitwise else CLOSE)
+
+
+class _Same(nn.Module):
+    def forward(self, weight):
+        return weight * 1.5
+
+
+def as_buffer(linear):
+    weight = linear.weight.detach() * 1.5
+    del linear.weight
+    linear.register_buffer("weight", weight)
+
+
+NO_PARAMETER = {
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", amount=0.5),
+    "parametrized": lambda linear: parametrize.register_parametrization(linear, "weight", _Same()),
+    "a buffer": as_buffer,
+}
+
+
+@pytest.mark.parametrize("how", NO_PARAMETER)
+@pytest.mark.parametrize("of", ["float8", "table", "table-host", "fused", "qkv", "fa3-fp8"])
+def test_weights_that_are_no_parameters_any_more(of, how):
+    def change(pipe):
+        for linear in (single(pipe).proj_mlp, single(pipe).attn.to_q, double(pipe).norm1.linear):
+            NO_PARAMETER[how](linear)
+
+    plain, pipe = tiny(), fluxfire.optimize(tiny(), LISTS[of])
+    edit(pipe, steps=1)
+    for each in (plain, pipe):
+        change(each)
+    expected = edit(plain, steps=1)
+    assert np.abs(expected - edit(tiny(), steps=1)).max() > 10 * CLOSE
+    if of in ("float8", "table-host"):
+        with pytest.raises(FluxfireError, match="restore"):
+            edit(pipe, steps=1)
+        fluxfire.restore(pipe)
+    assert np.abs(edit(pipe, steps=1) - expected).max() < (0.02 if of == "fa3-fp8" else CLOSE)
 
 
 def at_first_step(change):

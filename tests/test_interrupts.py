@@ -314,3 +314,30 @@ def test_what_an_interrupt_left_open_and_python_closes_in_the_next_call(pass_):
         finally:
             assert not interrupter.left
         assert np.array_equal(edit(pipe, steps=2), edit(twin, steps=2))
+
+
+def test_a_turn_does_not_pass_to_a_forked_process():
+    """The child has none of the threads that held one."""
+    turns, holder = Turns(), threading.Thread()
+    assert turns.take(holder) is holder
+    if (child := os.fork()) == 0:
+        os._exit(0 if turns.holder is None and turns.take(turns) is turns else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert turns.holder is holder
+
+
+def test_a_turn_ends_with_its_frame():
+    """Also if an exception that somebody keeps holds the frame, and so the holder."""
+    turns = Turns()
+
+    def interrupted():
+        holder = threading.Thread()
+        assert turns.take(holder, sys._getframe(0)) is holder
+        assert turns.take(turns) is holder
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as kept:
+        interrupted()
+    assert turns.holder is None
+    assert turns.take(turns) is turns
+    assert kept.tb

@@ -340,3 +340,21 @@ def test_casts_and_back(of):
     if of.startswith("float8") and of != "float8-drop":
         fresh = fluxfire.optimize(plain, ALL[of])
         assert np.array_equal(edit(pipe, steps=2), edit(fresh, steps=2))
+
+
+@pytest.mark.parametrize("of", EXACT)
+def test_double_precision_stays_double(of):
+    """A kernel that computes in float32 would lose half of the digits."""
+
+    def call(pipe):
+        asked = {k: v.detach().double() for k, v in inputs(pipe).items()}
+        with torch.no_grad():
+            return pipe.transformer(**asked)[0]
+
+    plain, pipe = tiny(dtype=torch.float64), tiny(dtype=torch.float64)
+    expected = call(plain)
+    if not fluxfire.plan(pipe, EXACT[of]).ok:
+        return
+    made = call(fluxfire.optimize(pipe, EXACT[of]))
+    assert made.dtype == torch.float64
+    assert (made - expected).norm() / expected.norm() < 1e-12

@@ -16,7 +16,8 @@ from torch import nn
 
 import fluxfire
 from fluxfire.bench.phases import phases
-from fluxfire.passes import EncodingCache, MemoryLayout, QKVFusion
+from fluxfire.passes import EncodingCache, MemoryLayout, QKVFusion, encoding_cache
+from fluxfire.passes.encoding_cache import _ResultCache
 from fluxfire.testing import edit, tiny_kontext
 
 GUIDED = {"negative_prompt": "a boat", "true_cfg_scale": 2.0}
@@ -453,3 +454,25 @@ def test_settings():
         EncodingCache(prompts=-1)
     with pytest.raises(ValueError, match="has nothing to keep"):
         EncodingCache(prompts=0, pictures=0)
+
+
+@pytest.mark.parametrize("what", ["find", "facts", "drop"])
+def test_entries_that_another_thread_drops_meanwhile(monkeypatch, what):
+    cache = _ResultCache(3)
+    inputs = [torch.ones(2)]
+    for number in range(3):
+        cache.put((1, number), [torch.full((2,), float(number))], torch.ones(2))
+    cache.put((1, 1), inputs, torch.full((2,), 7.0))
+    drop_all = cache.entries.clear
+    if what == "find":
+        equal = torch.equal
+        monkeypatch.setattr(torch, "equal", lambda *tensors: (drop_all(), equal(*tensors))[1])
+        assert torch.equal(cache.find((1, 1), inputs).result, torch.full((2,), 7.0))
+    elif what == "facts":
+        monkeypatch.setattr(
+            encoding_cache, "_tensors", lambda entry: (drop_all(), [torch.ones(2)])[1]
+        )
+        assert cache.facts()["bytes"] == 24
+    else:
+        cache.drop(1)
+    assert not cache.entries

@@ -8,6 +8,7 @@ from typing import Any
 
 from fluxfire.diffusers_types import Pipeline
 from fluxfire.reporting.device_events import DeviceClock
+from fluxfire.runtime.generation import only_watches
 
 
 class Phases:
@@ -31,7 +32,7 @@ class Phases:
             finally:
                 self._spans.setdefault(name, []).append((begin, self._clock.mark()))
 
-        return with_span
+        return only_watches(with_span)
 
 
 @contextmanager

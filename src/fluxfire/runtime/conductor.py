@@ -297,7 +297,11 @@ def runs_foreign_code(pipe: Any, plain: type) -> bool:
         return True
     if has_foreign_hooks(pipe.transformer, submodules=False):
         return True
-    return any(is_patched(owner, name) for owner in (pipe, scheduler) for name in vars(owner))
+    return any(
+        is_patched(owner, name) and callback_may_change(value)
+        for owner in (pipe, scheduler)
+        for name, value in vars(owner).items()
+    )
 
 
 def make_private_class(pipe: Pipeline, conductor: Conductor) -> type:

@@ -69,7 +69,10 @@ class Refresh:
 
 
 def only_watches(callback: C) -> C:
-    """Mark a step callback that changes nothing, so that passes skip their checks after it."""
+    """Mark a step callback, or a function in a method's place, that changes nothing.
+
+    Passes then skip their checks after it.
+    """
     setattr(callback, _ONLY_WATCHES, True)
     return callback
 
