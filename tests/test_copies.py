@@ -608,3 +608,18 @@ def test_copies_of_pipelines_with_fused_blocks_and_another_pass(other):
 def tensors_of(pipe):
     for module in pipe.transformer.modules():
         yield from (value for value in vars(module).values() if isinstance(value, torch.Tensor))
+
+
+def test_a_pipeline_that_took_the_place_of_the_optimized_one():
+    pipe = tiny_kontext()
+    expected = edit(FluxKontextInpaintPipeline(**tiny_kontext().components), steps=1)
+    fluxfire.optimize(pipe, [FusedBlocks(), QKVFusion()])
+    edit(pipe, steps=1)
+    pipe = FluxKontextInpaintPipeline.from_pipe(pipe)
+    gc.collect()
+    with pytest.raises(PlanError, match=r"call restore\(pipe, shared=True\)"):
+        fluxfire.optimize(pipe, [FusedBlocks()])
+    assert fluxfire.restore(pipe) is fluxfire.restore(pipe, shared=True) is pipe
+    assert np.array_equal(edit(pipe, steps=1), expected)
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    assert np.abs(edit(pipe, steps=1) - expected).max() < 1e-5

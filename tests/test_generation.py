@@ -8,7 +8,11 @@ import torch
 
 import fluxfire
 from doubles import Listen, Tally
+from fluxfire import spark
+from fluxfire.bench.phases import phases
 from fluxfire.errors import FluxfireError, PassError
+from fluxfire.passes import EncodingCache, FusedBlocks, ModulationTable
+from fluxfire.runtime.conductor import runs_foreign_code
 from fluxfire.testing import edit, tiny_kontext
 
 
@@ -154,3 +158,15 @@ def test_generating_while_being_optimized_is_told_apart(pipe):
 
     with pytest.raises(PassError, match="is being optimized or restored"):
         fluxfire.optimize(pipe, [Generates()])
+
+
+@pytest.mark.parametrize("make", [tiny_kontext, lambda: tiny_kontext("inpaint"), spark.load])
+def test_plain_and_optimized_pipelines_run_no_code_of_others(make):
+    """Else every step would look at all the weights."""
+    pipe = make()
+    assert not runs_foreign_code(pipe, pipe.__class__)
+    fluxfire.optimize(pipe, [FusedBlocks(), ModulationTable(), EncodingCache()])
+    with phases(pipe):
+        assert not runs_foreign_code(pipe, pipe.__class__)
+    pipe.scheduler.step = lambda *args, **kwargs: None
+    assert runs_foreign_code(pipe, pipe.__class__)

@@ -26,7 +26,7 @@ from fluxfire.planning.rules import why_not_a_pass
 from fluxfire.protocol import Pass
 from fluxfire.reporting.applications import Applications
 from fluxfire.reporting.report import Report
-from fluxfire.runtime.conductor import warmup_run
+from fluxfire.runtime.conductor import conductor_of_transformer, warmup_run
 from fluxfire.warming import (
     Progress,
     Sizes,
@@ -88,11 +88,17 @@ def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> 
     return pipe
 
 
-def restore(pipe: P) -> P:
+def restore(pipe: P, *, shared: bool = False) -> P:
     """Undo everything that fluxfire did to a pipeline, bit for bit.
 
     Does nothing to a plain pipeline, so a second call is safe. If an interrupt (Ctrl-C) hits
     `restore`, one more `restore` finishes it.
+
+    Args:
+        pipe: the pipeline.
+        shared: for a plain pipeline whose transformer was optimized through another pipeline: undo
+            that. For example, `pipe = FluxKontextInpaintPipeline.from_pipe(pipe)` leaves nobody
+            with the pipeline that was optimized.
 
     Returns:
         The same pipeline.
@@ -103,6 +109,8 @@ def restore(pipe: P) -> P:
         RestoreError: some edits could not be undone; all others were.
     """
     conductor = find_conductor(pipe)
+    if conductor is None and shared:
+        conductor = conductor_of_transformer(cast("Pipeline", pipe).transformer)
     if conductor is not None:
         undo(conductor)
     return pipe

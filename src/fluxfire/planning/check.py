@@ -59,7 +59,7 @@ def _why_unusable(pipe: Pipeline) -> str | None:
     if conductor is None and conductor_of_transformer(pipe.transformer) is not None:
         return (
             "this pipeline's transformer is already optimized through another pipeline; "
-            "restore that one first"
+            "restore that one first, or if you no longer have it, call restore(pipe, shared=True)"
         )
     # Such a cache patches the transformer's class and calls the blocks itself, so no pass would
     # see them run.
