@@ -613,7 +613,7 @@ def tensors_of(pipe):
 def test_a_pipeline_that_took_the_place_of_the_optimized_one():
     pipe = tiny_kontext()
     expected = edit(FluxKontextInpaintPipeline(**tiny_kontext().components), steps=1)
-    fluxfire.optimize(pipe, [FusedBlocks(), QKVFusion()])
+    fluxfire.optimize(pipe, [QKVFusion(), FusedBlocks()])
     edit(pipe, steps=1)
     pipe = FluxKontextInpaintPipeline.from_pipe(pipe)
     gc.collect()
