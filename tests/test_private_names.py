@@ -19,7 +19,12 @@ from fluxfire.cli import main
 from fluxfire.private_names import PRIVATE_NAMES, PrivateName
 
 PACKAGE = Path(fluxfire.__file__).parent
-PYTHONS_OWN = {"_exit", "_getframe", "_replace"}  # documented, in spite of the underscore
+PYTHONS_OWN = {
+    "_current_frames",
+    "_exit",
+    "_getframe",
+    "_replace",
+}  # documented, in spite of the underscore
 NO_NAMES = {"_hub"}  # strings: the end of the names of diffusers' kernels from the hub
 DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 

@@ -283,7 +283,7 @@ def test_storages_that_make_no_sense(where, message):
 
 
 def test_settings_that_make_no_sense(tmp_path):
-    with pytest.raises(StorageError, match="secret of 16 bytes"):
+    with pytest.raises(StorageError, match="needs 16 bytes or more"):
         LocalStorage(tmp_path, secret=b"short", retention_seconds=60)
     for wrong in (0, -1, float("nan")):
         with pytest.raises(StorageError, match="one second or more"):

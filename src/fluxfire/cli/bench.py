@@ -34,7 +34,7 @@ from fluxfire.cli.options import (
 from fluxfire.cli.values import positive_number, positive_numbers, whole_number
 from fluxfire.errors import BenchError
 from fluxfire.model_names import RANDOM
-from fluxfire.text import did_you_mean, extra_hint
+from fluxfire.text import count_of, did_you_mean, extra_hint
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded
     from fluxfire.bench import Contender, Example
@@ -188,8 +188,8 @@ def _contenders(
         others = [c for c in others if not baselines.decides_by_content(c)]
     elif len(examples) < MIN_EXAMPLES:
         notes.append(
-            f"{len(examples)} examples are too few to compare a method with plain at fewer steps: "
-            f"give {MIN_EXAMPLES} or more"
+            f"{count_of(len(examples), 'example')} cannot tell whether a method beats plain at "
+            f"fewer steps: give {MIN_EXAMPLES} or more"
         )
     if missing := quality.missing():
         notes.append(f"not installed: {', '.join(missing)}; {extra_hint('bench')}")
