@@ -1,6 +1,6 @@
 """diffusers' own tests of both Kontext pipelines pass on optimized ones, or are refused by name.
 
-    FLUXFIRE_DIFFUSERS_CHECKOUT=~/diffusers pytest tests/test_upstream.py
+    FLUXFIRE_DIFFUSERS_CHECKOUT=~/diffusers pytest -o addopts= tests/test_upstream.py
 
 They are not part of the installed package, so this needs a checkout of its repository, and the
 packages `parameterized` and `requests-mock`. Tokenizers and configurations that those tests fetch
