@@ -17,8 +17,7 @@ from PIL import Image
 import fluxfire
 from edits import uncached
 from fluxfire.bench import Example, Workload, save_result, stamp
-from fluxfire.loading import load
-from fluxfire.model_names import RANDOM
+from fluxfire.loading import RANDOM, load
 from fluxfire.passes import Compile
 
 # One graph of the whole model holds no cache.

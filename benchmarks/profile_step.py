@@ -20,9 +20,8 @@ import fluxfire
 from fluxfire import presets
 from fluxfire.bench import Example, Workload, save_result, stamp
 from fluxfire.extend import Change, Finding, Target, Transaction
-from fluxfire.loading import load
+from fluxfire.loading import RANDOM, load
 from fluxfire.model import Call
-from fluxfire.model_names import RANDOM
 from fluxfire.passes import (
     Attention,
     Compile,

@@ -1,4 +1,4 @@
-"""`fluxfire.private_names` lists every private name of other packages that the source uses."""
+"""The list of private names has every private name of other packages that the source uses."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 import fluxfire
-from fluxfire import private_names
 from fluxfire.cli import main
-from fluxfire.private_names import PRIVATE_NAMES, PrivateName
+from fluxfire.reporting import private_names
+from fluxfire.reporting.private_names import PRIVATE_NAMES, PrivateName
 
 PACKAGE = Path(fluxfire.__file__).parent
 PYTHONS_OWN = {
@@ -205,7 +205,7 @@ def found():
 
 def test_every_private_name_in_the_source_is_listed(found):
     missing = not_listed(found, PRIVATE_NAMES)
-    assert not missing, "add to src/fluxfire/private_names.py:\n" + "\n".join(missing)
+    assert not missing, "add to src/fluxfire/reporting/private_names.py:\n" + "\n".join(missing)
 
 
 @pytest.mark.parametrize("entry", PRIVATE_NAMES, ids=lambda entry: entry.dotted)
@@ -218,7 +218,7 @@ def test_the_installed_version_has_it(entry):
 def test_no_entry_is_unused(found):
     names = {name for _, _, name in found}
     unused = [e.dotted for e in PRIVATE_NAMES if not any(is_use_of(name, e) for name in names)]
-    assert not unused, "remove from src/fluxfire/private_names.py: " + ", ".join(unused)
+    assert not unused, "remove from src/fluxfire/reporting/private_names.py: " + ", ".join(unused)
 
 
 def test_no_name_is_listed_twice():

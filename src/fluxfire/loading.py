@@ -1,4 +1,7 @@
-"""Loads pipelines: from the package, a folder or the Hugging Face hub, or with random weights."""
+"""Loads pipelines: from the package, a folder or the Hugging Face hub, or with random weights.
+
+Importing this module loads no torch, so that the command line refuses a wrong name at once.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,21 @@ import os
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from fluxfire import spark
 from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import LoadError
-from fluxfire.kontext.random_weights import full_kontext, tiny_kontext
-from fluxfire.model_names import RANDOM, SPARK, model_folder
-from fluxfire.supported import refusal
 from fluxfire.text import extra_hint
+
+if TYPE_CHECKING:  # so that this file loads no torch
+    import torch
+
+SPARK = "spark"
+"""Name of the small trained Kontext that ships with fluxfire."""
+RANDOM = ("random-tiny", "random-full")
+"""Names of Kontext models with random weights."""
+KONTEXT = "black-forest-labs/FLUX.1-Kontext-dev"
+"""The real model's hub id."""
 
 # Names of exception classes of httpx, requests and huggingface_hub. Their base classes differ from
 # version to version, so isinstance would not do.
@@ -27,7 +35,6 @@ _UNREACHABLE = {
 }
 _KNOWS_DTYPE = (0, 40)
 """The first diffusers whose pipelines take `dtype`; since then `torch_dtype` warns."""
-RANDOM_MODELS = dict(zip(RANDOM, (tiny_kontext, full_kontext), strict=True))
 
 
 def load(
@@ -45,12 +52,19 @@ def load(
     Raises:
         LoadError: the pipeline cannot be loaded. The message says why, and what to do.
     """
+    import torch
+
+    from fluxfire import spark
+    from fluxfire.kontext.random_weights import full_kontext, tiny_kontext
+    from fluxfire.supported import refusal
+
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
     if model == SPARK:
         return spark.load(device=device, dtype=dtype)
-    if model in RANDOM_MODELS:
-        return RANDOM_MODELS[model](device=device, dtype=dtype)
+    if model in RANDOM:
+        make = tiny_kontext if model == RANDOM[0] else full_kontext
+        return make(device=device, dtype=dtype)
     folder = model_folder(model)
     token = None if folder else hub_token()
     from diffusers import DiffusionPipeline
@@ -63,6 +77,30 @@ def load(
     if (why := refusal(pipe)) is not None:
         raise LoadError(f"{model} is not a Kontext pipeline: {why}")
     return pipe.to(device)
+
+
+def model_folder(model: str) -> Path | None:
+    """Return the folder that a name means; None for a model of fluxfire or a hub id.
+
+    Raises:
+        LoadError: the name means none of these. This does not use the network.
+    """
+    if model == SPARK or model in RANDOM:
+        return None
+    path = Path(model).expanduser()
+    if path.exists():
+        if not (path / "model_index.json").is_file():
+            raise LoadError(
+                f"{model} holds no diffusers pipeline: it has no model_index.json "
+                f"(pipe.save_pretrained writes one)"
+            )
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise LoadError(
+            f"there is no folder {model}, and it is no hub id (such as {KONTEXT}); fluxfire "
+            f"brings {', '.join((SPARK, *RANDOM))}"
+        )
+    return None
 
 
 def hub_token(folder: Path | None = None) -> str | None:

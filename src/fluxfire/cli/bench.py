@@ -33,7 +33,7 @@ from fluxfire.cli.options import (
 )
 from fluxfire.cli.values import positive_number, positive_numbers, whole_number
 from fluxfire.errors import BenchError
-from fluxfire.model_names import RANDOM
+from fluxfire.loading import RANDOM
 from fluxfire.text import count_of, did_you_mean, extra_hint
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded

@@ -188,7 +188,7 @@ def diagnose(arguments: argparse.Namespace) -> int:
     from fluxfire import api
     from fluxfire.environment import environment
     from fluxfire.planning import registry
-    from fluxfire.private_names import missing
+    from fluxfire.reporting.private_names import missing
 
     env = environment()
     pipe = load_model(arguments.model)

@@ -15,7 +15,7 @@ from fluxfire.cli import catalog
 from fluxfire.cli.console import UsageError, note, usage_errors
 from fluxfire.cli.files import check_output, check_picture_format, free_path
 from fluxfire.cli.values import positive_number, prompt, seed, size
-from fluxfire.model_names import KONTEXT, RANDOM, SPARK, model_folder
+from fluxfire.loading import KONTEXT, RANDOM, SPARK, model_folder
 from fluxfire.planning import recipes
 from fluxfire.protocol import Pass
 

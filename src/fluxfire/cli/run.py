@@ -21,7 +21,7 @@ from fluxfire.cli.options import (
     selected_passes,
 )
 from fluxfire.errors import FluxfireError
-from fluxfire.model_names import SPARK
+from fluxfire.loading import SPARK
 from fluxfire.text import human_seconds
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded

@@ -18,7 +18,7 @@ from fluxfire.cli.options import (
     selected_examples,
 )
 from fluxfire.cli.values import fraction, prices, psnr
-from fluxfire.model_names import RANDOM
+from fluxfire.loading import RANDOM
 
 _BUDGET = ("min_psnr", "mean_psnr", "min_ssim", "max_flip", "max_lost")
 _EXAMPLES = 376  # 24 for the search, 96 for the choice, 256 for the confirmation
