@@ -8,7 +8,7 @@ accelerate.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -214,17 +214,15 @@ def is_quantized(weight: torch.Tensor) -> bool:
     return not plain or not weight.is_floating_point()
 
 
-@contextmanager
-def matching_inference_mode(weight: torch.Tensor) -> Iterator[None]:
+def matching_inference_mode(weight: torch.Tensor) -> AbstractContextManager[None]:
     """Turn inference mode on inside the block if a weight is an inference tensor, else off.
 
-    Gradients are off in both cases: torch turns them on where it turns inference mode off.
+    Where torch turns inference mode off, it turns gradients on. So `torch.no_grad()` must follow.
 
     Weights that were created under `torch.inference_mode` are inference tensors. A layer that has
     both inference tensors and normal ones cannot run.
     """
-    with torch.inference_mode(mode=weight.is_inference()), torch.no_grad():
-        yield
+    return torch.inference_mode(mode=weight.is_inference())
 
 
 def storage_bytes(pipe: Pipeline) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -388,3 +389,18 @@ def test_a_block_stays_one_graph():
     fluxfire.optimize(pipe, [FusedBlocks(), Compile()])
     assert np.abs(edit(pipe) - plain).max() < 0.01
     assert fluxfire.report(pipe).runs[-1].graph_breaks == 0
+
+
+def test_offloading_beside_a_lora_on_every_projection():
+    """Then no product is fused, whose hooks would raise the error."""
+    plain, pipe = (
+        with_lora(tiny_kontext()),
+        fluxfire.optimize(with_lora(tiny_kontext()), [Float8()]),
+    )
+    edit(pipe, steps=1)
+    for each in (plain, pipe):
+        accelerate.cpu_offload(each.transformer, execution_device=torch.device("cpu"))
+    with pytest.raises(FluxfireError, match="offloading was enabled"):
+        edit(pipe, steps=1)
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe, steps=1), edit(plain, steps=1))

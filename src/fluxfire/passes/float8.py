@@ -23,7 +23,7 @@ from fluxfire.kernels.float8 import (
 )
 from fluxfire.model import Model
 from fluxfire.passes.shared.fused_projection import install_products
-from fluxfire.passes.shared.host_weights import DroppedWeight, HostWeights
+from fluxfire.passes.shared.host_weights import MOVED_ELSEWHERE, DroppedWeight, HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.freshness import Watch
 from fluxfire.runtime.generation import Listener
@@ -441,10 +441,13 @@ def _quantize_again(product: Float8Product) -> None:
     """Quantize a product's weights again. If they were dropped, only the biases can have changed.
 
     Raises:
-        FluxfireError: some weights were dropped and others were not, or belong to another layer.
+        FluxfireError: some weights were dropped and others were not, or belong to another layer; or
+            offloading has taken the weights away.
     """
     weights = [linear.weight for linear in product.linears]
     if not any(isinstance(weight, DroppedWeight) for weight in weights):
+        if any(weight.is_meta for weight in weights) and not product.weight.is_meta:
+            raise FluxfireError(MOVED_ELSEWHERE)
         product.quantize(product.weight.device)
         return
     own = (isinstance(x.weight, DroppedWeight) and x.weight.layer() is x for x in product.linears)

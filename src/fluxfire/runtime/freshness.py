@@ -92,8 +92,9 @@ class Watch:
             self._read_modules(modules, snapshot)
             modules, snapshot.modules = snapshot.modules, []
         snapshot.read_tensors(self._sums)
-        self._seen = snapshot
-        return not snapshot.equals(self._latest)
+        same = snapshot.equals(self._latest)
+        self._seen = self._latest if same else snapshot
+        return not same
 
     def accept(self) -> None:
         """Take the state of the last `changed` as the one to compare with.
@@ -206,8 +207,8 @@ class Structure:
         ]
         if self._latest is not None and kinds == self._latest.kinds:
             try:
-                self._seen = _State.of(kinds, self._latest.readers, owns)
-                if self._seen.equals(self._latest):
+                if _State.of(kinds, self._latest.readers, owns).equals(self._latest):
+                    self._seen = self._latest
                     return False
             except (KeyError, RuntimeError):  # no attribute of that name, or a tensor in its place
                 pass

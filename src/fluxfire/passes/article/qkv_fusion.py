@@ -202,7 +202,7 @@ class FusedProjection(nn.Module):
     def share(self) -> None:
         """Copy the projections' weights into one storage, and make them views of it."""
         linears = self.linears
-        with modules.matching_inference_mode(linears[0].weight):
+        with modules.matching_inference_mode(linears[0].weight), torch.no_grad():
             self.weight = torch.cat([m.weight for m in linears])
             has_bias = linears[0].bias is not None
             self.bias = torch.cat([m.bias for m in linears]) if has_bias else None

@@ -17,6 +17,10 @@ from fluxfire import modules
 from fluxfire.errors import FluxfireError
 from fluxfire.runtime.generation import Listener
 
+MOVED_ELSEWHERE = (
+    "weights that fluxfire keeps in host memory are moved by something else, too "
+    "(offloading was enabled?); disable that, or restore(pipe) before you enable it"
+)
 _IS_ON_CPU = attrgetter("is_cpu")
 _Module: Any = nn.Module  # torch leaves the overridden methods untyped
 
@@ -89,10 +93,7 @@ class HostWeights(Listener):
         if isinstance(linear, LayerWithoutWeight) or not isinstance(weight, nn.Parameter):
             return 0  # dropped, or lent by `torch.func.functional_call` for this call
         if weight.is_meta:
-            raise FluxfireError(
-                "weights that fluxfire keeps in host memory are moved by something else, too "
-                "(offloading was enabled?); disable that, or restore(pipe) before you enable it"
-            )
+            raise FluxfireError(MOVED_ELSEWHERE)
         if weight.device.type == "cpu":
             return 0
         self.device = weight.device
