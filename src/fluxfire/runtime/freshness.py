@@ -74,7 +74,7 @@ class Watch:
         self._roots = [weakref.ref(module) for module in modules]
         self._ignored = _MODULE_ATTRIBUTES.union(apart_from)
         self._latest, self._sums = _Snapshot(), checksum.Sums()
-        self._seen = self._latest
+        self._seen, self._is_accepted = self._latest, True
         # How to read a module's attributes, by the module's id.
         self._readers: dict[int, _Reader] = {}
         self.changed()
@@ -85,16 +85,12 @@ class Watch:
 
         Without an `accept`, the first call compares with the state at construction.
         """
-        snapshot = _Snapshot()
-        modules: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
-        while modules:
-            self._add_submodules(modules)
-            self._read_modules(modules, snapshot)
-            modules, snapshot.modules = snapshot.modules, []
-        snapshot.read_tensors(self._sums)
-        same = snapshot.equals(self._latest)
-        self._seen = self._latest if same else snapshot
-        return not same
+        if self._is_accepted and self._look().equals(self._latest):
+            return False
+        self._is_accepted = False
+        self._readers.clear()  # the names of attributes may have changed, too
+        self._seen = self._look()
+        return True
 
     def accept(self) -> None:
         """Take the state of the last `changed` as the one to compare with.
@@ -102,9 +98,17 @@ class Watch:
         Call it after the pass has dealt with the change. An interrupt or a lack of memory may come
         in between; then the change must still show at the next look.
         """
-        if self._seen is not self._latest:
-            self._latest = self._seen
-            self._readers.clear()
+        self._latest, self._is_accepted = self._seen, True
+
+    def _look(self) -> _Snapshot:
+        snapshot = _Snapshot()
+        modules: list[Any] = [module for ref in self._roots if (module := ref()) is not None]
+        while modules:
+            self._add_submodules(modules)
+            self._read_modules(modules, snapshot)
+            modules, snapshot.modules = snapshot.modules, []
+        snapshot.read_tensors(self._sums)
+        return snapshot
 
     def _add_submodules(self, modules: list[Any]) -> None:
         ignored = self._ignored
@@ -130,8 +134,8 @@ class Watch:
         pairs = [(self._readers[id(m)], own) for m, own in zip(modules, owns, strict=True)]
         try:
             snapshot.values += [reader.read_plain(own) for reader, own in pairs]
-        except KeyError as error:  # a name is missing that was there before
-            snapshot.values.append(error)
+        except KeyError:  # a name is missing that was there before
+            snapshot.values.append(_MISSING)
         for own, names in [(own, reader.others) for reader, own in pairs if reader.others]:
             for name in names:
                 snapshot.add(own.get(name, _MISSING))
