@@ -200,7 +200,8 @@ class _Tables(Listener):
         if norms != self._norms:
             self._norms, self._watch = norms, None
         # A hook may give the transformer another time or guidance than the pipeline.
-        self._is_wrapped = _is_observed(cast("nn.Module", self.pipe.transformer))
+        transformer = cast("nn.Module", self.pipe.transformer)
+        self._is_wrapped = has_foreign_hooks(transformer, submodules=False)
         if any(map(_is_observed, blocks)):
             self._by_branch.clear()
         elif not torch.is_autocast_enabled(call.timestep.device.type):
