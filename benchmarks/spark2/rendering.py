@@ -1,0 +1,204 @@
+"""Draws scenes: the ground, the things with their shadows, then the light or weather."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from spark2 import grounds, things
+from spark2.noise import Chance
+from spark2.scenes import LOOKS, SLOTS, TINTS, Scenes
+
+_SHADOW, _SHADOW_AT = 0.40, (0.035, 0.055)
+_MARGIN = 1.3  # a thing's drawing area, so that its shadow fits
+_LUMA = (0.299, 0.587, 0.114)
+
+
+def render(
+    scenes: Scenes, shorter: int = 128, *, opacity: Tensor | None = None
+) -> Tensor:
+    """Draw scenes.
+
+    Args:
+        scenes: N scenes; their device renders.
+        shorter: number of pixels of the shorter side.
+        opacity: (N, SLOTS), how opaque the things are, for pictures that are wrong on purpose.
+
+    Returns:
+        (N, 3, height, width) float32 in [0, 1].
+    """
+    width, height = (round(side * shorter) for side in scenes.extent)
+    picture = grounds.draw(scenes.ground, scenes.seed, width, height)
+    device = picture.device
+    xs = (torch.arange(width, device=device) + 0.5) / shorter
+    ys = (torch.arange(height, device=device) + 0.5) / shorter
+    x, y = xs[None, None, :], ys[None, :, None]
+    sprites = things.pictures().to(device)
+    seen = scenes.present.float() if opacity is None else scenes.present * opacity
+    for slot in range(SLOTS):
+        rows = (seen[:, slot] > 0).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        some = scenes.take(rows)
+        sprite = _tinted(sprites[some.thing[:, slot]], some.tint[:, slot], some.shade[:, slot])
+        drawn = _placed(sprite, some, slot, x, y, (0.0, 0.0))
+        shadow = _placed(sprite[:, 4:], some, slot, x, y, _SHADOW_AT)
+        much = seen[rows, slot][:, None, None, None]
+        below = picture[rows] * (1 - _SHADOW * much * shadow)
+        picture[rows] = below * (1 - much * drawn[:, 3:4]) + much * drawn[:, :3]
+    return look(picture, scenes.look, scenes.weather)
+
+
+def coverage(scenes: Scenes, slot: int, shorter: int = 128) -> Tensor:
+    """Return the opacity of one slot's thing, whether it is present or not: (N, 1, height, width)."""
+    width, height = (round(side * shorter) for side in scenes.extent)
+    device = scenes.x.device
+    xs = (torch.arange(width, device=device) + 0.5) / shorter
+    ys = (torch.arange(height, device=device) + 0.5) / shorter
+    sprite = things.pictures().to(device)[scenes.thing[:, slot], 3:4]
+    return _placed(sprite, scenes, slot, xs[None, None, :], ys[None, :, None], (0.0, 0.0))
+
+
+def _placed(
+    sprite: Tensor, scenes: Scenes, slot: int, x: Tensor, y: Tensor, shift: tuple[float, float]
+) -> Tensor:
+    """Turn, scale and move sprites of (N, C, S, S) to where their things are: (N, C, H, W)."""
+
+    def of(name: str) -> Tensor:
+        value: Tensor = getattr(scenes, name)[:, slot, None, None]
+        return value
+
+    size, turn = of("size"), of("turn")
+    dx, dy = x - of("x") - shift[0] * size / 0.4, y - of("y") - shift[1] * size / 0.4
+    u = (dx * turn.cos() + dy * turn.sin()) * 2 / size
+    v = (dy * turn.cos() - dx * turn.sin()) * 2 / size
+    u = torch.where(of("flip"), -u, u)
+    return functional.grid_sample(sprite, torch.stack([u, v], -1), align_corners=False)
+
+
+def _tinted(sprite: Tensor, tint: Tensor, shade: Tensor) -> Tensor:
+    """Paint sprites in a colour: dark parts stay dark, and light parts stay light."""
+    table = torch.tensor([(0.0, 0.0, 0.0), *TINTS.values()], device=sprite.device)
+    colour = table[tint] * (1 + 0.16 * shade[:, None])
+    opacity = sprite[:, 3:4].clamp_min(1e-4)
+    light = _luma(sprite[:, :3] / opacity).clamp(0, 1)
+    colour = colour[:, :, None, None]
+    painted = torch.where(
+        light < 0.55, colour * (0.25 + light / 0.55 * 0.75), colour + (1 - colour) * (light - 0.55)
+    )
+    painted = (painted.clamp(0, 1) * opacity).clamp(0, 1)
+    mixed = torch.where((tint > 0)[:, None, None, None], painted, sprite[:, :3])
+    return torch.cat([mixed, sprite[:, 3:]], 1)
+
+
+def _luma(picture: Tensor) -> Tensor:
+    weights = torch.tensor(_LUMA, device=picture.device)[:, None, None]
+    return (picture * weights).sum(1, keepdim=True)
+
+
+def look(picture: Tensor, which: Tensor, seed: Tensor) -> Tensor:
+    """Put pictures of (N, 3, H, W) in another light or weather."""
+    out = picture.clone()
+    for name in LOOKS[1:]:
+        rows = (which == LOOKS.index(name)).nonzero()[:, 0]
+        if len(rows):
+            out[rows] = _CHANGES[name](picture[rows], Chance(seed[rows])).clamp(0, 1)
+    return out
+
+
+def _grid(picture: Tensor) -> tuple[Tensor, Tensor]:
+    n, _, height, width = picture.shape
+    shorter = min(height, width)
+    x = (torch.arange(width, device=picture.device) + 0.5) / shorter
+    y = (torch.arange(height, device=picture.device) + 0.5) / shorter
+    return x[None, None].expand(n, height, width), y[None, :, None].expand(n, height, width)
+
+
+def _colour(picture: Tensor, *rgb: float) -> Tensor:
+    return torch.tensor(rgb, device=picture.device)[:, None, None]
+
+
+def _night(picture: Tensor, chance: Chance) -> Tensor:
+    x, y = _grid(picture)
+    strong = chance.number(0.75, 1.0)[:, None]
+    far = torch.hypot(x - chance.number(0.1, 0.9), y - chance.number(0.0, 0.5))
+    moon = torch.exp(-far * 3)[:, None] * chance.number(0.1, 0.35)[:, None]
+    dark = picture * (_colour(picture, 0.22, 0.27, 0.46) + moon) + _colour(picture, 0.0, 0.01, 0.05)
+    return picture + (dark - picture) * strong
+
+
+def _evening(picture: Tensor, chance: Chance) -> Tensor:
+    x, y = _grid(picture)
+    side = chance.number(-1, 1)
+    glow = (0.55 + side * (x - 0.5) - 0.5 * (y - 0.5) + 0.15 * chance.clouds(x, y, 3)).clamp(0, 1)
+    warm = picture * _colour(picture, 1.02, 0.74, 0.50)
+    strong = chance.number(0.22, 0.42)[:, None]
+    return warm * 0.86 + _colour(picture, 1.0, 0.50, 0.16) * glow[:, None] * strong
+
+
+def _fog(picture: Tensor, chance: Chance) -> Tensor:
+    x, y = _grid(picture)
+    bank = chance.clouds(x * 1.6, y * 3.2, 5, 0.6)
+    thick = (chance.number(0.48, 0.66) + 0.28 * bank).clamp(0.1, 0.9)[:, None]
+    grey = chance.number(0.74, 0.90)[:, None] + _colour(picture, -0.01, 0.0, 0.02)
+    return picture * (1 - thick) + grey * thick
+
+
+def _rain(picture: Tensor, chance: Chance) -> Tensor:
+    x, y = _grid(picture)
+    dull = 0.62 * (0.55 * picture + 0.45 * _luma(picture)) + _colour(picture, 0.0, 0.02, 0.05)
+    slant = chance.number(-0.35, 0.35)
+    for fine, strong in ((55.0, 0.55), (85.0, 0.40)):
+        u = (x + slant * y) * fine
+        column = u.floor().long()
+        number = chance.cells(column, torch.zeros_like(column))
+        v = y * (2.4 + 2 * number) + number * 19
+        row = v.floor().long()
+        there = chance.cells(column, row, which=1) < 0.2
+        streak = there * (1 - (v - row)) * (1 - (u - column - 0.5).abs() * 2)
+        dull = dull + strong * streak[:, None]
+    return dull
+
+
+def _snowfall(picture: Tensor, chance: Chance) -> Tensor:
+    x, y = _grid(picture)
+    pale = 0.72 * (0.7 * picture + 0.3 * _luma(picture)) + _colour(picture, 0.15, 0.165, 0.19)
+    for scale, size in ((8.0, 0.15), (13.0, 0.15), (22.0, 0.17)):
+        near, _, number = chance.voronoi(x * scale, y * scale)
+        flake = ((size * (0.6 + 0.8 * number) - near) / 0.1 + 0.5).clamp(0, 1) * (number < 0.4)
+        pale = pale + (0.98 - pale) * flake[:, None] * 0.95
+    return pale
+
+
+def _grey(picture: Tensor, chance: Chance) -> Tensor:
+    strong = chance.number(0.9, 1.12)[:, None]
+    return ((_luma(picture) - 0.5) * strong + 0.5).expand_as(picture)
+
+
+_CHANGES = {
+    "night": _night,
+    "evening": _evening,
+    "fog": _fog,
+    "rain": _rain,
+    "snowfall": _snowfall,
+    "grey": _grey,
+}
+
+
+def blur(picture: Tensor, sigma: float) -> Tensor:
+    """Blur by a Gaussian, with replicated borders.
+
+    Args:
+        picture: (N, C, height, width).
+        sigma: the Gaussian's standard deviation in pixels.
+    """
+    reach = math.ceil(3 * sigma)
+    offsets = torch.arange(-reach, reach + 1, device=picture.device, dtype=picture.dtype)
+    weights = torch.exp(-(offsets**2) / (2 * sigma**2))
+    weights = (weights / weights.sum()).expand(picture.shape[1], 1, -1)
+    padded = functional.pad(picture, [reach] * 4, mode="replicate")
+    rows = functional.conv2d(padded, weights[:, :, None, :], groups=picture.shape[1])
+    return functional.conv2d(rows, weights[..., None], groups=picture.shape[1])

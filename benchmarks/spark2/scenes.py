@@ -1,0 +1,194 @@
+"""What a picture of Spark's shows: things on a ground, in a light or a weather.
+
+Lengths are fractions of a picture's shorter side; x and y are from its top left corner.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from spark2.grounds import GROUNDS
+from spark2.things import THINGS
+
+TINTS: dict[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.12, 0.12),
+    "orange": (0.95, 0.52, 0.10),
+    "yellow": (0.93, 0.82, 0.12),
+    "green": (0.16, 0.62, 0.22),
+    "blue": (0.14, 0.32, 0.88),
+    "purple": (0.52, 0.20, 0.72),
+    "pink": (0.96, 0.50, 0.75),
+}
+"""Colours that a thing can have. 0 in `Scenes.tint` is its own colour, and i + 1 the i-th here."""
+LOOKS = ("day", "night", "evening", "fog", "rain", "snowfall", "grey")
+SLOTS = 4
+"""At most three things, and a place for one that an edit adds."""
+SIZES = (0.30, 0.46)
+"""Smallest and largest side of a thing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scenes:
+    """N scenes of one aspect ratio.
+
+    Attributes:
+        extent: (width, height) of the pictures; the shorter is 1.
+        thing: (N, SLOTS) int64, an index into THINGS.
+        tint: (N, SLOTS) int64, see TINTS.
+        shade: (N, SLOTS) float32, which shade of the tint.
+        x, y: (N, SLOTS) float32, the centre.
+        size: (N, SLOTS) float32, the side of the square that holds the thing.
+        turn: (N, SLOTS) float32, radians.
+        flip: (N, SLOTS) bool, whether it is mirrored.
+        present: (N, SLOTS) bool.
+        ground: (N,) int64, an index into GROUNDS.
+        seed: (N,) int64, which of the grounds of this kind.
+        look: (N,) int64, an index into LOOKS.
+        weather: (N,) int64, the seed of the look.
+    """
+
+    extent: tuple[float, float]
+    thing: Tensor
+    tint: Tensor
+    shade: Tensor
+    x: Tensor
+    y: Tensor
+    size: Tensor
+    turn: Tensor
+    flip: Tensor
+    present: Tensor
+    ground: Tensor
+    seed: Tensor
+    look: Tensor
+    weather: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ground)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return every field except the extent, by name."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "extent"}
+
+    def take(self, index: Tensor | slice) -> Scenes:
+        """Return some of the scenes."""
+        return self.having(**{name: t[index] for name, t in self.tensors().items()})
+
+    def to(self, device: torch.device | str) -> Scenes:
+        """Move all tensors to a device."""
+        return self.having(**{name: t.to(device) for name, t in self.tensors().items()})
+
+    def having(self, **values: Any) -> Scenes:
+        """Return the scenes with other tensors in some fields."""
+        return replace(self, **values)
+
+    def put(self, slot: Tensor, **values: Any) -> Scenes:
+        """Change one thing of every scene.
+
+        Args:
+            slot: (N,) int64, the thing's slot.
+            values: new values by field, each (N,) or a number.
+        """
+        rows = torch.arange(len(self))
+        changed: dict[str, Tensor] = {}
+        for name, value in values.items():
+            changed[name] = getattr(self, name).clone()
+            changed[name][rows, slot] = torch.as_tensor(value, dtype=changed[name].dtype)
+        return self.having(**changed)
+
+    def of(self, name: str, slot: Tensor) -> Tensor:
+        """Return a field of one thing of every scene: (N,)."""
+        value: Tensor = getattr(self, name)[torch.arange(len(self)), slot]
+        return value
+
+    def orderly(self) -> Tensor:
+        """Whether all things are inside the picture and hide little of each other: (N,) bool."""
+        width, height = self.extent
+        margin = 0.45 * self.size
+        inside = (self.x >= margin) & (self.x <= width - margin)
+        inside &= (self.y >= margin) & (self.y <= height - margin)
+        apart = torch.maximum(
+            (self.x[:, :, None] - self.x[:, None]).abs(),
+            (self.y[:, :, None] - self.y[:, None]).abs(),
+        )
+        reach = (self.size[:, :, None] + self.size[:, None]) / 2
+        both = self.present[:, :, None] & self.present[:, None]
+        both &= ~torch.eye(SLOTS, dtype=torch.bool, device=both.device)
+        clear = (apart >= 0.85 * reach) | ~both
+        return (inside | ~self.present).all(1) & clear.flatten(1).all(1)
+
+
+def join(parts: Sequence[Scenes]) -> Scenes:
+    """Concatenate scenes of one aspect ratio."""
+    names = parts[0].tensors()
+    return parts[0].having(**{n: torch.cat([p.tensors()[n] for p in parts]) for n in names})
+
+
+class Dice:
+    """Seeded random numbers, drawn on the CPU so that every machine gets the same ones."""
+
+    def __init__(self, *seed: int | str) -> None:
+        digest = hashlib.blake2b(repr(seed).encode(), digest_size=7).digest()
+        self._generator = torch.Generator().manual_seed(int.from_bytes(digest))
+
+    def uniform(self, low: float, high: float, *shape: int) -> Tensor:
+        """Draw float32 from [low, high)."""
+        return low + (high - low) * torch.rand(shape, generator=self._generator)
+
+    def below(self, top: int, *shape: int) -> Tensor:
+        """Draw int64 from [0, top)."""
+        return torch.randint(top, shape, generator=self._generator)
+
+    def order(self, n: int, top: int) -> Tensor:
+        """Draw n permutations of range(top): (n, top) int64."""
+        return torch.rand(n, top, generator=self._generator).argsort(1)
+
+    def which(self, allowed: Tensor) -> Tensor:
+        """Draw the index of a True column in each row: (N, K) bool to (N,) int64."""
+        return (torch.rand(allowed.shape, generator=self._generator) * allowed).argmax(1)
+
+
+_SEEDS = 2**31
+_COUNTS = torch.tensor([1, 1, 2, 2, 2, 3, 3])
+_TINTED = 0.12
+_IN_ANOTHER_LOOK = 0.12
+
+
+def poses(n: int, extent: tuple[float, float], dice: Dice) -> dict[str, Tensor]:
+    """Draw places, sizes and turns for every slot of n scenes."""
+    return {
+        "x": dice.uniform(0.15, extent[0] - 0.15, n, SLOTS),
+        "y": dice.uniform(0.18, extent[1] - 0.15, n, SLOTS),
+        "size": dice.uniform(*SIZES, n, SLOTS),
+        "turn": dice.uniform(-0.3, 0.3, n, SLOTS),
+        "flip": dice.below(2, n, SLOTS) == 1,
+        "shade": dice.uniform(-1, 1, n, SLOTS),
+    }
+
+
+def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
+    """Draw n scenes of one to three things, all of different kinds; some may not be orderly."""
+    tinted = dice.uniform(0, 1, n, SLOTS) < _TINTED
+    changed = dice.uniform(0, 1, n) < _IN_ANOTHER_LOOK
+    count = _COUNTS[dice.below(len(_COUNTS), n)]
+    return Scenes(
+        extent=extent,
+        thing=dice.order(n, len(THINGS))[:, :SLOTS],
+        tint=torch.where(tinted, 1 + dice.below(len(TINTS), n, SLOTS), 0),
+        present=torch.arange(SLOTS) < count[:, None],
+        ground=dice.below(len(GROUNDS), n),
+        seed=dice.below(_SEEDS, n),
+        look=torch.where(changed, 1 + dice.below(len(LOOKS) - 1, n), 0),
+        weather=dice.below(_SEEDS, n),
+        **poses(n, extent, dice),
+    )
+
+
+def new_seeds(n: int, dice: Dice) -> Tensor:
+    """Draw n seeds for grounds or looks."""
+    return dice.below(_SEEDS, n)
