@@ -1,71 +1,116 @@
-"""Noise that depends on seeds alone: the same on every device, up to rounding."""
+"""Noise that depends on seeds alone: the same on every device, up to rounding.
+
+A table of 65,536 random numbers serves everything. A seed gives many places in the table, and a
+cell (i, j) of a pattern reads the number at a distance from its pattern's place.
+"""
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-_LATTICE = 64
-_PRIMES = (0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D)
+_SIZE = 1 << 16
+_ROW, _COLUMN, _OTHER = 40503, 30011, 9973
+"""Steps in the table between neighbours; odd, so that a pattern repeats only after 256 cells."""
+_DRAWS = 512
 _MASK = 0xFFFFFFFF
 
 
-def hashed(*keys: Tensor | int) -> Tensor:
-    """Return a uniform float32 in [0, 1) for each combination of int64 keys, broadcast."""
-    state: Tensor | int = 0x2545F491
-    for i, key in enumerate(keys):
-        state = (state ^ (key * _PRIMES[i % 3])) & _MASK
-        state = (state ^ (state >> 15)) * 0x2C1B3C6D & _MASK
-        state = (state ^ (state >> 12)) * 0x297A2D39 & _MASK
-        state = state ^ (state >> 15)
-    assert isinstance(state, Tensor)
-    return (state & 0xFFFFFF).float() / 0x1000000
+@cache
+def _table(device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(20261127)
+    return torch.rand(_SIZE, generator=generator).to(device)
+
+
+def _scrambled(value: Tensor) -> Tensor:
+    """Scramble int64 of 32 bits."""
+    value = (value ^ (value >> 16)) * 0x45D9F3B & _MASK
+    value = (value ^ (value >> 16)) * 0x45D9F3B & _MASK
+    return value ^ (value >> 16)
+
+
+def lookup(table: Tensor, place: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    """Return the number of each cell (i, j), in [0, 1)."""
+    return table[(place + i * _ROW + j * _COLUMN) & (_SIZE - 1)]
+
+
+def smooth(table: Tensor, place: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Return noise in [-1, 1] with one bump a unit at points (x, y).
+
+    Args:
+        table: the random numbers.
+        place: (N, 1, 1) int64, each pattern's place in the table.
+        x, y: (N, H, W).
+    """
+    x, y = x + (place >> 16 & 0xFF) / 256, y + (place >> 24 & 0xFF) / 256
+    left, top = x.floor(), y.floor()
+    fx, fy = x - left, y - top
+    fx, fy = fx * fx * (3 - 2 * fx), fy * fy * (3 - 2 * fy)
+    i, j = left.long(), top.long()
+    upper = torch.lerp(lookup(table, place, i, j), lookup(table, place, i + 1, j), fx)
+    lower = torch.lerp(lookup(table, place, i, j + 1), lookup(table, place, i + 1, j + 1), fx)
+    return torch.lerp(upper, lower, fy) * 2 - 1
+
+
+def scattered(
+    table: Tensor, place: Tensor, x: Tensor, y: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Look for scattered points, one a cell, around (x, y); see `Chance.voronoi`."""
+    best = torch.full_like(x, 9.0)
+    second, number = best, torch.zeros_like(x)
+    i, j = x.floor().long(), y.floor().long()
+    for di in (-1, 0, 1):
+        for dj in (-1, 0, 1):
+            a, b = i + di, j + dj
+            px = a + 0.1 + 0.8 * lookup(table, place, a, b)
+            py = b + 0.1 + 0.8 * lookup(table, place + _OTHER, a, b)
+            far = ((px - x).square() + (py - y).square()).sqrt()
+            nearer = far < best
+            second = torch.where(nearer, best, torch.minimum(second, far))
+            number = torch.where(nearer, lookup(table, place + 2 * _OTHER, a, b), number)
+            best = torch.where(nearer, far, best)
+    return best, second, number
 
 
 class Chance:
-    """Random fields and numbers of N pictures, each from its own seed.
-
-    Attributes:
-        seed: (N,) int64.
-    """
+    """Random fields and numbers of N pictures, each from its own seed."""
 
     def __init__(self, seed: Tensor) -> None:
-        self.seed = seed
+        """Prepare the draws.
+
+        Args:
+            seed: (N,) int64.
+        """
+        draws = torch.arange(_DRAWS, device=seed.device)
+        self._places = _scrambled((_scrambled(seed & _MASK)[:, None] + draws * 0x9E3779B1) & _MASK)
+        self._table = _table(seed.device)
+        self._device = seed.device
         self._drawn = 0
+
+    def _place(self) -> Tensor:
+        self._drawn += 1
+        return self._places[:, self._drawn, None, None]
 
     def number(self, low: float, high: float) -> Tensor:
         """Draw one number for each picture: (N, 1, 1)."""
-        self._drawn += 1
-        return low + (high - low) * hashed(self.seed, self._drawn)[:, None, None]
+        return low + (high - low) / (_MASK + 1) * self._place().float()
 
     def pick(self, colours: list[tuple[float, float, float]], spread: float = 0.0) -> Tensor:
         """Draw one of some colours, and vary it: (N, 3, 1, 1)."""
-        table = torch.tensor(colours, device=self.seed.device)
-        which = (self.number(0, 1)[:, 0, 0] * len(colours)).long()
+        table = torch.tensor(colours, device=self._device)
+        which = self._place()[:, 0, 0] % len(colours)
         vary = torch.cat([self.number(-spread, spread) for _ in range(3)], 1)[..., None]
         return table[which][:, :, None, None] + vary
 
     def cells(self, i: Tensor, j: Tensor, *, which: int = 0) -> Tensor:
         """Return a number in [0, 1) for each cell (i, j), int64 of (N, H, W)."""
-        return hashed(self.seed[:, None, None], i, j, self._drawn * 101 + which)
+        return lookup(self._table, self._places[:, _DRAWS - 1 - which, None, None], i, j)
 
     def noise(self, x: Tensor, y: Tensor) -> Tensor:
         """Smooth noise in [-1, 1] with one bump a unit, at the points (x, y) of (N, H, W)."""
-        self._drawn += 1
-        nodes = torch.arange(_LATTICE, device=x.device)
-        values = hashed(self.seed[:, None, None], self._drawn, nodes[:, None], nodes) * 2 - 1
-        values = functional.pad(values[:, None], (0, 1, 0, 1), mode="circular")
-        x, y = x + self.number(0, 37), y + self.number(0, 37)
-        fx, fy = x - x.floor(), y - y.floor()
-        at = torch.stack(
-            [
-                x.floor() % _LATTICE + fx * fx * (3 - 2 * fx),
-                y.floor() % _LATTICE + fy * fy * (3 - 2 * fy),
-            ],
-            -1,
-        )
-        return functional.grid_sample(values, at * (2 / _LATTICE) - 1, align_corners=True)[:, 0]
+        return smooth(self._table, self._place(), x, y)
 
     def clouds(self, x: Tensor, y: Tensor, octaves: int = 5, fall: float = 0.5) -> Tensor:
         """Sum noise of ever finer bumps: about [-1, 1]."""
@@ -78,18 +123,4 @@ class Chance:
 
     def voronoi(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Distances to the nearest and second nearest of scattered points; a number for the nearest."""
-        self._drawn += 1
-        best = torch.full_like(x, 9.0)
-        second, number = best.clone(), torch.zeros_like(x)
-        i, j = x.floor().long(), y.floor().long()
-        for di in (-1, 0, 1):
-            for dj in (-1, 0, 1):
-                a, b = i + di, j + dj
-                px = a + 0.1 + 0.8 * self.cells(a, b)
-                py = b + 0.1 + 0.8 * self.cells(a, b, which=1)
-                far = torch.hypot(px - x, py - y)
-                nearer = far < best
-                second = torch.where(nearer, best, torch.minimum(second, far))
-                number = torch.where(nearer, self.cells(a, b, which=2), number)
-                best = torch.where(nearer, far, best)
-        return best, second, number
+        return scattered(self._table, self._place(), x, y)

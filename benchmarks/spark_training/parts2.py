@@ -10,6 +10,8 @@ def main():
     p = argparse.ArgumentParser(); p.add_argument("what"); p.add_argument("--out", type=Path, required=True); p.add_argument("--minutes", type=float); p.add_argument("--steps", type=int); a = p.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0); torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cudnn.allow_tf32 = True
+    from spark_training.data2 import compile_drawing
+    if device == 'cuda': compile_drawing(); torch.backends.cudnn.benchmark = True
     a.out.mkdir(parents=True, exist_ok=True)
     log = Log(a.out / f"{a.what}.jsonl"); budget = Budget(a.steps, "steps") if a.steps else Budget(a.minutes, "minutes")
     if a.what == "vae":

@@ -20,6 +20,7 @@ from spark_training.clock import Budget, Clock, Log, rate
 _PEAK = 1.5e-3
 _CORE, _RIM = 0.14, 0.5
 _LOOKED = 0.5
+_RENEW = 1500
 
 
 def scenes_for(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
@@ -131,8 +132,8 @@ def stock(n: int, size: tuple[int, int], dice: Dice, device: str) -> tuple[Tenso
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
     drawn, smudged, unclear, kept = [], [], [], []
-    for _ in range(-(-n // 1024)):
-        scenes = scenes_for(min(n, 1024), extent, dice).to(device)
+    for _ in range(-(-n // 4096)):
+        scenes = scenes_for(min(n, 4096), extent, dice).to(device)
         some, smudge, dim = spoil(scenes, dice, shorter)
         drawn.append(some.mul(255).round().byte())
         smudged.append(smudge)
@@ -148,14 +149,13 @@ def train_recogniser(
     *, batch: int = 256, n: int | None = None,
 ) -> None:  # fmt: skip
     """Train in place until a budget is spent."""
-    n = n or (24_000 if device == "cuda" else 600)
-    stocks = [stock(n if i == 0 else n // 6, size, Dice("see", *size), device) for i, size in enumerate(sizes)]
+    n = n or (48_000 if device == "cuda" else 600)
+    stocks = [stock(n if i == 0 else n // 8, size, Dice("see", *size), device) for i, size in enumerate(sizes)]
     held = stock(n // 12, sizes[0], Dice("see", "held out"), device)
     net.to(device=device, memory_format=torch.channels_last).train()
     average = Average(list(net.parameters()))
     optimizer = torch.optim.AdamW(net.parameters(), lr=_PEAK, weight_decay=0.02, fused=device == "cuda")
     dice, clock = Dice("see", "order"), Clock(budget)
-    fresh = 0
     for step in clock:
         for group in optimizer.param_groups:
             group["lr"] = _PEAK * rate(clock.spent, step)
@@ -170,18 +170,8 @@ def train_recogniser(
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         average.update()
-        if device == "cuda" and step % 4 == 3:  # new pictures in place of old ones
-            with torch.no_grad():
-                size = sizes[0]
-                some = scenes_for(256, (1.0, 1.0), Dice("see", "fresh", fresh)).to(device)
-                made, smudge, dim = spoil(some, Dice("see", "spoil", fresh), min(size))
-                at = torch.arange(len(some), device=device) + fresh * 256 % (n - 256)
-                first = stocks[0]
-                first[0][at] = made.mul(255).round().byte()
-                for name, value in first[1].tensors().items():
-                    value[at] = some.tensors()[name]
-                first[2][at], first[3][at] = smudge, dim
-                fresh += 1
+        if step % _RENEW == _RENEW - 1:  # new pictures in place of the old ones
+            stocks[0] = stock(n, sizes[0], Dice("see", "again", step), device)
         if step % 250 == 0:
             with holding([net], average.values):
                 log.write(part="recogniser", step=step, seconds=clock.seconds, loss=float(loss.detach()), **accuracy(net, held))

@@ -25,8 +25,8 @@ def pictures(n: int, size: tuple[int, int], dice: Dice, device: str) -> Tensor:
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
     drawn = [
-        render(scenes_for(min(n, 1024), extent, dice).to(device), shorter).mul(255).round().byte()
-        for _ in range(-(-n // 1024))
+        render(scenes_for(min(n, 4096), extent, dice).to(device), shorter).mul(255).round().byte()
+        for _ in range(-(-n // 4096))
     ]
     return torch.cat(drawn)[:n]
 
