@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from spark2.grounds import GROUNDS
-from spark2.scenes import LOOKS, SLOTS, TINTS, Dice, Scenes, new_seeds, poses
-from spark2.things import NAMES, article
+from spark2.scenes import LOOKS, SLOTS, Dice, Scenes, new_seeds, poses
+from spark2.things import NAMES, TINTS, article, distinct
 
 Split = Literal["train", "test"]
 Choice = Mapping[str, Tensor]
@@ -261,10 +261,11 @@ class Recolour:
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
         """Choose a thing and another colour."""
         chosen = _subject(scenes, dice)
-        tint = scenes.of("tint", chosen["subject"])
-        other = 1 + dice.below(len(TINTS), len(scenes))
-        chosen["tint"] = torch.where(other == tint, 1 + tint % len(TINTS), other)
-        return chosen
+        thing, tint = (scenes.of(name, chosen["subject"]) for name in ("thing", "tint"))
+        visible = distinct()[thing].clone()
+        visible[:, 0] = False
+        visible[torch.arange(len(scenes)), tint] = False
+        return {**chosen, "tint": dice.which(visible)}
 
     def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
         """Set tint and shade."""

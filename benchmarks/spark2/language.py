@@ -7,8 +7,8 @@ from functools import cache
 
 from spark2.captions import CAPTIONS, IN_LOOKS
 from spark2.edits import KEEP, KINDS, LOOK_WORDINGS, SIDES, WHERE, EditKind, Split
-from spark2.scenes import TINTS, Dice
-from spark2.things import NAMES
+from spark2.scenes import Dice
+from spark2.things import NAMES, TINTS
 
 LONGEST = 32
 """Number of T5 tokens that the transformer sees; the longest instruction fits."""

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from spark2.grounds import GROUNDS
-from spark2.scenes import LOOKS, TINTS
-from spark2.things import NAMES
+from spark2.scenes import LOOKS
+from spark2.things import NAMES, TINTS
 
 STRIDE = 8
 NOTHING, SMUDGE = len(NAMES), len(NAMES) + 1

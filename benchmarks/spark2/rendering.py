@@ -10,11 +10,10 @@ from torch.nn import functional
 
 from spark2 import grounds, things
 from spark2.noise import Chance
-from spark2.scenes import LOOKS, SLOTS, TINTS, Scenes
+from spark2.scenes import LOOKS, SLOTS, Scenes
 
 _SHADOW, _SHADOW_AT = 0.40, (0.035, 0.055)
 _MARGIN = 1.3  # a thing's drawing area, so that its shadow fits
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def render(
@@ -43,7 +42,7 @@ def render(
         if not len(rows):
             continue
         some = scenes.take(rows)
-        sprite = _tinted(sprites[some.thing[:, slot]], some.tint[:, slot], some.shade[:, slot])
+        sprite = things.painted(sprites[some.thing[:, slot]], some.tint[:, slot], some.shade[:, slot])
         drawn = _placed(sprite, some, slot, x, y, (0.0, 0.0))
         shadow = _placed(sprite[:, 4:], some, slot, x, y, _SHADOW_AT)
         much = seen[rows, slot][:, None, None, None]
@@ -77,26 +76,6 @@ def _placed(
     v = (dy * turn.cos() - dx * turn.sin()) * 2 / size
     u = torch.where(of("flip"), -u, u)
     return functional.grid_sample(sprite, torch.stack([u, v], -1), align_corners=False)
-
-
-def _tinted(sprite: Tensor, tint: Tensor, shade: Tensor) -> Tensor:
-    """Paint sprites in a colour: dark parts stay dark, and light parts stay light."""
-    table = torch.tensor([(0.0, 0.0, 0.0), *TINTS.values()], device=sprite.device)
-    colour = table[tint] * (1 + 0.16 * shade[:, None])
-    opacity = sprite[:, 3:4].clamp_min(1e-4)
-    light = _luma(sprite[:, :3] / opacity).clamp(0, 1)
-    colour = colour[:, :, None, None]
-    painted = torch.where(
-        light < 0.55, colour * (0.25 + light / 0.55 * 0.75), colour + (1 - colour) * (light - 0.55)
-    )
-    painted = (painted.clamp(0, 1) * opacity).clamp(0, 1)
-    mixed = torch.where((tint > 0)[:, None, None, None], painted, sprite[:, :3])
-    return torch.cat([mixed, sprite[:, 3:]], 1)
-
-
-def _luma(picture: Tensor) -> Tensor:
-    weights = torch.tensor(_LUMA, device=picture.device)[:, None, None]
-    return (picture * weights).sum(1, keepdim=True)
 
 
 def look(picture: Tensor, which: Tensor, seed: Tensor) -> Tensor:
@@ -149,7 +128,7 @@ def _fog(picture: Tensor, chance: Chance) -> Tensor:
 
 def _rain(picture: Tensor, chance: Chance) -> Tensor:
     x, y = _grid(picture)
-    dull = 0.62 * (0.55 * picture + 0.45 * _luma(picture)) + _colour(picture, 0.0, 0.02, 0.05)
+    dull = 0.62 * (0.55 * picture + 0.45 * things.luma(picture)) + _colour(picture, 0.0, 0.02, 0.05)
     slant = chance.number(-0.35, 0.35)
     for fine, strong in ((55.0, 0.55), (85.0, 0.40)):
         u = (x + slant * y) * fine
@@ -165,7 +144,7 @@ def _rain(picture: Tensor, chance: Chance) -> Tensor:
 
 def _snowfall(picture: Tensor, chance: Chance) -> Tensor:
     x, y = _grid(picture)
-    pale = 0.72 * (0.7 * picture + 0.3 * _luma(picture)) + _colour(picture, 0.15, 0.165, 0.19)
+    pale = 0.72 * (0.7 * picture + 0.3 * things.luma(picture)) + _colour(picture, 0.15, 0.165, 0.19)
     for scale, size in ((8.0, 0.15), (13.0, 0.15), (22.0, 0.17)):
         near, _, number = chance.voronoi(x * scale, y * scale)
         flake = ((size * (0.6 + 0.8 * number) - near) / 0.1 + 0.5).clamp(0, 1) * (number < 0.4)
@@ -175,7 +154,7 @@ def _snowfall(picture: Tensor, chance: Chance) -> Tensor:
 
 def _grey(picture: Tensor, chance: Chance) -> Tensor:
     strong = chance.number(0.9, 1.12)[:, None]
-    return ((_luma(picture) - 0.5) * strong + 0.5).expand_as(picture)
+    return ((things.luma(picture) - 0.5) * strong + 0.5).expand_as(picture)
 
 
 _CHANGES = {

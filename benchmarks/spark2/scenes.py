@@ -14,18 +14,8 @@ import torch
 from torch import Tensor
 
 from spark2.grounds import GROUNDS
-from spark2.things import THINGS
+from spark2.things import THINGS, TINTS, distinct
 
-TINTS: dict[str, tuple[float, float, float]] = {
-    "red": (0.85, 0.12, 0.12),
-    "orange": (0.95, 0.52, 0.10),
-    "yellow": (0.93, 0.82, 0.12),
-    "green": (0.16, 0.62, 0.22),
-    "blue": (0.14, 0.32, 0.88),
-    "purple": (0.52, 0.20, 0.72),
-    "pink": (0.96, 0.50, 0.75),
-}
-"""Colours that a thing can have. 0 in `Scenes.tint` is its own colour, and i + 1 the i-th here."""
 LOOKS = ("day", "night", "evening", "fog", "rain", "snowfall", "grey")
 SLOTS = 4
 """At most three things, and a place for one that an edit adds."""
@@ -173,13 +163,15 @@ def poses(n: int, extent: tuple[float, float], dice: Dice) -> dict[str, Tensor]:
 
 def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
     """Draw n scenes of one to three things, all of different kinds; some may not be orderly."""
-    tinted = dice.uniform(0, 1, n, SLOTS) < _TINTED
+    thing = dice.order(n, len(THINGS))[:, :SLOTS]
+    tint = 1 + dice.below(len(TINTS), n, SLOTS)
+    tinted = (dice.uniform(0, 1, n, SLOTS) < _TINTED) & distinct()[thing, tint]
     changed = dice.uniform(0, 1, n) < _IN_ANOTHER_LOOK
     count = _COUNTS[dice.below(len(_COUNTS), n)]
     return Scenes(
         extent=extent,
-        thing=dice.order(n, len(THINGS))[:, :SLOTS],
-        tint=torch.where(tinted, 1 + dice.below(len(TINTS), n, SLOTS), 0),
+        thing=thing,
+        tint=torch.where(tinted, tint, 0),
         present=torch.arange(SLOTS) < count[:, None],
         ground=dice.below(len(GROUNDS), n),
         seed=dice.below(_SEEDS, n),

@@ -67,10 +67,22 @@ THINGS: dict[str, int] = {
 }
 """The code point of each thing, by name."""
 NAMES = tuple(THINGS)
+TINTS: dict[str, tuple[float, float, float]] = {
+    "red": (0.85, 0.12, 0.12),
+    "orange": (0.95, 0.52, 0.10),
+    "yellow": (0.93, 0.82, 0.12),
+    "green": (0.16, 0.62, 0.22),
+    "blue": (0.14, 0.32, 0.88),
+    "purple": (0.52, 0.20, 0.72),
+    "pink": (0.96, 0.50, 0.75),
+}
+"""Colours that a thing can have. As a number, 0 is its own colour, and i + 1 the i-th here."""
 SIDE = 64
 """Pixels of one side of a thing in the file."""
 COLUMNS = 16
 FILE = Path(__file__).parent / "things.png"
+_LUMA = (0.299, 0.587, 0.114)
+_DISTINCT = 0.17  # mean difference of a painted thing to itself
 _SOFT = 5  # standard deviation of a shadow's edge, in pixels of the file
 
 
@@ -97,3 +109,41 @@ def pictures() -> Tensor:
     rows_softened = functional.conv2d(opacity, bell, padding="same")
     shadow = functional.conv2d(rows_softened, bell.mT, padding="same")
     return torch.cat([colour * opacity, opacity, shadow], 1)
+
+
+def painted(sprite: Tensor, tint: Tensor, shade: Tensor) -> Tensor:
+    """Paint sprites in a colour: dark parts stay dark, and light parts stay light."""
+    table = torch.tensor([(0.0, 0.0, 0.0), *TINTS.values()], device=sprite.device)
+    colour = table[tint] * (1 + 0.16 * shade[:, None])
+    opacity = sprite[:, 3:4].clamp_min(1e-4)
+    light = luma(sprite[:, :3] / opacity).clamp(0, 1)
+    colour = colour[:, :, None, None]
+    painted = torch.where(
+        light < 0.55, colour * (0.25 + light / 0.55 * 0.75), colour + (1 - colour) * (light - 0.55)
+    )
+    painted = (painted.clamp(0, 1) * opacity).clamp(0, 1)
+    mixed = torch.where((tint > 0)[:, None, None, None], painted, sprite[:, :3])
+    return torch.cat([mixed, sprite[:, 3:]], 1)
+
+
+def luma(picture: Tensor) -> Tensor:
+    """Return the brightness of (N, 3, H, W): (N, 1, H, W)."""
+    weights = torch.tensor(_LUMA, device=picture.device)[:, None, None]
+    return (picture * weights).sum(1, keepdim=True)
+
+
+@cache
+def distinct() -> Tensor:
+    """Whether a thing in a tint looks unlike itself: (kinds, tints + 1) bool; True for no tint.
+
+    A yellow lemon that is painted yellow would be a change that nobody can see.
+    """
+    sprites = pictures()
+    columns = [torch.ones(len(sprites), dtype=torch.bool)]
+    cover = sprites[:, 3].sum((1, 2))
+    for tint in range(1, len(TINTS) + 1):
+        which = torch.full((len(sprites),), tint)
+        coloured = painted(sprites, which, torch.zeros(len(sprites)))
+        error = (coloured[:, :3] - sprites[:, :3]).abs().sum((1, 2, 3)) / 3 / cover
+        columns.append(error > _DISTINCT)
+    return torch.stack(columns, 1)

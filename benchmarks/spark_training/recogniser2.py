@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spark2 import recogniser as seeing
 from spark2.noise import Chance
 from spark2.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser
 from spark2.rendering import blur, render
@@ -146,7 +145,8 @@ def stock(n: int, size: tuple[int, int], dice: Dice, device: str) -> tuple[Tenso
 
 def train_recogniser(
     net: Recogniser, budget: Budget, log: Log, device: str, sizes: tuple[tuple[int, int], ...],
-    *, batch: int = 256, n: int | None = None,
+    *, batch: int = 256, n: int | None = None, peak: float = _PEAK, renew: int = _RENEW,
+    on_minute: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Train in place until a budget is spent."""
     n = n or (48_000 if device == "cuda" else 600)
@@ -154,11 +154,11 @@ def train_recogniser(
     held = stock(n // 12, sizes[0], Dice("see", "held out"), device)
     net.to(device=device, memory_format=torch.channels_last).train()
     average = Average(list(net.parameters()))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=_PEAK, weight_decay=0.02, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=peak, weight_decay=0.02, fused=device == "cuda")
     dice, clock = Dice("see", "order"), Clock(budget)
     for step in clock:
         for group in optimizer.param_groups:
-            group["lr"] = _PEAK * rate(clock.spent, step)
+            group["lr"] = peak * rate(clock.spent, step)
         which = (step % 8) if step % 8 < len(sizes) else 0
         drawn, scenes, smudged, unclear = stocks[which]
         rows = dice.below(len(drawn), batch).to(device)
@@ -170,11 +170,12 @@ def train_recogniser(
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         average.update()
-        if step % _RENEW == _RENEW - 1:  # new pictures in place of the old ones
+        if step % renew == renew - 1:  # new pictures in place of the old ones
             stocks[0] = stock(n, sizes[0], Dice("see", "again", step), device)
         if step % 250 == 0:
             with holding([net], average.values):
                 log.write(part="recogniser", step=step, seconds=clock.seconds, loss=float(loss.detach()), **accuracy(net, held))
+                on_minute()
     net.eval()
     copy(average.values, list(net.parameters()))
     log.write(part="recogniser", step=clock.steps, seconds=clock.seconds, **accuracy(net, held))
@@ -200,5 +201,3 @@ def accuracy(net: Recogniser, held: tuple[Tensor, Scenes, Tensor, Tensor]) -> di
         right["looks"].append(looks.argmax(1) == some.look)
     return {name: float(torch.cat(values).float().mean()) for name, values in right.items()}
 
-
-_ = (math, seeing)

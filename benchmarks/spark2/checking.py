@@ -1,0 +1,355 @@
+"""Checks an edit by program: was it made, is it sharp, and is the rest as it was?
+
+An instruction has many valid results, so a picture is not compared with the example's target. The
+recogniser says which things, which ground and which light a picture shows, and where. Pixels say
+whether everything that the instruction does not name is as in the source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
+
+from spark2.edits import SIDES, is_at
+from spark2.grounds import GROUNDS
+from spark2.recogniser import SMUDGE, Found, Recogniser, Seen
+from spark2.rendering import blur, coverage
+from spark2.scenes import LOOKS, SLOTS, Scenes
+from spark2.things import NAMES, TINTS, article
+
+BLEMISH = 0.11
+"""Largest allowed error of any window of what must stay: the mean over its pixels and channels,
+where pixels are in [0, 1]."""
+LIKENESS = 0.45
+"""Smallest allowed correlation of the fine structure, if light or weather changed."""
+SHARPNESS = (0.30, 3.3)
+"""Allowed gradient energy of what is new, as a fraction of the target's."""
+_WINDOW, _SOFTEN, _FORGIVEN = 8, 1.0, 1  # pixels if the shorter side has 128
+_SIDE = 128
+_SURE = 0.5
+_NEAR = 0.16  # how far a replaced or recoloured thing may be from where it was
+_DRAWN = 0.62  # half a thing's square with its shadow, as a share of its side
+_FAINT = 2e-4
+WEIGHTS = Path(__file__).parent / "recogniser.safetensors"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found.
+
+    Attributes:
+        faults: what is wrong, in words; empty if the edit is right.
+        blemish: error of the worst window of what must stay; 0 if nothing must.
+        likeness: correlation of the fine structure of what must stay in another light; else 1.
+        sharpness: gradient energy of what is new, relative to the target's; else 1.
+    """
+
+    faults: tuple[str, ...]
+    blemish: float
+    likeness: float
+    sharpness: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether there is no fault."""
+        return not self.faults
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an instruction asks, as a program sees it.
+
+    Attributes:
+        source: the scene before, as a batch of one; None for text to image.
+        target: the scene after, of one valid result.
+        side: for each slot, an index into SIDES where an instruction names one, else len(SIDES).
+    """
+
+    source: Scenes | None
+    target: Scenes
+    side: tuple[int, ...]
+
+
+@cache
+def recogniser() -> Recogniser:
+    """Return the trained recogniser, on the CPU."""
+    net = Recogniser()
+    net.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
+    return net.eval()
+
+
+def as_tensor(image: Any) -> Tensor:
+    """Return a picture as (3, height, width) float32 in [0, 1].
+
+    Args:
+        image: a PIL image; or an array of (height, width, 3), uint8 or floats in [0, 1]; or
+            a tensor of (3, height, width) floats in [0, 1].
+
+    Raises:
+        ValueError: the image has another type or shape.
+    """
+    if isinstance(image, Tensor):
+        picture = image.detach().float().cpu()
+    else:
+        array = np.array(image.convert("RGB") if hasattr(image, "convert") else image)
+        scale = 255 if array.dtype == np.uint8 else 1
+        picture = torch.from_numpy(array).float().div(scale)
+        picture = picture.movedim(-1, 0) if picture.ndim == 3 else picture  # noqa: PLR2004
+    if picture.ndim != 3 or picture.shape[0] != 3:  # noqa: PLR2004
+        raise ValueError(f"not an RGB picture: its shape is {tuple(picture.shape)}")
+    return picture
+
+
+def judge(image: Tensor, task: Task, source: Tensor | None, target: Tensor) -> Verdict:
+    """Check one picture.
+
+    Args:
+        image: the picture to check, (3, height, width) in [0, 1].
+        task: what the instruction asks.
+        source: the picture before the edit, likewise.
+        target: one valid result, for its sharpness.
+    """
+    seen = recogniser().look_at(image[None])[0]
+    return _Check(image, task, source, target, seen).verdict()
+
+
+class _Check:
+    """One picture's check."""
+
+    def __init__(
+        self, image: Tensor, task: Task, source: Tensor | None, target: Tensor, seen: Seen
+    ) -> None:
+        self.image, self.source, self.target = image, source, target
+        self.before, self.after, self.side = task.source, task.target, task.side
+        self.seen = seen
+        self.shorter = min(image.shape[1:])
+        self.explained: list[Found] = []
+        self.changing = torch.zeros(image.shape[1:], dtype=torch.bool)
+        self.new_ground = self.before is None or self._differs("ground", "seed")
+        self.new_look = self.before is None or self._differs("look", "weather")
+
+    def verdict(self) -> Verdict:
+        faults = [fault for slot in range(SLOTS) for fault in self._slot(slot)]
+        faults += self._whole()
+        strange = [f for f in self.seen.found if f not in self.explained and f.sure > _SURE]
+        faults += [f"there is {_name(f)} that nobody asked for" for f in strange]
+        blemish = likeness = sharpness = 1.0
+        blemish = self._blemish()
+        if blemish > BLEMISH:
+            faults.append(f"what should stay has changed, by {blemish:.2f}")
+        if self.new_look and not self.new_ground:
+            likeness = self._likeness()
+            if likeness < LIKENESS:
+                faults.append(f"what should stay has another structure, likeness {likeness:.2f}")
+        sharpness = self._sharpness()
+        if not SHARPNESS[0] <= sharpness <= SHARPNESS[1]:
+            faults.append(f"what is new is {sharpness:.2f} times as sharp as it should be")
+        return Verdict(tuple(faults), blemish, likeness, sharpness)
+
+    def _differs(self, *names: str) -> bool:
+        assert self.before is not None
+        return any(bool(getattr(self.before, n) != getattr(self.after, n)) for n in names)
+
+    def _slot(self, slot: int) -> Iterator[str]:
+        """Check one thing: is it there, or gone, or still there?"""
+        before = _thing(self.before, slot) if self.before is not None else None
+        after = _thing(self.after, slot)
+        same = before is not None and after is not None and all(
+            bool(getattr(self.before, n)[0, slot] == getattr(self.after, n)[0, slot])
+            for n in ("thing", "tint", "x", "y", "size", "turn", "flip", "shade")
+        )  # fmt: skip
+        if same:
+            assert after is not None
+            yield from self._kept(after)
+            return
+        if before is not None:
+            self._may_change(before)
+        found = None
+        if after is not None:
+            found = self._find(after, near=self._nearby(before, after, slot))
+            if found is None:
+                yield f"there is no {NAMES[after.thing]}"
+            else:
+                self.explained.append(found)
+                self._may_change(found)
+                yield from self._as_asked(found, after, slot)
+        if before is not None and (after is None or after.thing != before.thing or self._moved(before, after)):
+            yield from self._gone(before, found)
+
+    @staticmethod
+    def _moved(before: Found, after: Found) -> bool:
+        return max(abs(before.x - after.x), abs(before.y - after.y)) > _NEAR
+
+    def _nearby(self, before: Found | None, after: Found, slot: int) -> Found | None:
+        """Return where a new thing must be, or None for anywhere."""
+        if before is None or self.side[slot] < len(SIDES):
+            return None
+        return before
+
+    def _find(self, wanted: Found, near: Found | None) -> Found | None:
+        candidates = [f for f in self.seen.found if f.thing == wanted.thing and f.sure > _SURE]
+        if near is not None:
+            candidates = [f for f in candidates if _apart(f, near) < _NEAR]
+        free = [f for f in candidates if f not in self.explained]
+        return free[0] if free else None
+
+    def _as_asked(self, found: Found, wanted: Found, slot: int) -> Iterator[str]:
+        grey = int(self.after.look) == LOOKS.index("grey")
+        if found.tint != wanted.tint and not grey:
+            colours = ("its own colour", *TINTS)
+            yield f"the {NAMES[wanted.thing]} is {colours[found.tint]}, not {colours[wanted.tint]}"
+        side = torch.tensor([self.side[slot]])
+        at = torch.tensor([found.x]), torch.tensor([found.y])
+        if not bool(is_at(side, *at, self.after.extent)):
+            yield f"the {NAMES[wanted.thing]} is not {SIDES[int(side)]}"
+
+    def _kept(self, thing: Found) -> Iterator[str]:
+        """Explain a thing that should have stayed; pixels say later whether it did."""
+        here = [f for f in self.seen.found if _apart(f, thing) < _NEAR]
+        self.explained += here
+        if self.new_look and not any(f.thing == thing.thing for f in here):
+            yield f"the {NAMES[thing.thing]} has not stayed"
+
+    def _gone(self, before: Found, found: Found | None) -> Iterator[str]:
+        for f in self.seen.found:
+            if f is found or f in self.explained:
+                continue
+            if f.thing == before.thing or (_apart(f, before) < before.size / 2 and f.thing == SMUDGE):
+                self.explained.append(f)
+                yield f"the {NAMES[before.thing]} is still there" if f.thing == before.thing else (
+                    f"there is a trace of the {NAMES[before.thing]}"
+                )
+
+    def _whole(self) -> Iterator[str]:
+        if self.new_ground:
+            ground = int(self.seen.ground.argmax())
+            if ground != int(self.after.ground):
+                names = (*GROUNDS, "unclear")
+                yield f"the ground is {names[ground]}, not {names[int(self.after.ground)]}"
+        if self.new_look:
+            look = int(self.seen.look.argmax())
+            if look != int(self.after.look):
+                yield f"the light is {LOOKS[look]}, not {LOOKS[int(self.after.look)]}"
+
+    def _may_change(self, thing: Found) -> None:
+        """Let the pixels around a thing differ from the source."""
+        self.changing |= self._box(thing, _DRAWN)
+
+    def _box(self, thing: Found, half: float) -> Tensor:
+        height, width = self.changing.shape
+        ys = (torch.arange(height) + 0.5) / self.shorter
+        xs = (torch.arange(width) + 0.5) / self.shorter
+        reach = half * thing.size + 0.03
+        shift = 0.03  # a shadow lies to the lower right
+        across = (xs > thing.x - reach) & (xs < thing.x + reach + shift)
+        along = (ys > thing.y - reach) & (ys < thing.y + reach + shift)
+        return along[:, None] & across[None, :]
+
+    def _blemish(self) -> float:
+        """Return the worst window's error of what must have the source's pixels."""
+        if self.source is None or self.new_look:
+            return 0.0
+        staying = ~self.changing
+        if self.new_ground:
+            staying &= self._kept_things()
+        if not staying.any():
+            return 0.0
+        scale = self.shorter / _SIDE
+        pair = blur(torch.stack([self.image, self.source]), _SOFTEN * scale)
+        reach = max(1, round(_FORGIVEN * scale))
+        error = _forgiving(pair[0], pair[1], reach) * staying
+        window = max(2, round(_WINDOW * scale))
+        mean = functional.avg_pool2d(error[None, None], window, stride=1)
+        share = functional.avg_pool2d(staying.float()[None, None], window, stride=1)
+        worst = torch.where(share > 0.25, mean / share.clamp_min(0.25), 0.0)  # noqa: PLR2004
+        return float(worst.max())
+
+    def _kept_things(self) -> Tensor:
+        """Where things are that stay on a new ground, without their edges."""
+        assert self.before is not None
+        inside = torch.zeros_like(self.changing)
+        for slot in range(SLOTS):
+            if _thing(self.before, slot) is None or _thing(self.after, slot) is None:
+                continue
+            cover = coverage(self.before, slot, self.shorter)[0, 0]
+            edge = -functional.max_pool2d(-cover[None, None], 7, 1, 3)[0, 0]
+            inside |= edge > 0.95  # noqa: PLR2004
+        return inside
+
+    def _likeness(self) -> float:
+        """Return the correlation of fine structure with the source, outside of the edit."""
+        assert self.source is not None
+        fine = [_fine(picture, self.shorter / _SIDE) for picture in (self.image, self.source)]
+        a, b = (f[~self.changing] for f in fine)
+        if len(a) < 64:  # noqa: PLR2004
+            return 1.0
+        return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
+
+    def _sharpness(self) -> float:
+        """Return the gradient energy of what is new."""
+        new = self.changing
+        if self.new_ground or self.new_look:
+            new = torch.ones_like(new)
+        if not new.any():
+            return 1.0
+        found, wanted = (_energy(p)[new].mean() + _FAINT for p in (self.image, self.target))
+        return float(found / wanted)
+
+
+def _thing(scenes: Scenes, slot: int) -> Found | None:
+    """Return a scene's thing in one slot, as if the recogniser had found it."""
+    if not bool(scenes.present[0, slot]):
+        return None
+    return Found(
+        thing=int(scenes.thing[0, slot]),
+        tint=int(scenes.tint[0, slot]),
+        x=float(scenes.x[0, slot]),
+        y=float(scenes.y[0, slot]),
+        size=float(scenes.size[0, slot]),
+        sure=1.0,
+    )
+
+
+def _apart(a: Found, b: Found) -> float:
+    return max(abs(a.x - b.x), abs(a.y - b.y))
+
+
+def _name(found: Found) -> str:
+    return "a smudge" if found.thing == SMUDGE else article(NAMES[found.thing])
+
+
+def _forgiving(image: Tensor, target: Tensor, reach: int) -> Tensor:
+    """Return each pixel's error to the most similar target pixel within reach: (H, W)."""
+    height, width = target.shape[1:]
+    around = functional.pad(target[None], [reach] * 4, mode="replicate")[0]
+    error = torch.full((height, width), torch.inf)
+    for dy in range(2 * reach + 1):
+        for dx in range(2 * reach + 1):
+            moved = around[:, dy : dy + height, dx : dx + width]
+            error = torch.minimum(error, (image - moved).square().mean(0))
+    return error.sqrt()
+
+
+def _fine(picture: Tensor, scale: float) -> Tensor:
+    """Return the brightness without its slow changes, each place at one strength: (H, W)."""
+    grey = picture.mean(0)[None, None]
+    fine = blur(grey, 0.8 * scale) - blur(grey, 4 * scale)
+    strength = blur(fine.square(), 6 * scale).sqrt()
+    return (fine / (strength + 0.01))[0, 0]
+
+
+def _energy(picture: Tensor) -> Tensor:
+    """Return squared gradients summed over channels: (H, W)."""
+    padded = functional.pad(picture[None], (0, 1, 0, 1), mode="replicate")[0]
+    dx = padded[:, :-1, 1:] - picture
+    dy = padded[:, 1:, :-1] - picture
+    return (dx**2 + dy**2).sum(0)
