@@ -10,15 +10,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
+from spark2 import weights
 from spark2.edits import SIDES, is_at
 from spark2.grounds import GROUNDS
 from spark2.recogniser import SMUDGE, Found, Recogniser, Seen
@@ -36,10 +35,10 @@ SHARPNESS = (0.30, 3.3)
 _WINDOW, _SOFTEN, _FORGIVEN = 8, 1.0, 1  # pixels if the shorter side has 128
 _SIDE = 128
 _SURE = 0.5
+_STRANGE = 0.7  # how sure the recogniser must be of what nobody asked for
 _NEAR = 0.16  # how far a replaced or recoloured thing may be from where it was
 _DRAWN = 0.62  # half a thing's square with its shadow, as a share of its side
 _FAINT = 2e-4
-WEIGHTS = Path(__file__).parent / "recogniser.safetensors"
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Task:
 def recogniser() -> Recogniser:
     """Return the trained recogniser, on the CPU."""
     net = Recogniser()
-    net.load_state_dict({k: v.float() for k, v in load_file(WEIGHTS).items()})
-    return net.eval()
+    weights.restore({"recogniser": net}, weights.SHIPPED)
+    return net.eval().requires_grad_(False)
 
 
 def as_tensor(image: Any) -> Tensor:
@@ -140,7 +139,7 @@ class _Check:
     def verdict(self) -> Verdict:
         faults = [fault for slot in range(SLOTS) for fault in self._slot(slot)]
         faults += self._whole()
-        strange = [f for f in self.seen.found if f not in self.explained and f.sure > _SURE]
+        strange = [f for f in self.seen.found if f not in self.explained and f.sure > _STRANGE]
         faults += [f"there is {_name(f)} that nobody asked for" for f in strange]
         blemish = likeness = sharpness = 1.0
         blemish = self._blemish()

@@ -138,6 +138,10 @@ class Dice:
         """Draw n permutations of range(top): (n, top) int64."""
         return torch.rand(n, top, generator=self._generator).argsort(1)
 
+    def some(self, n: int, top: int, k: int) -> Tensor:
+        """Draw k different numbers of range(top) for each of n rows: (n, k) int64."""
+        return torch.rand(n, top, generator=self._generator).topk(k, dim=1).indices
+
     def which(self, allowed: Tensor) -> Tensor:
         """Draw the index of a True column in each row: (N, K) bool to (N,) int64."""
         return (torch.rand(allowed.shape, generator=self._generator) * allowed).argmax(1)
@@ -163,7 +167,7 @@ def poses(n: int, extent: tuple[float, float], dice: Dice) -> dict[str, Tensor]:
 
 def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
     """Draw n scenes of one to three things, all of different kinds; some may not be orderly."""
-    thing = dice.order(n, len(THINGS))[:, :SLOTS]
+    thing = dice.some(n, len(THINGS), SLOTS)
     tint = 1 + dice.below(len(TINTS), n, SLOTS)
     tinted = (dice.uniform(0, 1, n, SLOTS) < _TINTED) & distinct()[thing, tint]
     changed = dice.uniform(0, 1, n) < _IN_ANOTHER_LOOK

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from typing import Any as Pool
+from spark_training.data import Pool
 
 Backward = Callable[[Pool, Tensor, Tensor], Tensor]
 """Adds the gradients of a batch's loss: from a pool, its rows and a share to keep; the loss."""

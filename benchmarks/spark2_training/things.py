@@ -2,7 +2,7 @@
 
     apt-get download fonts-noto-color-emoji && dpkg -x fonts-noto-color-emoji_*.deb noto
     pip install fonttools
-    PYTHONPATH=benchmarks python -m spark_training.things noto/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+    PYTHONPATH=benchmarks python -m spark2_training.things noto/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 """
 
 from __future__ import annotations

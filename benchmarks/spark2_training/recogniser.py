@@ -13,8 +13,8 @@ from spark2.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser
 from spark2.rendering import blur, render
 from spark2.scenes import LOOKS, SLOTS, Dice, Scenes, draw
 from spark2.things import THINGS
-from spark_training.average import Average, copy, holding
-from spark_training.clock import Budget, Clock, Log, rate
+from spark2_training.average import Average, copy, holding
+from spark2_training.clock import Budget, Clock, Log, rate
 
 _PEAK = 1.5e-3
 _CORE, _RIM = 0.14, 0.5

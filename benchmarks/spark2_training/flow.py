@@ -16,20 +16,22 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from spark2.scenes import Dice
-from spark_training.average import Average, Masters, parameters
-from spark_training.clock import Clock, Log, rate
-from spark_training.data2 import Encoder, Pool, position_ids, rows
-from spark_training.muon import Muon
-from spark_training.replay import Replay
+from spark2_training.average import Average, Masters, parameters
+from spark2_training.clock import Clock, Log, rate
+from spark2_training.data import Encoder, Pool, position_ids, rows
+from spark2_training.muon import Muon
+from spark2_training.replay import Replay
+from spark2_training.workers import Workers
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _PEAK = 1.5e-3  # of the learning rate
 _DROPPED = 0.1  # share of instructions replaced by none, so that guidance means something
 _KEEPING = (0.5, 0.03)  # share of each batch that asks for no change: at first, and later
-_KEEPING_UNTIL = 1200  # steps
+_KEEPING_UNTIL = 1500  # steps
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _CHANGED = 3.0
 """Weight of tokens that an edit changes: they are few, and what is hard to draw."""
+_MINUTE = 60.0
 _SEEN = 0.02  # mean squared difference of latents, whose variance is 1
 GUIDANCE = (1.0, 5.0)
 
@@ -158,16 +160,29 @@ def train_flow(
     pools: Sequence[tuple[Pool, int]],
     clock: Clock,
     log: Log,
-    device: str,
+    workers: Workers,
     *,
     masters: Masters,
     average: Average,
-    batch: int = 512,
-    on_minute: Callable[[], None] = lambda: None,
+    batch: int = 256,
     peak: float = _PEAK,
-    fall: Callable[[float, int], float] = rate,
+    on_minute: Callable[[], None] = lambda: None,
 ) -> None:
-    """Train in place until the clock runs out; the averages hold the result."""
+    """Train in place until the clock runs out; the averages hold the result.
+
+    Args:
+        flow: what to train.
+        pools: data, each with how many of a round's batches it gives.
+        clock: the budget.
+        log: where the loss goes.
+        workers: the processes that train together, each with its own pools.
+        masters: the weights in float32, which the optimizers change.
+        average: of the masters.
+        batch: edits a step and process.
+        peak: the highest learning rate.
+        on_minute: called every minute, to save.
+    """
+    device = workers.device
     inner = hidden(flow.modules)
     matrices = [m for m, is_hidden in zip(masters.values, inner, strict=True) if is_hidden]
     others = [m for m, is_hidden in zip(masters.values, inner, strict=True) if not is_hidden]
@@ -183,13 +198,13 @@ def train_flow(
     for module in flow.modules:
         module.train()
     learn = _learners(flow, [pool for pool, _ in pools], batches, device)
-    log.write(part="flow ready", seconds=clock.seconds)
+    log.write(part="ready", seconds=clock.seconds)
     losses, saved = torch.zeros((), device=device), clock.seconds
     for step in clock:
-        if clock.seconds - saved > 60:  # noqa: PLR2004
+        if clock.seconds - saved > _MINUTE:
             on_minute()
             saved = clock.seconds
-        now = peak * fall(clock.spent, step)
+        now = peak * rate(clock.spent, step)
         for group in adam.param_groups:
             group["lr"] = now
         which = turns[step % len(turns)]
@@ -197,15 +212,15 @@ def train_flow(
         keeping = _KEEPING[1] + early * (_KEEPING[0] - _KEEPING[1])
         losses += learn[which](next(feeds[which]), keeping)
         masters.take_gradients()
+        workers.average(masters.gradients)
         nn.utils.clip_grad_norm_(masters.values, 1.0)
         muon.step(now)
         adam.step()
         masters.give()
         average.update()
         if (step + 1) % 100 == 0:
-            log.write(
-                part="flow", step=clock.steps, seconds=clock.seconds, loss=float(losses) / 100
-            )
+            loss = float(losses) / 100
+            log.write(part="flow", step=clock.steps, seconds=clock.seconds, loss=loss)
             losses.zero_()
     for module in flow.modules:
         module.eval()
@@ -218,7 +233,8 @@ def _learners(
     """Make what turns rows of each pool into gradients: replayed graphs where there is CUDA."""
     if device != "cuda":
         return [functools.partial(flow.backward, pool) for pool in pools]
-    parameters_ = parameters(flow.modules)
-    return [
-        Replay(flow.backward, parameters_, pool, n) for pool, n in zip(pools, batches, strict=True)
-    ]
+    weights = parameters(flow.modules)
+    made: list[Replay] = []
+    for pool, n in zip(pools, batches, strict=True):
+        made.append(Replay(flow.backward, weights, pool, n, beside=made[0] if made else None))
+    return list(made)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from spark2.rendering import render
 from spark2.scenes import Dice
-from spark_training.average import Average, copy, holding
-from spark_training.clock import Budget, Clock, Log, rate
-from spark_training.recogniser2 import scenes_for
+from spark2_training.average import Average, copy, holding
+from spark2_training.clock import Budget, Clock, Log, rate
+from spark2_training.recogniser import scenes_for
 
 _KL = 1e-4
 """Weight of the divergence to a unit Gaussian, a latent value against a pixel value."""

@@ -1,0 +1,209 @@
+"""Train Spark: one command, some sittings of an hour of an H100 in all.
+
+    export PYTHONPATH=benchmarks
+    python -m spark2_training --out runs/spark
+    torchrun --nproc-per-node 2 -m spark2_training --out runs/spark --stop-after 25   # two GPUs
+    python -m spark2_training --out /tmp/try --steps 4 4 4 4 --pool 200 --batch 8        # on a CPU
+
+It trains four parts, one after the other: a VAE, a recogniser that checks edits, the flow, and the
+flow again under guidance. Run again with the same `--out`, it goes on from the last minute that it
+saved. Each part's file stays, so a part that is done is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from spark2.model import parts as build
+from spark2.recogniser import Recogniser
+from spark2.scenes import Dice
+from spark2.tasks import SIZES
+from spark2_training import average as copies
+from spark2_training.average import Average, Masters, parameters
+from spark2_training.clock import Budget, Clock, Log
+from spark2_training.data import Encoder, Pool, compile_drawing
+from spark2_training.flow import TRAINED, Flow, train_flow
+from spark2_training.recogniser import train_recogniser
+from spark2_training.vae import train_vae
+from spark2_training.workers import Workers, join
+
+PARTS = ("vae", "recogniser", "flow", "guided")
+_MINUTES = (5.0, 6.0, 60.0, 15.0)
+
+
+def main() -> None:
+    """Train what is left."""
+    began = time.perf_counter()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True, help="a folder, made if needed")
+    budgets = parser.add_mutually_exclusive_group()
+    budgets.add_argument(
+        "--minutes", type=float, nargs=4, default=_MINUTES, metavar=tuple(p.upper() for p in PARTS),
+        help="budgets of the parts (default: %(default)s)",
+    )  # fmt: skip
+    budgets.add_argument(
+        "--steps", type=int, nargs=4, metavar=tuple(p.upper() for p in PARTS),
+        help="the same in steps, which are as much training on a slow machine as on a fast one",
+    )  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--stop-after", type=float, help="minutes after which to save and stop")
+    parser.add_argument("--pool", type=int, default=240_000, help="edits of the usual size")
+    parser.add_argument("--batch", type=int, default=256, help="edits a step and GPU")
+    parser.add_argument("--sizes", type=int, default=len(SIZES), help="how many picture sizes")
+    arguments = parser.parse_args()
+
+    workers = join()
+    torch.manual_seed(time.time_ns() % 2**31 + workers.rank)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    if workers.device == "cuda":
+        compile_drawing()
+    out: Path = arguments.out
+    out.mkdir(parents=True, exist_ok=True)
+    unit: Literal["minutes", "steps"] = "steps" if arguments.steps else "minutes"
+    amounts = arguments.steps or arguments.minutes
+    budget = {p: Budget(a, unit) for p, a in zip(PARTS, amounts, strict=True)}
+    stop = began + 60 * (arguments.stop_after or float("inf"))
+    models = build()
+    for part in arguments.parts:
+        log = Log(out / f"{part}.jsonl", silent=not workers.first)
+        if part in ("vae", "recogniser"):
+            if workers.first and not (out / f"{part}.safetensors").exists():
+                _convolutions(part, models, out, budget[part], log, workers.device)
+            workers.agree(0.0)  # the others wait
+            continue
+        _load_vae(models["vae"], out / "vae.safetensors", workers.device)
+        _flow(models, out, budget[part], log, workers, part=part, stop=stop, arguments=arguments)
+
+
+def _convolutions(
+    part: str, models: dict[str, Any], out: Path, budget: Budget, log: Log, device: str
+) -> None:
+    """Train the VAE or the recogniser, and write its file."""
+    module: Any = models["vae"] if part == "vae" else Recogniser()
+    (train_vae if part == "vae" else train_recogniser)(module, budget, log, device, SIZES)
+    facts = {}
+    if part == "vae":
+        config = module.config
+        facts = {"scale": str(config.scaling_factor), "shift": str(config.shift_factor)}
+    _write(out / f"{part}.safetensors", module.state_dict(), **facts)
+
+
+def _write(path: Path, state: dict[str, torch.Tensor], **facts: str) -> None:
+    partial = path.with_suffix(".part")  # so that a crash does not damage the old file
+    held = {key: value.detach().half().cpu().contiguous() for key, value in state.items()}
+    save_file(held, partial, metadata=facts)
+    partial.replace(path)
+
+
+def _load_vae(vae: Any, path: Path, device: str) -> None:
+    vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+    with safe_open(path, "pt") as file:
+        facts = file.metadata()
+    vae.register_to_config(
+        scaling_factor=float(facts["scale"]), shift_factor=float(facts["shift"])
+    )
+    vae.to(device)
+
+
+def _flow(
+    models: dict[str, Any],
+    out: Path,
+    budget: Budget,
+    log: Log,
+    workers: Workers,
+    *,
+    part: str,
+    stop: float,
+    arguments: argparse.Namespace,
+) -> None:
+    """Train from the last minute saved; the file holds the averages."""
+    path = out / f"{part}.safetensors"
+    before: dict[str, Any] = {"seconds": 0.0, "steps": 0}
+    start = path if path.exists() else out / "flow.safetensors"
+    if path.exists():
+        with safe_open(path, "pt") as file:
+            before |= json.loads(file.metadata()["clock"])
+        if Clock(budget, **before).over:
+            return
+    device = workers.device
+    modules = [models[name].float().to(device) for name in TRAINED]
+    weights = parameters(modules)
+    names = [f"{n}.{key}" for n in TRAINED for key, _ in models[n].named_parameters()]
+    if start.exists():
+        state = load_file(start)
+        copies.copy([state[name].to(device).float() for name in names], weights)
+    masters = Masters(weights)  # before Flow rounds the weights to bfloat16
+    average = Average(masters.values, start=masters.values if start.exists() else None)
+    encoder = Encoder(models, device)
+    pools = _pools(encoder, arguments, log, (part, before["steps"], workers.rank))
+    flow = Flow(models, encoder, device)
+    if part == "guided":
+        source = load_file(out / "flow.safetensors")
+        teacher = [copy.deepcopy(module) for module in flow.modules]
+        copies.copy([source[name].to(device) for name in names], parameters(teacher))
+        flow.learn_from([module.eval().requires_grad_(False) for module in teacher])
+    if device == "cuda":
+        flow.compile()
+    clock = Clock(budget, **before, stop=stop, agree=workers.agree)
+
+    def save() -> None:
+        if not workers.first:
+            return
+        if not all(bool(value.isfinite().all()) for value in masters.values):
+            raise FloatingPointError(f"training diverged; {path} holds the last good weights")
+        spent = json.dumps({"seconds": clock.seconds, "steps": clock.steps})
+        _write(path, dict(zip(names, average.values, strict=True)), clock=spent)
+
+    train_flow(
+        flow, pools, clock, log, workers,
+        masters=masters, average=average, batch=arguments.batch, on_minute=save,
+        peak=_PEAKS[part],
+    )  # fmt: skip
+    for module in modules:
+        module.float()
+    copies.copy(average.values, weights)
+
+
+_PEAKS = {"flow": 1.5e-3, "guided": 5e-4}
+
+
+def _pools(
+    encoder: Encoder, arguments: argparse.Namespace, log: Log, seed: tuple[Any, ...]
+) -> list[tuple[Pool, int]]:
+    """Most batches are square edits; one in six another shape, one in eight words alone."""
+    began, n, chunk = time.perf_counter(), arguments.pool, 40_000
+    usual = [
+        encoder.edits(min(chunk, n), SIZES[0], Dice("pool", *seed, i)) for i in range(-(-n // chunk))
+    ]
+    pools = [(_join(usual), 30)]
+    others = SIZES[1 : arguments.sizes]
+    pools += [(encoder.edits(n // 10, size, Dice("pool", *seed, *size)), 2) for size in others]
+    pools += [(encoder.captioned(n // 6, SIZES[0], Dice("captions", *seed)), 6)]
+    seconds = time.perf_counter() - began
+    log.write(part="pool", edits=float(sum(len(p) for p, _ in pools)), seconds=seconds)
+    return pools
+
+
+def _join(pools: list[Pool]) -> Pool:
+    first = pools[0]
+    columns = ("source", "target", "t5", "clip")
+    return Pool(first.grid, *(torch.cat([getattr(p, c) for p in pools]) for c in columns))
+
+
+
+
+if __name__ == "__main__":
+    main()
