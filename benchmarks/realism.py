@@ -24,11 +24,12 @@ import fluxfire
 from fluxfire import spark
 from fluxfire.bench import save_result, stamp
 from fluxfire.passes import FirstBlockCache
+from fluxfire.passes.first_block_cache import Prediction
 
 STEPS = 28
 FEWER = (20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 1)
 THRESHOLDS = (0.06, 0.08, 0.10, 0.12, 0.15, 0.20)
-PREDICTIONS = ("hold", "linear", "quadratic")
+PREDICTIONS: tuple[Prediction, ...] = ("hold", "linear", "quadratic")
 FREE: dict[str, Any] = {"warmup_steps": 0, "tail_steps": 0, "max_consecutive_hits": None}
 MAGCACHE = "XXXXXX-X--XX----X----X--X-XX"
 """The mask of MagCache's settings for Kontext: X computes, - skips."""
@@ -67,12 +68,17 @@ def main() -> None:
     arguments = parser.parse_args()
 
     pipe = spark.load(dtype=torch.float32)
-    kinds = {"kinds": tuple(arguments.kinds)} if arguments.kinds else {}
+    kinds: dict[str, Any] = {"kinds": tuple(arguments.kinds)} if arguments.kinds else {}
     sets: dict[str, Sequence[Any]] = {
         "edits": spark.examples(split="test", n=arguments.n, **kinds),
         "words": spark.drawings(n=arguments.n),
     }
-    result: dict[str, Any] = {"benchmark": "realism", **stamp(), "examples": arguments.n, "curves": {}}
+    result: dict[str, Any] = {
+        "benchmark": "realism",
+        **stamp(),
+        "examples": arguments.n,
+        "curves": {},
+    }
     for name, tasks in sets.items():
         curves = result["curves"][name] = {}
         for curve in _curves(pipe, tasks, arguments.batch, edits=name == "edits"):
@@ -81,7 +87,9 @@ def main() -> None:
             print(name, curve, flush=True)
 
 
-def _curves(pipe: Any, tasks: Sequence[Any], batch: int, *, edits: bool) -> Iterator[dict[str, Any]]:
+def _curves(
+    pipe: Any, tasks: Sequence[Any], batch: int, *, edits: bool
+) -> Iterator[dict[str, Any]]:
     def made(steps: int = STEPS, **call: Any) -> Tensor:
         return generate(pipe, tasks, batch, steps, **call)
 
@@ -97,14 +105,33 @@ def _curves(pipe: Any, tasks: Sequence[Any], batch: int, *, edits: bool) -> Iter
         yield {"rounding": near(made())}
     with eight_bits(pipe.transformer):
         yield {"eight bits": near(made())}
-    yield {"hits": {str(t): _cached(pipe, made, near, FirstBlockCache(t, predict="hold", **FREE)) for t in THRESHOLDS}}
+    yield {
+        "hits": {
+            str(t): _cached(pipe, made, near, FirstBlockCache(t, predict="hold", **FREE))
+            for t in THRESHOLDS
+        }
+    }
     short: dict[str, Any] = {"warmup_steps": 8, "tail_steps": 2, "max_consecutive_hits": 2}
     long: dict[str, Any] = {"warmup_steps": 4, "tail_steps": 0, "max_consecutive_hits": 6}
     for name, threshold, limits in (("short skips", 0.12, short), ("long skips", 0.5, long)):
-        yield {name: {p: _cached(pipe, made, near, FirstBlockCache(threshold, predict=p, **limits)) for p in PREDICTIONS}}  # type: ignore[arg-type]
-    for name, mask in (("MagCache's mask", MAGCACHE), ("without warm-up", EVENLY), ("with warm-up", WARMED)):
+        yield {
+            name: {
+                p: _cached(pipe, made, near, FirstBlockCache(threshold, predict=p, **limits))
+                for p in PREDICTIONS
+            }
+        }
+    for name, mask in (
+        ("MagCache's mask", MAGCACHE),
+        ("without warm-up", EVENLY),
+        ("with warm-up", WARMED),
+    ):
         skipped = [i for i, sign in enumerate(mask) if sign == "-"]
-        yield {name: {p: _cached(pipe, made, near, FirstBlockCache(schedule=skipped, predict=p, **FREE)) for p in PREDICTIONS[:2]}}  # type: ignore[arg-type]
+        yield {
+            name: {
+                p: _cached(pipe, made, near, FirstBlockCache(schedule=skipped, predict=p, **FREE))
+                for p in PREDICTIONS[:2]
+            }
+        }
 
 
 def _cached(pipe: Any, made: Any, near: Any, cache: FirstBlockCache) -> dict[str, float]:
@@ -159,7 +186,10 @@ def watched(pipe: Any, tasks: Sequence[Any], *, edits: bool) -> dict[str, Any]:
     if edits:
         drift = {
             f"from step {start}": [
-                [_relative(series[start][block], series[-1][block]) for series in (seen.keys, seen.values)]
+                [
+                    _relative(series[start][block], series[-1][block])
+                    for series in (seen.keys, seen.values)
+                ]
                 for block in range(3)
             ]
             for start in (0, 4)
@@ -180,12 +210,12 @@ def watching(transformer: Any) -> Iterator[Watched]:
     double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     chosen = [double[0], single[0], single[-1]]
 
-    def embedded(module: nn.Module, inputs: Any, output: Tensor) -> None:
+    def embedded(_: nn.Module, __: Any, output: Tensor) -> None:
         kept["embedded"] = output
         seen.keys.append([])
         seen.values.append([])
 
-    def finished(module: nn.Module, inputs: Any) -> None:
+    def finished(_: nn.Module, inputs: Any) -> None:
         image = inputs[0][:, -kept["embedded"].shape[1] :]
         seen.residual.append((image - kept["embedded"]).norm(dim=-1).cpu())
         if kept["last"] is not None:
@@ -193,12 +223,12 @@ def watching(transformer: Any) -> Iterator[Watched]:
             seen.change.append(float((image - last).abs().mean() / last.abs().mean()))
         kept["last"] = image
 
-    def predicted(module: nn.Module, inputs: Any, output: Any) -> None:
+    def predicted(_: nn.Module, __: Any, output: Any) -> None:
         half = output[0].shape[1] // 2
         seen.velocity.append(float(output[0][:, :half].norm()))
 
     def keeper(series: list[list[Tensor]]) -> Any:
-        def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        def keep(_: nn.Module, __: Any, output: Tensor) -> None:
             tokens = kept["embedded"].shape[1] // 2
             flat = output.flatten(2) if output.ndim == 4 else output  # noqa: PLR2004
             series[-1].append(flat[:, -tokens:].float().cpu())
@@ -223,11 +253,11 @@ def rounded_blocks(transformer: Any) -> Iterator[None]:
     """Move every block's outputs by one unit in bfloat16's last place, up or down (curve G)."""
     dice = torch.Generator().manual_seed(0)
 
-    def nudge(module: nn.Module, inputs: Any, output: Any) -> Any:
+    def nudge(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, Tensor):
             sign = torch.randint(2, output.shape, generator=dice).to(output.device) * 2 - 1
             return output * (1 + sign * 2.0**-8)
-        return tuple(nudge(module, inputs, one) for one in output)
+        return tuple(nudge(_, __, one) for one in output)
 
     blocks = (*transformer.transformer_blocks, *transformer.single_transformer_blocks)
     handles = [block.register_forward_hook(nudge) for block in blocks]

@@ -133,8 +133,8 @@ class _Check:
         self.shorter = min(image.shape[1:])
         self.explained: list[Found] = []
         self.changing = torch.zeros(image.shape[1:], dtype=torch.bool)
-        self.new_ground = self.before is None or self._differs("ground", "seed")
-        self.new_look = self.before is None or self._differs("look", "weather")
+        self.new_ground = self._differs("ground", "seed")
+        self.new_look = self._differs("look", "weather")
 
     def verdict(self) -> Verdict:
         faults = [fault for slot in range(SLOTS) for fault in self._slot(slot)]
@@ -155,44 +155,44 @@ class _Check:
         return Verdict(tuple(faults), blemish, likeness, sharpness)
 
     def _differs(self, *names: str) -> bool:
-        assert self.before is not None
+        if self.before is None:
+            return True
         return any(bool(getattr(self.before, n) != getattr(self.after, n)) for n in names)
 
     def _slot(self, slot: int) -> Iterator[str]:
         """Check one thing: is it there, or gone, or still there?"""
         before = _thing(self.before, slot) if self.before is not None else None
         after = _thing(self.after, slot)
-        same = before is not None and after is not None and all(
-            bool(getattr(self.before, n)[0, slot] == getattr(self.after, n)[0, slot])
-            for n in ("thing", "tint", "x", "y", "size", "turn", "flip", "shade")
-        )  # fmt: skip
-        if same:
-            assert after is not None
+        if after is not None and before is not None and self._stays(slot):
             yield from self._kept(after)
             return
         if before is not None:
             self._may_change(before)
         found = None
         if after is not None:
-            found = self._find(after, near=self._nearby(before, after, slot))
+            anywhere = before is None or self.side[slot] < len(SIDES)
+            found = self._find(after, near=None if anywhere else before)
             if found is None:
                 yield f"there is no {NAMES[after.thing]}"
             else:
                 self.explained.append(found)
                 self._may_change(found)
                 yield from self._as_asked(found, after, slot)
-        if before is not None and (after is None or after.thing != before.thing or self._moved(before, after)):
+        if before is not None and (
+            after is None or after.thing != before.thing or self._moved(before, after)
+        ):
             yield from self._gone(before, found)
+
+    def _stays(self, slot: int) -> bool:
+        """Whether one slot's thing is the same before and after."""
+        names = ("thing", "tint", "x", "y", "size", "turn", "flip", "shade")
+        return self.before is not None and all(
+            bool(getattr(self.before, n)[0, slot] == getattr(self.after, n)[0, slot]) for n in names
+        )
 
     @staticmethod
     def _moved(before: Found, after: Found) -> bool:
         return max(abs(before.x - after.x), abs(before.y - after.y)) > _NEAR
-
-    def _nearby(self, before: Found | None, after: Found, slot: int) -> Found | None:
-        """Return where a new thing must be, or None for anywhere."""
-        if before is None or self.side[slot] < len(SIDES):
-            return None
-        return before
 
     def _find(self, wanted: Found, near: Found | None) -> Found | None:
         candidates = [f for f in self.seen.found if f.thing == wanted.thing and f.sure > _SURE]
@@ -222,10 +222,14 @@ class _Check:
         for f in self.seen.found:
             if f is found or f in self.explained:
                 continue
-            if f.thing == before.thing or (_apart(f, before) < before.size / 2 and f.thing == SMUDGE):
+            if f.thing == before.thing or (
+                _apart(f, before) < before.size / 2 and f.thing == SMUDGE
+            ):
                 self.explained.append(f)
-                yield f"the {NAMES[before.thing]} is still there" if f.thing == before.thing else (
-                    f"there is a trace of the {NAMES[before.thing]}"
+                yield (
+                    f"the {NAMES[before.thing]} is still there"
+                    if f.thing == before.thing
+                    else (f"there is a trace of the {NAMES[before.thing]}")
                 )
 
     def _whole(self) -> Iterator[str]:
@@ -274,19 +278,19 @@ class _Check:
 
     def _kept_things(self) -> Tensor:
         """Where things are that stay on a new ground, without their edges."""
-        assert self.before is not None
         inside = torch.zeros_like(self.changing)
         for slot in range(SLOTS):
-            if _thing(self.before, slot) is None or _thing(self.after, slot) is None:
+            if _thing(self.after, slot) is None or not self._stays(slot):
                 continue
-            cover = coverage(self.before, slot, self.shorter)[0, 0]
+            cover = coverage(self.after, slot, self.shorter)[0, 0]
             edge = -functional.max_pool2d(-cover[None, None], 7, 1, 3)[0, 0]
             inside |= edge > 0.95  # noqa: PLR2004
         return inside
 
     def _likeness(self) -> float:
         """Return the correlation of fine structure with the source, outside of the edit."""
-        assert self.source is not None
+        if self.source is None:
+            return 1.0
         fine = [_fine(picture, self.shorter / _SIDE) for picture in (self.image, self.source)]
         a, b = (f[~self.changing] for f in fine)
         if len(a) < 64:  # noqa: PLR2004

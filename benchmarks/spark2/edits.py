@@ -222,7 +222,11 @@ class Replace:
         "exchange the {it} for {new}",
         "swap the {it} for {new}",
     )
-    novel: tuple[str, ...] = ("change the {it} into {new}", "replace the {it} by {new}", "exchange the {it} with {new}")
+    novel: tuple[str, ...] = (
+        "change the {it} into {new}",
+        "replace the {it} by {new}",
+        "exchange the {it} with {new}",
+    )
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
         """Choose a thing; the new one is the free slot's."""
@@ -367,8 +371,7 @@ class Look:
 
 
 KINDS: dict[str, EditKind] = {
-    kind.name: kind
-    for kind in (Add(), Remove(), Replace(), Recolour(), Move(), Ground(), Look())
+    kind.name: kind for kind in (Add(), Remove(), Replace(), Recolour(), Move(), Ground(), Look())
 }
 """The kinds of edit, by name."""
 LOCAL = ("add", "remove", "replace", "recolour", "move")

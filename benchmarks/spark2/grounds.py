@@ -180,7 +180,9 @@ def _forest(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
         share = _step(1 - from_middle.abs(), 0.25) * (wide > 0) * _step(until - y, 0.02)
         out = _mix(out, trunk, share)
     ground = chance.clouds(x * 10, y * 26, 5, 0.7)
-    earth = _mix(green * 0.7, chance.pick([(0.42, 0.32, 0.18), (0.30, 0.36, 0.14)], 0.03), 0.5 + ground)
+    earth = _mix(
+        green * 0.7, chance.pick([(0.42, 0.32, 0.18), (0.30, 0.36, 0.14)], 0.03), 0.5 + ground
+    )
     return _mix(out, _lit(earth, 0.9 + 0.45 * ground), _step(y - floor - 0.02 * leaves, 0.06))
 
 
@@ -214,10 +216,20 @@ def _mountains(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
         snow = _step(high, 0.05) * (1.0 if layer < 2 else 0.0)
         if layer == 2:  # wooded hills in front
             tree = chance.clouds(x * 26, y * 20, 4, 0.7)
-            stone = _lit(chance.pick([(0.18, 0.34, 0.20), (0.26, 0.38, 0.20)], 0.03), 0.8 + 0.55 * tree)
-        colour = _mix(stone, torch.tensor([0.93, 0.95, 0.99], device=x.device)[:, None, None] * slope[:, None].clamp(0.65, 1), snow)
+            stone = _lit(
+                chance.pick([(0.18, 0.34, 0.20), (0.26, 0.38, 0.20)], 0.03), 0.8 + 0.55 * tree
+            )
+        colour = _mix(
+            stone,
+            torch.tensor([0.93, 0.95, 0.99], device=x.device)[:, None, None]
+            * slope[:, None].clamp(0.65, 1),
+            snow,
+        )
         haze = (0.30, 0.12, 0.0)[layer]
-        colour = colour * (1 - haze) + haze * torch.tensor([0.7, 0.8, 0.92], device=x.device)[:, None, None]
+        colour = (
+            colour * (1 - haze)
+            + haze * torch.tensor([0.7, 0.8, 0.92], device=x.device)[:, None, None]
+        )
         out = _mix(out, colour, _step(y - crest, 0.012))
     return out
 
@@ -233,8 +245,13 @@ def _snow(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
         up = (horizon - y + 0.01) / tall.clamp_min(1e-3)
         jag = 0.75 + 0.5 * (up * 7 % 1)
         inside = (x * count - cell - 0.5).abs() < 0.45 * (1 - up) * jag
-        fir = _lit(chance.pick([(0.14, 0.24, 0.20), (0.20, 0.30, 0.30)], 0.02), 1 + 0.5 * chance.noise(x * 60, y * 60))
-        fir = _mix(fir, torch.full_like(fir, 0.92), _step(chance.noise(x * 40, y * 40) - 0.25, 0.3) * 0.8)
+        fir = _lit(
+            chance.pick([(0.14, 0.24, 0.20), (0.20, 0.30, 0.30)], 0.02),
+            1 + 0.5 * chance.noise(x * 60, y * 60),
+        )
+        fir = _mix(
+            fir, torch.full_like(fir, 0.92), _step(chance.noise(x * 40, y * 40) - 0.25, 0.3) * 0.8
+        )
         out = _mix(out, fir, (inside & (up > 0) & (tall > 0)).float())
     drift = chance.clouds(x * 4, y * 9, 5, 0.6)
     grain = chance.noise(x * 70, y * 80)
@@ -269,7 +286,9 @@ def _wood(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
     warp = chance.clouds(u * 0.9, v * 1.6 + number * 11, 3)
     ring = torch.sin((v * 7 + 5.5 * warp + number * 40) * 2.2)
     fibre = chance.noise(along * 9 + number * 17, across * 110)
-    tint = chance.pick([(0.62, 0.42, 0.24), (0.72, 0.54, 0.34), (0.45, 0.29, 0.18), (0.78, 0.68, 0.54)], 0.03)
+    tint = chance.pick(
+        [(0.62, 0.42, 0.24), (0.72, 0.54, 0.34), (0.45, 0.29, 0.18), (0.78, 0.68, 0.54)], 0.03
+    )
     light = 0.92 + 0.10 * ring + 0.10 * fibre + 0.22 * (number - 0.5)
     gap = (v - cell - 0.5).abs()
     return _lit(tint, light * (1 - 0.7 * _step(gap - 0.485, 0.03)))
@@ -282,10 +301,15 @@ def _bricks(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
     cell = u.floor().long()
     number = chance.cells(cell, row)
     rough = chance.clouds(x * 22, y * 22, 4, 0.75)
-    tint = chance.pick([(0.62, 0.27, 0.19), (0.70, 0.38, 0.27), (0.52, 0.24, 0.20), (0.72, 0.60, 0.48)], 0.03)
+    tint = chance.pick(
+        [(0.62, 0.27, 0.19), (0.70, 0.38, 0.27), (0.52, 0.24, 0.20), (0.72, 0.60, 0.48)], 0.03
+    )
     brick = _lit(tint, 0.78 + 0.36 * number + 0.22 * rough)
     edge = torch.minimum(0.5 - (u - cell - 0.5).abs(), (0.5 - (y * high - row - 0.5).abs()) / 2.2)
-    joint = _lit(chance.pick([(0.72, 0.69, 0.64), (0.55, 0.52, 0.50), (0.82, 0.80, 0.76)], 0.03), 0.9 + 0.2 * rough)
+    joint = _lit(
+        chance.pick([(0.72, 0.69, 0.64), (0.55, 0.52, 0.50), (0.82, 0.80, 0.76)], 0.03),
+        0.9 + 0.2 * rough,
+    )
     return _mix(joint, brick, _step(edge - 0.045 - 0.02 * rough, 0.04))
 
 
@@ -296,12 +320,20 @@ def _stones(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
     rough = chance.clouds(x * 28, y * 28, 4, 0.8)
     tint = chance.pick([(0.55, 0.54, 0.52), (0.62, 0.56, 0.48), (0.44, 0.46, 0.50)], 0.03)
     light = 0.72 + 0.35 * number + 0.16 * rough - 0.35 * near
-    gap = _lit(chance.pick([(0.22, 0.20, 0.17), (0.26, 0.32, 0.16), (0.36, 0.32, 0.28)], 0.02), 0.9 + 0.4 * rough)
+    gap = _lit(
+        chance.pick([(0.22, 0.20, 0.17), (0.26, 0.32, 0.16), (0.36, 0.32, 0.28)], 0.02),
+        0.9 + 0.4 * rough,
+    )
     return _mix(gap, _lit(tint, light), _step(second - near - 0.12, 0.14))
 
 
 def _leaves(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
-    colours: list[Colour] = [(0.80, 0.35, 0.08), (0.88, 0.60, 0.12), (0.62, 0.18, 0.10), (0.55, 0.38, 0.16)]
+    colours: list[Colour] = [
+        (0.80, 0.35, 0.08),
+        (0.88, 0.60, 0.12),
+        (0.62, 0.18, 0.10),
+        (0.55, 0.38, 0.16),
+    ]
     earth = chance.pick([(0.25, 0.16, 0.10), (0.32, 0.22, 0.12)], 0.02)
     out = _lit(earth, 0.9 + 0.5 * chance.clouds(x * 20, y * 20, 4))
     for scale in (5.0, 5.6, 6.3, 7.0, 7.9, 9.0):
@@ -320,7 +352,9 @@ def _leaves(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
 def _water(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
     light = chance.pick([(0.25, 0.72, 0.82), (0.15, 0.60, 0.80), (0.20, 0.70, 0.68)], 0.04)
     deep = chance.pick([(0.02, 0.22, 0.42), (0.02, 0.28, 0.38), (0.03, 0.16, 0.36)], 0.02)
-    out = _mix(light.expand(-1, -1, *x.shape[1:]), deep, y * 0.9 + 0.1 * chance.clouds(x * 3, y * 3, 4))
+    out = _mix(
+        light.expand(-1, -1, *x.shape[1:]), deep, y * 0.9 + 0.1 * chance.clouds(x * 3, y * 3, 4)
+    )
     rays = chance.clouds(x * 5 + y * chance.number(-2, 2), y * 0.5, 4, 0.6)
     out = out + 0.28 * (rays.clamp(0, 1) * (1 - y).clamp(0, 1))[:, None]
     floor = 0.78 - 0.05 * _hills(chance, x, 2.0, 4)
@@ -338,7 +372,11 @@ def _water(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
 
 
 def _city(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
-    out = _mix(_air(chance, x, y), chance.pick([(0.95, 0.80, 0.62), (0.85, 0.88, 0.92)], 0.03).expand(-1, -1, *x.shape[1:]), y * 0.8)
+    out = _mix(
+        _air(chance, x, y),
+        chance.pick([(0.95, 0.80, 0.62), (0.85, 0.88, 0.92)], 0.03).expand(-1, -1, *x.shape[1:]),
+        y * 0.8,
+    )
     for layer, count in enumerate((11.0, 8.0, 5.5)):
         u = x * count + chance.number(0, 1)
         cell = u.floor().long()
@@ -346,23 +384,37 @@ def _city(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
         other = chance.cells(cell, torch.ones_like(cell), which=layer)
         roof = 0.30 + 0.16 * layer + 0.22 * number
         haze = (0.55, 0.28, 0.0)[layer]
-        tint = chance.pick([(0.45, 0.46, 0.52), (0.55, 0.42, 0.36), (0.36, 0.42, 0.50), (0.66, 0.62, 0.56)], 0.04)
+        tint = chance.pick(
+            [(0.45, 0.46, 0.52), (0.55, 0.42, 0.36), (0.36, 0.42, 0.50), (0.66, 0.62, 0.56)], 0.04
+        )
         wall = _lit(tint, 0.62 + 0.6 * other + 0.05 * chance.noise(x * 50, y * 50))
         columns = 3.0 + (other * 3).floor()
         wx, wy = (u - cell) * columns, y * (22 + 8 * (number * 7 % 1))
         window = ((wx % 1 - 0.5).abs() < 0.28) & ((wy % 1 - 0.5).abs() < 0.3)
         lit = chance.cells(wx.floor().long() + 8 * cell, wy.floor().long(), which=layer + 9)
-        glass = torch.where((lit > 0.7)[:, None], torch.tensor([0.98, 0.88, 0.55], device=x.device)[:, None, None], (torch.tensor([0.22, 0.30, 0.40], device=x.device) * 1.0)[:, None, None])
+        glass = torch.where(
+            (lit > 0.7)[:, None],
+            torch.tensor([0.98, 0.88, 0.55], device=x.device)[:, None, None],
+            (torch.tensor([0.22, 0.30, 0.40], device=x.device) * 1.0)[:, None, None],
+        )
         wall = torch.where(window[:, None], glass * 0.9 + wall * 0.1, wall)
-        wall = wall * (1 - haze) + haze * torch.tensor([0.82, 0.85, 0.90], device=x.device)[:, None, None]
+        wall = (
+            wall * (1 - haze)
+            + haze * torch.tensor([0.82, 0.85, 0.90], device=x.device)[:, None, None]
+        )
         side = 0.5 - (u - cell - 0.5).abs()
         out = _mix(out, wall, ((y > roof) & (side > 0.02 + 0.06 * other)).float())
-    road = _lit(torch.tensor([0.36, 0.36, 0.38], device=x.device)[None, :, None, None], 0.95 + 0.16 * chance.clouds(x * 40, y * 60, 3))
+    road = _lit(
+        torch.tensor([0.36, 0.36, 0.38], device=x.device)[None, :, None, None],
+        0.95 + 0.16 * chance.clouds(x * 40, y * 60, 3),
+    )
     return _mix(out, road, _step(y - chance.number(0.86, 0.93), 0.01))
 
 
 def _marble(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
-    base = chance.pick([(0.93, 0.92, 0.90), (0.20, 0.22, 0.25), (0.72, 0.80, 0.76), (0.86, 0.74, 0.68)], 0.02)
+    base = chance.pick(
+        [(0.93, 0.92, 0.90), (0.20, 0.22, 0.25), (0.72, 0.80, 0.76), (0.86, 0.74, 0.68)], 0.02
+    )
     vein = chance.pick([(0.45, 0.45, 0.48), (0.60, 0.48, 0.30), (0.30, 0.38, 0.36)], 0.03)
     turn = chance.number(0, math.pi)
     u, v = x * turn.cos() + y * turn.sin(), y * turn.cos() - x * turn.sin()
@@ -370,7 +422,9 @@ def _marble(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
     out = _lit(base.expand(-1, -1, *x.shape[1:]), 0.97 + 0.10 * chance.clouds(x * 4, y * 4, 5, 0.7))
     for scale, strong in ((3.0, 0.85), (7.0, 0.5)):
         line = torch.sin((u * scale + warp * 2.2) * math.pi).abs()
-        out = _mix(out, vein, strong * torch.exp(-line * 9) * (0.4 + chance.clouds(u * 6, v * 6, 3).abs()))
+        out = _mix(
+            out, vein, strong * torch.exp(-line * 9) * (0.4 + chance.clouds(u * 6, v * 6, 3).abs())
+        )
     return out
 
 
@@ -384,10 +438,20 @@ def _sunset(chance: Chance, x: Tensor, y: Tensor) -> Tensor:
     sky = _mix(sky, top * 0.8, _step(-bar - 0.25, 0.3) * 0.6)
     sx, sy = chance.number(0.15, 0.85), horizon - chance.number(0.02, 0.16)
     far = torch.hypot(x - sx, y - sy)
-    sky = sky + torch.tensor([0.5, 0.32, 0.1], device=x.device)[:, None, None] * torch.exp(-far * 6)[:, None]
-    sky = _mix(sky, torch.tensor([1.0, 0.95, 0.75], device=x.device)[:, None, None], _step(chance.number(0.05, 0.09) - far, 0.012))
+    sky = (
+        sky
+        + torch.tensor([0.5, 0.32, 0.1], device=x.device)[:, None, None]
+        * torch.exp(-far * 6)[:, None]
+    )
+    sky = _mix(
+        sky,
+        torch.tensor([1.0, 0.95, 0.75], device=x.device)[:, None, None],
+        _step(chance.number(0.05, 0.09) - far, 0.012),
+    )
     depth = _depth(y, horizon)
-    wave = chance.clouds((x - 0.5) * depth * 6, depth * 16, 4, 0.65) + 0.5 * chance.noise(x * 14, y * 70)
+    wave = chance.clouds((x - 0.5) * depth * 6, depth * 16, 4, 0.65) + 0.5 * chance.noise(
+        x * 14, y * 70
+    )
     water = _mix(top * 0.5, low * 0.9, 0.25 + 0.55 * wave)
     path = torch.exp(-(((x - sx) / 0.10) ** 2)) * (0.5 + 0.9 * wave)
     water = _mix(water, torch.tensor([1.0, 0.85, 0.5], device=x.device)[:, None, None], path)

@@ -42,7 +42,8 @@ def smooth(table: Tensor, place: Tensor, x: Tensor, y: Tensor) -> Tensor:
     Args:
         table: the random numbers.
         place: (N, 1, 1) int64, each pattern's place in the table.
-        x, y: (N, H, W).
+        x: (N, H, W).
+        y: (N, H, W).
     """
     x, y = x + (place >> 16 & 0xFF) / 256, y + (place >> 24 & 0xFF) / 256
     left, top = x.floor(), y.floor()
@@ -54,9 +55,7 @@ def smooth(table: Tensor, place: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.lerp(upper, lower, fy) * 2 - 1
 
 
-def scattered(
-    table: Tensor, place: Tensor, x: Tensor, y: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def scattered(table: Tensor, place: Tensor, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Look for scattered points, one a cell, around (x, y); see `Chance.voronoi`."""
     best = torch.full_like(x, 9.0)
     second, number = best, torch.zeros_like(x)
@@ -122,5 +121,10 @@ class Chance:
         return total / weight * 1.6
 
     def voronoi(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Distances to the nearest and second nearest of scattered points; a number for the nearest."""
+        """Look for scattered points, one in each cell of a unit.
+
+        Returns:
+            The distances to the nearest point and to the second nearest, and a number in [0, 1)
+            that belongs to the nearest: (N, H, W) each.
+        """
         return scattered(self._table, self._place(), x, y)

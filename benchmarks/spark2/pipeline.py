@@ -10,8 +10,8 @@ from PIL import Image
 
 from fluxfire import modules
 from fluxfire.pictures import flatten_to_rgb
-from spark2 import language, model, weights
 from fluxfire.text import with_article
+from spark2 import language, model, weights
 
 _SIDE = 128
 _AREA = _SIDE * _SIDE
@@ -26,7 +26,7 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
     Kontext's defaults rescale every picture to a megapixel, which Spark was not trained on. Here a
     reference keeps its size if the size suits Spark (multiples of 16, an area of about 128 × 128
     pixels), and is rescaled to such a size otherwise. The result has the reference's size. Prompts
-    are padded to 32 tokens. The guidance scale is 2.5. A call's own arguments override all defaults.
+    are padded to 32 tokens. A call's own arguments override all defaults.
     """
 
     def __call__(self, image: Any = None, prompt: Any = None, *args: Any, **call: Any) -> Any:

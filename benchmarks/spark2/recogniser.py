@@ -141,7 +141,9 @@ def _peaks(chances: Tensor, tints: Tensor, boxes: Tensor, shorter: int) -> list[
     there = 1 - chances[NOTHING]
     candidates = []
     for row, column in (there > 0.5).nonzero().tolist():  # noqa: PLR2004
-        sure, thing = torch.cat([chances[:NOTHING, row, column], chances[SMUDGE:, row, column]]).max(0)
+        sure, thing = torch.cat(
+            [chances[:NOTHING, row, column], chances[SMUDGE:, row, column]]
+        ).max(0)
         dx, dy, log_size = boxes[:, row, column].tolist()
         candidates.append(
             Found(

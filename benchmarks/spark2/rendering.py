@@ -13,12 +13,9 @@ from spark2.noise import Chance
 from spark2.scenes import LOOKS, SLOTS, Scenes
 
 _SHADOW, _SHADOW_AT = 0.40, (0.035, 0.055)
-_MARGIN = 1.3  # a thing's drawing area, so that its shadow fits
 
 
-def render(
-    scenes: Scenes, shorter: int = 128, *, opacity: Tensor | None = None
-) -> Tensor:
+def render(scenes: Scenes, shorter: int = 128, *, opacity: Tensor | None = None) -> Tensor:
     """Draw scenes.
 
     Args:
@@ -42,7 +39,9 @@ def render(
         if not len(rows):
             continue
         some = scenes.take(rows)
-        sprite = things.painted(sprites[some.thing[:, slot]], some.tint[:, slot], some.shade[:, slot])
+        sprite = things.painted(
+            sprites[some.thing[:, slot]], some.tint[:, slot], some.shade[:, slot]
+        )
         drawn = _placed(sprite, some, slot, x, y, (0.0, 0.0))
         shadow = _placed(sprite[:, 4:], some, slot, x, y, _SHADOW_AT)
         much = seen[rows, slot][:, None, None, None]
@@ -52,7 +51,7 @@ def render(
 
 
 def coverage(scenes: Scenes, slot: int, shorter: int = 128) -> Tensor:
-    """Return the opacity of one slot's thing, whether it is present or not: (N, 1, height, width)."""
+    """Return the opacity of one slot's thing, present or not: (N, 1, height, width)."""
     width, height = (round(side * shorter) for side in scenes.extent)
     device = scenes.x.device
     xs = (torch.arange(width, device=device) + 0.5) / shorter

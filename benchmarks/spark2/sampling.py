@@ -172,5 +172,3 @@ def _novel(edit: EditKind, before: Scenes, after: Scenes, choice: Choice) -> Ten
         return torch.zeros(len(before), dtype=torch.bool)
     thing = after.of("thing", choice["subject"])
     return is_held_out(1 + list(KINDS).index(edit.name), thing)
-
-

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from fluxfire.diffusers_types import DiffusersPipeline
+from fluxfire.text import table
 from spark2.checking import Verdict
 from spark2.tasks import Drawing, SparkExample
-from fluxfire.text import table
 
 
 @dataclass(frozen=True)

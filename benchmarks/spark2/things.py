@@ -82,6 +82,7 @@ SIDE = 64
 COLUMNS = 16
 FILE = Path(__file__).parent / "things.png"
 _LUMA = (0.299, 0.587, 0.114)
+_MIDDLE = 0.55  # brightness at which a painted thing has the tint itself
 _DISTINCT = 0.17  # mean difference of a painted thing to itself
 _SOFT = 5  # standard deviation of a shadow's edge, in pixels of the file
 
@@ -119,7 +120,9 @@ def painted(sprite: Tensor, tint: Tensor, shade: Tensor) -> Tensor:
     light = luma(sprite[:, :3] / opacity).clamp(0, 1)
     colour = colour[:, :, None, None]
     painted = torch.where(
-        light < 0.55, colour * (0.25 + light / 0.55 * 0.75), colour + (1 - colour) * (light - 0.55)
+        light < _MIDDLE,
+        colour * (0.25 + light / _MIDDLE * 0.75),
+        colour + (1 - colour) * (light - _MIDDLE),
     )
     painted = (painted.clamp(0, 1) * opacity).clamp(0, 1)
     mixed = torch.where((tint > 0)[:, None, None, None], painted, sprite[:, :3])

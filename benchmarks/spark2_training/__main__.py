@@ -112,9 +112,7 @@ def _load_vae(vae: Any, path: Path, device: str) -> None:
     vae.load_state_dict({key: value.float() for key, value in load_file(path).items()})
     with safe_open(path, "pt") as file:
         facts = file.metadata()
-    vae.register_to_config(
-        scaling_factor=float(facts["scale"]), shift_factor=float(facts["shift"])
-    )
+    vae.register_to_config(scaling_factor=float(facts["scale"]), shift_factor=float(facts["shift"]))
     vae.to(device)
 
 
@@ -186,7 +184,8 @@ def _pools(
     """Most batches are square edits; one in six another shape, one in eight words alone."""
     began, n, chunk = time.perf_counter(), arguments.pool, 40_000
     usual = [
-        encoder.edits(min(chunk, n), SIZES[0], Dice("pool", *seed, i)) for i in range(-(-n // chunk))
+        encoder.edits(min(chunk, n), SIZES[0], Dice("pool", *seed, i))
+        for i in range(-(-n // chunk))
     ]
     pools = [(_join(usual), 30)]
     others = SIZES[1 : arguments.sizes]
@@ -201,8 +200,6 @@ def _join(pools: list[Pool]) -> Pool:
     first = pools[0]
     columns = ("source", "target", "t5", "clip")
     return Pool(first.grid, *(torch.cat([getattr(p, c) for p in pools]) for c in columns))
-
-
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ class Masters:
         self.values = [p.detach().float().clone() for p in self._parameters]
         sizes = [value.numel() for value in self.values]
         self.gradients = torch.zeros(sum(sizes), device=self.values[0].device)
-        for value, part in zip(self.values, self.gradients.split(sizes), strict=True):
+        for value, part in zip(self.values, torch.split(self.gradients, sizes), strict=True):
             value.grad = part.view_as(value)
 
     def take_gradients(self) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from spark2 import language, noise
 from spark2.captions import draw_captioned
-from spark2.edits import KEEP, KINDS
+from spark2.edits import KEEP
 from spark2.rendering import render
 from spark2.sampling import SEVERAL, draw_edits, kinds_of
 from spark2.scenes import Dice, Scenes, join
@@ -84,10 +84,10 @@ class Encoder:
         config = self._vae.config
         for first in range(0, len(scenes), _DRAWN):
             drawn = render(scenes.take(slice(first, first + _DRAWN)).to(self._device), shorter)
-            for some in drawn.split(_ENCODED):
-                some = some.to(self._vae.dtype, memory_format=torch.channels_last) * 2 - 1
+            for some in torch.split(drawn, _ENCODED):
+                scaled = some.to(self._vae.dtype, memory_format=torch.channels_last) * 2 - 1
                 with torch.autocast(self._device, torch.bfloat16):
-                    mean = self._vae.encode(some).latent_dist.mode().float()
+                    mean = self._vae.encode(scaled).latent_dist.mode().float()
                 parts.append(pack((mean - config.shift_factor) * config.scaling_factor).bfloat16())
         return torch.cat(parts)
 
@@ -102,7 +102,9 @@ class Encoder:
             rounds = 12 if kind == SEVERAL else 1
             for _ in range(rounds):
                 edits = kinds_of(kind, dice)
-                batch = draw_edits(edits, -(-n * weight // total // rounds), extent, dice, novel=False)
+                batch = draw_edits(
+                    edits, -(-n * weight // total // rounds), extent, dice, novel=False
+                )
                 prompts += instructions(batch, dice)
                 sources.append(batch.source)
                 targets.append(batch.target)
@@ -174,6 +176,3 @@ def _extent(size: tuple[int, int]) -> tuple[tuple[float, float], int]:
 
 def _grid(size: tuple[int, int]) -> tuple[int, int]:
     return size[1] // 8, size[0] // 8
-
-
-_ = KINDS

@@ -49,4 +49,5 @@ def _orthogonal(matrices: Tensor) -> Tensor:
     for _ in range(5):
         square = x @ x.mT
         x = _A * x + (_B * square + _C * square @ square) @ x
-    return (x.mT if tall else x).float()
+    out: Tensor = (x.mT if tall else x).float()
+    return out

@@ -11,7 +11,7 @@ from torch.nn import functional
 from spark2.noise import Chance
 from spark2.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser
 from spark2.rendering import blur, render
-from spark2.scenes import LOOKS, SLOTS, Dice, Scenes, draw
+from spark2.scenes import LOOKS, SLOTS, Dice, Scenes, draw, join
 from spark2.things import THINGS
 from spark2_training.average import Average, copy, holding
 from spark2_training.clock import Budget, Clock, Log, rate
@@ -20,6 +20,7 @@ _PEAK = 1.5e-3
 _CORE, _RIM = 0.14, 0.5
 _LOOKED = 0.5
 _RENEW = 1500
+_GHOSTLY, _EACH, _MIXED = 0.15, 0.6, 0.27
 
 
 def scenes_for(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
@@ -36,15 +37,16 @@ def spoil(scenes: Scenes, dice: Dice, shorter: int) -> tuple[Tensor, Tensor, Ten
     """Draw pictures, some wrong on purpose: (N, 3, H, W), smudged (N, SLOTS), unclear (N,)."""
     n, device = len(scenes), scenes.x.device
     way = dice.uniform(0, 1, n).to(device)
-    ghostly = (way < 0.15)[:, None] & (dice.uniform(0, 1, n, SLOTS) < 0.6).to(device)
+    ghostly = (way < _GHOSTLY)[:, None] & (dice.uniform(0, 1, n, SLOTS) < _EACH).to(device)
     opacity = torch.where(ghostly, dice.uniform(0.2, 0.72, n, SLOTS).to(device), 1.0)
     drawn = render(scenes, shorter, opacity=opacity)
     smudged, unclear = ghostly.clone(), torch.zeros(n, dtype=torch.bool, device=device)
-    mixed = ((way >= 0.15) & (way < 0.27)).nonzero()[:, 0]
+    mixed = ((way >= _GHOSTLY) & (way < _MIXED)).nonzero()[:, 0]
     if len(mixed):
         some = scenes.take(mixed)
         other = some.having(
-            thing=(some.thing + dice.below(len(THINGS) - 1, len(mixed), 1).to(device) + 1) % len(THINGS),
+            thing=(some.thing + dice.below(len(THINGS) - 1, len(mixed), 1).to(device) + 1)
+            % len(THINGS),
             seed=some.seed + 1,
         )
         share = dice.uniform(0.3, 0.7, len(mixed), 1, 1, 1).to(device)
@@ -69,7 +71,9 @@ def vary(drawn: Tensor, seed: int) -> Tensor:
     x, y = (t[None].expand(n, -1, -1).float() for t in (xs, ys))
     strong = chance.number(0, 1.6)
     bend = [strong * chance.noise(x / 14, y / 14) for _ in range(2)]
-    grid = torch.stack([(x + bend[0] + 0.5) * 2 / width - 1, (y + bend[1] + 0.5) * 2 / height - 1], -1)
+    grid = torch.stack(
+        [(x + bend[0] + 0.5) * 2 / width - 1, (y + bend[1] + 0.5) * 2 / height - 1], -1
+    )
     drawn = functional.grid_sample(drawn, grid, align_corners=False, padding_mode="reflection")
     soft = chance.number(0, 1)[:, None]
     drawn = drawn.lerp(blur(drawn, 0.8), (soft - 0.4).clamp_min(0))
@@ -88,6 +92,7 @@ def labels(scenes: Scenes, smudged: Tensor, size: tuple[int, int]) -> tuple[Tens
     tints = torch.full(shape, -100, device=device)
     boxes = torch.zeros(n, 3, *shape[1:], device=device)
     for slot in range(SLOTS):
+
         def of(name: str, slot: int = slot) -> Tensor:
             value: Tensor = getattr(scenes, name)[:, slot, None, None]
             return value
@@ -110,7 +115,9 @@ def labels(scenes: Scenes, smudged: Tensor, size: tuple[int, int]) -> tuple[Tens
     return things, tints, boxes
 
 
-def loss_of(net: Recogniser, drawn: Tensor, scenes: Scenes, smudged: Tensor, unclear: Tensor) -> Tensor:
+def loss_of(
+    net: Recogniser, drawn: Tensor, scenes: Scenes, smudged: Tensor, unclear: Tensor
+) -> Tensor:
     """Return the training loss of some pictures."""
     things, tints, boxes, grounds, looks = net(drawn)
     want, want_tint, want_box = labels(scenes, smudged, (drawn.shape[3], drawn.shape[2]))
@@ -122,11 +129,16 @@ def loss_of(net: Recogniser, drawn: Tensor, scenes: Scenes, smudged: Tensor, unc
     want_tint = torch.where(grey, -100, want_tint)
     loss = loss + 0.5 * functional.cross_entropy(tints.float(), want_tint, ignore_index=-100)
     loss = loss + ((boxes.float() - want_box).abs() * core[:, None]).sum() / core.sum().clamp_min(1)
-    loss = loss + functional.cross_entropy(grounds.float(), torch.where(unclear, UNCLEAR, scenes.ground))
-    return loss + functional.cross_entropy(looks.float(), scenes.look)
+    loss = loss + functional.cross_entropy(
+        grounds.float(), torch.where(unclear, UNCLEAR, scenes.ground)
+    )
+    loss = loss + functional.cross_entropy(looks.float(), scenes.look)
+    return torch.as_tensor(loss)
 
 
-def stock(n: int, size: tuple[int, int], dice: Dice, device: str) -> tuple[Tensor, Scenes, Tensor, Tensor]:
+def stock(
+    n: int, size: tuple[int, int], dice: Dice, device: str
+) -> tuple[Tensor, Scenes, Tensor, Tensor]:
     """Draw a stock of pictures, as uint8, with what they show."""
     shorter = min(size)
     extent = (size[0] / shorter, size[1] / shorter)
@@ -138,8 +150,6 @@ def stock(n: int, size: tuple[int, int], dice: Dice, device: str) -> tuple[Tenso
         smudged.append(smudge)
         unclear.append(dim)
         kept.append(scenes)
-    from spark2.scenes import join
-
     return torch.cat(drawn), join(kept), torch.cat(smudged), torch.cat(unclear)
 
 
@@ -150,11 +160,16 @@ def train_recogniser(
 ) -> None:  # fmt: skip
     """Train in place until a budget is spent."""
     n = n or (48_000 if device == "cuda" else 600)
-    stocks = [stock(n if i == 0 else n // 8, size, Dice("see", *size), device) for i, size in enumerate(sizes)]
+    stocks = [
+        stock(n if i == 0 else n // 8, size, Dice("see", *size), device)
+        for i, size in enumerate(sizes)
+    ]
     held = stock(n // 12, sizes[0], Dice("see", "held out"), device)
-    net.to(device=device, memory_format=torch.channels_last).train()
+    net.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = Average(list(net.parameters()))
-    optimizer = torch.optim.AdamW(net.parameters(), lr=peak, weight_decay=0.02, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=peak, weight_decay=0.02, fused=device == "cuda"
+    )
     dice, clock = Dice("see", "order"), Clock(budget)
     for step in clock:
         for group in optimizer.param_groups:
@@ -164,9 +179,15 @@ def train_recogniser(
         rows = dice.below(len(drawn), batch).to(device)
         pictures = vary(drawn[rows].float() / 255, step)
         with torch.autocast(device, torch.bfloat16):
-            loss = loss_of(net, pictures.to(memory_format=torch.channels_last), scenes.take(rows), smudged[rows], unclear[rows])
+            loss = loss_of(
+                net,
+                pictures.to(memory_format=torch.channels_last),
+                scenes.take(rows),
+                smudged[rows],
+                unclear[rows],
+            )
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         average.update()
@@ -174,7 +195,13 @@ def train_recogniser(
             stocks[0] = stock(n, sizes[0], Dice("see", "again", step), device)
         if step % 250 == 0:
             with holding([net], average.values):
-                log.write(part="recogniser", step=step, seconds=clock.seconds, loss=float(loss.detach()), **accuracy(net, held))
+                log.write(
+                    part="recogniser",
+                    step=step,
+                    seconds=clock.seconds,
+                    loss=float(loss.detach()),
+                    **accuracy(net, held),
+                )
                 on_minute()
     net.eval()
     copy(average.values, list(net.parameters()))
@@ -185,7 +212,9 @@ def train_recogniser(
 def accuracy(net: Recogniser, held: tuple[Tensor, Scenes, Tensor, Tensor]) -> dict[str, float]:
     """Return the shares of right answers on pictures never trained on."""
     drawn, scenes, smudged, unclear = held
-    right: dict[str, list[Tensor]] = {k: [] for k in ("cores", "nothing", "smudges", "tints", "grounds", "looks")}
+    right: dict[str, list[Tensor]] = {
+        k: [] for k in ("cores", "nothing", "smudges", "tints", "grounds", "looks")
+    }
     for first in range(0, len(drawn), 512):
         part = slice(first, first + 512)
         things, tints, _, grounds, looks = net(drawn[part].float() / 255)
@@ -197,7 +226,8 @@ def accuracy(net: Recogniser, held: tuple[Tensor, Scenes, Tensor, Tensor]) -> di
         right["nothing"].append((answer == want)[want == NOTHING])
         coloured = (want_tint >= 0) & (some.look != LOOKS.index("grey"))[:, None, None]
         right["tints"].append((tints.argmax(1) == want_tint)[coloured])
-        right["grounds"].append(grounds.argmax(1) == torch.where(unclear[part], UNCLEAR, some.ground))
+        right["grounds"].append(
+            grounds.argmax(1) == torch.where(unclear[part], UNCLEAR, some.ground)
+        )
         right["looks"].append(looks.argmax(1) == some.look)
     return {name: float(torch.cat(values).float().mean()) for name, values in right.items()}
-

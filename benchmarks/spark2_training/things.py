@@ -1,8 +1,8 @@
 """Make the picture of all things from Debian's fonts-noto-color-emoji.
 
-    apt-get download fonts-noto-color-emoji && dpkg -x fonts-noto-color-emoji_*.deb noto
-    pip install fonttools
-    PYTHONPATH=benchmarks python -m spark2_training.things noto/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+The font is in Debian's package fonts-noto-color-emoji; `dpkg -x` unpacks it. fonttools reads it.
+
+    PYTHONPATH=benchmarks python -m spark2_training.things NotoColorEmoji.ttf
 """
 
 from __future__ import annotations

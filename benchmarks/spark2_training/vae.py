@@ -31,14 +31,27 @@ def pictures(n: int, size: tuple[int, int], dice: Dice, device: str) -> Tensor:
     return torch.cat(drawn)[:n]
 
 
-def train_vae(vae: Any, budget: Budget, log: Log, device: str, sizes: tuple[tuple[int, int], ...], *, batch: int = 96) -> None:
+def train_vae(
+    vae: Any,
+    budget: Budget,
+    log: Log,
+    device: str,
+    sizes: tuple[tuple[int, int], ...],
+    *,
+    batch: int = 96,
+) -> None:
     """Train a VAE in place until a budget is spent, then set its scale and shift."""
     n = 20_000 if device == "cuda" else 300
     held = pictures(n // 50, sizes[0], Dice("vae", "held out"), device).float() / 255
-    stock = {size: pictures(n if i == 0 else n // 4, size, Dice("vae", *size), device) for i, size in enumerate(sizes)}
+    stock = {
+        size: pictures(n if i == 0 else n // 4, size, Dice("vae", *size), device)
+        for i, size in enumerate(sizes)
+    }
     vae.to(device=device, memory_format=torch.channels_last).train()
     average = Average(list(vae.parameters()))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=_PEAK, betas=(0.9, 0.95), weight_decay=1e-3, fused=device == "cuda")
+    optimizer = torch.optim.AdamW(
+        vae.parameters(), lr=_PEAK, betas=(0.9, 0.95), weight_decay=1e-3, fused=device == "cuda"
+    )
     dice, clock = Dice("vae", "order"), Clock(budget)
     for step in clock:
         for group in optimizer.param_groups:
@@ -52,7 +65,12 @@ def train_vae(vae: Any, budget: Budget, log: Log, device: str, sizes: tuple[tupl
         difference = again.float() - drawn
         edges = difference.diff(dim=2).abs().mean() + difference.diff(dim=3).abs().mean()
         divergence = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = difference.abs().mean() + 2 * difference.square().mean() + _EDGES * edges + _KL * divergence
+        loss = (
+            difference.abs().mean()
+            + 2 * difference.square().mean()
+            + _EDGES * edges
+            + _KL * divergence
+        )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
@@ -60,12 +78,26 @@ def train_vae(vae: Any, budget: Budget, log: Log, device: str, sizes: tuple[tupl
         average.update()
         if step % 250 == 0:
             with holding([vae], average.values):
-                log.write(part="vae", step=step, seconds=clock.seconds, loss=float(loss.detach()), divergence=float(divergence.detach()), psnr=round_trip(vae, held))
+                log.write(
+                    part="vae",
+                    step=step,
+                    seconds=clock.seconds,
+                    loss=float(loss.detach()),
+                    divergence=float(divergence.detach()),
+                    psnr=round_trip(vae, held),
+                )
     vae.eval()
     copy(average.values, list(vae.parameters()))
     log.write(part="vae", step=clock.steps, seconds=clock.seconds, psnr=round_trip(vae, held))
-    latents = torch.cat([vae.encode(stock[sizes[0]][i : i + 256].float() / 127.5 - 1).latent_dist.mode().detach() for i in range(0, 1024, 256)])
-    vae.register_to_config(shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std()))
+    latents = torch.cat(
+        [
+            vae.encode(stock[sizes[0]][i : i + 256].float() / 127.5 - 1).latent_dist.mode().detach()
+            for i in range(0, 1024, 256)
+        ]
+    )
+    vae.register_to_config(
+        shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std())
+    )
     log.write(part="vae", channels=str([round(float(s), 3) for s in latents.std((0, 2, 3))]))
 
 
@@ -73,7 +105,7 @@ def train_vae(vae: Any, budget: Budget, log: Log, device: str, sizes: tuple[tupl
 def round_trip(vae: Any, drawn: torch.Tensor) -> float:
     """Return the mean PSNR in dB of pictures encoded and decoded."""
     values = []
-    for some in drawn.split(200):
+    for some in torch.split(drawn, 200):
         again = vae.decode(vae.encode(some * 2 - 1).latent_dist.mode()).sample
         error = ((again / 2 + 0.5).clamp(0, 1) - some).square().mean((1, 2, 3))
         values.append(-10 * error.log10())
