@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,12 +78,21 @@ class Encoder:
         return t5, clip
 
     @torch.no_grad()
-    def latents(self, scenes: Scenes, shorter: int) -> Tensor:
-        """Draw and encode: (N, tokens, 4 * channels), as the pipeline packs them."""
+    def latents(
+        self, scenes: Scenes, shorter: int, *, change: Callable[[Tensor], Tensor] = lambda p: p
+    ) -> Tensor:
+        """Draw and encode: (N, tokens, 4 * channels), as the pipeline packs them.
+
+        Args:
+            scenes: N scenes.
+            shorter: pixels of the shorter side.
+            change: what to do to the pictures, (N, 3, H, W) in [0, 1], before encoding.
+        """
         parts = []
         config = self._vae.config
         for first in range(0, len(scenes), _DRAWN):
-            drawn = render(scenes.take(slice(first, first + _DRAWN)).to(self._device), shorter)
+            some_scenes = scenes.take(slice(first, first + _DRAWN)).to(self._device)
+            drawn = change(render(some_scenes, shorter))
             for some in torch.split(drawn, _ENCODED):
                 scaled = some.to(self._vae.dtype, memory_format=torch.channels_last) * 2 - 1
                 with torch.autocast(self._device, torch.bfloat16):
