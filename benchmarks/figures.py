@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import claims
-from regions import compiling, edits, passes, reference, serving, spark, steps
+from regions import compiling, edits, passes, realism, reference, serving, spark, steps
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*/*.md")))
@@ -50,6 +50,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "reference on spark": reference.reference_on_spark,
     "frontier": reference.frontier,
     "spark": spark.spark,
+    "realism": realism.realism,
     "vocabulary": spark.vocabulary,
     "passes on spark": spark.passes_on_spark,
     "serving": serving.serving,

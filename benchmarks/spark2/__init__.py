@@ -1,9 +1,9 @@
-"""Spark: a small trained Kontext that ships with fluxfire.
+"""Spark 2, in the making: a small trained Kontext that will replace `fluxfire.spark`.
 
-Spark is a small FLUX.1 Kontext, built from diffusers' classes and trained to edit scenes of flat
-shapes by instruction. The weights of the real FLUX.1 Kontext are gated and large; Spark's are not.
-Spark shows whether an edit works. It is no benchmark for the real model: one plain step nearly
-solves it. The model card in the documentation says more.
+It is a small FLUX.1 Kontext, built from diffusers' classes and trained to edit pictures of things
+on drawn grounds by instruction. Its edits have many right answers, as real ones have, so it should
+punish what the real model punishes. `benchmarks/spark2_training` trains it; its weights are not
+there yet. `things.png` holds pictures of Noto Color Emoji (Google, Apache-2.0 and OFL-1.1).
 
 Importing this package does not load torch; the first use of a name does.
 """
