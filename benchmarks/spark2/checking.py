@@ -37,6 +37,7 @@ _SIDE = 128
 _SURE = 0.5
 _STRANGE = 0.7  # how sure the recogniser must be of what nobody asked for
 _NEAR = 0.16  # how far a replaced or recoloured thing may be from where it was
+_STILL = 0.07  # how far one that stays may seem to be from where it was
 _DRAWN = 0.62  # half a thing's square with its shadow, as a share of its side
 _FAINT = 2e-4
 
@@ -215,7 +216,8 @@ class _Check:
         """Explain a thing that should have stayed; pixels say later whether it did."""
         here = [f for f in self.seen.found if _apart(f, thing) < _NEAR]
         self.explained += here
-        if self.new_look and not any(f.thing == thing.thing for f in here):
+        still = [f for f in here if f.thing == thing.thing and _apart(f, thing) < _STILL]
+        if (self.new_look or self.new_ground) and not still:
             yield f"the {NAMES[thing.thing]} has not stayed"
 
     def _gone(self, before: Found, found: Found | None) -> Iterator[str]:

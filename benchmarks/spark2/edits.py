@@ -161,7 +161,11 @@ class Add:
         "insert {new} {place}",
         "give it {new} {place}",
     )
-    novel: tuple[str, ...] = ("{place} put {new}", "{place} there should be {new}")
+    novel: tuple[str, ...] = (
+        "give the picture {new} {place}",
+        "put {new} in it {place}",
+        "draw {new} in the picture {place}",
+    )
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
         """Choose a side or none; the free slot's thing was drawn with the scene."""
@@ -224,7 +228,6 @@ class Replace:
     )
     novel: tuple[str, ...] = (
         "change the {it} into {new}",
-        "replace the {it} by {new}",
         "exchange the {it} with {new}",
     )
 

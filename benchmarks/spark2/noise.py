@@ -13,7 +13,7 @@ from torch import Tensor
 
 _SIZE = 1 << 16
 _ROW, _COLUMN, _OTHER = 40503, 30011, 9973
-"""Steps in the table between neighbours; odd, so that a pattern repeats only after 256 cells."""
+"""Steps in the table between neighbours; odd, so that a pattern repeats only after 200 cells."""
 _DRAWS = 512
 _MASK = 0xFFFFFFFF
 

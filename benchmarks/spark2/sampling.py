@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from spark2.edits import KINDS, LOCAL, WHOLE, Choice, EditKind, is_at
-from spark2.scenes import Dice, Scenes, draw, join
+from spark2.scenes import LOOKS, Dice, Scenes, draw, join
 
 _ONE_IN = 10
 SEVERAL = "several"
@@ -102,15 +102,19 @@ def draw_edits(
         scenes = scenes.take(scenes.orderly())
         between, choices, now = [], [], scenes
         wanted = torch.ones(len(scenes), dtype=torch.bool)
-        fresh = torch.zeros(len(scenes), dtype=torch.bool)
         for edit in edits:
             choice = edit.draw(now, dice)
             after = edit.apply(now, choice, dice)
             wanted &= _possible(edit, now, after, choice)
-            fresh |= _novel(edit, now, after, choice)
             between.append(now)
             choices.append(choice)
             now = after
+        asked = list(zip(edits, choices, strict=True))
+        fresh = torch.zeros(len(scenes), dtype=torch.bool)
+        for edit, choice in asked:
+            fresh |= _novel(edit, now, choice)
+            if edit.name == "recolour":  # in black and white, nobody could see the colour
+                wanted &= now.look != _GREY
         wanted &= now.orderly()
         if novel is not None and any(_can_be_novel(edit) for edit in edits):
             wanted &= fresh == novel
@@ -136,6 +140,7 @@ def join_edits(parts: list[Batch]) -> Batch:
 
 
 _LEAST_MOVE = 0.25
+_GREY = LOOKS.index("grey")
 
 
 def _possible(edit: EditKind, before: Scenes, after: Scenes, choice: Choice) -> Tensor:
@@ -150,25 +155,21 @@ def _possible(edit: EditKind, before: Scenes, after: Scenes, choice: Choice) -> 
         possible &= far >= _LEAST_MOVE
         at = before.of("x", subject), before.of("y", subject)
         possible &= ~is_at(choice["side"], *at, before.extent)
-    if edit.name == "recolour":  # a colour in black and white shows nothing
-        possible &= before.look != _GREY
     if edit.name == "look":
         possible &= before.look == 0
     return possible
-
-
-_GREY = 6
 
 
 def _can_be_novel(edit: EditKind) -> bool:
     return edit.name != "look"
 
 
-def _novel(edit: EditKind, before: Scenes, after: Scenes, choice: Choice) -> Tensor:
+def _novel(edit: EditKind, result: Scenes, choice: Choice) -> Tensor:
+    """Whether an edit's result has a combination that is held out of training: (N,) bool."""
     if edit.name == "ground":
-        first = is_held_out(0, after.thing[:, 0] + 7 * choice["ground"])
-        return first & before.present[:, 0]
+        held_out = is_held_out(0, result.thing + 7 * choice["ground"][:, None])
+        return (held_out & result.present).any(1)
     if not _can_be_novel(edit):
-        return torch.zeros(len(before), dtype=torch.bool)
-    thing = after.of("thing", choice["subject"])
+        return torch.zeros(len(result), dtype=torch.bool)
+    thing = result.of("thing", choice["subject"])
     return is_held_out(1 + list(KINDS).index(edit.name), thing)

@@ -124,7 +124,7 @@ def painted(sprite: Tensor, tint: Tensor, shade: Tensor) -> Tensor:
         colour * (0.25 + light / _MIDDLE * 0.75),
         colour + (1 - colour) * (light - _MIDDLE),
     )
-    painted = (painted.clamp(0, 1) * opacity).clamp(0, 1)
+    painted = painted.clamp(0, 1) * sprite[:, 3:4]
     mixed = torch.where((tint > 0)[:, None, None, None], painted, sprite[:, :3])
     return torch.cat([mixed, sprite[:, 3:]], 1)
 

@@ -23,6 +23,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from spark2 import weights as weights_file
 from spark2.model import parts as build
 from spark2.recogniser import Recogniser
 from spark2.scenes import Dice
@@ -85,7 +86,13 @@ def main() -> None:
             workers.agree(0.0)  # the others wait
             continue
         _load_vae(models["vae"], out / "vae.safetensors", workers.device)
-        _flow(models, out, budget[part], log, workers, part=part, stop=stop, arguments=arguments)
+        done = _flow(
+            models, out, budget[part], log, workers, part=part, stop=stop, arguments=arguments
+        )
+        if not done:
+            return
+    if workers.first and all((out / f"{part}.safetensors").exists() for part in PARTS):
+        assemble(models, out)
 
 
 def _convolutions(
@@ -126,8 +133,12 @@ def _flow(
     part: str,
     stop: float,
     arguments: argparse.Namespace,
-) -> None:
-    """Train from the last minute saved; the file holds the averages."""
+) -> bool:
+    """Train from the last minute saved; the file holds the averages.
+
+    Returns:
+        Whether the budget is spent.
+    """
     path = out / f"{part}.safetensors"
     before: dict[str, Any] = {"seconds": 0.0, "steps": 0}
     start = path if path.exists() else out / "flow.safetensors"
@@ -135,7 +146,7 @@ def _flow(
         with safe_open(path, "pt") as file:
             before |= json.loads(file.metadata()["clock"])
         if Clock(budget, **before).over:
-            return
+            return True
     device = workers.device
     modules = [models[name].float().to(device) for name in TRAINED]
     weights = parameters(modules)
@@ -173,9 +184,23 @@ def _flow(
     for module in modules:
         module.float()
     copies.copy(average.values, weights)
+    return workers.agree(clock.spent) >= 1
 
 
-_PEAKS = {"flow": 1.5e-3, "guided": 5e-4}
+def assemble(models: dict[str, Any], out: Path) -> None:
+    """Put the parts together into one file, as the package has it."""
+    _load_vae(models["vae"], out / "vae.safetensors", "cpu")
+    recogniser = Recogniser()
+    seen = load_file(out / "recogniser.safetensors")
+    recogniser.load_state_dict({key: value.float() for key, value in seen.items()})
+    state = load_file(out / "guided.safetensors")
+    for name in TRAINED:
+        named = list(models[name].named_parameters())
+        copies.copy([state[f"{name}.{key}"] for key, _ in named], [p for _, p in named])
+    weights_file.save({**models, "recogniser": recogniser}, out / "spark.safetensors")
+
+
+_PEAKS = {"flow": 1.2e-3, "guided": 4e-4}
 
 
 def _pools(

@@ -18,7 +18,9 @@ IGNORED = -100
 
 
 def test_answers_have_their_places():
-    assert (NOTHING, SMUDGE, UNCLEAR) == (len(NAMES), len(NAMES) + 1, len(GROUNDS))
+    assert len(NAMES) == NOTHING
+    assert len(NAMES) + 1 == SMUDGE
+    assert len(GROUNDS) == UNCLEAR
     net = Recogniser().eval()
     for width, height in SIZES:
         cells = height // STRIDE, width // STRIDE
@@ -101,17 +103,18 @@ def a_map(h=8, w=12):
     return chances, torch.zeros(len(TINTS) + 1, h, w), torch.zeros(3, h, w)
 
 
-def put(chances, row, column, thing, sure, rest=NOTHING):
+def put(chances, at, thing, sure, rest=NOTHING):
+    row, column = at
     chances[:, row, column] = 0
     chances[thing, row, column], chances[rest, row, column] = sure, 1 - sure
 
 
 def test_peaks_of_a_hand_made_map():
     chances, tints, boxes = a_map()
-    put(chances, 2, 3, 7, 0.9)
-    put(chances, 2, 4, 7, 0.8)  # the same thing, seen less surely
-    put(chances, 6, 9, SMUDGE, 0.7)
-    put(chances, 0, 0, 5, 0.45)  # more likely nothing
+    put(chances, (2, 3), 7, 0.9)
+    put(chances, (2, 4), 7, 0.8)  # the same thing, seen less surely
+    put(chances, (6, 9), SMUDGE, 0.7)
+    put(chances, (0, 0), 5, 0.45)  # more likely nothing
     tints[4, 2, 3] = 1
     boxes[:, 2, 3] = torch.tensor([0.25, -0.5, math.log(40 / 128)])
     boxes[:, 2, 4] = torch.tensor([-0.75, -0.5, math.log(40 / 128)])
@@ -133,8 +136,8 @@ def test_things_side_by_side_are_two():
     """Half of a thing's side apart is one thing, and more is two."""
     for columns, expected in ((2, 1), (3, 2)):
         chances, tints, boxes = a_map()
-        put(chances, 4, 2, 7, 0.9)
-        put(chances, 4, 2 + columns, 8, 0.8)
+        put(chances, (4, 2), 7, 0.9)
+        put(chances, (4, 2 + columns), 8, 0.8)
         boxes[2] = math.log(40 / 128)
         found = _peaks(chances, tints, boxes, 64)
         assert [f.thing for f in found] == [7, 8][:expected]
@@ -143,7 +146,7 @@ def test_things_side_by_side_are_two():
 def test_a_cell_between_two_things_counts_as_something():
     """Neither is likely, but it is unlikely that there is nothing."""
     chances, tints, boxes = a_map()
-    put(chances, 1, 1, 3, 0.4, rest=9)
+    put(chances, (1, 1), 3, 0.4, rest=9)
     chances[9, 1, 1], chances[NOTHING, 1, 1] = 0.3, 0.3
     (found,) = _peaks(chances, tints, boxes, 64)
     assert (found.thing, found.sure) == (3, pytest.approx(0.4))

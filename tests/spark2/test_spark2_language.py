@@ -97,8 +97,10 @@ def test_the_longest_instruction_fits(tokenizers):
             "what": [what for _, what in WHERE.values()],
         }  # fmt: skip
         looks = [w for pair in LOOK_WORDINGS.values() for some in pair for w in some]
-        one = longest([w for k in LOCAL for w in (*KINDS[k].known, *KINDS[k].novel)], fields, tokens)
-        grounds = [w for w in (*KINDS["ground"].known, *KINDS["ground"].novel)]
+        one = longest(
+            [w for k in LOCAL for w in (*KINDS[k].known, *KINDS[k].novel)], fields, tokens
+        )
+        grounds = [*KINDS["ground"].known, *KINDS["ground"].novel]
         assert set(WHOLE) == {"ground", "look"}
         two = max(longest(grounds, fields, tokens), max(looks, key=tokens), key=tokens)
         said = f"Please {one} and {two}."
@@ -130,7 +132,10 @@ def test_captions_fit_and_say_all_there_is(tokenizers, extent):
     assert len(captions) == len(scenes) == 96
     assert scenes.orderly().all()
     assert len(set(captions)) > 90
-    wheres, said_looks = [where for where, _ in WHERE.values()], [s.strip() for s in IN_LOOKS.values()]
+    wheres, said_looks = (
+        [where for where, _ in WHERE.values()],
+        [s.strip() for s in IN_LOOKS.values()],
+    )
     for row, caption in enumerate(captions):
         assert language.unknown(caption) == ()
         assert len(tokenizers[1](f"Please {caption}.").input_ids) <= language.LONGEST
