@@ -90,8 +90,8 @@ def main() -> None:
             models, out, budget[part], log, workers, part=part, stop=stop, arguments=arguments
         )
         if not done:
-            return
-    if workers.first and all((out / f"{part}.safetensors").exists() for part in PARTS):
+            break
+    if workers.first:
         assemble(models, out)
 
 
@@ -188,12 +188,15 @@ def _flow(
 
 
 def assemble(models: dict[str, Any], out: Path) -> None:
-    """Put the parts together into one file, as the package has it."""
+    """Put what is trained so far into one file, as the package has it."""
+    trained = [part for part in PARTS if (out / f"{part}.safetensors").exists()]
+    if not {"vae", "recogniser", "flow"}.issubset(trained):
+        return
     _load_vae(models["vae"], out / "vae.safetensors", "cpu")
     recogniser = Recogniser()
     seen = load_file(out / "recogniser.safetensors")
     recogniser.load_state_dict({key: value.float() for key, value in seen.items()})
-    state = load_file(out / "guided.safetensors")
+    state = load_file(out / f"{trained[-1]}.safetensors")
     for name in TRAINED:
         named = list(models[name].named_parameters())
         copies.copy([state[f"{name}.{key}"] for key, _ in named], [p for _, p in named])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import runpy
 import sys
@@ -12,7 +13,7 @@ from diffusers import FluxKontextPipeline
 from safetensors import safe_open
 from torch import nn
 
-from spark2 import language, model
+from spark2 import language, model, weights
 from spark2.captions import draw_captioned
 from spark2.edits import KEEP, KINDS
 from spark2.recogniser import Recogniser
@@ -482,6 +483,29 @@ def out_with(folder, **modules):
     return folder
 
 
+@pytest.mark.parametrize("last", ["flow", "guided"])
+def test_one_file_holds_what_is_trained_so_far(tmp_path, parts, last):
+    def flow(fill):
+        modules = nn.ModuleDict({name: copy.deepcopy(parts[name]) for name in TRAINED})
+        for parameter in modules.parameters():
+            nn.init.constant_(parameter, fill)
+        return modules
+
+    seen = Recogniser()
+    command.assemble(model.parts(), out_with(tmp_path, vae=parts["vae"], recogniser=seen))
+    assert not (tmp_path / "spark.safetensors").exists()
+    fills = {"flow": 0.25, "guided": 0.5} if last == "guided" else {"flow": 0.25}
+    out_with(tmp_path, **{name: flow(fill) for name, fill in fills.items()})
+    command.assemble(model.parts(seed=1), tmp_path)
+    again = {**model.parts(seed=2), "recogniser": Recogniser()}
+    weights.restore(again, tmp_path / "spark.safetensors")
+    assert again["vae"].config.scaling_factor == 1.5
+    for name in TRAINED:
+        assert all((p == fills[last]).all() for p in again[name].parameters()), name
+    for key, tensor in seen.state_dict().items():
+        assert torch.equal(again["recogniser"].state_dict()[key], tensor.half().float()), key
+
+
 @pytest.fixture
 def settings(monkeypatch):
     """Train on the CPU, and leave torch's settings as they were."""
@@ -521,7 +545,7 @@ def steps_of(path):
 def test_training_runs_in_small_and_resumes(run, tmp_path, monkeypatch):
     once = run("--steps", "1", "1", "2", "2")
     names = ("vae", "recogniser", "flow", "guided")
-    assert sorted(once) == sorted(f"{name}.safetensors" for name in names)
+    assert sorted(once) == sorted(f"{name}.safetensors" for name in (*names, "spark"))
     assert [steps_of(tmp_path / f"{name}.safetensors") for name in names[2:]] == [2, 2]
     logs = {name: (tmp_path / f"{name}.jsonl").read_text() for name in names}
     assert all(json.loads(line) for log in logs.values() for line in log.splitlines())
