@@ -164,7 +164,7 @@ def generate(
 
 
 def distance(pictures: Tensor, plain: Tensor) -> dict[str, float]:
-    """Return mean and worst PSNR in dB, and that of the mean squared error's mean."""
+    """Return mean and worst PSNR in dB."""
     error = (pictures - plain).double().square().mean((1, 2, 3)).clamp_min(1e-10)
     psnr = -10 * error.log10()
     return {"mean": float(psnr.mean()), "worst": float(psnr.min())}
@@ -206,7 +206,7 @@ def _relative(old: Tensor, new: Tensor) -> float:
 def watching(transformer: Any) -> Iterator[Watched]:
     """Let hooks watch a transformer's calls."""
     seen = Watched()
-    kept: dict[str, Any] = {"last": None, "half": 0}
+    kept: dict[str, Any] = {"last": None}
     double, single = transformer.transformer_blocks, transformer.single_transformer_blocks
     chosen = [double[0], single[0], single[-1]]
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from spark2 import weights
 from spark2.edits import SIDES, is_at
-from spark2.grounds import GROUNDS
+from spark2.grounds import GROUNDS, centres
 from spark2.recogniser import SMUDGE, Found, Recogniser, Seen
 from spark2.rendering import blur, coverage
 from spark2.scenes import LOOKS, SLOTS, Scenes
@@ -142,8 +142,7 @@ class _Check:
         faults += self._whole()
         strange = [f for f in self.seen.found if f not in self.explained and f.sure > _STRANGE]
         faults += [f"there is {_name(f)} that nobody asked for" for f in strange]
-        blemish = likeness = sharpness = 1.0
-        blemish = self._blemish()
+        blemish, likeness = self._blemish(), 1.0
         if blemish > BLEMISH:
             faults.append(f"what should stay has changed, by {blemish:.2f}")
         if self.new_look and not self.new_ground:
@@ -247,17 +246,13 @@ class _Check:
 
     def _may_change(self, thing: Found) -> None:
         """Let the pixels around a thing differ from the source."""
-        self.changing |= self._box(thing, _DRAWN)
-
-    def _box(self, thing: Found, half: float) -> Tensor:
         height, width = self.changing.shape
-        ys = (torch.arange(height) + 0.5) / self.shorter
-        xs = (torch.arange(width) + 0.5) / self.shorter
-        reach = half * thing.size + 0.03
+        x, y = centres(width, height)
+        reach = _DRAWN * thing.size + 0.03
         shift = 0.03  # a shadow lies to the lower right
-        across = (xs > thing.x - reach) & (xs < thing.x + reach + shift)
-        along = (ys > thing.y - reach) & (ys < thing.y + reach + shift)
-        return along[:, None] & across[None, :]
+        across = (x > thing.x - reach) & (x < thing.x + reach + shift)
+        along = (y > thing.y - reach) & (y < thing.y + reach + shift)
+        self.changing |= (along & across)[0]
 
     def _blemish(self) -> float:
         """Return the worst window's error of what must have the source's pixels."""

@@ -17,6 +17,12 @@ from spark2.noise import Chance
 Colour = tuple[float, float, float]
 
 
+def centres(width: int, height: int, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
+    """Return where the pixels' centres are, where the shorter side is 1: (1, 1, W), (1, H, 1)."""
+    x, y = ((torch.arange(n, device=device) + 0.5) / min(width, height) for n in (width, height))
+    return x[None, None, :], y[None, :, None]
+
+
 def draw(kind: Tensor, seed: Tensor, width: int, height: int) -> Tensor:
     """Draw grounds.
 
@@ -30,14 +36,13 @@ def draw(kind: Tensor, seed: Tensor, width: int, height: int) -> Tensor:
         (N, 3, height, width) float32 in [0, 1].
     """
     shorter = min(width, height)
-    xs = (torch.arange(width, device=seed.device) + 0.5) / shorter
-    ys = (torch.arange(height, device=seed.device) + 0.5) / shorter
+    xs, ys = centres(width, height, seed.device)
     out = torch.empty(len(seed), 3, height, width, device=seed.device)
     for i, ground in enumerate(GROUNDS.values()):
         rows = (kind == i).nonzero()[:, 0]
         if len(rows):
-            x = xs[None, None, :].expand(len(rows), height, width)
-            y = ys[None, :, None].expand(len(rows), height, width)
+            x = xs.expand(len(rows), height, width)
+            y = ys.expand(len(rows), height, width)
             y = y + 1 - height / shorter  # the bottom of every picture is 1
             out[rows] = ground(Chance(seed[rows]), x, y)
     return out.clamp(0, 1)

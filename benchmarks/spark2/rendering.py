@@ -28,11 +28,8 @@ def render(scenes: Scenes, shorter: int = 128, *, opacity: Tensor | None = None)
     """
     width, height = (round(side * shorter) for side in scenes.extent)
     picture = grounds.draw(scenes.ground, scenes.seed, width, height)
-    device = picture.device
-    xs = (torch.arange(width, device=device) + 0.5) / shorter
-    ys = (torch.arange(height, device=device) + 0.5) / shorter
-    x, y = xs[None, None, :], ys[None, :, None]
-    sprites = things.pictures().to(device)
+    x, y = grounds.centres(width, height, picture.device)
+    sprites = things.pictures().to(picture.device)
     seen = scenes.present.float() if opacity is None else scenes.present * opacity
     for slot in range(SLOTS):
         rows = (seen[:, slot] > 0).nonzero()[:, 0]
@@ -54,10 +51,9 @@ def coverage(scenes: Scenes, slot: int, shorter: int = 128) -> Tensor:
     """Return the opacity of one slot's thing, present or not: (N, 1, height, width)."""
     width, height = (round(side * shorter) for side in scenes.extent)
     device = scenes.x.device
-    xs = (torch.arange(width, device=device) + 0.5) / shorter
-    ys = (torch.arange(height, device=device) + 0.5) / shorter
+    x, y = grounds.centres(width, height, device)
     sprite = things.pictures().to(device)[scenes.thing[:, slot], 3:4]
-    return _placed(sprite, scenes, slot, xs[None, None, :], ys[None, :, None], (0.0, 0.0))
+    return _placed(sprite, scenes, slot, x, y, (0.0, 0.0))
 
 
 def _placed(
@@ -89,10 +85,8 @@ def look(picture: Tensor, which: Tensor, seed: Tensor) -> Tensor:
 
 def _grid(picture: Tensor) -> tuple[Tensor, Tensor]:
     n, _, height, width = picture.shape
-    shorter = min(height, width)
-    x = (torch.arange(width, device=picture.device) + 0.5) / shorter
-    y = (torch.arange(height, device=picture.device) + 0.5) / shorter
-    return x[None, None].expand(n, height, width), y[None, :, None].expand(n, height, width)
+    x, y = grounds.centres(width, height, picture.device)
+    return x.expand(n, height, width), y.expand(n, height, width)
 
 
 def _colour(picture: Tensor, *rgb: float) -> Tensor:
