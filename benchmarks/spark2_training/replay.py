@@ -52,7 +52,8 @@ class Replay:
         self._forget()
         self._graph = torch.cuda.CUDAGraph()
         memory = beside._graph.pool() if beside else None  # noqa: SLF001
-        with torch.cuda.graph(self._graph, pool=memory):
+        # NCCL's own thread may query events during a capture: not this thread's business.
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
             self._loss = backward(pool, self._row, self._keeping)
         self._gradients = [p.grad for p in parameters]
 
