@@ -33,6 +33,9 @@ LIKENESS = 0.45
 SHARPNESS = (0.30, 3.3)
 """Allowed gradient energy of what is new, as a fraction of the target's."""
 _WINDOW, _SOFTEN, _FORGIVEN = 8, 1.0, 1  # pixels if the shorter side has 128
+_MOVES, _WIDER = (-0.016, -0.012, -0.008, -0.004, 0.0, 0.004, 0.008, 0.012, 0.016), (-0.01, 0, 0.01)
+"""Where a camera may be: right or down, and how much wider it sees. See `scenes.SHAKE`."""
+_FEWEST = 64  # pixels to compare
 _SIDE = 128
 _SURE = 0.5
 _STRANGE = 0.7  # how sure the recogniser must be of what nobody asked for
@@ -136,6 +139,11 @@ class _Check:
         self.changing = torch.zeros(image.shape[1:], dtype=torch.bool)
         self.new_ground = self._differs("ground", "seed")
         self.new_look = self._differs("look", "weather")
+        if source is not None:
+            same = torch.ones_like(self.changing)
+            if self.new_ground:
+                same = self._kept_things()
+            self.source = steadied(source, image, same)
 
     def verdict(self) -> Verdict:
         faults = [fault for slot in range(SLOTS) for fault in self._slot(slot)]
@@ -290,7 +298,7 @@ class _Check:
             return 1.0
         fine = [_fine(picture, self.shorter / _SIDE) for picture in (self.image, self.source)]
         a, b = (f[~self.changing] for f in fine)
-        if len(a) < 64:  # noqa: PLR2004
+        if len(a) < _FEWEST:
             return 1.0
         return float(torch.corrcoef(torch.stack([a, b]))[0, 1])
 
@@ -303,6 +311,43 @@ class _Check:
             return 1.0
         found, wanted = (_energy(p)[new].mean() + _FAINT for p in (self.image, self.target))
         return float(found / wanted)
+
+
+def steadied(source: Tensor, image: Tensor, same: Tensor) -> Tensor:
+    """Return the source as the camera of the edit saw it, if that has moved a little.
+
+    The fine structure shows it, whatever the light: of all small moves, take the one at which it
+    correlates best with the image's.
+
+    Args:
+        source: the picture before the edit, (3, height, width).
+        image: the picture after it, likewise.
+        same: (height, width) bool, where both should show the same.
+    """
+    if int(same.sum()) < _FEWEST:
+        return source
+    shorter = min(source.shape[1:])
+    before, after = (_fine(picture, shorter / _SIDE) for picture in (source, image))
+    cameras = torch.cartesian_prod(*(torch.tensor(a) for a in (_MOVES, _MOVES, _WIDER)))
+    cameras = cameras[cameras.abs().sum(1).argsort(stable=True)]  # equal fits: the smallest move
+    seen = _from_cameras(before[None], cameras)[:, 0, same]
+    wanted = after[same]
+    seen, wanted = seen - seen.mean(1, keepdim=True), wanted - wanted.mean()
+    fit = seen @ wanted / (seen.norm(dim=1) * wanted.norm()).clamp_min(1e-6)
+    return _from_cameras(source, cameras[fit.argmax()][None])[0]
+
+
+def _from_cameras(picture: Tensor, cameras: Tensor) -> Tensor:
+    """Show a picture of (C, H, W) as N cameras of (N, 3) see it: (N, C, H, W)."""
+    height, width = picture.shape[1:]
+    shorter = min(height, width)
+    right, down, wider = cameras[:, :, None, None].unbind(1)
+    x, y = centres(width, height)
+    u = (x * 2 * shorter / width - 1) * (1 + wider) + right * 2 * shorter / width
+    v = (y * 2 * shorter / height - 1) * (1 + wider) + down * 2 * shorter / height
+    grid = torch.stack(torch.broadcast_tensors(u, v), -1)
+    pictures = picture.expand(len(cameras), -1, -1, -1)
+    return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 
 
 def _thing(scenes: Scenes, slot: int) -> Found | None:

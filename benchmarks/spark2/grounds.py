@@ -23,28 +23,27 @@ def centres(width: int, height: int, device: torch.device | str = "cpu") -> tupl
     return x[None, None, :], y[None, :, None]
 
 
-def draw(kind: Tensor, seed: Tensor, width: int, height: int) -> Tensor:
+def draw(kind: Tensor, seed: Tensor, x: Tensor, y: Tensor) -> Tensor:
     """Draw grounds.
 
     Args:
         kind: (N,) int64, an index into GROUNDS.
-        seed: (N,) int64; the same kind and seed give the same picture.
-        width: pixels.
-        height: pixels.
+        seed: (N,) int64; the same kind and seed give the same ground.
+        x: (N, 1, width) or (1, 1, width), where the pixels' centres are; the shorter side of a
+            picture is 1.
+        y: (N, height, 1) or (1, height, 1), likewise.
 
     Returns:
         (N, 3, height, width) float32 in [0, 1].
     """
-    shorter = min(width, height)
-    xs, ys = centres(width, height, seed.device)
+    height, width = y.shape[1], x.shape[2]
     out = torch.empty(len(seed), 3, height, width, device=seed.device)
+    y = y + 1 - height / min(width, height)  # the bottom of every picture is 1
     for i, ground in enumerate(GROUNDS.values()):
         rows = (kind == i).nonzero()[:, 0]
         if len(rows):
-            x = xs.expand(len(rows), height, width)
-            y = ys.expand(len(rows), height, width)
-            y = y + 1 - height / shorter  # the bottom of every picture is 1
-            out[rows] = ground(Chance(seed[rows]), x, y)
+            at = [c.expand(len(seed), height, width)[rows] for c in (x, y)]
+            out[rows] = ground(Chance(seed[rows]), *at)
     return out.clamp(0, 1)
 
 

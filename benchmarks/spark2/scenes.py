@@ -23,6 +23,14 @@ SIZES = (0.30, 0.46)
 """Smallest and largest side of a thing."""
 
 
+SHAKE = (0.012, 0.012, 0.01)
+"""How far a camera may move between a picture and its edit: right, down, and wider.
+
+FLUX.1 Kontext moves and zooms a picture a little when it edits it. So every pixel of an edit is
+uncertain at first, and not only what the instruction names.
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Scenes:
     """N scenes of one aspect ratio.
@@ -41,6 +49,8 @@ class Scenes:
         seed: (N,) int64, which of the grounds of this kind.
         look: (N,) int64, an index into LOOKS.
         weather: (N,) int64, the seed of the look.
+        camera: (N, 3) float32: how far the camera has moved to the right and down, and how much
+            wider it sees, as a fraction. Pictures show the scene from there.
     """
 
     extent: tuple[float, float]
@@ -57,6 +67,7 @@ class Scenes:
     seed: Tensor
     look: Tensor
     weather: Tensor
+    camera: Tensor
 
     def __len__(self) -> int:
         return len(self.ground)
@@ -181,8 +192,15 @@ def draw(n: int, extent: tuple[float, float], dice: Dice) -> Scenes:
         seed=dice.below(_SEEDS, n),
         look=torch.where(changed, 1 + dice.below(len(LOOKS) - 1, n), 0),
         weather=dice.below(_SEEDS, n),
+        camera=torch.zeros(n, 3),
         **poses(n, extent, dice),
     )
+
+
+def shaken(scenes: Scenes, dice: Dice) -> Scenes:
+    """Return the scenes as a camera sees them that has moved a little, by at most 1.5 pixels."""
+    moved = dice.uniform(-1, 1, len(scenes), 3) * torch.tensor(SHAKE)
+    return scenes.having(camera=moved)
 
 
 def new_seeds(n: int, dice: Dice) -> Tensor:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,6 +41,8 @@ from spark2_training.workers import Workers, join
 
 PARTS = ("vae", "recogniser", "flow", "guided")
 _MINUTES = (5.0, 6.0, 60.0, 15.0)
+Pools = list[tuple[Pool, int]]
+"""Data, each with how many of a round's batches it gives."""
 
 
 def main() -> None:
@@ -78,6 +82,8 @@ def main() -> None:
     budget = {p: Budget(a, unit) for p, a in zip(PARTS, amounts, strict=True)}
     stop = began + 60 * (arguments.stop_after or float("inf"))
     models = build()
+    # Both parts of the flow see the same edits: drawing them takes two minutes.
+    draw = functools.cache(lambda: _draw(models, out, arguments, workers))
     for part in arguments.parts:
         log = Log(out / f"{part}.jsonl", silent=not workers.first)
         if part in ("vae", "recogniser"):
@@ -85,11 +91,10 @@ def main() -> None:
                 _convolutions(part, models, out, budget[part], log, workers.device)
             workers.agree(0.0)  # the others wait
             continue
-        _load_vae(models["vae"], out / "vae.safetensors", workers.device)
-        done = _flow(
-            models, out, budget[part], log, workers, part=part, stop=stop, arguments=arguments
-        )
-        if not done:
+        if not _flow(
+            models, out, budget[part], log, workers,
+            part=part, stop=stop, draw=draw, batch=arguments.batch,
+        ):  # fmt: skip
             break
     if workers.first:
         assemble(models, out)
@@ -132,21 +137,30 @@ def _flow(
     *,
     part: str,
     stop: float,
-    arguments: argparse.Namespace,
+    draw: Callable[[], tuple[Encoder, Pools]],
+    batch: int,
 ) -> bool:
     """Train from the last minute saved; the file holds the averages.
+
+    Args:
+        models: every component, by name.
+        out: the folder.
+        budget: of this part.
+        log: where the loss goes.
+        workers: the processes that train together.
+        part: `"flow"`, or `"guided"`, which starts from the flow's weights.
+        stop: when to stop although something is left, by `time.perf_counter`.
+        draw: returns the data.
+        batch: edits a step and process.
 
     Returns:
         Whether the budget is spent.
     """
     path = out / f"{part}.safetensors"
-    before: dict[str, Any] = {"seconds": 0.0, "steps": 0}
+    before = _spent(path)
     start = path if path.exists() else out / "flow.safetensors"
-    if path.exists():
-        with safe_open(path, "pt") as file:
-            before |= json.loads(file.metadata()["clock"])
-        if Clock(budget, **before).over:
-            return True
+    if path.exists() and Clock(budget, **before).over:
+        return True
     device = workers.device
     modules = [models[name].float().to(device) for name in TRAINED]
     weights = parameters(modules)
@@ -156,8 +170,7 @@ def _flow(
         copies.copy([state[name].to(device).float() for name in names], weights)
     masters = Masters(weights)  # before Flow rounds the weights to bfloat16
     average = Average(masters.values, start=masters.values if start.exists() else None)
-    encoder = Encoder(models, device)
-    pools = _pools(encoder, arguments, log, (part, before["steps"], workers.rank))
+    encoder, pools = draw()
     flow = Flow(models, encoder, device)
     if part == "guided":
         source = load_file(out / "flow.safetensors")
@@ -178,13 +191,22 @@ def _flow(
 
     train_flow(
         flow, pools, clock, log, workers,
-        masters=masters, average=average, batch=arguments.batch, on_minute=save,
+        masters=masters, average=average, batch=batch, on_minute=save,
         peak=_PEAKS[part],
     )  # fmt: skip
     for module in modules:
         module.float()
     copies.copy(average.values, weights)
     return workers.agree(clock.spent) >= 1
+
+
+def _spent(path: Path) -> dict[str, Any]:
+    """Return the seconds and steps that a part's file has had so far."""
+    if not path.exists():
+        return {"seconds": 0.0, "steps": 0}
+    with safe_open(path, "pt") as file:
+        spent: dict[str, Any] = json.loads(file.metadata()["clock"])
+    return spent
 
 
 def assemble(models: dict[str, Any], out: Path) -> None:
@@ -206,11 +228,14 @@ def assemble(models: dict[str, Any], out: Path) -> None:
 _PEAKS = {"flow": 1.2e-3, "guided": 4e-4}
 
 
-def _pools(
-    encoder: Encoder, arguments: argparse.Namespace, log: Log, seed: tuple[Any, ...]
-) -> list[tuple[Pool, int]]:
-    """Most batches are square edits; one in six another shape, one in eight words alone."""
+def _draw(
+    models: dict[str, Any], out: Path, arguments: argparse.Namespace, workers: Workers
+) -> tuple[Encoder, Pools]:
+    """Draw edits: most are square; one in six has another shape, one in eight is words alone."""
     began, n, chunk = time.perf_counter(), arguments.pool, 40_000
+    seed = _spent(out / "flow.safetensors")["steps"], workers.rank  # each sitting draws new ones
+    _load_vae(models["vae"], out / "vae.safetensors", workers.device)
+    encoder = Encoder(models, workers.device)
     usual = [
         encoder.edits(min(chunk, n), SIZES[0], Dice("pool", *seed, i))
         for i in range(-(-n // chunk))
@@ -220,8 +245,9 @@ def _pools(
     pools += [(encoder.edits(n // 10, size, Dice("pool", *seed, *size)), 2) for size in others]
     pools += [(encoder.captioned(n // 6, SIZES[0], Dice("captions", *seed)), 6)]
     seconds = time.perf_counter() - began
+    log = Log(out / "flow.jsonl", silent=not workers.first)
     log.write(part="pool", edits=float(sum(len(p) for p, _ in pools)), seconds=seconds)
-    return pools
+    return encoder, pools
 
 
 def _join(pools: list[Pool]) -> Pool:

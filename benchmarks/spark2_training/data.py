@@ -14,7 +14,7 @@ from spark2.captions import draw_captioned
 from spark2.edits import KEEP
 from spark2.rendering import render
 from spark2.sampling import SEVERAL, draw_edits, kinds_of
-from spark2.scenes import Dice, Scenes, join
+from spark2.scenes import Dice, Scenes, join, shaken
 
 WEIGHTS = {
     "add": 20, "remove": 13, "replace": 16, "recolour": 8, "move": 13, "ground": 16, "look": 8,
@@ -117,7 +117,8 @@ class Encoder:
                 prompts += instructions(batch, dice)
                 sources.append(batch.source)
                 targets.append(batch.target)
-        source, target = (self.latents(join(s), shorter) for s in (sources, targets))
+        source = self.latents(join(sources), shorter)
+        target = self.latents(shaken(join(targets), dice), shorter)
         t5, clip = self.text(prompts)
         return Pool(_grid(size), source, target, t5, clip)
 

@@ -11,7 +11,7 @@ import torch
 from spark2 import checking, weights
 from spark2.edits import FREE, KINDS, LOCAL, SIDES
 from spark2.rendering import blur, render
-from spark2.scenes import LOOKS, SLOTS, Dice
+from spark2.scenes import LOOKS, SLOTS, Dice, draw, shaken
 from spark2.tasks import ALL_KINDS, drawings, examples
 from spark2.things import NAMES
 
@@ -116,6 +116,38 @@ def another_thing(scenes, task):
 @half_trained
 def test_exact_targets_pass(tasks):
     assert share_passing(tasks, lambda t, _: t.target) >= EXACT
+
+
+def test_the_check_follows_a_camera_that_moved_a_little():
+    """Whatever the light; and it moves nothing where the camera stood still."""
+    scenes = draw(24, (1.25, 1.0), Dice("follow"))
+    after = shaken(scenes.having(look=torch.full((24,), LOOKS.index("evening"))), Dice(1))
+    everywhere = torch.ones(128, 160, dtype=torch.bool)
+    before, still, moved = render(scenes), render(after.having(camera=scenes.camera)), render(after)
+    apart = torch.zeros(2)
+    for one, there, image in zip(before, still, moved, strict=True):
+        assert (checking.steadied(one, one, everywhere) - one).abs().max() < 1e-4
+        followed = checking.steadied(there, image, everywhere)
+        apart += torch.stack([(p - image).abs().mean() for p in (followed, there)])
+        by_day = checking.steadied(one, image, everywhere)
+        assert fine_structure(by_day, image) > fine_structure(one, image) - 0.02
+        assert torch.equal(checking.steadied(one, image, everywhere & False), one)
+    assert apart[0] < 0.6 * apart[1]
+
+
+def fine_structure(one, other):
+    """How alike two pictures' fine structure is: a correlation."""
+    first, second = (checking._fine(p, 1.0).flatten() for p in (one, other))
+    return float(torch.corrcoef(torch.stack([first, second]))[0, 1])
+
+
+@trained
+@half_trained
+def test_a_valid_result_from_a_moved_camera_passes(tasks):
+    def from_there(task, number):
+        return render(shaken(task.scenes, Dice("moved", number)))[0]
+
+    assert share_passing(tasks, from_there) >= EXACT
 
 
 @trained

@@ -20,7 +20,7 @@ kinds = pytest.mark.parametrize("kind", range(len(GROUNDS)), ids=list(GROUNDS))
 
 def drawn(kind, *seeds, width=SIDE, height=SIDE):
     which = torch.full((len(seeds),), kind)
-    return grounds.draw(which, torch.tensor(seeds), width, height)
+    return grounds.draw(which, torch.tensor(seeds), *grounds.centres(width, height))
 
 
 @kinds
@@ -33,7 +33,9 @@ def test_a_ground_depends_on_its_kind_and_seed_alone(kind):
     assert torch.equal(three[0], three[2])
     assert (three[0] - three[1]).abs().mean() > 0.02
     mixed = grounds.draw(
-        torch.tensor([(kind + 1) % len(GROUNDS), kind]), torch.tensor([1, 99]), SIDE, SIDE
+        torch.tensor([(kind + 1) % len(GROUNDS), kind]),
+        torch.tensor([1, 99]),
+        *grounds.centres(SIDE, SIDE),
     )
     assert torch.allclose(mixed[1], three[1], atol=1e-5)
 
@@ -67,7 +69,7 @@ def test_wide_and_tall_pictures_show_more_of_the_same_ground(kind):
 
 def test_kinds_are_told_apart():
     pictures = grounds.draw(
-        torch.arange(len(GROUNDS)), torch.full((len(GROUNDS),), 3), SIDE, SIDE
+        torch.arange(len(GROUNDS)), torch.full((len(GROUNDS),), 3), *grounds.centres(SIDE, SIDE)
     ).flatten(1)
     apart = torch.cdist(pictures, pictures, p=1) / pictures.shape[1]
     apart.fill_diagonal_(1)

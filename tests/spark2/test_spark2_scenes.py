@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from spark2 import grounds
 from spark2.edits import FREE
 from spark2.rendering import blur, coverage, look, render
-from spark2.scenes import LOOKS, SIZES, SLOTS, Dice, draw, join
+from spark2.scenes import LOOKS, SHAKE, SIZES, SLOTS, Dice, draw, join, shaken
 from spark2.things import NAMES, TINTS, distinct
 
 EXTENTS = [(1.0, 1.0), (160 / 96, 1.0), (1.0, 144 / 112)]
@@ -104,7 +104,7 @@ def test_orderly_scenes_show_every_thing(extent):
 
 def test_a_thing_hides_its_ground_and_darkens_what_is_beside_it():
     scene = alone("panda", size=0.46)
-    bare = grounds.draw(scene.ground, scene.seed, 64, 64)[0]
+    bare = grounds.draw(scene.ground, scene.seed, *grounds.centres(64, 64))[0]
     picture, cover = render(scene, 64)[0], coverage(scene, 0, 64)[0, 0]
     far = cover.new_zeros(64, 64)
     far[16:59, 16:59] = 1  # the thing, and its shadow to the lower right
@@ -174,11 +174,11 @@ def test_size_in_pixels_does_not_change_a_scene():
 
 
 def test_lights_and_weathers_by_what_they_do():
-    picture = grounds.draw(torch.tensor([3, 8]), torch.tensor([1, 2]), 64, 64)
+    picture = grounds.draw(torch.tensor([3, 8]), torch.tensor([1, 2]), *grounds.centres(64, 64))
 
     def seen(name, *seeds):
         which = torch.full((2,), LOOKS.index(name))
-        return look(picture, which, torch.tensor(seeds or (5, 6)))
+        return look(picture, which, torch.tensor(seeds or (5, 6)), *grounds.centres(64, 64))
 
     assert torch.equal(seen("day"), picture)
     for name in LOOKS[1:]:
@@ -205,10 +205,43 @@ def test_lights_and_weathers_by_what_they_do():
 def test_looks_in_a_batch_are_those_alone():
     picture = torch.rand(len(LOOKS), 3, 32, 32)
     which, seeds = torch.arange(len(LOOKS)), torch.arange(len(LOOKS)) + 50
-    together = look(picture, which, seeds)
+    at = grounds.centres(32, 32)
+    together = look(picture, which, seeds, *at)
     for i in range(len(LOOKS)):
         one = slice(i, i + 1)
-        assert torch.allclose(together[one], look(picture[one], which[one], seeds[one]), atol=1e-5)
+        assert torch.allclose(
+            together[one], look(picture[one], which[one], seeds[one], *at), atol=1e-5
+        )
+
+
+def test_a_camera_shows_the_whole_scene_from_another_place():
+    """Moved by whole pixels, it shows the same pixels elsewhere: things, ground and weather."""
+    scenes = draw(12, (1.25, 1.0), Dice("camera"))
+    scenes = scenes.having(look=torch.arange(12) % len(LOOKS))
+    before = render(scenes, 64)
+    moved = scenes.having(camera=torch.tensor([3 / 64, -2 / 64, 0.0]).expand(12, 3))
+    after = render(moved, 64)
+    differs = (after[:, :, 2:, :-3] - before[:, :, :-2, 3:]).abs().amax(1) > 0.02  # at sharp edges
+    assert differs.float().mean() < 0.01
+    assert (after - before).abs().mean() > 0.01
+    cover = coverage(moved, 0, 64)[..., 2:, :-3]
+    assert torch.allclose(cover, coverage(scenes, 0, 64)[..., :-2, 3:], atol=1e-3)
+
+
+def test_a_wider_camera_shows_more_around_the_middle():
+    scenes = draw(6, (1.0, 1.0), Dice("wide"))
+    wide = scenes.having(camera=torch.tensor([0.0, 0.0, 1.0]).expand(6, 3))
+    inner = render(wide, 128)[:, :, 32:96, 32:96]
+    assert (inner - render(scenes, 64)).abs().mean() < 0.01
+
+
+def test_a_shaken_camera_moves_by_a_pixel_or_two():
+    scenes = draw(500, (1.0, 1.0), Dice("shake"))
+    seen = shaken(scenes, Dice("shake", 1)).camera
+    assert (seen.abs() <= torch.tensor(SHAKE)).all()
+    assert (seen.abs().amax(0) > 0.9 * torch.tensor(SHAKE)).all()
+    assert seen.mean(0).abs().max() < 0.001
+    assert torch.equal(scenes.camera, torch.zeros(500, 3))
 
 
 def test_putting_changes_one_slot_of_each_scene():
