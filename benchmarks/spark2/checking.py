@@ -345,7 +345,8 @@ def _from_cameras(picture: Tensor, cameras: Tensor) -> Tensor:
     x, y = centres(width, height)
     u = (x * 2 * shorter / width - 1) * (1 + wider) + right * 2 * shorter / width
     v = (y * 2 * shorter / height - 1) * (1 + wider) + down * 2 * shorter / height
-    grid = torch.stack(torch.broadcast_tensors(u, v), -1)
+    size = len(cameras), height, width
+    grid = torch.stack([u.expand(size), v.expand(size)], -1)
     pictures = picture.expand(len(cameras), -1, -1, -1)
     return functional.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
 

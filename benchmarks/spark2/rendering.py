@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -156,7 +157,7 @@ def _grey(picture: Tensor, chance: Chance, *_: Tensor) -> Tensor:
     return ((things.luma(picture) - 0.5) * strong + 0.5).expand_as(picture)
 
 
-_CHANGES = {
+_CHANGES: dict[str, Callable[[Tensor, Chance, Tensor, Tensor], Tensor]] = {
     "night": _night,
     "evening": _evening,
     "fog": _fog,
