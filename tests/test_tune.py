@@ -30,7 +30,7 @@ from fluxfire.bench.quality import Quality, Similarity
 from fluxfire.bench.tuning import cache_families
 from fluxfire.cli import main
 from fluxfire.errors import BenchError, PlanError
-from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, ReferenceCache
+from fluxfire.passes import Compile, FirstBlockCache, MegaCache, QKVFusion, ReferenceCache, Schedule
 from fluxfire.planning import recipes
 from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import edit, tiny_kontext
@@ -463,11 +463,14 @@ LISTS = [
     presets.faithful,
     presets.article,
     (FirstBlockCache(schedule=[1, 3]), MegaCache(Path("k.megacache"))),
+    (FirstBlockCache(schedule=[Schedule(28, {9: 0.3, 11: None}), Schedule(20, {7: 0.2})]),),
     (),
 ]
 
 
-@pytest.mark.parametrize("passes", LISTS, ids=["faithful", "article", "schedule", "none"])
+@pytest.mark.parametrize(
+    "passes", LISTS, ids=["faithful", "article", "schedule", "schedules", "none"]
+)
 def test_lists_come_back_from_their_files(tmp_path, passes):
     file = tmp_path / "list.json"
     recipes.write(passes, file, note="by hand")

@@ -13,7 +13,7 @@ from fluxfire._version import __version__ as __version__
 if TYPE_CHECKING:
     from fluxfire import bench, errors, extend, passes, presets, spark, testing
     from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
-    from fluxfire.bench import Budget, Tuned, bisect, tune
+    from fluxfire.bench import Budget, Calibrated, Tuned, bisect, calibrate, tune
     from fluxfire.loading import load
     from fluxfire.planning.plan import Plan
     from fluxfire.planning.resolve import order
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Budget",
+    "Calibrated",
     "Change",
     "Finding",
     "Pass",
@@ -31,6 +32,7 @@ __all__ = [
     "Tuned",
     "bench",
     "bisect",
+    "calibrate",
     "errors",
     "extend",
     "load",
@@ -53,7 +55,7 @@ _HOME = {
     **dict.fromkeys(
         ("optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
     ),
-    **dict.fromkeys(("Budget", "Tuned", "bisect", "tune"), "bench"),
+    **dict.fromkeys(("Budget", "Calibrated", "Tuned", "bisect", "calibrate", "tune"), "bench"),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
     "Plan": "planning.plan",
     "Report": "reporting.report",

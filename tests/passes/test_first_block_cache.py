@@ -14,7 +14,7 @@ import fluxfire
 from fluxfire import Change
 from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.kontext import KONTEXT
-from fluxfire.passes import Compile, FirstBlockCache, QKVFusion
+from fluxfire.passes import Compile, FirstBlockCache, QKVFusion, Schedule
 from fluxfire.testing import edit, tiny_kontext
 
 STEPS = 12
@@ -167,6 +167,73 @@ def test_the_defaults_are_careful():
     assert 28 - cache.most_hits(28) == 16
     assert cache.off().most_hits(28) == FirstBlockCache(0).most_hits(28) == 0
     assert FirstBlockCache(schedule=[2, 5, 40]).most_hits(28) == 2
+
+
+def test_a_schedule_is_for_one_length_and_has_limits():
+    """Step 5's limit is below any distance; other lengths follow the threshold."""
+    schedule = Schedule(8, {2: 1e9, 3: None, 5: 1e-9})
+    pipe = cached(threshold=1e9, schedule=schedule)
+    edit(pipe, steps=8)
+    assert hits(pipe) == [2, 3]
+    measured = [d.step for d in decisions(pipe) if d.distances]
+    assert measured == [2, 5]  # a distance waits for the device: only where a limit asks for it
+    edit(pipe, steps=6)
+    assert hits(pipe) == [1, 2, 3, 4, 5]
+    both = FirstBlockCache(schedule=[schedule, Schedule(6, {4: 1e9})])
+    with fluxfire.using(pipe, both):
+        edit(pipe, steps=6)
+        assert hits(pipe) == [4]
+        edit(pipe, steps=8)
+        assert hits(pipe) == [2, 3]
+    assert (both.most_hits(6), both.most_hits(8)) == (1, 3)
+    assert both.exactness == "lossy"
+
+
+def test_a_sample_beyond_its_limit_is_computed_alone():
+    """The limit lies between the two samples' distances at the skipped step."""
+    pipe = cached(schedule=Schedule(6, {3: 1e9}))
+    two = {"prompt": ["red", "a much longer and other prompt"], "steps": 6}
+    edit(pipe, **two)
+    at = next(d for d in decisions(pipe) if d.step == 3)
+    assert at.hits == (True, True)
+    limit = sum(at.distances) / 2
+    with fluxfire.using(pipe, FirstBlockCache(schedule=Schedule(6, {3: limit}))):
+        edit(pipe, **two)
+    at = next(d for d in decisions(pipe) if d.step == 3)
+    assert at.hits == tuple(d < limit for d in at.distances)
+    assert sorted(at.hits) == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Schedule(0, {}), "steps=0; it must be a whole number, 1 or more"),
+        (lambda: Schedule(8, {0: 0.3}), "has step 0; with steps=8"),
+        (lambda: Schedule(8, {8: 0.3}), "from 1 to 7"),
+        (lambda: Schedule(8, {2.0: 0.3}), "has step 2.0"),
+        (lambda: Schedule(8, {2: 0}), "step 2 has the limit 0; it must be a number above 0"),
+        (lambda: Schedule(8, {2: float("inf")}), "or None to skip the step at any distance"),
+        (
+            lambda: FirstBlockCache(schedule=[Schedule(8, {}), Schedule(8, {1: None})]),
+            "two schedules for 8 steps",
+        ),
+        (lambda: FirstBlockCache(schedule=[Schedule(8, {}), 3]), "schedules alone"),
+        (lambda: FirstBlockCache(schedule={"steps": 8}), "each with steps and limits"),
+    ],
+)
+def test_schedules_that_make_no_sense(make, words):
+    with pytest.raises(ValueError, match="schedule|step") as caught:
+        make()
+    assert words in str(caught.value)
+
+
+def test_equal_schedules_are_equal_however_they_are_written():
+    schedule = Schedule(28, {11: 0.25, 9: None})
+    assert schedule == Schedule(28, [(9, None), (11, 0.25)])
+    assert eval(repr(schedule), {"Schedule": Schedule}) == schedule
+    as_in_a_file = {"steps": 28, "limits": [[9, None], [11, 0.25]]}
+    caches = [FirstBlockCache(schedule=s) for s in (schedule, [schedule], as_in_a_file)]
+    assert len(set(caches)) == 1
 
 
 def lagrange(points, t):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fluxfire.bench.bisection import BisectResult, bisect
 from fluxfire.bench.budget import Budget
+from fluxfire.bench.calibration.calibrating import Calibrated, Calibration, calibrate
 from fluxfire.bench.contenders import Baseline, Contender, controls, ladder
 from fluxfire.bench.examples import Example, held_out, read_examples
 from fluxfire.bench.intervals import Interval, bootstrap
@@ -21,6 +22,8 @@ __all__ = [
     "Baseline",
     "BisectResult",
     "Budget",
+    "Calibrated",
+    "Calibration",
     "Contender",
     "Example",
     "Family",
@@ -35,6 +38,7 @@ __all__ = [
     "Workload",
     "bisect",
     "bootstrap",
+    "calibrate",
     "compare",
     "controls",
     "fewer_steps",

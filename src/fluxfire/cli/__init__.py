@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import NoReturn
 
 from fluxfire._version import __version__
-from fluxfire.cli import bench, bisect, demo, info, megacache, run, serve, tune
+from fluxfire.cli import bench, bisect, calibrate, demo, info, megacache, run, serve, tune
 from fluxfire.cli.console import UsageError, note, note_suggestion
 from fluxfire.errors import FluxfireError, PlanError
 
@@ -27,6 +27,7 @@ _MODULES = (
     info,
     run,
     bench,
+    calibrate,
     tune,
     bisect,
     megacache,

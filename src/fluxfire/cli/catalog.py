@@ -170,8 +170,13 @@ def _own_classes() -> Iterator[ast.ClassDef]:
         yield from (
             node
             for node in _parse(str(module)).body
-            if isinstance(node, ast.ClassDef) and node.name == name
+            if isinstance(node, ast.ClassDef) and node.name == name and _is_pass(node)
         )
+
+
+def _is_pass(node: ast.ClassDef) -> bool:
+    """Whether a class has `apply`; `Schedule`, the value of a setting, has not."""
+    return any(isinstance(n, ast.FunctionDef) and n.name == "apply" for n in node.body)
 
 
 def _settings(node: ast.ClassDef) -> Iterator[str]:

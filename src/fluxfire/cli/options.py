@@ -84,7 +84,7 @@ def add_passes(
     preset = group.add_argument(
         "--preset",
         help="faithful (nothing lossy), balanced or fast (both skip steps: lossy), article, or a "
-        f"file from fluxfire tune (default: {default})",
+        f"file from fluxfire tune or calibrate (default: {default})",
     )
     passes = group.add_argument("--passes", help="names in order, separated by commas, or none")
     preset.completer = lambda **_: catalog.presets()  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from fluxfire.passes.fused_blocks import FusedBlocks
 from fluxfire.passes.mega_cache import MegaCache
 from fluxfire.passes.modulation_table import ModulationTable
 from fluxfire.passes.reference_cache import ReferenceCache
+from fluxfire.passes.shared.schedule import Schedule
 
 __all__ = [
     "Attention",
@@ -30,4 +31,5 @@ __all__ = [
     "ParaAttention",
     "QKVFusion",
     "ReferenceCache",
+    "Schedule",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import KW_ONLY, dataclass, field, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from fluxfire.diffusers_types import Pipeline
 from fluxfire.model import Call, Run, Streams
 from fluxfire.passes.shared.block_cache import CacheWrapper, check_for_other_caches
 from fluxfire.passes.shared.distance import mean_abs, relative_distance
-from fluxfire.passes.shared.step_settings import check_whole_number, sorted_steps, step_window
+from fluxfire.passes.shared.schedule import Schedule, normalise
+from fluxfire.passes.shared.step_settings import check_whole_number, step_window
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Decision, Live
 from fluxfire.runtime.transaction import Transaction
@@ -61,8 +62,11 @@ class FirstBlockCache:
             generation of another length scales both, rounded up: 8 of 28 become 6 of 20 and
             15 of 50. None takes both as plain counts.
         max_consecutive_hits: compute a step after this many hits in a row; None for no limit.
-        schedule: exactly these steps (counted from 0) hit, whatever the distance and the other
-            limits. It is for timing with random weights. Stored as a sorted tuple.
+        schedule: which steps hit (counted from 0), in place of the threshold and the counts above.
+            `Schedule(28, {9: 0.3, ...})` names the steps to skip in generations of 28 steps and
+            the distance below which each may hit; `fluxfire.calibrate` makes one. Several are for
+            several lengths; generations of other lengths follow the threshold. Plain numbers hit in
+            generations of any length at any distance, to time random weights. Stored as a tuple.
         distance: `"all"` compares all image tokens, as other libraries do. `"noise"` compares
             the tokens of the new picture alone, without the reference's. `"all"` becomes
             `"noise"` from the first step at which another cache leaves the reference out.
@@ -73,8 +77,8 @@ class FirstBlockCache:
 
     Raises:
         TypeError: `threshold` is not a number.
-        ValueError: a number is too low, a count or a step is not a whole number, or `distance` or
-            `predict` is not one of these names.
+        ValueError: a number is too low, a count or a step is not a whole number, two schedules are
+            for one length, or `distance` or `predict` is not one of these names.
     """
 
     threshold: float = 0.12
@@ -83,7 +87,7 @@ class FirstBlockCache:
     tail_steps: int = 2
     of_steps: int | None = 28
     max_consecutive_hits: int | None = 2
-    schedule: Iterable[int] | None = None
+    schedule: Iterable[int] | Schedule | Iterable[Schedule] | None = None
     distance: Distance = "all"
     predict: Prediction = "linear"
 
@@ -122,13 +126,14 @@ class FirstBlockCache:
                     f"{name}={getattr(self, name)!r}; it must be one of {', '.join(known)}"
                 )
         if self.schedule is not None:
-            steps = sorted_steps("schedule", self.schedule)
-            if steps and steps[0] < 1:
+            schedule = normalise(self.schedule)
+            first = schedule[0] if schedule else 1
+            if isinstance(first, int) and first < 1:
                 raise ValueError(
-                    f"schedule={steps!r}; step {steps[0]} cannot hit, since no step was computed "
+                    f"schedule={schedule!r}; step {first} cannot hit, since no step was computed "
                     f"before it; steps are counted from 0, so the first step that can hit is 1"
                 )
-            object.__setattr__(self, "schedule", steps)
+            object.__setattr__(self, "schedule", schedule)
 
     @property
     def exactness(self) -> Exactness:
@@ -139,6 +144,22 @@ class FirstBlockCache:
     def off(self) -> FirstBlockCache:
         """Return a copy whose steps never hit and are never measured."""
         return replace(self, schedule=())
+
+    def limits(self, steps: int) -> dict[int, float | None] | None:
+        """Return the limit of each step that the schedule skips; None if the threshold decides.
+
+        Args:
+            steps: how many steps the generation has.
+        """
+        if self.schedule is None:
+            return None
+        entries = cast("tuple[int, ...] | tuple[Schedule, ...]", self.schedule)
+        if not any(isinstance(entry, Schedule) for entry in entries):
+            return dict.fromkeys(cast("tuple[int, ...]", entries))
+        for schedule in cast("tuple[Schedule, ...]", entries):
+            if schedule.steps == steps:
+                return schedule.by_step
+        return None
 
     def may_hit(self, steps: int) -> range:
         """Return the steps that are neither warm-up nor tail.
@@ -158,8 +179,8 @@ class FirstBlockCache:
         Example: 28 steps with the defaults leave steps 8 to 25. Two hits, one computed step, two
         hits and so on make 12 hits of these 18 steps.
         """
-        if self.schedule is not None:
-            return sum(step < steps for step in self.schedule)
+        if (limits := self.limits(steps)) is not None:
+            return sum(step < steps for step in limits)
         candidates, cap = len(self.may_hit(steps)), self.max_consecutive_hits
         if self.threshold == 0:
             return 0
@@ -336,7 +357,7 @@ class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
             state.consecutive_hits = [0] * batch
             hits, distances = [False] * batch, None
         else:
-            distances = self._distances(state, residual)
+            distances = self._distances(state, residual, call)
             hits = [
                 self._is_hit(call, consecutive, distances[i] if distances else None)
                 for i, consecutive in enumerate(state.consecutive_hits)
@@ -354,13 +375,15 @@ class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
         self.record(Decision(call.step, call.branch, tuple(hits), tuple(distances or ())))
         return hits
 
-    def _distances(self, state: _BranchState, residual: Tensor) -> list[float] | None:
+    def _distances(self, state: _BranchState, residual: Tensor, call: Call) -> list[float] | None:
         """Measure the distance of each sample, which waits for the device.
 
         Returns:
-            None with a schedule, which needs no distances.
+            None where a schedule decides without it: at steps that it computes, and at those
+            without a limit.
         """
-        if self.settings.schedule is not None:
+        limits = self.settings.limits(call.steps)
+        if limits is not None and limits.get(call.step) is None:
             return None
         assert state.first_residual is not None  # noqa: S101 - the caller checks it
         distances = relative_distance(residual, state.first_residual, state.first_size)
@@ -369,8 +392,11 @@ class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
 
     def _is_hit(self, call: Call, consecutive: int, distance: float | None) -> bool:
         settings = self.settings
-        if settings.schedule is not None:
-            return call.step in settings.schedule
+        limits = settings.limits(call.steps)
+        if limits is not None:
+            limit = limits.get(call.step)
+            within = limit is None or (distance is not None and distance < limit)
+            return call.step in limits and within
         if call.step not in settings.may_hit(call.steps):
             return False
         cap = settings.max_consecutive_hits

@@ -124,4 +124,6 @@ def _to_json(value: object) -> Any:
         return str(value)
     if isinstance(value, frozenset | set):
         return sorted(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in fields(value)}
     raise TypeError(f"JSON cannot represent {value!r}")

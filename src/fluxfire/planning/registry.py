@@ -24,7 +24,8 @@ def built_in() -> dict[str, type[Pass]]:
     from fluxfire import passes  # here, since they import torch
 
     classes = [getattr(passes, name) for name in passes.__all__]
-    return {cls.name: cls for cls in classes}
+    # `Schedule` is there too: the value of a setting, without `apply`.
+    return {cls.name: cls for cls in classes if hasattr(cls, "apply")}
 
 
 def third_party() -> dict[str, EntryPoint]:

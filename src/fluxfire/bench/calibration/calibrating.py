@@ -1,0 +1,413 @@
+"""Calibrates a schedule: plain edits propose, whole edits decide, other edits confirm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+import torch
+from PIL import Image
+
+from fluxfire import api
+from fluxfire.bench.calibration.proposing import Bounds, Errors, propose
+from fluxfire.bench.calibration.recording import Recorder, Trace
+from fluxfire.bench.contenders import check_plain
+from fluxfire.bench.examples import Example
+from fluxfire.bench.quality import Quality, Similarity, similarity
+from fluxfire.bench.results import stamp
+from fluxfire.bench.tables import format_decibels
+from fluxfire.bench.timing import on_device, time_call
+from fluxfire.bench.trials import FewerStepsComparison
+from fluxfire.bench.work import equal_steps, work_of_run
+from fluxfire.bench.workload import Workload
+from fluxfire.diffusers_types import DiffusersPipeline
+from fluxfire.errors import BenchError
+from fluxfire.passes import FirstBlockCache, Schedule
+from fluxfire.planning import recipes
+from fluxfire.planning.resolve import Passes, order
+from fluxfire.protocol import Pass
+from fluxfire.runtime.conductor import warmup_run
+from fluxfire.supported import model_of
+from fluxfire.text import human_seconds, table
+
+_OF = 28  # the counts below are meant for so many steps
+_WARMUPS = (4, 6, 8)
+_EARLY = (0.0, 1.0, 2.0)
+_CAP, _TAIL = 4, 1
+_SHARES = (0.64, 0.5, 0.4)  # of the steps that are computed, by default
+_SLACK = 1.5
+"""A limit is this times the largest distance that calibration saw at the skipped step."""
+_POINTS = 2  # of a line
+_FEWEST = 4  # examples: two to choose, two to confirm
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A schedule for one number of computed steps, measured on the confirming examples.
+
+    Attributes:
+        schedule: the steps to skip, with limits.
+        computed: number of computed steps, if no limit is exceeded.
+        candidates: number of schedules of as many steps that whole edits decided between.
+        quality: similarity to the same passes with all steps.
+        comparison: the difference to as much work in fewer steps, on the same edits and noise.
+        fewer: similarity of those fewer steps.
+        seconds: median seconds of an edit.
+        overruled: the share of skipped steps that a limit had computed after all.
+    """
+
+    schedule: Schedule
+    computed: int
+    candidates: int
+    quality: Quality
+    comparison: FewerStepsComparison
+    fewer: Quality
+    seconds: float
+    overruled: float
+
+    @property
+    def cache(self) -> FirstBlockCache:
+        """The cache that follows the schedule."""
+        return FirstBlockCache(schedule=self.schedule, distance="noise", predict="linear")
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """The result of `calibrate`. Prints as a table.
+
+    Attributes:
+        found: a schedule for each number of computed steps, most steps first.
+        passes: the other passes of the list.
+        workload: size and number of steps.
+        seed: seed of the first example's noise.
+        seconds: median seconds of an edit with all steps.
+        calibrating: number of examples that made the schedules.
+        confirming: number of examples that the figures are from.
+    """
+
+    found: tuple[Calibration, ...]
+    passes: tuple[Pass, ...]
+    workload: Workload
+    seed: int
+    seconds: float
+    calibrating: int
+    confirming: int
+
+    def best(self, computed: int | None = None) -> Calibration:
+        """Return the schedule of a number of computed steps.
+
+        Args:
+            computed: the number; None for the fewest steps that beat plain with as many.
+
+        Raises:
+            BenchError: there is no such schedule.
+        """
+        if computed is not None:
+            for one in self.found:
+                if one.computed == computed:
+                    return one
+            have = ", ".join(str(one.computed) for one in self.found)
+            raise BenchError(f"no schedule computes {computed} steps; there are {have}")
+        winners = [one for one in self.found if one.comparison.beats_fewer_steps]
+        if not winners:
+            raise BenchError(
+                "no schedule clearly beats plain with fewer steps on these examples; use more "
+                "examples, or take one by its number of computed steps"
+            )
+        return winners[-1]
+
+    def list_of(self, computed: int | None = None) -> tuple[Pass, ...]:
+        """Return the whole list of passes with a schedule's cache.
+
+        Args:
+            computed: as in `best`.
+        """
+        return tuple(order([*self.passes, self.best(computed).cache]))
+
+    def save(self, path: str | Path, computed: int | None = None) -> None:
+        """Save the list for `optimize(pipe, "….json")`, together with this result.
+
+        Args:
+            path: the file; its name ends in `.json`.
+            computed: as in `best`.
+
+        Raises:
+            BenchError: there is no such schedule.
+            PlanError: the name does not end in `.json`, or a pass cannot be written.
+            OSError: the file cannot be written.
+        """
+        recipes.write(self.list_of(computed), Path(path), **stamp(), calibrated=self.to_dict())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the result as plain data."""
+        return {
+            "passes": [repr(p) for p in self.passes],
+            "workload": asdict(self.workload),
+            "seed": self.seed,
+            "seconds": self.seconds,
+            "calibrating": self.calibrating,
+            "confirming": self.confirming,
+            "found": [
+                {
+                    "computed": one.computed,
+                    "schedule": asdict(one.schedule),
+                    "candidates": one.candidates,
+                    "seconds": one.seconds,
+                    "overruled": one.overruled,
+                    "quality": one.quality.to_dict(),
+                    "fewer_steps": {"steps": one.comparison.steps, **one.fewer.to_dict()},
+                    "beside_fewer_steps": asdict(one.comparison),
+                }
+                for one in self.found
+            ],
+        }
+
+    def __str__(self) -> str:
+        head = (
+            "computed", "an edit", "PSNR, dB", "worst", "inside", "fewer steps", "worst",
+            "difference", "limits overruled",
+        )  # fmt: skip
+        steps = self.workload.steps
+        rows = [(f"{steps} of {steps}", human_seconds(self.seconds), *["-"] * 7)]
+        rows += [_row(one, steps) for one in self.found]
+        return (
+            f"{table(head, rows)}\n\n{self.confirming} examples that did not make the schedules; "
+            f'"fewer steps" is plain with as much work, on the same edits and noise.'
+        )
+
+
+def _row(one: Calibration, steps: int) -> tuple[str, ...]:
+    gap = one.comparison.difference
+    quality, fewer = one.quality, one.fewer
+    inside = [s.edited for s in quality.similarities if s.edited is not None]
+    return (
+        f"{one.computed} of {steps}",
+        human_seconds(one.seconds),
+        format_decibels(mean(s.psnr for s in quality.similarities)),
+        format_decibels(quality.worst_psnr),
+        format_decibels(mean(inside)) if inside else "-",
+        f"{one.comparison.steps}: {format_decibels(one.comparison.psnr)}",
+        format_decibels(fewer.worst_psnr),
+        f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else "-",
+        f"{one.overruled:.1%}",
+    )
+
+
+def calibrate(
+    pipe: DiffusersPipeline,
+    examples: Sequence[Example],
+    *,
+    passes: Passes = (),
+    computed: Sequence[int] | None = None,
+    workload: Workload | None = None,
+    seed: int = 0,
+    on_edit: Callable[[str], None] = lambda _: None,
+) -> Calibrated:
+    """Find the best steps to skip for one model.
+
+    Half of the examples make the schedules. Their plain edits give the inner products of what the
+    blocks add at each step. From these follows the error of every linear prediction, so dynamic
+    programming finds the schedule of least expected error for each number of computed steps, under
+    several bounds. Whole edits decide between these candidates: the best worst picture wins. The
+    other half of the examples confirms: all figures of the result are from there.
+
+    Args:
+        pipe: a plain pipeline with trained weights; it is plain again afterwards, even after an
+            exception.
+        examples: four or more, of one kind of use. Pictures may have several sizes.
+        passes: other passes to use with the schedule, such as `"faithful"`. The schedule's cache
+            replaces a cache of the list.
+        computed: numbers of computed steps; by default 64%, 50% and 40% of the steps.
+        workload: size and number of steps; the pipeline's default size and 28 steps by default.
+        seed: seed of the first example's noise; each example has its own.
+        on_edit: callback before each edit, with a description of it.
+
+    Raises:
+        BenchError: there are fewer than four examples, or a number of computed steps is impossible.
+        PlanError: the pipeline is not plain, or the passes cannot be applied to it.
+    """
+    if len(examples) < _FEWEST:
+        raise BenchError(
+            f"calibrate needs {_FEWEST} examples or more, half of them to make the schedules and "
+            f"half to confirm; there are {len(examples)}"
+        )
+    check_plain(pipe)
+    load = workload or Workload.for_pipeline(pipe)
+    wanted = _budgets(computed, load.steps)
+    planned = api.plan(pipe, passes)
+    planned.raise_if_bad()
+    others = tuple(p for p in (step.pass_ for step in planned.steps) if p.slot != "block-cache")
+    recorder = Recorder()
+    # The first wrapper is the outermost: the recorder sees whole runs through the blocks.
+    listed = order([recorder, *others, FirstBlockCache().off()])
+    with on_device(pipe), api.optimized(pipe, listed):
+        bench = _Bench(pipe, examples, load, seed, on_edit, recorder)
+        bench.warm_up()
+        half = len(examples) // 2
+        bench.edit_plainly(range(half), record=True)
+        bench.edit_plainly(range(half, len(examples)), record=False)
+        found = []
+        for n in wanted:
+            candidates = proposals(recorder.traces, n)
+            best = bench.decide(candidates, range(half))
+            found.append(bench.confirm(best, len(candidates), range(half, len(examples))))
+        seconds = median(bench.seconds[i] for i in range(half, len(examples)))
+    return Calibrated(tuple(found), others, load, seed, seconds, half, len(examples) - half)
+
+
+def _budgets(computed: Sequence[int] | None, steps: int) -> list[int]:
+    """Return the numbers of computed steps, most first."""
+    fewest, most = _scale(_WARMUPS[0], steps) + _TAIL, steps - 1
+    if computed is None:
+        computed = [min(most, max(fewest, round(share * steps))) for share in _SHARES]
+    for n in computed:
+        if not fewest <= n <= most:
+            raise BenchError(
+                f"{n} computed steps of {steps} are not possible; choose {fewest} to {most}"
+            )
+    return sorted(set(computed), reverse=True)
+
+
+def _scale(count: int, steps: int) -> int:
+    return max(1, -(-count * steps // _OF))
+
+
+def proposals(traces: Sequence[Trace], computed: int) -> list[Schedule]:
+    """Return the candidates of a number of computed steps: each different schedule once.
+
+    Args:
+        traces: of plain edits.
+        computed: the number of computed steps.
+    """
+    errors = Errors(traces, _POINTS)
+    steps = len(errors.sigmas) - 1
+    farthest = torch.stack([t.distances for t in traces]).amax(0)
+    found: dict[tuple[int, ...], None] = {}
+    for warmup, early in product(_WARMUPS, _EARLY):
+        bounds = Bounds(_scale(warmup, steps), _TAIL, _CAP, early)
+        if (skipped := propose(errors, bounds).get(computed)) is not None:
+            found[skipped] = None
+    return [Schedule(steps, _limits(skipped, farthest)) for skipped in found]
+
+
+def _limits(skipped: tuple[int, ...], farthest: torch.Tensor) -> dict[int, float | None]:
+    """Allow each skipped step a little more than the largest distance that was seen there."""
+    limits: dict[int, float | None] = {}
+    for step in skipped:
+        last = max(s for s in range(step) if s not in skipped)
+        limits[step] = round(_SLACK * float(farthest[step, last]), 4)
+    return limits
+
+
+@dataclass
+class _Bench:
+    """Edits the examples with all steps, with schedules, and with fewer steps.
+
+    Attributes:
+        pictures: with all steps, by example.
+        seconds: of those edits.
+    """
+
+    pipe: DiffusersPipeline
+    examples: Sequence[Example]
+    workload: Workload
+    seed: int
+    on_edit: Callable[[str], None]
+    recorder: Recorder
+    pictures: dict[int, Image.Image] = field(default_factory=dict)
+    seconds: dict[int, float] = field(default_factory=dict)
+    _hardness: dict[int, float] = field(default_factory=dict)
+
+    def warm_up(self) -> None:
+        """Compile whatever compiles."""
+        for example in self.workload.of_each_size(self.pipe, self.examples):
+            self.on_edit("warm-up")
+            with self._using(), warmup_run(self.pipe):
+                self.workload.run(self.pipe, example, steps=2)
+
+    def edit_plainly(self, numbers: range, *, record: bool) -> None:
+        """Edit with all steps, and record traces if asked."""
+        for i in numbers:
+            self.on_edit(f"all steps, {i + 1} of {len(self.examples)}")
+            with self._using(record=record):
+                self.pictures[i], self.seconds[i] = time_call(partial(self._edit, i))
+
+    def decide(self, candidates: Sequence[Schedule], numbers: range) -> Schedule:
+        """Return the candidate whose worst picture is best.
+
+        The hardest examples come first, and a candidate whose picture is worse than the best
+        candidate's worst is out: most need one edit or two.
+        """
+        best, best_worst = candidates[0], -float("inf")
+        for turn, candidate in enumerate(candidates, 1):
+            if len(candidates) == 1:
+                break
+            worst = float("inf")
+            for i in sorted(numbers, key=lambda i: self._hardness.get(i, 0.0)):
+                self.on_edit(f"candidate {turn} of {len(candidates)}")
+                with self._using(candidate):
+                    near = self._near(self._edit(i), i)
+                self._hardness[i] = near.psnr
+                worst = min(worst, near.psnr)
+                if worst <= best_worst:
+                    break
+            if worst > best_worst:
+                best, best_worst = candidate, worst
+        return best
+
+    def confirm(self, schedule: Schedule, candidates: int, numbers: range) -> Calibration:
+        """Measure the chosen schedule, and plain with as much work."""
+        made: list[Similarity] = []
+        right: list[bool | None] = []
+        seconds, works, hits = [], [], 0
+        blocks = len(model_of(self.pipe).blocks(self.pipe.transformer))
+        for i in numbers:
+            self.on_edit(f"confirming, {i + 1 - numbers.start} of {len(numbers)}")
+            with self._using(schedule):
+                picture, spent = time_call(partial(self._edit, i))
+            run = api.report(self.pipe).runs[-1]
+            works.append(work_of_run(run, blocks).steps)
+            hits += sum(kind == "hit" for kind in run.step_kinds)
+            seconds.append(spent)
+            made.append(self._near(picture, i))
+            right.append(self.examples[i].right(picture))
+        quality = Quality(tuple(made), tuple(right))
+        steps = min(equal_steps(mean(works)), self.workload.steps - 1)
+        fewer = []
+        for i in numbers:
+            self.on_edit(f"{steps} steps, {i + 1 - numbers.start} of {len(numbers)}")
+            with self._using():
+                fewer.append(self._near(self._edit(i, steps), i))
+        beside = Quality(tuple(fewer), (None,) * len(fewer))
+        skipped = len(schedule.by_step)
+        return Calibration(
+            schedule,
+            schedule.steps - skipped,
+            candidates,
+            quality,
+            FewerStepsComparison(steps, mean(s.psnr for s in fewer), quality.minus(beside)),
+            beside,
+            median(seconds),
+            1 - hits / (skipped * len(numbers)),
+        )
+
+    @contextmanager
+    def _using(self, schedule: Schedule | None = None, *, record: bool = False) -> Iterator[None]:
+        cache = FirstBlockCache(distance="noise", predict="linear").off()
+        if schedule is not None:
+            cache = replace(cache, schedule=schedule)
+        recorder = replace(self.recorder, active=record)
+        with api.using(self.pipe, [cache, recorder]):
+            yield
+
+    def _edit(self, i: int, steps: int | None = None) -> Image.Image:
+        return self.workload.run(self.pipe, self.examples[i], seed=self.seed + i, steps=steps)
+
+    def _near(self, picture: Image.Image, i: int) -> Similarity:
+        return similarity(picture, self.pictures[i], (), self.examples[i].picture)

@@ -1,0 +1,119 @@
+"""Proposes which steps to skip: dynamic programming over the traces of plain edits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fluxfire.bench.calibration.recording import Trace
+
+
+def weights(known: Sequence[float], sigma: float) -> tuple[float, ...]:
+    """Return Lagrange's weights: the polynomial through points at `known`, evaluated at `sigma`.
+
+    One point is held, two make a line, three a parabola.
+
+    Example: through 1.0 and 0.8 to 0.7, a line has the weights -0.5 and 1.5.
+    """
+    found = []
+    for i, own in enumerate(known):
+        weight = 1.0
+        for j, other in enumerate(known):
+            if j != i:
+                weight *= (sigma - other) / (own - other)
+        found.append(weight)
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What every proposed schedule keeps.
+
+    Attributes:
+        warmup: how many first steps are computed, at least one.
+        tail: how many last steps are computed.
+        cap: most skipped steps in a row.
+        early: weight of a step's error as a power of its noise level. 0 counts all steps alike; 1
+            counts early errors more, on which all later steps build.
+    """
+
+    warmup: int = 1
+    tail: int = 1
+    cap: int = 6
+    early: float = 0.0
+
+
+class Errors:
+    """The expected error of predicting a step, from the products of many traces."""
+
+    def __init__(self, traces: Sequence[Trace], points: int) -> None:
+        """Prepare.
+
+        Args:
+            traces: of plain edits with equal sigmas.
+            points: how many computed steps a prediction uses: 1 to hold, 2 for a line, 3 for a
+                parabola.
+        """
+        self.points = points
+        self.sigmas = traces[0].sigmas.tolist()
+        self._products = torch.stack([t.products for t in traces])
+        self._strides = (-torch.diff(traces[0].sigmas)).tolist()
+        self._known: dict[tuple[int, ...], float] = {}
+
+    def __call__(self, computed: tuple[int, ...], step: int) -> float:
+        """Return the error that skipping a step adds to the picture, as a root mean square.
+
+        Args:
+            computed: the last computed steps in order, at most `points`.
+            step: the skipped step.
+        """
+        key = (*computed, step)
+        if key not in self._known:
+            known = weights([self.sigmas[c] for c in computed], self.sigmas[step])
+            w = torch.tensor([*known, -1.0], dtype=torch.float64)
+            rows = torch.tensor(key)
+            square = ((self._products[:, rows][:, :, rows] @ w) @ w).clamp_min(0)
+            self._known[key] = self._strides[step] * float(square.sqrt().mean())
+        return self._known[key]
+
+
+def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
+    """Return the schedule of least expected error for each number of computed steps.
+
+    The error of a schedule is the sum of its skipped steps' errors. Dynamic programming finds the
+    least sum: what a step costs depends only on the last `points` computed steps before it.
+
+    Returns:
+        For each possible number of computed steps, the skipped steps in order.
+    """
+    steps = len(errors.sigmas) - 1
+    first = tuple(range(min(bounds.warmup, steps)))
+    end = steps - bounds.tail  # from here on all steps are computed
+    # The best way to each state: the last computed steps -> (error, all computed steps).
+    layer: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {
+        first[-errors.points :]: (0.0, first)
+    }
+    found: dict[int, tuple[int, ...]] = {}
+    while layer:
+        following: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
+        for state, (error, path) in layer.items():
+            last = state[-1]
+            added = 0.0
+            for step in range(last + 1, min(last + bounds.cap + 2, steps)):
+                cost = error + added
+                key = (*state, step)[-errors.points :]
+                if key not in following or cost < following[key][0]:
+                    following[key] = cost, (*path, step)
+                if step >= end:
+                    break  # it may not be skipped
+                importance = errors.sigmas[step] ** bounds.early
+                added += importance * errors(state, step)
+        whole = [(e, p) for s, (e, p) in following.items() if s[-1] == steps - 1]
+        # A schedule may also end with skipped steps, if there is no tail.
+        if whole:
+            _, path = min(whole)
+            found[len(path)] = tuple(s for s in range(steps) if s not in path)
+        layer = {s: v for s, v in following.items() if s[-1] < steps - 1}
+    return found

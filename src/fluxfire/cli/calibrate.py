@@ -1,0 +1,100 @@
+"""The command `calibrate`: find the best steps to skip for one model."""
+
+from __future__ import annotations
+
+import argparse
+
+from fluxfire.cli.console import UsageError, edits_bar, estimate_once, note, say
+from fluxfire.cli.options import (
+    Commands,
+    add_check,
+    add_command,
+    add_examples,
+    add_model,
+    add_output,
+    add_passes,
+    add_sampling,
+    add_size,
+    load_model,
+    selected_examples,
+    selected_passes,
+)
+from fluxfire.cli.values import positive_number
+from fluxfire.loading import RANDOM
+
+_EXAMPLES = 16
+_FEWEST = 5  # of an interval, twice: half of the examples confirm
+
+
+def add(commands: Commands) -> None:
+    """Add `calibrate`."""
+    parser = add_command(
+        commands, "calibrate", calibrate,
+        "find the best steps to skip for your model and pictures",
+        example="fluxfire calibrate --model ./kontext --examples edits.jsonl --computed 14",
+    )  # fmt: skip
+    add_model(parser)
+    add_passes(parser)
+    add_examples(parser, _EXAMPLES)
+    add_sampling(parser)
+    add_size(parser)
+    parser.add_argument(
+        "--computed", type=positive_number, nargs="+", metavar="STEPS",
+        help="numbers of steps to compute (default: 64%%, 50%% and 40%% of --steps)",
+    )  # fmt: skip
+    add_output(
+        parser, "calibrated.json",
+        'the list with the fewest steps that beats fewer plain steps, for optimize(pipe, "…")',
+    )  # fmt: skip
+    add_check(parser, _check)
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    if arguments.output.suffix != ".json":
+        raise UsageError(f"cannot write {arguments.output}: it must be a file ending in .json")
+    if arguments.model in RANDOM:
+        raise UsageError(
+            f"{arguments.model} has random weights, whose steps say nothing about a trained "
+            f"model's. Give a --model with trained weights"
+        )
+    if arguments.image is not None or (arguments.examples is None and arguments.n < 2 * _FEWEST):
+        raise UsageError(
+            f"calibrate needs {2 * _FEWEST} examples or more: half of them make the schedules, and "
+            f"half confirm. Give a file with --examples, or -n {_EXAMPLES}"
+        )
+
+
+def calibrate(arguments: argparse.Namespace) -> int:
+    """Calibrate; 1 means that no schedule clearly beats plain with fewer steps."""
+    examples = selected_examples(arguments)
+    if len(examples) < 2 * _FEWEST:
+        raise UsageError(
+            f"{arguments.examples} has {len(examples)} examples; calibrate needs {2 * _FEWEST}"
+        )
+    from fluxfire import bench
+
+    passes = selected_passes(arguments)
+    pipe = load_model(arguments.model)
+    pipe.set_progress_bar_config(disable=True)
+    load = bench.Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
+    with edits_bar(compiles=any(p.stage == "compile" for p in passes)) as show:
+        found = bench.calibrate(
+            pipe, examples, passes=passes, computed=arguments.computed, workload=load,
+            seed=arguments.seed,
+            on_edit=estimate_once(
+                show, len(examples), "edits with all steps come first",
+                "then whole edits decide between schedules",
+            ),
+        )  # fmt: skip
+    say(found)
+    winners = [one.computed for one in found.found if one.comparison.beats_fewer_steps]
+    if not winners:
+        say("No schedule clearly beats plain with fewer steps here, so nothing was saved.")
+        return 1
+    found.save(arguments.output, winners[-1])
+    out = arguments.output
+    note(
+        f"saved {out}, which computes {winners[-1]} steps: apply it with "
+        f'optimize(pipe, "{out}"), or with --preset {out}'
+    )
+    return 0

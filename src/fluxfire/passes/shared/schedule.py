@@ -1,0 +1,95 @@
+"""A schedule: the steps to skip in generations of one length, with a limit for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
+from typing import cast
+
+from fluxfire.passes.shared.step_settings import check_whole_number, is_whole_number, sorted_steps
+
+Limits = Mapping[int, float | None] | Iterable[tuple[int, float | None]]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps to skip in generations of one length, and how much may change at each.
+
+    `fluxfire.calibrate` finds one for your model.
+
+    Attributes:
+        steps: number of steps of the generations that it is for.
+        limits: for each skipped step, the distance from which the cache computes it after all; None
+            skips it at any distance. Give a mapping or pairs. Stored as pairs, sorted by step.
+
+    Raises:
+        ValueError: a step is no whole number, or not one of the generation's steps after the first;
+            or a limit is not a positive number.
+
+    Example: `Schedule(28, {9: 0.3, 11: 0.25})` skips steps 9 and 11 of 28, unless the first block's
+    output has changed by 30% or 25% since the last computed step.
+    """
+
+    steps: int
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        check_whole_number("steps", self.steps, 1)
+        pairs = self.limits.items() if isinstance(self.limits, Mapping) else self.limits
+        found: dict[int, float | None] = {}
+        for step, limit in pairs:
+            if not is_whole_number(step, 1) or step >= self.steps:
+                raise ValueError(
+                    f"limits has step {step!r}; with steps={self.steps} a step that can be skipped "
+                    f"is a whole number from 1 to {self.steps - 1} (step 0 has nothing before it)"
+                )
+            if limit is not None and not (
+                isinstance(limit, float | int) and isfinite(limit) and limit > 0
+            ):
+                raise ValueError(
+                    f"step {step} has the limit {limit!r}; it must be a number above 0, or None to "
+                    f"skip the step at any distance"
+                )
+            found[step] = limit
+        object.__setattr__(self, "limits", tuple(sorted(found.items())))
+
+    @property
+    def by_step(self) -> dict[int, float | None]:
+        """The limit of each skipped step."""
+        return dict(cast("tuple[tuple[int, float | None], ...]", self.limits))
+
+
+def normalise(schedule: object) -> tuple[int, ...] | tuple[Schedule, ...]:
+    """Return a setting as steps in order, or as schedules of different lengths.
+
+    Args:
+        schedule: steps, one schedule, or several; a schedule may be a mapping of its fields, as a
+            file holds it.
+
+    Raises:
+        ValueError: two schedules are for the same number of steps, a schedule has wrong fields, or
+            a step is no whole number.
+    """
+    if isinstance(schedule, Schedule | Mapping):
+        schedule = [schedule]
+    entries = list(cast("Iterable[object]", schedule))
+    if not any(isinstance(entry, Schedule | Mapping) for entry in entries):
+        return sorted_steps("schedule", entries)
+    schedules = sorted((_as_schedule(entry) for entry in entries), key=lambda s: s.steps)
+    for one, other in pairwise(schedules):
+        if one.steps == other.steps:
+            raise ValueError(f"schedule has two schedules for {one.steps} steps; keep one")
+    return tuple(schedules)
+
+
+def _as_schedule(entry: object) -> Schedule:
+    if isinstance(entry, Schedule):
+        return entry
+    if isinstance(entry, Mapping) and entry.keys() == {"steps", "limits"}:
+        return Schedule(**entry)
+    raise ValueError(
+        f"schedule has {entry!r}; it must hold whole numbers, or schedules alone, each with steps "
+        f"and limits"
+    )
