@@ -6,6 +6,7 @@ import copy
 import json
 import runpy
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -210,7 +211,7 @@ def flow(encoder):
 def changed_weight(target, source):
     """Three for tokens that an edit changes, else one: in float64."""
     apart = (target.double() - source.double()).pow(2).mean(-1)
-    return 1 + 2 * (apart > 0.02).double()
+    return 1 + 2 * (apart > 0.4).double()
 
 
 def noise_less_target(mixed, target, level):
@@ -218,8 +219,15 @@ def noise_less_target(mixed, target, level):
     return (mixed - target) / level[:, None, None]
 
 
+def half_changed(pool):
+    """The pool, where each edit changes every second token and no other."""
+    target = pool.source.clone()
+    target[:, ::2] += 1
+    return replace(pool, target=target)
+
+
 def test_the_loss_is_the_velocitys_weighted_error(flow, pool):
-    row, seen = torch.arange(16), {}
+    pool, row, seen = half_changed(pool), torch.arange(16), {}
     slip = 0.3 * torch.randn(16, *pool.target.shape[1:])
 
     def oracle(modules, *given, text):
@@ -286,7 +294,7 @@ def test_pictures_from_words_weigh_alike(flow, encoder):
 
 
 def test_distillation_aims_at_the_teacher_under_guidance(flow, pool, encoder):
-    row = torch.arange(12)
+    pool, row = half_changed(pool), torch.arange(12)
     shape = (12, *pool.target.shape[1:])
     asked, unasked, own = (torch.randn(shape) for _ in range(3))
     nothing = [t.expand(12, -1) for t in encoder.text([""])]
@@ -630,22 +638,58 @@ def test_budgets_are_minutes_unless_steps_are_asked_for(tmp_path, monkeypatch):
         budgets("--parts", "nothing")
 
 
+@pytest.mark.usefixtures("settings")
+def test_both_parts_of_the_flow_see_the_same_edits(tmp_path, monkeypatch):
+    """Drawing them takes minutes, so they are drawn once; and not if nothing is left to train."""
+    drawn, given = [], []
+
+    def train(*_, draw, part, **__):
+        given.append((part, draw()))
+        return True
+
+    monkeypatch.setattr(command, "_draw", lambda *_: drawn.append("edits") or drawn)
+    monkeypatch.setattr(command, "_flow", train)
+    argv = ["training", "--out", str(tmp_path), "--steps", "1", "1", "1", "1"]
+    monkeypatch.setattr(sys, "argv", [*argv, "--parts", "flow", "guided"])
+    with torch.random.fork_rng():
+        command.main()
+    assert given == [("flow", ["edits"]), ("guided", ["edits"])]
+    monkeypatch.setattr(command, "_flow", lambda *_, **__: True)
+    with torch.random.fork_rng():
+        command.main()
+    assert drawn == ["edits"]
+
+
+def test_an_edits_target_is_seen_from_a_camera_that_has_moved(encoder, monkeypatch):
+    cameras = []
+    latents = encoder.latents
+
+    def watch(scenes, shorter, **how):
+        cameras.append(scenes.camera)
+        return latents(scenes, shorter, **how)
+
+    monkeypatch.setattr(encoder, "latents", watch)
+    pool = encoder.edits(24, SMALL, Dice("cameras"))
+    before, after = cameras
+    assert len(before) == len(after) == len(pool)
+    assert not before.any()
+    assert after.any(1).all()
+
+
 def test_diverged_weights_are_not_saved(tmp_path, parts, monkeypatch):
     """The last good file stays."""
-    from argparse import Namespace
-
     out_with(tmp_path, vae=parts["vae"])
+    models = model.parts()
 
     def diverge(flow, pools, clock, log, workers, *, masters, on_minute, **_):
         masters.values[0].fill_(float("nan"))
         on_minute()
 
     monkeypatch.setattr(command, "train_flow", diverge)
-    monkeypatch.setattr(command, "_pools", lambda *_: [])
     with pytest.raises(FloatingPointError, match="diverged"):
         command._flow(
-            model.parts(), tmp_path, Budget(1, "steps"), Log(tmp_path / "l", silent=True), ALONE,
-            part="flow", stop=float("inf"), arguments=Namespace(batch=2),
+            models, tmp_path, Budget(1, "steps"), Log(tmp_path / "l", silent=True), ALONE,
+            part="flow", stop=float("inf"), draw=lambda: (Encoder(models, "cpu"), []), batch=2,
         )  # fmt: skip
     assert not (tmp_path / "flow.safetensors").exists()
 
