@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,12 +17,15 @@ from PIL import Image
 
 import fluxfire
 from fluxfire.bench import Example, Workload
+from fluxfire.bench.calibration import calibrating
 from fluxfire.bench.calibration.calibrating import calibrate, proposals
 from fluxfire.bench.calibration.proposing import Bounds, Errors, propose, weights
 from fluxfire.bench.calibration.recording import Recorder, Trace
+from fluxfire.cli import main
 from fluxfire.errors import BenchError, PlanError
 from fluxfire.kontext import KONTEXT
 from fluxfire.passes import FirstBlockCache, QKVFusion, Schedule
+from fluxfire.planning import recipes
 from fluxfire.testing import edit, tiny_kontext
 
 STEPS = 6
@@ -105,40 +110,46 @@ def test_every_sample_and_branch_leaves_a_trace_and_an_interrupted_run_none():
     st.floats(0, 1),
 )
 def test_weights_are_those_of_the_polynomial(known, sigma):
+    given = torch.tensor([known, known], dtype=torch.float64)
+    rows = weights(given, torch.tensor([sigma, known[0]], dtype=torch.float64))
     for power in range(len(known)):
-        exact = sigma**power
-        got = sum(w * x**power for w, x in zip(weights(known, sigma), known, strict=True))
-        assert got == pytest.approx(exact, rel=1e-6, abs=1e-6)
+        for row, at in zip(rows.tolist(), (sigma, known[0]), strict=True):
+            got = sum(w * x**power for w, x in zip(row, known, strict=True))
+            assert got == pytest.approx(at**power, rel=1e-6, abs=1e-6)
 
 
 def random_traces(seed, steps, n=3):
+    """Residuals that wander, (steps, 8) each, and their traces; each has its own noise levels."""
     generator = torch.Generator().manual_seed(seed)
-    sigmas = torch.rand(steps, generator=generator, dtype=torch.float64).sort(descending=True)[0]
-    sigmas = torch.cat([sigmas + 0.05 * torch.arange(steps, 0, -1), torch.zeros(1)]).double()
-    made = []
+    walks, traces = [], []
     for _ in range(n):
+        strides = 0.05 + torch.rand(steps, generator=generator, dtype=torch.float64)
+        sigmas = strides.flip(0).cumsum(0).flip(0) / strides.sum()
+        sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
         walk = torch.randn(steps, 8, generator=generator, dtype=torch.float64).cumsum(0)
-        made.append((walk, Trace(sigmas, walk @ walk.T / 8, torch.rand(steps, steps))))
-    return sigmas, [w for w, _ in made], [t for _, t in made]
+        distances = torch.rand(steps, steps, generator=generator, dtype=torch.float64)
+        walks.append(walk)
+        traces.append(Trace(sigmas, walk @ walk.T / 8, distances))
+    return walks, traces
 
 
-def cost(sigmas, walks, computed, *, points, early):
+def cost(walks, traces, computed, *, points, early):
     """What a schedule costs, from the residuals themselves."""
     total = 0.0
-    for step in range(len(sigmas) - 1):
+    mean_sigmas = torch.stack([t.sigmas for t in traces]).mean(0)
+    for step in range(len(mean_sigmas) - 1):
         if step in computed:
             continue
         last = [c for c in computed if c < step][-points:]
-        x = sigmas[last].numpy()
         errors = []
-        for walk in walks:
-            line = np.polyfit(x, walk[last].numpy(), len(last) - 1)
+        for walk, trace in zip(walks, traces, strict=True):
+            line = np.polyfit(trace.sigmas[last].numpy(), walk[last].numpy(), len(last) - 1)
             predicted = sum(
-                c * float(sigmas[step]) ** k for k, c in enumerate(reversed(list(line)))
+                c * float(trace.sigmas[step]) ** k for k, c in enumerate(reversed(list(line)))
             )
-            errors.append(math.sqrt(float(np.mean((predicted - walk[step].numpy()) ** 2))))
-        stride = float(sigmas[step] - sigmas[step + 1])
-        total += float(sigmas[step]) ** early * stride * float(np.mean(errors))
+            error = math.sqrt(float(np.mean((predicted - walk[step].numpy()) ** 2)))
+            errors.append(float(trace.sigmas[step] - trace.sigmas[step + 1]) * error)
+        total += float(mean_sigmas[step]) ** early * float(np.mean(errors))
     return total
 
 
@@ -150,7 +161,7 @@ def cost(sigmas, walks, computed, *, points, early):
 def test_proposals_are_the_best_of_all_schedules(seed, points, warmup, cap, early):
     """Compared with trying every subset of the steps."""
     steps, tail = 8, 1
-    sigmas, walks, traces = random_traces(seed, steps)
+    walks, traces = random_traces(seed, steps)
     found = propose(Errors(traces, points), Bounds(warmup, tail, cap, early))
     best = {}
     middle = range(warmup, steps - tail)
@@ -159,18 +170,18 @@ def test_proposals_are_the_best_of_all_schedules(seed, points, warmup, cap, earl
             computed = sorted({*range(warmup), *some, *range(steps - tail, steps)})
             if max(b - a for a, b in itertools.pairwise(computed)) > cap + 1:
                 continue
-            price = cost(sigmas, walks, computed, points=points, early=early)
+            price = cost(walks, traces, computed, points=points, early=early)
             best[len(computed)] = min(price, best.get(len(computed), math.inf))
     assert set(found) == set(best)
     for n, skipped in found.items():
         computed = [s for s in range(steps) if s not in skipped]
         assert len(computed) == n
-        price = cost(sigmas, walks, computed, points=points, early=early)
+        price = cost(walks, traces, computed, points=points, early=early)
         assert price == pytest.approx(best[n], rel=1e-6, abs=1e-9)
 
 
 def test_candidates_keep_the_warm_up_and_have_limits_above_what_was_seen():
-    _, _, traces = random_traces(5, 28)
+    _, traces = random_traces(5, 28)
     candidates = proposals(traces, 14)
     assert 1 < len(candidates) == len(set(candidates))
     for schedule in candidates:
@@ -223,8 +234,9 @@ def test_a_cache_of_the_list_gives_way_to_the_schedule():
     ("arguments", "words"),
     [
         ({"examples": EXAMPLES[:3]}, "needs 4 examples or more"),
-        ({"computed": [10]}, "10 computed steps of 10 are not possible; choose 3 to 9"),
-        ({"computed": [2]}, "2 computed steps of 10 are not possible"),
+        ({"computed": [10]}, "10 computed steps of 10 are not possible; choose 4 to 9"),
+        ({"computed": [3]}, "3 computed steps of 10 are not possible"),
+        ({"workload": replace(LOAD, steps=3)}, "nothing to skip in 3 steps"),
     ],
 )
 def test_bad_input_is_refused_before_anything_changes(arguments, words):
@@ -234,6 +246,90 @@ def test_bad_input_is_refused_before_anything_changes(arguments, words):
     assert words in str(caught.value)
     with fluxfire.optimized(pipe, [QKVFusion()]), pytest.raises(PlanError):
         calibrate(pipe, EXAMPLES, workload=LOAD)
+
+
+@pytest.mark.parametrize("steps", [4, 5, 7, 10, 20, 28, 50])
+def test_every_number_of_computed_steps_that_is_allowed_is_possible(steps):
+    _, traces = random_traces(1, steps)
+    for wanted in (None, *([n] for n in range(steps + 2))):
+        try:
+            numbers = calibrating._budgets(wanted, steps)
+        except BenchError:
+            continue
+        assert all(proposals(traces, n) for n in numbers)
+    fewest = int(re.search(r"choose (\d+)", str(refusal([0], steps))).group(1))
+    bounds = Bounds(calibrating._scale(4, steps), 1, 4)
+    assert fewest == min(propose(Errors(traces, 2), bounds))
+
+
+def refusal(computed, steps):
+    with pytest.raises(BenchError) as caught:
+        calibrating._budgets(computed, steps)
+    return caught.value
+
+
+def test_traces_that_mean_nothing_are_refused():
+    _, (trace, *_) = random_traces(2, 8)
+    for broken, words in (
+        (replace(trace, products=trace.products * float("nan")), "not all finite"),
+        (replace(trace, sigmas=trace.sigmas.clamp_max(0.5)), "do not fall at every step"),
+    ):
+        with pytest.raises(BenchError, match=words):
+            Errors([trace, broken], 2)
+
+
+def test_a_limit_is_never_zero():
+    """A limit of 0 would be no limit that `Schedule` takes."""
+    _, traces = random_traces(3, 12)
+    still = [replace(t, distances=t.distances * 0) for t in traces]
+    for schedule in proposals(still, 8):
+        assert all(limit > 0 for limit in schedule.by_step.values())
+
+
+def test_a_calibration_goes_on_where_an_interrupt_stopped_it(tmp_path):
+    """It makes no edit twice, and finds what an undisturbed one finds."""
+    folder = tmp_path / "kept"
+
+    def found(pipe, on_edit=lambda _: None, **other):
+        given = {"computed": [7, 5], "workload": LOAD, "folder": folder, "on_edit": on_edit}
+        return calibrate(pipe, EXAMPLES, **(given | other))
+
+    whole = found(tiny_kontext(), folder=None)
+    for last in ("all steps, 5 of 6", "candidate 1", "confirming, 2"):
+
+        def stop(what, last=last):
+            if what.startswith(last):
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            found(tiny_kontext(), on_edit=stop)
+    with (folder / "edits.jsonl").open("a") as file:
+        file.write('{"what": "cut sho')
+    resumed = found(tiny_kontext())
+    for one, other in zip(whole.found, resumed.found, strict=True):
+        assert one.schedule == other.schedule
+        assert one.quality.similarities == other.quality.similarities
+        assert one.fewer.similarities == other.fewer.similarities
+    pipe = tiny_kontext()
+    calls = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    again = found(pipe)
+    assert not calls
+    assert again == resumed
+    for other in (
+        {"seed": 1}, {"passes": [QKVFusion()]}, {"workload": replace(LOAD, steps=12)},
+    ):  # fmt: skip
+        with pytest.raises(BenchError, match="holds the calibration of another model"):
+            found(tiny_kontext(), **other)
+    with pytest.raises(BenchError, match="of another model"):
+        found(tiny_kontext(seed=5))
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path):
+    (tmp_path / "cat.jpg").write_bytes(b"precious")
+    with pytest.raises(BenchError, match="holds other files"):
+        calibrate(tiny_kontext(), EXAMPLES, workload=LOAD, folder=tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["cat.jpg"]
 
 
 def test_a_number_without_a_schedule_is_refused():
@@ -254,3 +350,36 @@ def test_the_pipeline_is_plain_after_an_interrupt():
         calibrate(pipe, EXAMPLES, computed=[6], workload=LOAD, on_edit=stop)
     assert fluxfire.report(pipe).passes == ()
     assert np.array_equal(edit(pipe, steps=4), plain)
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_the_command(tmp_path, capsys, monkeypatch, beats):
+    """The verdict is given here: random weights have none."""
+    monkeypatch.setattr("fluxfire.cli.calibrate.load_model", lambda _: tiny_kontext())
+    verdict = property(lambda self: beats and self.steps < 8)
+    monkeypatch.setattr("fluxfire.bench.trials.FewerStepsComparison.beats_fewer_steps", verdict)
+    lines = []
+    for i, example in enumerate([*EXAMPLES, *EXAMPLES][:10]):
+        example.picture.save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "prompt": example.instruction}))
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "found.json"
+    command = [
+        "calibrate", "--examples", str(tmp_path / "edits.jsonl"), "--passes", "none", "-o",
+        str(out), "--steps", "8", "--size", "32x32", "--folder", str(tmp_path / "kept"),
+    ]  # fmt: skip
+    assert main([*command, "--computed", "7", "5"]) == (0 if beats else 1)
+    shown = capsys.readouterr()
+    assert "7 of 8" in shown.out
+    assert "5 of 8" in shown.out
+    assert out.exists() == beats
+    if beats:
+        assert "which computes 5 steps" in shown.err
+        (cache,) = recipes.read(out)
+        assert len(cache.limits(8)) == 3
+        assert cache.limits(9) is None
+    else:
+        assert "nothing was saved" in shown.out
+    (tmp_path / "edits.jsonl").write_text("\n".join(lines[:9]))
+    assert main([*command, "--overwrite"]) == 2
+    assert "has 9 examples; calibrate needs 10" in capsys.readouterr().err

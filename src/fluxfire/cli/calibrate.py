@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from fluxfire.cli.console import UsageError, edits_bar, estimate_once, note, say
 from fluxfire.cli.options import (
@@ -42,6 +43,11 @@ def add(commands: Commands) -> None:
         "--computed", type=positive_number, nargs="+", metavar="STEPS",
         help="numbers of steps to compute (default: 64%%, 50%% and 40%% of --steps)",
     )  # fmt: skip
+    parser.add_argument(
+        "--folder", type=Path, metavar="FOLDER",
+        help="keeps every edit: the same command goes on after an interrupt, and other numbers of "
+        "--computed need no new edits with all steps",
+    )  # fmt: skip
     add_output(
         parser, "calibrated.json",
         'the list with the fewest steps that beats fewer plain steps, for optimize(pipe, "…")',
@@ -80,7 +86,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
     with edits_bar(compiles=any(p.stage == "compile" for p in passes)) as show:
         found = bench.calibrate(
             pipe, examples, passes=passes, computed=arguments.computed, workload=load,
-            seed=arguments.seed,
+            seed=arguments.seed, folder=arguments.folder,
             on_edit=estimate_once(
                 show, len(examples), "edits with all steps come first",
                 "then whole edits decide between schedules",

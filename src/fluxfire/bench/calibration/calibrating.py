@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -15,6 +14,7 @@ import torch
 from PIL import Image
 
 from fluxfire import api
+from fluxfire.bench.calibration.journal import Edit, Journal, Plain, fingerprint
 from fluxfire.bench.calibration.proposing import Bounds, Errors, propose
 from fluxfire.bench.calibration.recording import Recorder, Trace
 from fluxfire.bench.contenders import check_plain
@@ -34,7 +34,7 @@ from fluxfire.planning.resolve import Passes, order
 from fluxfire.protocol import Pass
 from fluxfire.runtime.conductor import warmup_run
 from fluxfire.supported import model_of
-from fluxfire.text import human_seconds, table
+from fluxfire.text import count_of, human_seconds, table
 
 _OF = 28  # the counts below are meant for so many steps
 _WARMUPS = (4, 6, 8)
@@ -43,8 +43,10 @@ _CAP, _TAIL = 4, 1
 _SHARES = (0.64, 0.5, 0.4)  # of the steps that are computed, by default
 _SLACK = 1.5
 """A limit is this times the largest distance that calibration saw at the skipped step."""
+_LEAST_LIMIT = 1e-4
 _POINTS = 2  # of a line
 _FEWEST = 4  # examples: two to choose, two to confirm
+_FEWEST_STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -207,6 +209,7 @@ def calibrate(
     computed: Sequence[int] | None = None,
     workload: Workload | None = None,
     seed: int = 0,
+    folder: str | Path | None = None,
     on_edit: Callable[[str], None] = lambda _: None,
 ) -> Calibrated:
     """Find the best steps to skip for one model.
@@ -226,10 +229,13 @@ def calibrate(
         computed: numbers of computed steps; by default 64%, 50% and 40% of the steps.
         workload: size and number of steps; the pipeline's default size and 28 steps by default.
         seed: seed of the first example's noise; each example has its own.
+        folder: keeps every edit, so that the same call goes on after an interrupt, or measures
+            another number of computed steps without making the plain edits again.
         on_edit: callback before each edit, with a description of it.
 
     Raises:
-        BenchError: there are fewer than four examples, or a number of computed steps is impossible.
+        BenchError: there are fewer than four examples, a number of computed steps is impossible, or
+            the folder holds another calibration.
         PlanError: the pipeline is not plain, or the passes cannot be applied to it.
     """
     if len(examples) < _FEWEST:
@@ -244,26 +250,38 @@ def calibrate(
     planned.raise_if_bad()
     others = tuple(p for p in (step.pass_ for step in planned.steps) if p.slot != "block-cache")
     recorder = Recorder()
+    mark = fingerprint(pipe, examples, others, load, seed)
+    journal = Journal(None if folder is None else Path(folder), mark)
     # The first wrapper is the outermost: the recorder sees whole runs through the blocks.
     listed = order([recorder, *others, FirstBlockCache().off()])
     with on_device(pipe), api.optimized(pipe, listed):
-        bench = _Bench(pipe, examples, load, seed, on_edit, recorder)
-        bench.warm_up()
+        bench = _Bench(pipe, examples, load, seed, on_edit, recorder, journal)
         half = len(examples) // 2
         bench.edit_plainly(range(half), record=True)
         bench.edit_plainly(range(half, len(examples)), record=False)
+        traces = [trace for i in range(half) for trace in bench.plain[i].traces]
         found = []
         for n in wanted:
-            candidates = proposals(recorder.traces, n)
+            candidates = proposals(traces, n)
             best = bench.decide(candidates, range(half))
             found.append(bench.confirm(best, len(candidates), range(half, len(examples))))
-        seconds = median(bench.seconds[i] for i in range(half, len(examples)))
+        seconds = median(bench.plain[i].seconds for i in range(half, len(examples)))
     return Calibrated(tuple(found), others, load, seed, seconds, half, len(examples) - half)
 
 
 def _budgets(computed: Sequence[int] | None, steps: int) -> list[int]:
-    """Return the numbers of computed steps, most first."""
-    fewest, most = _scale(_WARMUPS[0], steps) + _TAIL, steps - 1
+    """Return the numbers of computed steps, most first.
+
+    Example: of 28 steps the first 4 and the last are always computed. Of the 23 between, at most 4
+    in a row are skipped, so 4 are computed: 9 in all.
+    """
+    if steps < _FEWEST_STEPS:
+        raise BenchError(
+            f"there is nothing to skip in {steps} steps; calibrate needs {_FEWEST_STEPS} or more"
+        )
+    always = _scale(_WARMUPS[0], steps) + _TAIL
+    fewest = always + max(0, -((_CAP - (steps - always)) // (_CAP + 1)))
+    most = steps - 1
     if computed is None:
         computed = [min(most, max(fewest, round(share * steps))) for share in _SHARES]
     for n in computed:
@@ -301,7 +319,7 @@ def _limits(skipped: tuple[int, ...], farthest: torch.Tensor) -> dict[int, float
     limits: dict[int, float | None] = {}
     for step in skipped:
         last = max(s for s in range(step) if s not in skipped)
-        limits[step] = round(_SLACK * float(farthest[step, last]), 4)
+        limits[step] = max(_LEAST_LIMIT, round(_SLACK * float(farthest[step, last]), 4))
     return limits
 
 
@@ -310,8 +328,7 @@ class _Bench:
     """Edits the examples with all steps, with schedules, and with fewer steps.
 
     Attributes:
-        pictures: with all steps, by example.
-        seconds: of those edits.
+        plain: the edits with all steps, by example.
     """
 
     pipe: DiffusersPipeline
@@ -320,23 +337,22 @@ class _Bench:
     seed: int
     on_edit: Callable[[str], None]
     recorder: Recorder
-    pictures: dict[int, Image.Image] = field(default_factory=dict)
-    seconds: dict[int, float] = field(default_factory=dict)
+    journal: Journal
+    plain: dict[int, Plain] = field(default_factory=dict)
     _hardness: dict[int, float] = field(default_factory=dict)
-
-    def warm_up(self) -> None:
-        """Compile whatever compiles."""
-        for example in self.workload.of_each_size(self.pipe, self.examples):
-            self.on_edit("warm-up")
-            with self._using(), warmup_run(self.pipe):
-                self.workload.run(self.pipe, example, steps=2)
+    _warm: bool = False
 
     def edit_plainly(self, numbers: range, *, record: bool) -> None:
         """Edit with all steps, and record traces if asked."""
         for i in numbers:
             self.on_edit(f"all steps, {i + 1} of {len(self.examples)}")
-            with self._using(record=record):
-                self.pictures[i], self.seconds[i] = time_call(partial(self._edit, i))
+            plain = self.journal.plain(i)
+            if plain is None:
+                self.recorder.traces.clear()
+                picture, seconds = self._timed(i, record=record)
+                plain = Plain(picture, seconds, tuple(self.recorder.traces))
+                self.journal.keep_plain(i, plain)
+            self.plain[i] = plain
 
     def decide(self, candidates: Sequence[Schedule], numbers: range) -> Schedule:
         """Return the candidate whose worst picture is best.
@@ -351,10 +367,8 @@ class _Bench:
             worst = float("inf")
             for i in sorted(numbers, key=lambda i: self._hardness.get(i, 0.0)):
                 self.on_edit(f"candidate {turn} of {len(candidates)}")
-                with self._using(candidate):
-                    near = self._near(self._edit(i), i)
-                self._hardness[i] = near.psnr
-                worst = min(worst, near.psnr)
+                self._hardness[i] = self._edit(i, candidate).psnr
+                worst = min(worst, self._hardness[i])
                 if worst <= best_worst:
                     break
             if worst > best_worst:
@@ -363,51 +377,83 @@ class _Bench:
 
     def confirm(self, schedule: Schedule, candidates: int, numbers: range) -> Calibration:
         """Measure the chosen schedule, and plain with as much work."""
-        made: list[Similarity] = []
-        right: list[bool | None] = []
-        seconds, works, hits = [], [], 0
-        blocks = len(model_of(self.pipe).blocks(self.pipe.transformer))
+        made, fewer = [], []
         for i in numbers:
             self.on_edit(f"confirming, {i + 1 - numbers.start} of {len(numbers)}")
-            with self._using(schedule):
-                picture, spent = time_call(partial(self._edit, i))
-            run = api.report(self.pipe).runs[-1]
-            works.append(work_of_run(run, blocks).steps)
-            hits += sum(kind == "hit" for kind in run.step_kinds)
-            seconds.append(spent)
-            made.append(self._near(picture, i))
-            right.append(self.examples[i].right(picture))
-        quality = Quality(tuple(made), tuple(right))
-        steps = min(equal_steps(mean(works)), self.workload.steps - 1)
-        fewer = []
+            made.append(self._edit(i, schedule))
+        steps = min(equal_steps(mean(edit.work for edit in made)), self.workload.steps - 1)
         for i in numbers:
-            self.on_edit(f"{steps} steps, {i + 1 - numbers.start} of {len(numbers)}")
-            with self._using():
-                fewer.append(self._near(self._edit(i, steps), i))
-        beside = Quality(tuple(fewer), (None,) * len(fewer))
+            self.on_edit(f"{count_of(steps, 'step')}, {i + 1 - numbers.start} of {len(numbers)}")
+            fewer.append(self._edit(i, steps=steps))
+        quality, beside = _quality(made), _quality(fewer)
         skipped = len(schedule.by_step)
         return Calibration(
             schedule,
             schedule.steps - skipped,
             candidates,
             quality,
-            FewerStepsComparison(steps, mean(s.psnr for s in fewer), quality.minus(beside)),
+            FewerStepsComparison(steps, mean(e.psnr for e in fewer), quality.minus(beside)),
             beside,
-            median(seconds),
-            1 - hits / (skipped * len(numbers)),
+            median(edit.seconds for edit in made),
+            1 - sum(edit.hits for edit in made) / (skipped * len(numbers)),
         )
 
-    @contextmanager
-    def _using(self, schedule: Schedule | None = None, *, record: bool = False) -> Iterator[None]:
+    def _edit(self, i: int, schedule: Schedule | None = None, *, steps: int | None = None) -> Edit:
+        """Edit, or take the measurement that the journal has, and compare with all steps."""
+        what = f"{steps} steps" if schedule is None else repr(schedule)
+        if (known := self.journal.edit(what, i)) is not None:
+            return known
+        example = self.examples[i]
+        picture, seconds = self._timed(i, schedule, steps=steps)
+        run = api.report(self.pipe).runs[-1]
+        near = similarity(picture, self.plain[i].picture, (), example.picture)
+        edit = Edit(
+            near.psnr,
+            near.edited,
+            seconds,
+            work_of_run(run, len(model_of(self.pipe).blocks(self.pipe.transformer))).steps,
+            sum(kind == "hit" for kind in run.step_kinds),
+            example.right(picture),
+        )
+        self.journal.keep_edit(what, i, edit)
+        return edit
+
+    def _timed(
+        self,
+        i: int,
+        schedule: Schedule | None = None,
+        *,
+        steps: int | None = None,
+        record: bool = False,
+    ) -> tuple[Image.Image, float]:
+        """Edit one example; return the picture and the seconds."""
+        if not self._warm:
+            self._warm_up()
         cache = FirstBlockCache(distance="noise", predict="linear").off()
         if schedule is not None:
             cache = replace(cache, schedule=schedule)
-        recorder = replace(self.recorder, active=record)
-        with api.using(self.pipe, [cache, recorder]):
-            yield
+        with api.using(self.pipe, [cache, replace(self.recorder, active=record)]):
+            return time_call(
+                partial(
+                    self.workload.run,
+                    self.pipe,
+                    self.examples[i],
+                    seed=self.seed + i,
+                    steps=steps,
+                )
+            )
 
-    def _edit(self, i: int, steps: int | None = None) -> Image.Image:
-        return self.workload.run(self.pipe, self.examples[i], seed=self.seed + i, steps=steps)
+    def _warm_up(self) -> None:
+        """Compile whatever compiles, so that no edit's time has it."""
+        self._warm = True
+        for example in self.workload.of_each_size(self.pipe, self.examples):
+            self.on_edit("warm-up")
+            with warmup_run(self.pipe):
+                self.workload.run(self.pipe, example, steps=2)
 
-    def _near(self, picture: Image.Image, i: int) -> Similarity:
-        return similarity(picture, self.pictures[i], (), self.examples[i].picture)
+
+def _quality(edits: Sequence[Edit]) -> Quality:
+    return Quality(
+        tuple(Similarity(edit.psnr, edited=edit.edited) for edit in edits),
+        tuple(edit.right for edit in edits),
+    )

@@ -4,27 +4,36 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from fluxfire.bench.calibration.recording import Trace
+from fluxfire.errors import BenchError
 
 
-def weights(known: Sequence[float], sigma: float) -> tuple[float, ...]:
+def weights(known: Tensor, sigma: Tensor) -> Tensor:
     """Return Lagrange's weights: the polynomial through points at `known`, evaluated at `sigma`.
 
     One point is held, two make a line, three a parabola.
 
+    Args:
+        known: (N, points), different in each row.
+        sigma: (N,).
+
+    Returns:
+        (N, points).
+
     Example: through 1.0 and 0.8 to 0.7, a line has the weights -0.5 and 1.5.
     """
-    found = []
-    for i, own in enumerate(known):
-        weight = 1.0
-        for j, other in enumerate(known):
+    points = known.shape[1]
+    found = torch.ones_like(known)
+    for i in range(points):
+        for j in range(points):
             if j != i:
-                weight *= (sigma - other) / (own - other)
-        found.append(weight)
-    return tuple(found)
+                found[:, i] *= (sigma - known[:, j]) / (known[:, i] - known[:, j])
+    return found
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ class Bounds:
 
     Attributes:
         warmup: how many first steps are computed, at least one.
-        tail: how many last steps are computed.
+        tail: how many last steps are computed, at least one.
         cap: most skipped steps in a row.
         early: weight of a step's error as a power of its noise level. 0 counts all steps alike; 1
             counts early errors more, on which all later steps build.
@@ -52,15 +61,30 @@ class Errors:
         """Prepare.
 
         Args:
-            traces: of plain edits with equal sigmas.
+            traces: of plain edits with equal numbers of steps.
             points: how many computed steps a prediction uses: 1 to hold, 2 for a line, 3 for a
                 parabola.
+
+        Raises:
+            BenchError: a trace is not finite, or its noise levels do not fall.
         """
         self.points = points
-        self.sigmas = traces[0].sigmas.tolist()
+        self._sigmas = torch.stack([t.sigmas for t in traces])
         self._products = torch.stack([t.products for t in traces])
-        self._strides = (-torch.diff(traces[0].sigmas)).tolist()
+        self._strides = -self._sigmas.diff()
+        if not bool(self._products.isfinite().all()):
+            raise BenchError("the blocks' outputs are not all finite, so nothing can be calibrated")
+        if not bool((self._strides > 0).all()):
+            raise BenchError(
+                "the scheduler's noise levels do not fall at every step; calibrate needs one whose "
+                "levels do, such as FlowMatchEulerDiscreteScheduler"
+            )
         self._known: dict[tuple[int, ...], float] = {}
+
+    @property
+    def sigmas(self) -> list[float]:
+        """The noise level of each step, the mean over the traces; 0 at the end."""
+        return cast("list[float]", self._sigmas.mean(0).tolist())
 
     def __call__(self, computed: tuple[int, ...], step: int) -> float:
         """Return the error that skipping a step adds to the picture, as a root mean square.
@@ -71,11 +95,12 @@ class Errors:
         """
         key = (*computed, step)
         if key not in self._known:
-            known = weights([self.sigmas[c] for c in computed], self.sigmas[step])
-            w = torch.tensor([*known, -1.0], dtype=torch.float64)
-            rows = torch.tensor(key)
-            square = ((self._products[:, rows][:, :, rows] @ w) @ w).clamp_min(0)
-            self._known[key] = self._strides[step] * float(square.sqrt().mean())
+            levels = self._sigmas[:, list(key)]
+            last = torch.full((len(levels), 1), -1.0, dtype=torch.float64)
+            w = torch.cat([weights(levels[:, :-1], levels[:, -1]), last], 1)
+            products = self._products[:, list(key)][:, :, list(key)]
+            square = torch.einsum("ni,nij,nj->n", w, products, w).clamp_min(0)
+            self._known[key] = float((self._strides[:, step] * square.sqrt()).mean())
         return self._known[key]
 
 
@@ -88,8 +113,9 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
     Returns:
         For each possible number of computed steps, the skipped steps in order.
     """
-    steps = len(errors.sigmas) - 1
-    first = tuple(range(min(bounds.warmup, steps)))
+    sigmas = errors.sigmas
+    steps = len(sigmas) - 1
+    first = tuple(range(bounds.warmup))
     end = steps - bounds.tail  # from here on all steps are computed
     # The best way to each state: the last computed steps -> (error, all computed steps).
     layer: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {
@@ -108,10 +134,9 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
                     following[key] = cost, (*path, step)
                 if step >= end:
                     break  # it may not be skipped
-                importance = errors.sigmas[step] ** bounds.early
+                importance = sigmas[step] ** bounds.early
                 added += importance * errors(state, step)
         whole = [(e, p) for s, (e, p) in following.items() if s[-1] == steps - 1]
-        # A schedule may also end with skipped steps, if there is no tail.
         if whole:
             _, path = min(whole)
             found[len(path)] = tuple(s for s in range(steps) if s not in path)
