@@ -26,6 +26,8 @@ from fluxfire.bench import (
     search,
     tune,
 )
+from fluxfire.bench.calibration.calibrating import schedule_family
+from fluxfire.bench.calibration.recording import Recorder
 from fluxfire.bench.quality import Quality, Similarity
 from fluxfire.bench.tuning import cache_families
 from fluxfire.cli import main
@@ -457,6 +459,35 @@ def test_the_usual_candidates_are_dials_from_careful_to_fast():
         turned = [getattr(p, "threshold", None) or p.spacing for p in family.knob]
         assert turned == sorted(set(turned))
         assert family.at(3)[1] == family.knob[3]
+
+
+CHEAP = Prices(computed=1, reused=1, hit=0.01, around=0.01)
+
+
+def test_schedules_of_its_own_examples_are_candidates(counted_time, monkeypatch):
+    """The list as Python makes the same list again, whatever its settings are made of."""
+    monkeypatch.setattr("fluxfire.bench.tuning.cache_families", lambda *_: [])
+    found = tune(PIPE, MANY, Budget(min_psnr=5), workload=LOAD, prices=CHEAP)
+    tried = {p for t in found.trials for p in t.passes if isinstance(p, FirstBlockCache)}
+    schedules = [p for p in tried if isinstance(p.schedule, tuple)]
+    assert schedules
+    assert all(p.schedule[0].steps == LOAD.steps for p in schedules)
+    written = replace(found, passes=(schedules[0],), steps=None).to_python()
+    names = {}
+    exec(written, names)
+    assert names["passes"] == [schedules[0]]
+
+
+def test_a_family_of_schedules_goes_from_careful_to_fast():
+    recorder = Recorder()
+    with fluxfire.optimized(PIPE, [recorder]):
+        edit(PIPE, steps=12)
+    family = schedule_family(recorder.traces, (QKVFusion(), Compile()), 4)
+    assert [p.stage for p in family.passes] == ["weights", "caching", "compile"]
+    skipped = [cache.most_hits(12) for cache in family.knob]
+    assert skipped == sorted(set(skipped))
+    assert skipped[0] == 1
+    assert family.at(3)[1] == family.knob[3]
 
 
 LISTS = [

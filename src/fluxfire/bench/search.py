@@ -16,6 +16,7 @@ from PIL import Image
 
 from fluxfire import api
 from fluxfire.bench.budget import Budget
+from fluxfire.bench.calibration.recording import Recorder, Trace
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
 from fluxfire.bench.quality import SAME, Quality, Similarity, similarity
@@ -39,6 +40,7 @@ from fluxfire.supported import model_of
 from fluxfire.text import count_of
 
 _LARGEST_PARTS = {"search": 24, "choose": 96}  # most examples of each part; the rest confirms
+_RECORDED = 8  # edits that make the schedules
 _EDITS_TO_JUDGE_SPEED = 12  # edits after which the median speed may reject a list
 
 
@@ -118,6 +120,17 @@ class Search:
         seconds = median(self._seconds[n] for n in numbers)
         trial = Trial((), part, "within", "", quality, seconds, 1.0, quality.success)
         return Candidate(Family(), 0, trial)
+
+    def traces(self) -> list[Trace]:
+        """Record plain edits of a few of the first part's examples."""
+        self._unapply()
+        recorder = Recorder()
+        numbers = self.numbers("search")[:_RECORDED]
+        with api.optimized(self.pipe, [recorder]):
+            for turn, number in enumerate(numbers, 1):
+                self.on_edit(f"recording, {turn} of {len(numbers)}")
+                self._edit(number)
+        return recorder.traces
 
     def applies(self, family: Family) -> bool:
         """Whether a family's passes can be applied to this pipeline on this machine."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fluxfire import api
 from fluxfire.bench.budget import Budget
+from fluxfire.bench.calibration.calibrating import schedule_family
 from fluxfire.bench.contenders import check_plain
 from fluxfire.bench.examples import Example
 from fluxfire.bench.prices import Prices
@@ -23,7 +25,7 @@ from fluxfire.errors import BenchError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
 from fluxfire.planning import recipes
 from fluxfire.planning.resolve import order
-from fluxfire.protocol import Pass
+from fluxfire.protocol import Pass, configured
 from fluxfire.text import count_of, human_seconds, table
 
 PUBLISHABLE = 256
@@ -71,8 +73,7 @@ class Tuned:
     def to_python(self) -> str:
         """Return Python code that creates the list."""
         homes: dict[str, set[str]] = {}
-        for pass_ in self.passes:
-            cls = type(pass_)
+        for cls in itertools.chain.from_iterable(map(_classes_of, self.passes)):
             home = "fluxfire.passes" if cls.__module__.startswith("fluxfire.") else cls.__module__
             homes.setdefault(home, set()).add(cls.__name__)
         lines = [f"from {home} import {', '.join(sorted(of))}" for home, of in homes.items()]
@@ -179,6 +180,14 @@ class Tuned:
         return f".\nThe plain pipeline gets {lost} more of {checked} edits right: {limit}"
 
 
+def _classes_of(pass_: Pass) -> Iterator[type]:
+    """Yield the classes that a pass's repr names: its own, and those of its settings."""
+    yield type(pass_)
+    for value in configured(pass_).settings.values():
+        several = value if isinstance(value, tuple) else (value,)
+        yield from (type(one) for one in several if is_dataclass(one))
+
+
 def format_trial(trial: Trial) -> tuple[str, ...]:
     """Format a trial as cells of a table."""
     quality = trial.quality
@@ -269,6 +278,20 @@ def cache_families(base: Sequence[Pass] = ()) -> list[Family]:
     return [*alone, *both]
 
 
+def schedule_families(search: Search, base: Sequence[Pass] = ()) -> list[Family]:
+    """Return schedules made from plain edits of the search's examples, as `calibrate` makes them.
+
+    Args:
+        search: edits the examples.
+        base: an exact list.
+    """
+    try:
+        traces = search.traces()
+        return [schedule_family(traces, base, warmup) for warmup in (4, 8)]
+    except BenchError:
+        return []  # nothing to skip, or noise levels that do not fall: the thresholds remain
+
+
 def tune(
     pipe: DiffusersPipeline,
     examples: Sequence[Example],
@@ -283,9 +306,10 @@ def tune(
     """Find the fastest way to edit whose worst picture stays within a budget.
 
     `tune` first finds the fastest exact list. Then it bisects the number of steps, and the knob of
-    each lossy list, on the first part of the examples. It tries the best list on the second part,
-    and steps its knob back while a picture exceeds the budget. It confirms the choice on the third
-    part, which the search did not use. The worst example decides, not the mean.
+    each lossy list, on the first part of the examples. Among the lossy lists are schedules that it
+    makes from plain edits of these examples, as `calibrate` does. It tries the best list on the
+    second part, and steps its knob back while a picture exceeds the budget. It confirms the choice
+    on the third part, which the search did not use. The worst example decides, not the mean.
 
     A lossy list must be 2% faster than an exact one, and it must clearly beat plain with as many
     steps as it computed: on the confirming examples the whole interval of the paired difference
@@ -327,11 +351,15 @@ def tune(
     with Search(pipe, examples, budget, load, seed, on_edit, prices) as search:
         found: list[Candidate] = []
         if candidates is None and prices is not None:
-            candidates = [fewer_steps(load.steps), *cache_families()]
+            candidates = [fewer_steps(load.steps), *schedule_families(search), *cache_families()]
         elif candidates is None:
             found += _search_families(search, exact_families())
             base = max([search.plain("search"), *found], key=lambda c: c.trial.worth).family.passes
-            candidates = [fewer_steps(load.steps, base), *cache_families(base)]
+            candidates = [
+                fewer_steps(load.steps, base),
+                *schedule_families(search, base),
+                *cache_families(base),
+            ]
         found += _search_families(search, candidates)
         attempts = 0
         while True:

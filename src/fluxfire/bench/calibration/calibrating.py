@@ -10,12 +10,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-import torch
 from PIL import Image
 
 from fluxfire import api
 from fluxfire.bench.calibration.journal import Edit, Journal, Plain, fingerprint
-from fluxfire.bench.calibration.proposing import Bounds, Errors, propose
+from fluxfire.bench.calibration.proposing import Bounds, Errors, schedules
 from fluxfire.bench.calibration.recording import Recorder, Trace
 from fluxfire.bench.contenders import check_plain
 from fluxfire.bench.examples import Example
@@ -23,7 +22,7 @@ from fluxfire.bench.quality import Quality, Similarity, similarity
 from fluxfire.bench.results import stamp
 from fluxfire.bench.tables import format_decibels
 from fluxfire.bench.timing import on_device, time_call
-from fluxfire.bench.trials import FewerStepsComparison
+from fluxfire.bench.trials import Family, FewerStepsComparison
 from fluxfire.bench.work import equal_steps, work_of_run
 from fluxfire.bench.workload import Workload
 from fluxfire.diffusers_types import DiffusersPipeline
@@ -41,9 +40,6 @@ _WARMUPS = (4, 6, 8)
 _EARLY = (0.0, 1.0, 2.0)
 _CAP, _TAIL = 4, 1
 _SHARES = (0.64, 0.5, 0.4)  # of the steps that are computed, by default
-_SLACK = 1.5
-"""A limit is this times the largest distance that calibration saw at the skipped step."""
-_LEAST_LIMIT = 1e-4
 _POINTS = 2  # of a line
 _FEWEST = 4  # examples: two to choose, two to confirm
 _FEWEST_STEPS = 4
@@ -76,7 +72,7 @@ class Calibration:
     @property
     def cache(self) -> FirstBlockCache:
         """The cache that follows the schedule."""
-        return FirstBlockCache(schedule=self.schedule, distance="noise", predict="linear")
+        return _cache(self.schedule)
 
 
 @dataclass(frozen=True)
@@ -304,23 +300,30 @@ def proposals(traces: Sequence[Trace], computed: int) -> list[Schedule]:
         computed: the number of computed steps.
     """
     errors = Errors(traces, _POINTS)
-    steps = len(errors.sigmas) - 1
-    farthest = torch.stack([t.distances for t in traces]).amax(0)
-    found: dict[tuple[int, ...], None] = {}
+    found: dict[Schedule, None] = {}
     for warmup, early in product(_WARMUPS, _EARLY):
-        bounds = Bounds(_scale(warmup, steps), _TAIL, _CAP, early)
-        if (skipped := propose(errors, bounds).get(computed)) is not None:
-            found[skipped] = None
-    return [Schedule(steps, _limits(skipped, farthest)) for skipped in found]
+        bounds = Bounds(_scale(warmup, errors.steps), _TAIL, _CAP, early)
+        if (schedule := schedules(errors, bounds).get(computed)) is not None:
+            found[schedule] = None
+    return list(found)
 
 
-def _limits(skipped: tuple[int, ...], farthest: torch.Tensor) -> dict[int, float | None]:
-    """Allow each skipped step a little more than the largest distance that was seen there."""
-    limits: dict[int, float | None] = {}
-    for step in skipped:
-        last = max(s for s in range(step) if s not in skipped)
-        limits[step] = max(_LEAST_LIMIT, round(_SLACK * float(farthest[step, last]), 4))
-    return limits
+def schedule_family(traces: Sequence[Trace], base: Sequence[Pass], warmup: int) -> Family:
+    """Return schedules of fewer and fewer computed steps, for `tune` to search.
+
+    Args:
+        traces: of plain edits.
+        base: an exact list.
+        warmup: how many of 28 steps are computed at first.
+    """
+    errors = Errors(traces, _POINTS)
+    found = schedules(errors, Bounds(_scale(warmup, errors.steps), _TAIL, _CAP, early=1.0))
+    caches = tuple(_cache(found[n]) for n in sorted(found, reverse=True) if found[n].by_step)
+    return Family(tuple(order([*base, caches[0]])), caches)
+
+
+def _cache(schedule: Schedule) -> FirstBlockCache:
+    return FirstBlockCache(schedule=schedule, distance="noise", predict="linear")
 
 
 @dataclass
@@ -429,9 +432,7 @@ class _Bench:
         """Edit one example; return the picture and the seconds."""
         if not self._warm:
             self._warm_up()
-        cache = FirstBlockCache(distance="noise", predict="linear").off()
-        if schedule is not None:
-            cache = replace(cache, schedule=schedule)
+        cache = FirstBlockCache().off() if schedule is None else _cache(schedule)
         with api.using(self.pipe, [cache, replace(self.recorder, active=record)]):
             return time_call(
                 partial(

@@ -11,6 +11,11 @@ from torch import Tensor
 
 from fluxfire.bench.calibration.recording import Trace
 from fluxfire.errors import BenchError
+from fluxfire.passes import Schedule
+
+_SLACK = 1.5
+"""A limit is this times the largest distance that any trace has at the skipped step."""
+_LEAST_LIMIT = 1e-4
 
 
 def weights(known: Tensor, sigma: Tensor) -> Tensor:
@@ -55,7 +60,12 @@ class Bounds:
 
 
 class Errors:
-    """The expected error of predicting a step, from the products of many traces."""
+    """The expected error of predicting a step, from the products of many traces.
+
+    Attributes:
+        points: how many computed steps a prediction uses.
+        steps: number of steps of the traces.
+    """
 
     def __init__(self, traces: Sequence[Trace], points: int) -> None:
         """Prepare.
@@ -70,6 +80,8 @@ class Errors:
         """
         self.points = points
         self._sigmas = torch.stack([t.sigmas for t in traces])
+        self.steps = self._sigmas.shape[1] - 1
+        self._farthest = torch.stack([t.distances for t in traces]).amax(0)
         self._products = torch.stack([t.products for t in traces])
         self._strides = -self._sigmas.diff()
         if not bool(self._products.isfinite().all()):
@@ -85,6 +97,15 @@ class Errors:
     def sigmas(self) -> list[float]:
         """The noise level of each step, the mean over the traces; 0 at the end."""
         return cast("list[float]", self._sigmas.mean(0).tolist())
+
+    def limit(self, last: int, step: int) -> float:
+        """Return the distance from which a skipped step is computed after all.
+
+        Args:
+            last: the last computed step before it.
+            step: the skipped step.
+        """
+        return max(_LEAST_LIMIT, round(_SLACK * float(self._farthest[step, last]), 4))
 
     def __call__(self, computed: tuple[int, ...], step: int) -> float:
         """Return the error that skipping a step adds to the picture, as a root mean square.
@@ -113,8 +134,7 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
     Returns:
         For each possible number of computed steps, the skipped steps in order.
     """
-    sigmas = errors.sigmas
-    steps = len(sigmas) - 1
+    sigmas, steps = errors.sigmas, errors.steps
     first = tuple(range(bounds.warmup))
     end = steps - bounds.tail  # from here on all steps are computed
     # The best way to each state: the last computed steps -> (error, all computed steps).
@@ -141,4 +161,16 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
             _, path = min(whole)
             found[len(path)] = tuple(s for s in range(steps) if s not in path)
         layer = {s: v for s, v in following.items() if s[-1] < steps - 1}
+    return found
+
+
+def schedules(errors: Errors, bounds: Bounds) -> dict[int, Schedule]:
+    """Return `propose`'s schedules with limits, by number of computed steps."""
+    found = {}
+    for computed, skipped in propose(errors, bounds).items():
+        limits: dict[int, float | None] = {}
+        for step in skipped:
+            last = max(s for s in range(step) if s not in skipped)
+            limits[step] = errors.limit(last, step)
+        found[computed] = Schedule(errors.steps, limits)
     return found
