@@ -438,9 +438,12 @@ def test_pipelines_that_share_models_keep_their_own_parts(pass_, relate):
 
 
 @each_pass()
-def test_a_pipeline_loaded_through_an_optimized_one(plain, pass_, tmp_path):
-    pipe = tiny_kontext()
-    pipe.save_pretrained(tmp_path)
+def test_a_pipeline_loaded_through_an_optimized_one(pass_, tmp_path):
+    """All pipelines come from the file: on some CPUs a product depends on where its weights lie."""
+    tiny_kontext().save_pretrained(tmp_path)
+    pipe = FluxKontextPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    picture = edit(pipe, steps=1)
     fluxfire.optimize(pipe, [pass_])
     changed = edit(pipe, steps=1)
     for cls in (type(pipe), pipe.__class__, pipe):
@@ -448,7 +451,7 @@ def test_a_pipeline_loaded_through_an_optimized_one(plain, pass_, tmp_path):
         loaded.set_progress_bar_config(disable=True)
         assert type(loaded) is FluxKontextPipeline
         assert fluxfire.report(loaded).passes == ()
-        assert np.array_equal(edit(loaded, steps=1), plain["picture"])
+        assert np.array_equal(edit(loaded, steps=1), picture)
         fluxfire.restore(loaded)
         assert np.array_equal(edit(pipe, steps=1), changed)
     fluxfire.optimize(loaded, [pass_])
