@@ -278,8 +278,8 @@ LISTS = {
     "float8-fused-table": [Float8(), FusedBlocks(), ModulationTable()],
 }
 REFUSES = {  # what cannot be used and cannot go unheard
-    "float8": {lora, new_layer},
-    "float8-fused-table": {lora, new_layer},
+    "float8": {new_layer},
+    "float8-fused-table": {new_layer},
     "float8-drop": {
         lora, new_layer, lora_fused_and_unloaded, lora_fused_safely, edited_in_place, new_data,
         a_head_cut_off,

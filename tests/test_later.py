@@ -34,6 +34,7 @@ from fluxfire.passes import (
     EncodingCache,
     FirstBlockCache,
     Float8,
+    FoldedLora,
     FusedBlocks,
     InductorPatch,
     MemoryLayout,
@@ -347,8 +348,8 @@ def lists() -> dict[str, list[Any]]:
     """Return the lists that every thing is tried with: each pass is in one of the quick ones."""
     return {
         "exact": [
-            InductorPatch(), QKVFusion(), MemoryLayout(), FusedBlocks(), ModulationTable(),
-            EncodingCache(),
+            InductorPatch(), FoldedLora(), QKVFusion(), MemoryLayout(), FusedBlocks(),
+            ModulationTable(), EncodingCache(),
         ],
         "exact caches": [
             QKVFusion(vae=False), Attention("_native_math"), ReferenceCache(0), FirstBlockCache(0)

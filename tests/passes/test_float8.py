@@ -227,7 +227,9 @@ def test_a_lora_beside_dropped_weights(dropped):
     assert np.abs(edit(plain) - edit(dropped)).max() < effect
     dropped.transformer.unload_lora()
     add(dropped, "proj_mlp")
-    with pytest.raises(FluxfireError, match=r"blocks\.0\.proj_mlp was replaced .*; take that"):
+    with pytest.raises(
+        FluxfireError, match=r"blocks\.0\.proj_mlp has an adapter .*drop.*; take that"
+    ):
         edit(dropped)
     with pytest.raises(FluxfireError, match=GONE):
         dropped.transformer.fuse_lora()
@@ -235,22 +237,21 @@ def test_a_lora_beside_dropped_weights(dropped):
     assert np.array_equal(edit(dropped), before)
 
 
-def test_a_layer_with_a_lora_keeps_its_weights(reference):
-    plain = with_lora(tiny_kontext())
-    expected = edit(plain)
-    pipe = fluxfire.optimize(with_lora(tiny_kontext()), [Float8()])
+def test_with_dropped_originals_a_layer_with_a_lora_keeps_its_weights(reference):
+    expected = edit(with_lora(tiny_kontext()))
+    pipe = fluxfire.optimize(with_lora(tiny_kontext()), [Float8("drop")])
     assert not any("proj_mlp" in name for name in quantized(pipe))
     assert np.abs(edit(pipe) - expected).max() < 0.1
     assert np.abs(edit(pipe) - reference).max() > 1e-3
 
 
 @pytest.mark.parametrize("target", ["to_q", "add_v_proj", "to_add_out"])
-def test_a_lora_on_one_projection_leaves_its_neighbours_alone_in_float8(target):
-    """diffusers calls either all fused projections, of text and image, or none."""
+def test_an_adapter_on_one_projection_leaves_its_neighbours_alone_in_float8(target):
+    """DoRA cannot be folded. diffusers calls either all fused projections, or none."""
 
     def made():
         pipe = tiny_kontext()
-        config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False)
+        config = LoraConfig(r=2, target_modules=[target], init_lora_weights=False, use_dora=True)
         torch.manual_seed(0)
         pipe.transformer.add_adapter(config)
         return pipe
@@ -266,33 +267,23 @@ def test_a_lora_on_one_projection_leaves_its_neighbours_alone_in_float8(target):
         assert np.array_equal(edit(pipe), expected)
 
 
-def test_a_lora_that_comes_later_is_refused_by_name(pipe):
-    fluxfire.optimize(pipe, [Float8()])
-    edit(pipe)
-    with_lora(pipe)
-    with pytest.raises(
-        FluxfireError,
-        match=r"transformer_blocks\.0\.attn\.to_q was replaced .* with the same passes",
-    ):
-        edit(pipe)
-    pipe.unload_lora_weights()
-    edit(pipe)
-
-
-@pytest.mark.parametrize("way", ["apply again", "fuse"])
-def test_both_ways_out_that_the_refusal_of_a_lora_names_work(pipe, way):
+@pytest.mark.parametrize("way", ["keep it", "apply again", "fuse"])
+def test_a_lora_that_comes_later(pipe, way):
+    """It is quantized with the weights, and that as if it had been there first."""
     expected = edit(with_lora(tiny_kontext()))
-    fluxfire.optimize(pipe, [Float8()])
-    edit(pipe)
+    before = edit(fluxfire.optimize(pipe, [Float8()]))
     with_lora(pipe)
     if way == "fuse":
         pipe.fuse_lora()
         pipe.unload_lora_weights()
-    else:
+    if way == "apply again":
         fluxfire.restore(pipe)
         assert np.array_equal(edit(pipe), expected)
         fluxfire.optimize(pipe, [Float8()])
     assert 0 < np.abs(edit(pipe) - expected).max() < 0.01
+    if way != "fuse":
+        pipe.unload_lora_weights()
+        assert np.array_equal(edit(pipe), before)
 
 
 def test_hooks(pipe):

@@ -8,6 +8,7 @@ from fluxfire.passes.article.para_attention import ParaAttention
 from fluxfire.passes.article.qkv_fusion import QKVFusion
 from fluxfire.passes.attention import Attention
 from fluxfire.passes.compile import Compile
+from fluxfire.passes.contrib.folded_lora import FoldedLora
 from fluxfire.passes.encoding_cache import EncodingCache
 from fluxfire.passes.first_block_cache import FirstBlockCache
 from fluxfire.passes.float8 import Float8
@@ -23,6 +24,7 @@ __all__ = [
     "EncodingCache",
     "FirstBlockCache",
     "Float8",
+    "FoldedLora",
     "FusedBlocks",
     "InductorPatch",
     "MegaCache",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -22,6 +22,15 @@ from fluxfire.kernels.float8 import (
     quantize_weight,
 )
 from fluxfire.model import Model
+from fluxfire.passes.shared.adapters import (
+    AdaptersOff,
+    adapter_gradients,
+    base_of,
+    call_scale,
+    folded_weight,
+    read_scalings,
+    why_not_foldable,
+)
 from fluxfire.passes.shared.fused_projection import install_products
 from fluxfire.passes.shared.host_weights import MOVED_ELSEWHERE, DroppedWeight, HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
@@ -34,7 +43,6 @@ Originals = Literal["host", "drop"]
 _ORIGINALS = ("host", "drop")
 _MIN_CAPABILITY = (8, 9)
 _APPLY_AGAIN = "call restore(pipe), then optimize(pipe, …) with the same passes"
-_LORA = "(the LoRA stays), or fuse and unload the LoRA first"
 _TAKE_BACK = "take that change back, because originals='drop' let go of the original weights"
 
 
@@ -60,12 +68,17 @@ class Float8:
 
     Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
 
-    The pass does not quantize layers with a LoRA or a hook. If a LoRA is loaded later, the next
-    step raises an error with the layer's name. A later hook raises the same error if the fused
-    products would not call it. If weights change (a LoRA is fused, a state dict is loaded, a step
-    callback writes to them), the pass quantizes them again before the next step. Gradients are
-    those of the product without rounding. A CPU emulates the arithmetic, which is slow and only
-    useful to judge quality.
+    A LoRA costs nothing: the pass quantizes `weight + scaling · B · A`, summed in float32. Load,
+    scale, exchange, fuse or unload it at any time; the pass quantizes again before the next step.
+    PEFT's layers keep the adapters and the original weights. DoRA, LoKr and other adapters cannot
+    be folded: a layer that has one is not quantized. If you load one later, the next step raises an
+    error with the layer's name. With `originals="drop"` that goes for every LoRA, since its sum
+    needs the original weight.
+
+    The pass does not quantize layers with a hook. A later hook raises an error if the fused
+    products would not call it. If weights change (a state dict is loaded, a step callback writes to
+    them), the pass quantizes them again before the next step. Gradients are those of the product
+    without rounding. A CPU emulates the arithmetic, which is slow and only useful to judge quality.
 
     Attributes:
         originals: `"host"` keeps the original weights in host memory; `restore` brings them back
@@ -125,9 +138,10 @@ class Float8:
                 f"({', '.join(sorted(moved))})",
                 "float8 halves them: take the offloading off",
             )
-        if "lora" in target.traits:
-            yield Finding("info", "layers with a LoRA are not quantized")
-        widths = {n for *_, linear in _linears(model, transformer) for n in linear.weight.shape}
+        if "lora" in target.traits and (why := self._left(model, transformer)):
+            yield Finding("info", f"layers with an adapter are not quantized where {why}")
+        found = _linears(model, transformer, below_adapters=self.originals == "host")
+        widths = {n for *_, linear in found for n in linear.weight.shape}
         if odd := sorted(n for n in widths if n % 16):
             yield Finding(
                 "error",
@@ -135,17 +149,30 @@ class Float8:
                 "leave Float8 out",
             )
 
+    def _left(self, model: Model, transformer: Transformer) -> str:
+        """Return why layers with an adapter are not quantized; empty if all are."""
+        if self.originals == "drop":
+            return "originals='drop' would lose the weights that a LoRA adds to"
+        layers = [
+            getattr(*place) for block in model.blocks(transformer) for place in model.linears(block)
+        ]
+        found = (why_not_foldable(layer) for layer in layers if modules.has_adapter(layer))
+        return "; or where ".join(dict.fromkeys(why for why in found if why))
+
     def apply(self, tx: Transaction) -> Change:
         """Quantize layer by layer, so that at most one layer is in memory twice."""
         transformer, freed = tx.pipe.transformer, 0
         model = model_of(tx.pipe)
-        host = HostWeights()
+        host, off = HostWeights(), AdaptersOff()
+        tx.on_undo(off.switch_on)  # undone last: adapters follow the weights to the device
         tx.on_undo(host.bring_back)
-        layers = list(dict.fromkeys(_linears(model, transformer)))  # a block may stand twice
+        keeps = self.originals == "host"
+        # A block may stand twice.
+        layers = list(dict.fromkeys(_linears(model, transformer, below_adapters=keeps)))
         plain = {linear for *_, linear in layers}
         products: list[Float8Product] = []
         stacked: list[nn.Linear] = []
-        places: list[tuple[object, str, nn.Module]] = []
+        fused: list[tuple[object, str, nn.Module]] = []
         for attention in dict.fromkeys(model.attentions(transformer)):
             if (groups := _stackable(model, attention, plain)) is None:
                 continue
@@ -154,7 +181,7 @@ class Float8:
                 products.append(Float8Product(parts))
                 made[stack] = products[-1]
                 stacked += parts
-                places.append((attention, stack, products[-1]))
+                fused.append((attention, stack, products[-1]))
                 freed += sum(map(host.offload, parts))
             install_products(tx, attention, made)
         alone = plain.difference(stacked)
@@ -163,8 +190,7 @@ class Float8:
             tx.setattr(linear, "product", products[-1])
             tx.set_class(linear, Float8Linear)
             freed += host.offload(linear)
-        places += layers
-        watch = _WeightWatch(tx, places, stacked, products, host, drop=self.originals == "drop")
+        watch = _WeightWatch(tx, fused, layers, stacked, products, host, off, drop=not keeps)
         tx.listen(watch)
         tx.listen(host)
         gained = sum(product.nbytes for product in products)
@@ -180,6 +206,7 @@ class Float8Product(nn.Module):
         bias: (width out,), or None.
         dtype: dtype of the results.
         linears: the original layers; a tuple, so that they are no submodules.
+        layers: what stands in their places: the same, or PEFT's layers around them.
     """
 
     takes_float8 = True
@@ -190,14 +217,25 @@ class Float8Product(nn.Module):
     def __init__(self, linears: list[nn.Linear]) -> None:
         super().__init__()
         self.linears = tuple(linears)
+        self.layers: tuple[nn.Module, ...] = self.linears
         for name in ("weight", "scale", "bias"):
             self.register_buffer(name, None, persistent=False)
         self.quantize(linears[0].weight.device)
 
-    def quantize(self, device: torch.device) -> None:
-        """Quantize the layers' current weights on a device."""
-        with modules.matching_inference_mode(self.linears[0].weight):
-            made = [quantize_weight(x.weight.detach().to(device)) for x in self.linears]
+    def quantize(
+        self, device: torch.device, layers: Sequence[nn.Module] = (), scale: float = 1.0
+    ) -> None:
+        """Quantize the layers' current weights on a device.
+
+        Args:
+            device: where the product will be computed.
+            layers: PEFT's layers around the own ones, whose adapters are added to the weights; an
+                own layer where there is no adapter. By default there is none.
+            scale: a factor for all adapters.
+        """
+        self.layers = tuple(layers) or self.linears
+        with modules.matching_inference_mode(self.linears[0].weight), torch.no_grad():
+            made = [quantize_weight(folded_weight(x, scale, device)) for x in self.layers]
             self.weight = torch.cat([w for w, _ in made])
             self.scale = torch.cat([s for _, s in made])
         self.copy_biases(device)
@@ -257,6 +295,9 @@ class Float8Product(nn.Module):
             *(_unless_dropped(layer.weight) for layer in self.linears),
             *(layer.bias for layer in self.linears if layer.bias is not None),
         )
+        if len(self.linears) > 1:  # nobody calls PEFT's layers in the place of these
+            parts = [adapter_gradients(layer, x).to(made) for layer in self.layers]
+            made = made + torch.cat(parts, dim=-1)
         return made
 
     def multiply(self, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
@@ -365,50 +406,109 @@ class Float8Linear(StandIn, nn.Linear):
         return out
 
 
+@dataclass(eq=False)
 class _WeightWatch(Listener):
-    """Checks the layers before each generation, since the user may change them at any time."""
+    """Checks the layers before each generation, since the user may change them at any time.
 
-    def __init__(
-        self,
-        tx: Transaction,
-        places: list[tuple[object, str, nn.Module]],
-        stacked: list[nn.Linear],
-        products: list[Float8Product],
-        host: HostWeights,
-        *,
-        drop: bool,
-    ) -> None:
-        self._tx, self._places, self._stacked = tx, places, stacked
-        self._products, self._host, self._drop = products, host, drop
-        self._watch = Watch(
-            (x for product in products for x in product.linears), apart_from=("product",)
-        )
+    Attributes:
+        tx: the transaction of the pass.
+        fused: the fused products: (attention, name of the attribute, product).
+        places: the quantized layers: (owner, name of the attribute, layer).
+        stacked: the layers that a fused product computes.
+        products: all products.
+        host: keeps the original weights.
+        off: PEFT's layers around quantized ones.
+        drop: whether to free the original weights.
+    """
+
+    tx: Transaction
+    fused: list[tuple[object, str, nn.Module]]
+    places: list[tuple[nn.Module, str, nn.Linear]]
+    stacked: list[nn.Linear]
+    products: list[Float8Product]
+    host: HostWeights
+    off: AdaptersOff
+    drop: bool
+    _layers: dict[nn.Linear, nn.Module] = field(default_factory=dict)
+    _scale: float = 1.0
+    _scalings: list[str] = field(default_factory=list)
+    _watch: Watch | None = None
+
+    def __post_init__(self) -> None:
+        self._layers = self._current_layers()
+        if not self._adapted():  # else the first generation quantizes with the adapters
+            self._watch = self._make_watch()
 
     @override
     def prepare(self) -> None:
         """Quantize changed weights again; with `originals="drop"`, free the original ones.
 
         Raises:
-            FluxfireError: a layer was replaced, for example by loading a LoRA; or a fused layer got
-                a hook, for example from layer-by-layer offloading, which nothing would call.
+            FluxfireError: a layer was replaced, or got an adapter that cannot be folded; or a fused
+                layer got a hook, for example from layer-by-layer offloading, which nothing would
+                call.
         """
         self._refuse_replaced_or_hooked_layers()
-        if self._watch.changed():
-            for product in self._products:
-                _quantize_again(product)
-            self._watch.accept()
-        if self._drop:
+        layers = self._current_layers()
+        if not _same(layers.values(), self._layers.values()):
+            self._layers, self._watch = layers, None
+        if (
+            self._watch is None
+            or self._watch.changed()
+            or read_scalings(self._layers.values()) != self._scalings
+        ):
+            self._quantize_again()
+        if self.drop:
             self._drop_originals()
 
+    @override
+    def before_call(self, inputs: dict[str, Any]) -> None:
+        """Quantize again if the call scales the adapters by another factor than the last call."""
+        if (scale := call_scale(inputs)) != self._scale:
+            self._scale = scale
+            if self._adapted():
+                self._quantize_again()
+
+    def _current_layers(self) -> dict[nn.Linear, nn.Module]:
+        """Return what stands in each layer's place now: the layer itself, or PEFT's around it."""
+        found: Any = {layer: modules.child(owner, name) for owner, name, layer in self.places}
+        return found  # type: ignore[no-any-return]
+
+    def _adapted(self) -> list[nn.Module]:
+        return [layer for layer in self._layers.values() if modules.has_adapter(layer)]
+
+    def _make_watch(self) -> Watch:
+        return Watch(self._layers.values(), apart_from=("product", "scaling"))
+
+    def _quantize_again(self) -> None:
+        watch, self._watch = self._watch, None  # so that an interrupt leaves nothing believed
+        for product in self.products:
+            layers = [self._layers[linear] for linear in product.linears]
+            _quantize_again(product, layers, self._scale)
+        self.off.switch_off(self._adapted())
+        if watch is None:
+            watch = self._make_watch()
+        else:
+            watch.changed()
+            watch.accept()
+        self._scalings, self._watch = read_scalings(self._layers.values()), watch
+
     def _refuse_replaced_or_hooked_layers(self) -> None:
-        for owner, name, layer in self._places:
-            if modules.child(owner, name) is not layer:
-                raise FluxfireError(
-                    f"{self._path(owner)}.{name} was replaced after Float8 quantized it "
-                    f"(a LoRA was loaded, or projections were fused?); "
-                    + (_TAKE_BACK if self._is_dropped() else f"{_APPLY_AGAIN} {_LORA}")
-                )
-        for linear in self._stacked:
+        for owner, name, layer in (*self.fused, *self.places):
+            now = modules.child(owner, name)
+            if now is layer:
+                continue
+            why = "was replaced after Float8 quantized it (projections were fused?)"
+            if now is not None and modules.has_adapter(now) and base_of(now) is layer:
+                reason = self._why_not_foldable(now)
+                if reason is None:
+                    continue
+                why = f"has an adapter that float8 weights cannot hold: {reason}"
+            raise FluxfireError(
+                f"{self._path(owner)}.{name} {why}; "
+                + (_TAKE_BACK if self._is_dropped() else _APPLY_AGAIN)
+            )
+        for linear in self.stacked:
             if modules.is_hooked(linear):
                 raise FluxfireError(
                     f"{self._path(linear)} has a hook that came after Float8 (offloading was "
@@ -416,29 +516,44 @@ class _WeightWatch(Listener):
                     + (_TAKE_BACK if self._is_dropped() else f"take it off, or {_APPLY_AGAIN}")
                 )
 
+    def _why_not_foldable(self, layer: nn.Module) -> str | None:
+        if self.drop:
+            return "originals='drop' lets go of the weight that a LoRA adds to"
+        return why_not_foldable(layer)
+
     def _is_dropped(self) -> bool:
-        linears = (linear for product in self._products for linear in product.linears)
+        linears = (linear for product in self.products for linear in product.linears)
         return any(isinstance(linear.weight, DroppedWeight) for linear in linears)
 
     def _path(self, module: object) -> str:
         """Return a module's path in the transformer; its class, if it is there no more."""
-        transformer: Any = self._tx.pipe.transformer
+        transformer: Any = self.tx.pipe.transformer
         paths = (str(path) for path, one in transformer.named_modules() if one is module)
         return next(paths, own_class(module).__name__)
 
     def _drop_originals(self) -> None:
-        linears = [linear for product in self._products for linear in product.linears]
+        linears = [linear for product in self.products for linear in product.linears]
         if not all(isinstance(linear.weight, nn.Parameter) for linear in linears):
             return  # `torch.func.functional_call` lends the layers other weights, for this call
         if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
-            self._tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
-            self._host.drop()
-            self._watch.changed()
-            self._watch.accept()  # the drop itself needs no new quantization
+            self.tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
+            self.host.drop()
+            if self._watch is not None:
+                self._watch.changed()
+                self._watch.accept()  # the drop itself needs no new quantization
 
 
-def _quantize_again(product: Float8Product) -> None:
+def _same(some: Iterable[object], others: Iterable[object]) -> bool:
+    return list(map(id, some)) == list(map(id, others))
+
+
+def _quantize_again(product: Float8Product, layers: Sequence[nn.Module], scale: float) -> None:
     """Quantize a product's weights again. If they were dropped, only the biases can have changed.
+
+    Args:
+        product: the product.
+        layers: what stands in the place of each of its layers: the layer, or PEFT's around it.
+        scale: a factor for all adapters.
 
     Raises:
         FluxfireError: some weights were dropped and others were not, or belong to another layer; or
@@ -448,7 +563,7 @@ def _quantize_again(product: Float8Product) -> None:
     if not any(isinstance(weight, DroppedWeight) for weight in weights):
         if any(weight.is_meta for weight in weights) and not product.weight.is_meta:
             raise FluxfireError(MOVED_ELSEWHERE)
-        product.quantize(product.weight.device)
+        product.quantize(product.weight.device, layers, scale)
         return
     own = (isinstance(x.weight, DroppedWeight) and x.weight.layer() is x for x in product.linears)
     if product.weight.is_meta or not all(own):
@@ -470,14 +585,25 @@ def _stackable(
     """
     groups: list[tuple[str, list[nn.Linear]]] = []
     for stack, names in model.projections(attention):
-        groups.append((stack, [getattr(attention, name) for name in names]))
+        parts: list[Any] = [base_of(getattr(attention, name)) for name in names]
+        groups.append((stack, parts))
     return groups if all(plain.issuperset(parts) for _, parts in groups) else None
 
 
-def _linears(model: Model, transformer: Transformer) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield the plain linear layers to quantize: (owner, name of the attribute, layer)."""
+def _linears(
+    model: Model, transformer: Transformer, *, below_adapters: bool
+) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Yield the plain linear layers to quantize: (owner, name of the attribute, layer).
+
+    Args:
+        model: the architecture.
+        transformer: the transformer.
+        below_adapters: whether to yield the layer below a LoRA that can be folded.
+    """
     for block in model.blocks(transformer):
         for owner, name in model.linears(block):
-            linear = getattr(owner, name)
+            linear: Any = getattr(owner, name)
+            if below_adapters and modules.has_adapter(linear) and why_not_foldable(linear) is None:
+                linear = base_of(linear)
             if type(linear) is nn.Linear and not modules.is_hooked(linear):
                 yield owner, name, linear

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own habit
@@ -31,6 +31,7 @@ from fluxfire.kontext.attention import (
     query_key_value,
 )
 from fluxfire.kontext.modulation import ModulatedNorm, modulations
+from fluxfire.passes.shared.adapters import dense
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.runtime.freshness import Structure, is_patched
 from fluxfire.runtime.generation import Listener
@@ -65,8 +66,8 @@ class FusedBlocks:
     (where diffusers clips overflows), and without rotary embeddings. It also falls back with an
     attention processor or attention arguments that Flux itself does not use, if any layer has a
     hook, or if somebody replaced a norm or an activation, since the kernels do not call these
-    modules. A layer that is not a plain `nn.Linear` (it has a LoRA, or is quantized) is called as
-    it is.
+    modules. A layer that is not a plain `nn.Linear` is called as it is: it has a LoRA that
+    `FoldedLora` did not fold, or it is quantized.
     """
 
     name: ClassVar[str] = "fused-blocks"
@@ -334,21 +335,15 @@ def _mlp(
     if _takes_float8(proj_out):
         done = proj_out(QuantizedRows(*gelu_float8(beside, proj_in(x))))
         return done
-    if _is_plain(proj_in) and isinstance(x, Tensor):
-        hidden = linear_gelu(x, proj_in.weight, proj_in.bias)
+    if (into := dense(proj_in)) is not None and isinstance(x, Tensor):
+        hidden = linear_gelu(x, *into)
     else:
         hidden = F.gelu(proj_in(x), approximate="tanh")
-    if beside is not None and _is_plain(proj_out):
-        done = two_products(beside, hidden, proj_out.weight, proj_out.bias)
+    if beside is not None and (out := dense(proj_out)) is not None:
+        done = two_products(beside, hidden, *out)
     else:
         done = proj_out(hidden if beside is None else torch.cat([beside, hidden], dim=2))
     return done
-
-
-def _is_plain(layer: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether a layer is a plain `nn.Linear` with a bias: no LoRA, no quantized weight."""
-    plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-    return plain and layer.bias is not None
 
 
 def _takes_float8(layer: object) -> bool:

@@ -113,6 +113,11 @@ class Conductor:
             for listener in self.listeners:
                 listener.prepare()
 
+    def _before_call(self, inputs: dict[str, Any]) -> None:
+        with torch._C._DisableFuncTorch():  # noqa: SLF001 - as in `prepare`
+            for listener in self.listeners:
+                listener.before_call(inputs)
+
     def why_unusable(self, pipe: Pipeline) -> str | None:
         """Return the reason why the pipeline cannot generate any more; None if it can.
 
@@ -190,10 +195,12 @@ class Conductor:
             # A direct call, or a call by another pipeline that shares the transformer: no callbacks
             # but `prepare`, and no block wrappers.
             self.prepare()
+            self._before_call(inputs)
             yield inputs
             return
         if generation.may_change:
             self.prepare()
+        self._before_call(inputs)
         call = generation.advance(cast("Pipeline", self._pipe()), inputs)
         with ExitStack() as entered:
             for listener in self.listeners:

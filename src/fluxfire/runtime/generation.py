@@ -207,6 +207,13 @@ class Listener:
     def prepare(self) -> None:
         """Called before every generation, and before a direct transformer call outside of one."""
 
+    def before_call(self, inputs: dict[str, Any]) -> None:
+        """Called before every transformer call, also before one that belongs to no generation.
+
+        Args:
+            inputs: keyword arguments of the call. Do not change them.
+        """
+
     def on_generation(self, generation: Generation) -> AbstractContextManager[object]:  # noqa: ARG002
         """Called for every generation; the result is entered around the whole pipeline call."""
         return nullcontext()

@@ -73,11 +73,19 @@ class HostWeights(Listener):
         Without a bias, a weight goes back to the device that it came from.
         """
         for linear in self.linears:
-            device = self.device if linear.bias is None else linear.bias.device
-            for weight in linear.parameters():  # its own, or those it was pruned to
-                if device is not None and weight.device != device and not weight.is_meta:
-                    with modules.matching_inference_mode(weight):
-                        weight.data = weight.data.to(device)
+            self._bring_back(linear)
+
+    def release(self, linear: nn.Linear) -> None:
+        """Bring one layer's weight back, and keep it in host memory no longer."""
+        self._bring_back(linear)
+        self.linears = [one for one in self.linears if one is not linear]
+
+    def _bring_back(self, linear: nn.Linear) -> None:
+        device = self.device if linear.bias is None else linear.bias.device
+        for weight in linear.parameters():  # its own, or those it was pruned to
+            if device is not None and weight.device != device and not weight.is_meta:
+                with modules.matching_inference_mode(weight):
+                    weight.data = weight.data.to(device)
 
     def drop(self) -> None:
         """Free all weights. A `DroppedWeight` with the shape and dtype takes the place of each."""

@@ -1,0 +1,226 @@
+"""FoldedLora: a LoRA computed once into the weights, not again in every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from fluxfire import modules
+from fluxfire.edits.stand_in import own_class
+from fluxfire.model import Model
+from fluxfire.passes.shared.adapters import (
+    AdaptersOff,
+    FoldedAdapter,
+    FoldedLinear,
+    base_of,
+    call_scale,
+    folded_weight,
+    read_scalings,
+    why_not_foldable,
+)
+from fluxfire.passes.shared.fused_projection import FusedAttention
+from fluxfire.passes.shared.host_weights import HostWeights
+from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
+from fluxfire.runtime.freshness import Structure, Watch
+from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.transaction import Transaction
+from fluxfire.supported import model_of
+
+_MOVED = modules.SWAPPED | {"model-offload"}
+
+
+@dataclass(frozen=True)
+class FoldedLora:
+    """Computes with `weight + scaling · B · A`, where PEFT adds `scaling · B · (A · x)` each time.
+
+    A LoRA costs two small products and three passes over the activations in each layer. It also
+    hides the plain layer from the kernels of `FusedBlocks`. This pass adds the LoRA to the weights
+    once, in float32, and rounds the sum to the weights' dtype. The steps are then as fast as
+    without a LoRA.
+
+    PEFT's layers stay where they are, with the original weights. Call `load_lora_weights`,
+    `set_adapters`, `disable_lora`, `fuse_lora`, `unload_lora_weights`, or pass
+    `joint_attention_kwargs={"scale": 0.8}`, before `optimize` or at any time later. The next call
+    of the transformer sees the change and folds again. `save_pretrained` writes the original
+    weights, and `restore` gives them back bit for bit.
+
+    On a GPU the original weights of layers with a LoRA are in pinned host memory, and the folded
+    ones take their place on the device.
+
+    The pass folds the blocks' projections, outputs and MLPs. PEFT computes all other adapters as
+    before: on modulations, embeddings and text encoders, with DoRA, LoKr and other kinds, with
+    hooks, with dropout in training mode, and while offloading moves the weights. The report counts
+    both. `Float8` folds a LoRA into its own weights, so this pass leaves its layers alone. With
+    `QKVFusion` the projections keep PEFT's forward.
+
+    A folded weight is rounded once more than a plain one, as after `fuse_lora`. For many adapters
+    that change with every request, folding may cost more than it saves.
+
+    Not measured yet.
+    """
+
+    name: ClassVar[str] = "folded-lora"
+    stage: ClassVar[Stage] = "weights"
+    slot: ClassVar[str | None] = None
+    exactness: ClassVar[Exactness] = "close"
+
+    def check(self, target: Target) -> Iterator[Finding]:
+        """Say where the pass will fold nothing."""
+        if moved := target.traits & _MOVED:
+            kinds = ", ".join(sorted(moved))
+            yield Finding("info", f"no LoRA is folded while offloading moves weights ({kinds})")
+
+    def apply(self, tx: Transaction) -> Change:
+        """Fold before each generation, when all passes are in place."""
+        transformer: Any = tx.pipe.transformer
+        folds = _Folds()
+        tx.on_undo(folds.unfold)
+        folder = _Folder(transformer, model_of(tx.pipe), folds)
+        tx.listen(folder)
+        tx.listen(folds.host)
+        tx.report_facts(folder.facts)
+        return Change(len(list(folder.places())), "layers ready for a LoRA")
+
+
+@dataclass(eq=False)
+class _Folds:
+    """The folded layers, and how to give them back.
+
+    Attributes:
+        host: keeps the original weights.
+        off: PEFT's layers above the folded ones.
+        bases: the folded layers.
+    """
+
+    host: HostWeights = field(default_factory=HostWeights)
+    off: AdaptersOff = field(default_factory=AdaptersOff)
+    bases: list[nn.Linear] = field(default_factory=list)
+
+    def fold(self, layers: list[nn.Module], scale: float) -> None:
+        """Fold these layers of PEFT's, and give all others back."""
+        wanted: list[Any] = [base_of(layer) for layer in layers]
+        kept = set(map(id, wanted))
+        for base in [base for base in self.bases if id(base) not in kept]:
+            self._unfold(base)
+        self.bases = wanted  # first, so that an interrupt leaves none unknown
+        for layer, base in zip(layers, wanted, strict=True):
+            self._fold(layer, base, scale)
+        self.off.switch_off(layers)
+
+    def _fold(self, layer: nn.Module, base: Any, scale: float) -> None:
+        weight = base.weight
+        device = weight.device if base.bias is None else base.bias.device
+        if base.bias is None and isinstance(base, FoldedLinear):
+            device = base.folded.device
+        with modules.matching_inference_mode(weight), torch.no_grad():
+            made = folded_weight(layer, scale, device).to(weight.dtype)
+            if not isinstance(base, FoldedLinear):
+                same = made.data_ptr() == weight.data_ptr()
+                base.folded = made.clone() if same else made
+                base.__class__ = FoldedLinear
+            elif base.folded.dtype == made.dtype and base.folded.device == made.device:
+                base.folded.copy_(made)  # at the same address, which a compiled graph may keep
+            else:
+                base.folded = made
+        if all(one is not base for one in self.host.linears):
+            self.host.offload(base)
+
+    def _unfold(self, base: nn.Linear) -> None:
+        if isinstance(base, FoldedLinear):
+            base.__class__ = own_class(base)
+        vars(base).pop("folded", None)
+        self.host.release(base)
+
+    def unfold(self) -> None:
+        """Give all layers their own class and weights back."""
+        for base in self.bases:
+            self._unfold(base)
+        self.bases = []
+        self.off.switch_on()
+
+
+class _Folder(Listener):
+    """Folds before each generation what somebody loaded, changed or took off since the last."""
+
+    def __init__(self, transformer: Any, model: Model, folds: _Folds) -> None:
+        self._transformer, self._model, self._folds = transformer, model, folds
+        self._structure = Structure([transformer])
+        self._watch: Watch | None = None
+        self._layers: list[nn.Module] = []
+        self._scalings: list[str] = []
+        self._scale = 1.0
+        self._left = 0
+
+    def places(self) -> Iterator[tuple[nn.Module, nn.Module]]:
+        """Yield the owner and the layer of everything that the pass can fold, each layer once."""
+        seen: set[int] = set()
+        for block in self._model.blocks(self._transformer):
+            for owner, name in self._model.linears(block):
+                layer = getattr(owner, name)
+                if id(layer) not in seen:
+                    seen.add(id(layer))
+                    yield owner, layer
+
+    @override
+    def prepare(self) -> None:
+        """Fold where the adapters, the weights below or the layers have changed."""
+        restructured = self._structure.changed()
+        if restructured:
+            layers, self._left = self._find()
+            if list(map(id, layers)) != list(map(id, self._layers)):
+                self._layers, self._watch = layers, None
+        if (
+            self._watch is None
+            or self._watch.changed()
+            or read_scalings(self._layers) != self._scalings
+        ):
+            self._fold()
+        if restructured:
+            self._structure.changed()  # folding changes classes
+            self._structure.accept()
+
+    @override
+    def before_call(self, inputs: dict[str, Any]) -> None:
+        """Fold again if the call scales the adapters by another factor than the last call."""
+        if (scale := call_scale(inputs)) != self._scale:
+            self._scale = scale
+            self._fold()
+
+    def facts(self) -> dict[str, object]:
+        """Report how many adapters are folded, and how many PEFT computes."""
+        return {"folded": len(self._layers), "left to PEFT": self._left}
+
+    def _fold(self) -> None:
+        watch, self._watch = self._watch, None  # so that an interrupt leaves nothing believed
+        self._folds.fold(self._layers, self._scale)
+        if watch is None:
+            watch = Watch(self._layers, apart_from=("folded", "scaling"))
+        else:
+            watch.changed()
+            watch.accept()
+        self._scalings, self._watch = read_scalings(self._layers), watch
+
+    def _find(self) -> tuple[list[nn.Module], int]:
+        """Return the layers to fold, and the number of other layers with an adapter."""
+        parts = modules.submodules(self._transformer)
+        adapted = sum(map(modules.has_adapter, dict.fromkeys(parts)))
+        traits = {trait for part in parts for trait in modules.module_traits(part)}
+        if not adapted or traits & _MOVED:
+            return [], adapted
+        found = [layer for owner, layer in self.places() if self._is_mine(owner, layer)]
+        return found, adapted - len(found)
+
+    def _is_mine(self, owner: nn.Module, layer: nn.Module) -> bool:
+        """Whether a layer has a LoRA that this pass can fold, and no other pass computes it."""
+        if not modules.has_adapter(layer) or why_not_foldable(layer) is not None:
+            return False
+        if isinstance(layer, FoldedAdapter):
+            return any(layer is one for one in self._folds.off.layers)
+        return type(base_of(layer)) in (nn.Linear, FoldedLinear) and not isinstance(
+            owner, FusedAttention
+        )
