@@ -39,6 +39,7 @@ from fluxfire.passes import (
 )
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from test_undo import PASSES
+from thinned import names, thinned
 
 ALL = [*PASSES, FirstBlockCache(10.0), Float8("drop")]
 
@@ -178,8 +179,9 @@ def test_deep_copies_made_while_a_picture_is(plain, pass_):
     assert np.array_equal(edit(shallow, steps=1), plain["picture"])
 
 
-@each_pass()
-@pytest.mark.parametrize("duplicate", [copy.deepcopy, DEEP["pickled copy"]])
+@pytest.mark.parametrize(
+    ("pass_", "duplicate"), thinned(ALL, [copy.deepcopy, DEEP["pickled copy"]], 2), ids=names
+)
 def test_deep_copies_of_one_model(plain, pass_, duplicate):
     pipe, picture = optimized(pass_, used=not drops(pass_))
     other = tiny_kontext()
@@ -338,11 +340,13 @@ RELATIVES = {
     "from_pipe of its type": lambda pipe: type(pipe).from_pipe(pipe),
     "inpainting": FluxKontextInpaintPipeline.from_pipe,
 }
-ALIKE = {"class", "from_pipe of the class", "from_pipe of its type"}  # as another one of them
+ALIKE = ["class", "from_pipe of the class", "from_pipe of its type"]  # as another one of them
 CASES = [
-    pytest.param(pass_, relate, id=f"{name}-{pass_!r}")
-    for name, relate in RELATIVES.items()
-    for pass_ in (ALL if name not in ALIKE else [FusedBlocks(), EncodingCache()])
+    pytest.param(pass_, RELATIVES[name], id=f"{name}-{pass_!r}")
+    for name, pass_ in (
+        *thinned([name for name in RELATIVES if name not in ALIKE], ALL, 3),
+        *thinned(ALIKE, [FusedBlocks(), EncodingCache()], 1),
+    )
 ]
 
 
@@ -407,8 +411,11 @@ class Wrapped:
         return getattr(self.tokenizer, name)
 
 
-@each_pass()
-@pytest.mark.parametrize("relate", [copy.copy, RELATIVES["from_pipe of the pipeline"]])
+@pytest.mark.parametrize(
+    ("pass_", "relate"),
+    thinned(ALL, [copy.copy, RELATIVES["from_pipe of the pipeline"]], 2),
+    ids=names,
+)
 def test_pipelines_that_share_models_keep_their_own_parts(pass_, relate):
     pipe = tiny_kontext()
     picture, wanted = edit(pipe), {}
@@ -458,8 +465,7 @@ def test_a_pipeline_loaded_through_an_optimized_one(pass_, tmp_path):
     assert np.array_equal(edit(loaded, steps=1), changed)
 
 
-@each_pass()
-@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize(("pass_", "first"), thinned(ALL, [0, 1], 2), ids=names)
 def test_two_optimized_pipelines_that_share_encoders_and_vae(pass_, first):
     one, two = pipes = tiny_kontext(), tiny_kontext(seed=1)
     for name in ("vae", "text_encoder", "text_encoder_2"):

@@ -25,7 +25,7 @@ from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from test_undo import PASSES
 
 OURS = str(Path(fluxfire.__file__).parent)
-FEW = int(os.environ.get("FLUXFIRE_TEST_INTERRUPTS", "3"))  # instructions tried of each kind
+FEW = int(os.environ.get("FLUXFIRE_TEST_INTERRUPTS", "2"))  # instructions tried of each kind
 each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], ids=repr)
 
 

@@ -7,7 +7,6 @@ picture, or a FluxfireError. After `restore` the pipeline is the twin, bit for b
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -45,6 +44,7 @@ from fluxfire.passes import (
 from fluxfire.testing import edit, fingerprint, tiny_kontext
 from passes.other_caches import own_class
 from passes.test_compile import with_ip_adapter
+from thinned import ALL, thinned
 
 CPU = torch.device("cpu")
 ROUNDING = 1e-4
@@ -441,7 +441,6 @@ def try_later(passes: list[Any], thing: Thing, *, take_off: bool) -> None:
 
 
 # All lists with all things, and all passes one by one, take half an hour.
-ALL = bool(os.environ.get("FLUXFIRE_ALL_PAIRS"))
 LISTS = list(lists()) if ALL else ["exact"]
 
 
@@ -457,17 +456,8 @@ def test_a_thing_done_later_and_undone(passes, thing):
     try_later(lists()[passes], THINGS[thing], take_off=True)
 
 
-# Else each pass with every seventh thing, and each thing with every seventh pass.
-PAIRS = [
-    (pass_, thing)
-    for row, pass_ in enumerate(ALONE)
-    for column, thing in enumerate(THINGS)
-    if ALL or (row + column) % 7 == 0
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("pass_", "thing"), PAIRS, ids=repr)
+@pytest.mark.parametrize(("pass_", "thing"), thinned(ALONE, [*THINGS], 7), ids=repr)
 def test_a_thing_done_later_with_one_pass(pass_, thing):
     for take_off in (False, True)[: 1 + (THINGS[thing].off is not None)]:
         try_later([pass_], THINGS[thing], take_off=take_off)
@@ -688,13 +678,14 @@ def test_the_compiler_sees_what_stands_in(traced):
     assert "transformer_flux.py" not in files(traced)
 
 
-@pytest.mark.parametrize(
-    "thing",
-    [
-        "layerwise casting", "sequential offloading", "group offloading by blocks",
-        "diffusers' cache", "IP-Adapter", "hooks on a projection",
-    ],
-)  # fmt: skip
+# Compiled, each takes ten seconds: two of them where not all cases are wanted.
+TO_COMPILED = [
+    "diffusers' cache", "hooks on a projection", "layerwise casting", "sequential offloading",
+    "group offloading by blocks", "IP-Adapter",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("thing", TO_COMPILED if ALL else TO_COMPILED[:2])
 @pytest.mark.slow
 def test_a_thing_done_to_compiled_blocks(traced, thing):
     for passes in ([Compile()], [QKVFusion(), FusedBlocks(), ModulationTable(), Compile()]):

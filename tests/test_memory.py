@@ -19,6 +19,7 @@ from fluxfire.passes import EncodingCache, FirstBlockCache, FusedBlocks, QKVFusi
 from fluxfire.passes.article.qkv_fusion import FusedProjection
 from fluxfire.testing import edit, tiny_kontext
 from test_undo import PASSES
+from thinned import names, thinned
 
 each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], ids=repr)
 
@@ -113,8 +114,9 @@ def test_generations(pass_):
     check_no_growth(lambda: edit(pipe, steps=1))
 
 
-@each_pass
-@pytest.mark.parametrize("restoring", [True, False])
+@pytest.mark.parametrize(
+    ("pass_", "restoring"), thinned([*PASSES, FirstBlockCache(10.0)], [True, False], 2), ids=names
+)
 def test_whole_pipelines_exchanged(pass_, restoring):
     def exchange():
         pipe = fluxfire.optimize(tiny_kontext(), [pass_])

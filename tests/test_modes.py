@@ -16,6 +16,7 @@ from fluxfire.passes import (
     EncodingCache,
     FirstBlockCache,
     Float8,
+    FoldedLora,
     FusedBlocks,
     MemoryLayout,
     ModulationTable,
@@ -23,6 +24,7 @@ from fluxfire.passes import (
     ReferenceCache,
 )
 from fluxfire.testing import edit, tiny_kontext
+from thinned import names, thinned
 
 tiny = functools.partial(tiny_kontext, double_blocks=1, single_blocks=2)
 
@@ -31,6 +33,7 @@ EXACT = {
     "layout": [MemoryLayout()],
     "native": [Attention("_native_math")],
     "fused": [FusedBlocks()],
+    "folded": [FoldedLora(), FusedBlocks()],
     "table": [ModulationTable()],
     "table-host": [ModulationTable(host=True)],
     "encodings": [EncodingCache()],
@@ -59,8 +62,9 @@ def plain_under_autocast(dtype):
         return edit(pipe, steps=2)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("of", ALL)
+@pytest.mark.parametrize(
+    ("of", "dtype"), thinned(ALL, [torch.float32, torch.bfloat16], 2), ids=names
+)
 def test_under_autocast(of, dtype):
     """Weights in float32, as in training, or in bfloat16 already; and as ever after it."""
     pipe = tiny(dtype=dtype)
@@ -129,8 +133,7 @@ def prepared(lora):
     return pipe
 
 
-@pytest.mark.parametrize("how", ["plainly", "checkpointing", "lora"])
-@pytest.mark.parametrize("of", EXACT)
+@pytest.mark.parametrize(("of", "how"), thinned(EXACT, ["plainly", "checkpointing", "lora"], 2))
 def test_gradients_of_exact_passes(of, how):
     lora, checkpointing = how == "lora", how == "checkpointing"
     expected, by_name = plain_gradients(lora=lora, checkpointing=checkpointing)
@@ -242,9 +245,14 @@ def forward_derivative(pipe, *, by, around, scale=1.0):
         return torch.func.jvp(call, x, tangents)
 
 
-@pytest.mark.parametrize("around", [torch.no_grad, torch.enable_grad])
-@pytest.mark.parametrize("by", ["inputs", "weights"])
-@pytest.mark.parametrize("of", ALL)
+WAYS = [
+    (by, around) for by in ("inputs", "weights") for around in (torch.no_grad, torch.enable_grad)
+]
+
+
+@pytest.mark.parametrize(
+    ("of", "by", "around"), [(of, *way) for of, way in thinned(ALL, WAYS, 3)], ids=names
+)
 def test_forward_derivatives(of, by, around):
     scale = 1.25 if by == "weights" else 1.0  # other weights than those that passes prepared from
     expected = forward_derivative(tiny(), by=by, around=around, scale=scale)

@@ -498,7 +498,7 @@ class _WeightWatch(Listener):
             now = modules.child(owner, name)
             if now is layer:
                 continue
-            why = "was replaced after Float8 quantized it (projections were fused?)"
+            why = "was replaced after Float8 quantized it (by another layer, or by a fused one?)"
             if now is not None and modules.has_adapter(now) and base_of(now) is layer:
                 reason = self._why_not_foldable(now)
                 if reason is None:
