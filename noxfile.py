@@ -132,7 +132,7 @@ def rest(session: nox.Session) -> None:
     run_tests(session, "-m", "slow", *(f"--ignore={path}" for path in LONG))
 
 
-@nox.session(name="everything-else", requires=["rest", "minimums", "newest", "package", "bench"])
+@nox.session(name="everything-else", requires=["rest", "minimums", "package", "bench"])
 def everything_else(session: nox.Session) -> None:
     """Run all that plain `nox` leaves out."""
     session.log("with plain `nox`, that is everything")
@@ -153,15 +153,16 @@ def minimums(session: nox.Session) -> None:
     """
     install(session, "test", extras="[cli]")
     session.install("-c", str(CONSTRAINTS), *MINIMUMS)
-    passes = ("tests/passes", "tests/test_later.py", "tests/test_freshness.py")
+    passes = ("tests/passes", "tests/test_later.py")
     run_tests(session, "-m", "not slow", *passes, *(p for p in UPSTREAM if "passes/" not in p))
 
 
-@nox.session
+@nox.session(default=False)
 def newest(session: nox.Session) -> None:
     """Run the tests that diffusers and transformers matter to on the newest versions of both.
 
-    Upper bounds in `.ci/constraints.txt` do not hold here: so this tells whether one can go.
+    Upper bounds in `.ci/constraints.txt` do not hold here: so this tells whether one can go. CI
+    runs it every week, not for each change: no change of ours makes it fail.
     """
     install_torch(session)
     tools = nox.project.dependency_groups(PYPROJECT, "test")

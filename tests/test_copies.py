@@ -39,13 +39,13 @@ from fluxfire.passes import (
 )
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from test_undo import PASSES
-from thinned import names, thinned
+from thinned import half, names, thinned
 
 ALL = [*PASSES, FirstBlockCache(10.0), Float8("drop")]
 
 
-def each_pass(passes=ALL):
-    return pytest.mark.parametrize("pass_", passes, ids=repr)
+def each_pass(which):
+    return pytest.mark.parametrize("pass_", half(ALL, which), ids=repr)
 
 
 def pickled(thing):
@@ -61,8 +61,10 @@ DEEP = {
 TWICE = [QKVFusion(), Float8(), FusedBlocks(), ScaleTemb()]
 DEEP_CASES = [
     pytest.param(pass_, way, id=f"{way}-{pass_!r}")
-    for way in DEEP
-    for pass_ in (TWICE if "copy of" in way or "pickled" in way else ALL)
+    for way, pass_ in (
+        *thinned(["deepcopy", "pickle"], ALL, 2),
+        *thinned(["copy of a copy", "pickled copy"], TWICE, 1),
+    )
 ]
 
 
@@ -144,7 +146,7 @@ def test_deep_copies_are_plain(plain, pass_, way):
         assert np.array_equal(edit(twin, steps=1), plain["picture"])
 
 
-@each_pass()
+@each_pass(0)
 def test_deep_copies_are_heard_cast_and_offloaded(plain, pass_):
     pipe, _ = optimized(pass_, used=not drops(pass_))
     twin = copy.deepcopy(pipe)
@@ -154,7 +156,7 @@ def test_deep_copies_are_heard_cast_and_offloaded(plain, pass_):
     assert np.array_equal(edit(pickled(pipe).to(torch.bfloat16), steps=1), plain["cast"])
 
 
-@each_pass()
+@each_pass(1)
 def test_deep_copies_made_while_a_picture_is(plain, pass_):
     pipe, _ = optimized(pass_, used=False)
     twins = []
@@ -444,7 +446,7 @@ def test_pipelines_that_share_models_keep_their_own_parts(pass_, relate):
         assert np.array_equal(edit(relative), wanted[name])
 
 
-@each_pass()
+@each_pass(0)
 def test_a_pipeline_loaded_through_an_optimized_one(pass_, tmp_path):
     """All pipelines come from the file: on some CPUs a product depends on where its weights lie."""
     tiny_kontext().save_pretrained(tmp_path)
@@ -510,7 +512,7 @@ def test_two_pipelines_over_one_transformer_with_their_own_vae(plain):
     assert np.array_equal(edit(one), plain["pictures"])
 
 
-@each_pass()
+@each_pass(1)
 def test_a_deep_copy_of_a_shallow_one_is_plain(plain, pass_):
     pipe, picture = optimized(pass_, used=not drops(pass_))
     for relate in (copy.copy, RELATIVES["from_pipe of the pipeline"]):
@@ -520,7 +522,7 @@ def test_a_deep_copy_of_a_shallow_one_is_plain(plain, pass_):
         assert picture is None or np.array_equal(edit(pipe, steps=1), picture)
 
 
-@each_pass()
+@each_pass(0)
 def test_a_model_outlives_its_pipeline(plain, pass_):
     """Its copies are plain also then."""
     pipe, _ = optimized(pass_, used=not drops(pass_))
@@ -576,7 +578,9 @@ def test_a_pipeline_that_gets_another_class_stays_optimized(pass_):
     assert np.array_equal(edit(pipe), edit(plain))
 
 
-@each_pass([Float8(), QKVFusion(), FusedBlocks(), Attention("fa3-fp8")])
+@pytest.mark.parametrize(
+    "pass_", [Float8(), QKVFusion(), FusedBlocks(), Attention("fa3-fp8")], ids=repr
+)
 def test_a_copied_block_is_plain(pass_):
     plain, pipe = tiny_kontext(), tiny_kontext()
     fluxfire.optimize(pipe, [pass_])

@@ -23,10 +23,15 @@ from fluxfire.runtime.transaction import Transaction
 from fluxfire.runtime.turns import Turns
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from test_undo import PASSES
+from thinned import half
 
 OURS = str(Path(fluxfire.__file__).parent)
 FEW = int(os.environ.get("FLUXFIRE_TEST_INTERRUPTS", "2"))  # instructions tried of each kind
-each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], ids=repr)
+
+
+def each_pass(which):
+    passes = [*PASSES, FirstBlockCache(10.0)]
+    return pytest.mark.parametrize("pass_", half(passes, which), ids=repr)
 
 
 class Interrupter:
@@ -141,7 +146,7 @@ def samples(seed, *ranges):
     return [n for few, low, high in ranges for n in dice.sample(range(low, high), few)]
 
 
-@each_pass
+@each_pass(0)
 def test_an_interrupted_optimize(shop, pass_):
     length, changes_from, *_ = shop.learn(pass_)
     at = samples(pass_, (2, 0, changes_from), (FEW, changes_from, length))
@@ -152,7 +157,7 @@ def test_an_interrupted_optimize(shop, pass_):
         shop.check(pass_)
 
 
-@each_pass
+@each_pass(1)
 def test_an_interrupted_restore(shop, pass_):
     *_, length = shop.learn(pass_)
     for number in [0, *samples(pass_, (FEW, 0, length)), length - 1]:
@@ -163,7 +168,7 @@ def test_an_interrupted_restore(shop, pass_):
         shop.check(pass_)
 
 
-@each_pass
+@each_pass(0)
 def test_a_restore_that_is_interrupted_again_and_again(shop, pass_):
     *_, length = shop.learn(pass_)
     dice = random.Random(repr(pass_))
@@ -176,7 +181,7 @@ def test_a_restore_that_is_interrupted_again_and_again(shop, pass_):
         shop.check(pass_)
 
 
-@each_pass
+@each_pass(1)
 def test_a_roll_back_that_is_interrupted(shop, pass_):
     """Two interrupts in a row: one while optimizing, one while that is rolled back."""
     length, changes_from, *_ = shop.learn(pass_)
@@ -198,7 +203,7 @@ def test_a_roll_back_that_is_interrupted(shop, pass_):
         shop.check(pass_)
 
 
-@each_pass
+@each_pass(0)
 def test_an_interrupted_generation(shop, pass_):
     *_, length, _ = shop.learn(pass_)
     fluxfire.optimize(shop.pipe, [pass_])
@@ -228,7 +233,7 @@ def change(pipe):
             block.act_mlp.register_forward_hook(lambda module, inputs, output: output * 1.5)
 
 
-@each_pass
+@each_pass(1)
 def test_a_change_and_then_an_interrupted_generation(pass_):
     """What a pass does about the change is cut short, and must be done in the next generation."""
     pipe, twin = (fluxfire.optimize(tiny_kontext(), [pass_]) for _ in range(2))
@@ -289,7 +294,7 @@ class Holder:
     """Anything that a weak reference can be made to."""
 
 
-@each_pass
+@each_pass(0)
 def test_what_an_interrupt_left_open_and_python_closes_in_the_next_call(pass_):
     """An exception holds the frames that it cut short; they end when somebody lets go of it."""
     passes = [pass_, FirstBlockCache(0)] if pass_.slot != "block-cache" else [pass_]

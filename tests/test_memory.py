@@ -19,9 +19,12 @@ from fluxfire.passes import EncodingCache, FirstBlockCache, FusedBlocks, QKVFusi
 from fluxfire.passes.article.qkv_fusion import FusedProjection
 from fluxfire.testing import edit, tiny_kontext
 from test_undo import PASSES
-from thinned import names, thinned
+from thinned import half, names, thinned
 
-each_pass = pytest.mark.parametrize("pass_", [*PASSES, FirstBlockCache(10.0)], ids=repr)
+
+def each_pass(which):
+    passes = [*PASSES, FirstBlockCache(10.0)]
+    return pytest.mark.parametrize("pass_", half(passes, which), ids=repr)
 
 
 def test_a_process_that_ends_without_restore_says_nothing():
@@ -96,7 +99,7 @@ def check_no_growth(run):
     assert alive() - before == Counter()
 
 
-@each_pass
+@each_pass(0)
 def test_cycles_of_optimize_and_restore(pass_):
     pipe = tiny_kontext()
 
@@ -108,7 +111,7 @@ def test_cycles_of_optimize_and_restore(pass_):
     check_no_growth(cycle)
 
 
-@each_pass
+@each_pass(1)
 def test_generations(pass_):
     pipe = fluxfire.optimize(tiny_kontext(), [pass_])
     check_no_growth(lambda: edit(pipe, steps=1))
@@ -127,7 +130,7 @@ def test_whole_pipelines_exchanged(pass_, restoring):
     check_no_growth(exchange)
 
 
-@each_pass
+@each_pass(0)
 def test_models_exchanged(pass_):
     pipe = fluxfire.optimize(tiny_kontext(), [pass_])
 
@@ -139,7 +142,7 @@ def test_models_exchanged(pass_):
     check_no_growth(exchange)
 
 
-@each_pass
+@each_pass(1)
 def test_weights_exchanged(pass_):
     pipe = fluxfire.optimize(tiny_kontext(), [pass_])
 
@@ -151,7 +154,7 @@ def test_weights_exchanged(pass_):
     check_no_growth(exchange)
 
 
-@each_pass
+@each_pass(0)
 def test_a_restored_pipeline_is_freed_at_once(pass_):
     """As a plain one is: FLUX's weights should not wait for Python to look for circles."""
     pipe = tiny_kontext()

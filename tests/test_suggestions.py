@@ -30,6 +30,7 @@ from fluxfire.passes import (
 )
 from fluxfire.testing import edit, tiny_kontext
 from passes.test_compile import with_ip_adapter
+from thinned import ALL, half, names
 
 CLOSE = 1e-4
 PASSES = [
@@ -163,7 +164,7 @@ def try_all(state, compiling):
     return tried
 
 
-@pytest.mark.parametrize("state", STATES, ids=lambda s: s.__name__)
+@pytest.mark.parametrize("state", half(STATES, 1), ids=names)
 def test_what_is_offered_works(state):
     assert try_all(state, compiling=False) or state in (model_offloaded, without_encoders)
 
@@ -172,8 +173,12 @@ def test_what_is_offered_on_a_plain_pipeline_works():
     assert try_all(None, compiling=False) >= 3
 
 
+# Each compiles for half a minute.
+TO_COMPILE = [None, *STATES] if ALL else [None, adapted]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("state", [None, *STATES], ids=lambda s: s.__name__ if s else "plain")
+@pytest.mark.parametrize("state", TO_COMPILE, ids=lambda s: s.__name__ if s else "plain")
 def test_what_is_offered_with_compilation_works(state):
     torch.compiler.reset()
     try_all(state, compiling=True)

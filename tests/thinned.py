@@ -9,6 +9,8 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
+import pytest
+
 ALL = bool(os.environ.get("FLUXFIRE_ALL_CASES"))
 Row, Column = TypeVar("Row"), TypeVar("Column")
 
@@ -25,6 +27,15 @@ def thinned(rows: Iterable[Row], columns: Sequence[Column], every: int) -> list[
         for j, column in enumerate(columns)
         if ALL or (i + j) % every == 0
     ]
+
+
+def half(cases: Sequence[Row], which: int) -> Sequence[Row]:
+    """Return every other case; two tests of different `which`, 0 and 1, share all of them."""
+    return cases if ALL else cases[which::2]
+
+
+exhaustive = pytest.mark.skipif(not ALL, reason="takes minutes: FLUXFIRE_ALL_CASES=1 runs it")
+"""Marks a test that runs only where all cases are wanted."""
 
 
 def names(*values: Any) -> str:

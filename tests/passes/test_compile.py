@@ -12,6 +12,7 @@ from fluxfire import presets
 from fluxfire.errors import PlanError
 from fluxfire.passes import Compile, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+from thinned import exhaustive
 
 CLOSE = 1e-4
 
@@ -117,6 +118,7 @@ def test_blocks_share_graphs_and_report_them(reference):
     assert np.array_equal(edit(pipe), reference)
 
 
+@exhaustive
 @pytest.mark.slow
 def test_it_can_be_undone_and_redone_more_often_than_dynamos_limit():
     limit = torch._dynamo.config.recompile_limit
@@ -130,13 +132,14 @@ def test_it_can_be_undone_and_redone_more_often_than_dynamos_limit():
 
 @pytest.mark.slow
 def test_dynamic_graphs_fit_every_size():
-    plain = tiny_kontext()
-    pipe = fluxfire.optimize(tiny_kontext(), [QKVFusion(), Compile(dynamic=True)])
+    plain = smallest()
+    pipe = fluxfire.optimize(smallest(), [QKVFusion(), Compile(dynamic=True)])
     for size in ((32, 32), (48, 32), (64, 48), (64, 64)):
         assert np.abs(edit(pipe, size) - edit(plain, size)).max() < CLOSE
     assert [r.compiles for r in fluxfire.report(pipe).runs][1:] == [0, 0, 0]
 
 
+@exhaustive
 @pytest.mark.slow
 def test_the_vae_too():
     pipe = fluxfire.optimize(smallest(), [Compile(vae=True)])

@@ -25,6 +25,7 @@ from fluxfire.passes.shared.artifact_recorder import recording
 from fluxfire.protocol import configured
 from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import edit, tiny_kontext
+from thinned import exhaustive
 
 FRESH = """
 import json, sys
@@ -102,6 +103,7 @@ def test_what_torch_cannot_read_is_a_warning(pipe, tmp_path, reference):
         assert np.array_equal(edit(pipe), reference)
 
 
+@exhaustive
 @pytest.mark.slow
 def test_another_kind_of_cpu_compiles_anew(tmp_path):
     """Code for one kind of vector instructions gives NaN, or a crash, on another."""

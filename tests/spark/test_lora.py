@@ -12,11 +12,15 @@ import fluxfire
 from fluxfire import spark
 from fluxfire.planning import registry
 from spark_training.lora import INSTRUCTIONS
+from thinned import thinned
 
 LORA = Path(__file__).parent / "grey.safetensors"  # benchmarks/spark_training/lora.py made it
 HEAVY = {"compile": pytest.mark.slow}
-PASSES = [pytest.param(name, marks=HEAVY.get(name, ())) for name in registry.built_in()]
-STEPS = 8
+CASES = [
+    pytest.param(name, when, marks=HEAVY.get(name, ()))
+    for name, when in thinned(registry.built_in(), ["before", "after"], 2)
+]
+STEPS = 4
 
 
 def load():
@@ -59,8 +63,7 @@ def test_it_is_small_and_does_something(pipe, scene, expected):
     assert colourfulness(expected) < 0.3 * colourfulness(edit(pipe, scene))
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("name", PASSES)
+@pytest.mark.parametrize(("name", "when"), CASES)
 def test_every_pass_keeps_it(pipe, scene, expected, name, when):
     pass_ = registry.make(name)
     if when == "before":
@@ -71,10 +74,6 @@ def test_every_pass_keeps_it(pipe, scene, expected, name, when):
     fluxfire.optimize(pipe, [pass_])
     if when == "after":
         pipe.load_lora_weights(LORA.parent, weight_name=LORA.name)
-        if name == "float8":
-            with pytest.raises(fluxfire.errors.FluxfireError, match="a LoRA was loaded"):
-                edit(pipe, scene)
-            return
     made = edit(pipe, scene)
     # Lossy passes leave work out; what the LoRA does must show all the same.
     near = 0.02 if fluxfire.report(pipe).passes[0].exactness == "lossy" else 1e-3
