@@ -11,8 +11,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig
 from PIL import Image
 
 import fluxfire
@@ -234,8 +236,14 @@ def test_a_cache_of_the_list_gives_way_to_the_schedule():
     ("arguments", "words"),
     [
         ({"examples": EXAMPLES[:3]}, "needs 4 examples or more"),
-        ({"computed": [10]}, "10 computed steps of 10 are not possible; choose 4 to 9"),
+        (
+            {"computed": [10]},
+            "10 computed steps of 10 are not possible; choose whole numbers from 4 to 9",
+        ),
         ({"computed": [3]}, "3 computed steps of 10 are not possible"),
+        ({"computed": [6.5]}, "6.5 computed steps of 10 are not possible; choose whole numbers"),
+        ({"computed": ["6"]}, "'6' computed steps of 10 are not possible"),
+        ({"computed": []}, "computed is empty"),
         ({"workload": replace(LOAD, steps=3)}, "nothing to skip in 3 steps"),
     ],
 )
@@ -253,18 +261,18 @@ def test_every_number_of_computed_steps_that_is_allowed_is_possible(steps):
     _, traces = random_traces(1, steps)
     for wanted in (None, *([n] for n in range(steps + 2))):
         try:
-            numbers = calibrating._budgets(wanted, steps)
+            numbers = calibrating.budgets(wanted, steps)
         except BenchError:
             continue
         assert all(proposals(traces, n) for n in numbers)
-    fewest = int(re.search(r"choose (\d+)", str(refusal([0], steps))).group(1))
+    fewest = int(re.search(r"from (\d+)", str(refusal([0], steps))).group(1))
     bounds = Bounds(calibrating._scale(4, steps), 1, 4)
     assert fewest == min(propose(Errors(traces, 2), bounds))
 
 
 def refusal(computed, steps):
     with pytest.raises(BenchError) as caught:
-        calibrating._budgets(computed, steps)
+        calibrating.budgets(computed, steps)
     return caught.value
 
 
@@ -278,12 +286,57 @@ def test_traces_that_mean_nothing_are_refused():
             Errors([trace, broken], 2)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"limits": {9: True}}, "step 9 has the limit True"),
+        ({"limits": [(9, 0.3), (9, 0.4)]}, "limits has step 9 twice"),
+        ({"limits": [9, 11]}, "give a mapping of steps to limits"),
+        ({"limits": 9}, "give a mapping of steps to limits"),
+    ],
+)
+def test_limits_that_are_none_are_refused(given, words):
+    with pytest.raises(ValueError, match=words):
+        Schedule(28, **given)
+
+
+def test_a_schedule_that_is_a_number_is_refused():
+    with pytest.raises(ValueError, match=r"schedule=5; give the steps to skip, such as \[9, 11\]"):
+        FirstBlockCache(schedule=5)
+
+
 def test_a_limit_is_never_zero():
     """A limit of 0 would be no limit that `Schedule` takes."""
     _, traces = random_traces(3, 12)
     still = [replace(t, distances=t.distances * 0) for t in traces]
     for schedule in proposals(still, 8):
         assert all(limit > 0 for limit in schedule.by_step.values())
+
+
+def _scaled(component, part=""):
+    def change(pipe):
+        for name, weight in getattr(pipe, component).named_parameters():
+            if part in name:
+                weight.data *= 1.5
+
+    return change
+
+
+def _adapted(pipe):
+    pipe.transformer.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+
+
+def _rescheduled(pipe):
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=9.0)
+
+
+CHANGES = {
+    "one weight": _scaled("transformer", "single_transformer_blocks.0.proj_mlp.weight"),
+    "the VAE": _scaled("vae"),
+    "a text encoder": _scaled("text_encoder_2"),
+    "a LoRA": _adapted,
+    "the scheduler": _rescheduled,
+}
 
 
 def test_a_calibration_goes_on_where_an_interrupt_stopped_it(tmp_path):
@@ -321,8 +374,11 @@ def test_a_calibration_goes_on_where_an_interrupt_stopped_it(tmp_path):
     ):  # fmt: skip
         with pytest.raises(BenchError, match="holds the calibration of another model"):
             found(tiny_kontext(), **other)
-    with pytest.raises(BenchError, match="of another model"):
-        found(tiny_kontext(seed=5))
+    for change in CHANGES.values():
+        pipe = tiny_kontext()
+        change(pipe)
+        with pytest.raises(BenchError, match="of another model"):
+            found(pipe)
 
 
 def test_a_folder_with_other_files_is_left_alone(tmp_path):
@@ -330,6 +386,85 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path):
     with pytest.raises(BenchError, match="holds other files"):
         calibrate(tiny_kontext(), EXAMPLES, workload=LOAD, folder=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["cat.jpg"]
+
+
+DAMAGE = {
+    "no identity": ("calibration.json", "", "calibration.json is damaged"),
+    "another identity": ("calibration.json", "{}", "calibration.json is damaged"),
+    "a broken line": ("edits.jsonl", "{nothing}\n", "line 1 is damaged"),
+    "a line of another kind": ("edits.jsonl", '{"what": "3 steps"}\n', "line 1 is damaged"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_told_by_name(tmp_path, damage):
+    def found():
+        return calibrate(
+            tiny_kontext(), EXAMPLES[:4], computed=[6], workload=LOAD, folder=tmp_path / "kept"
+        )
+
+    whole = found()
+    name, text, words = DAMAGE[damage]
+    (tmp_path / "kept" / name).write_text(text)
+    with pytest.raises(BenchError, match=words):
+        found()
+    assert whole.found
+
+
+@pytest.mark.parametrize("file", ["plain-001.safetensors", "plain-001.png"])
+def test_a_damaged_edit_is_made_again(tmp_path, file):
+    def found():
+        return calibrate(tiny_kontext(), EXAMPLES[:4], computed=[6], workload=LOAD, folder=tmp_path)
+
+    whole = found()
+    (tmp_path / file).write_bytes((tmp_path / file).read_bytes()[:40])
+    (tmp_path / ".DS_Store").write_bytes(b"")
+    assert found().found == whole.found
+
+
+def test_a_folder_that_is_a_file_is_told_by_name(tmp_path):
+    (tmp_path / "kept").write_text("")
+    with pytest.raises(BenchError, match="kept is a file"):
+        calibrate(tiny_kontext(), EXAMPLES, workload=LOAD, folder=tmp_path / "kept")
+
+
+def test_true_cfg_is_calibrated_with_both_branches():
+    call = {"true_cfg_scale": 2.0, "negative_prompt": "blurry"}
+    pipe, seen = tiny_kontext(), []
+    pipe.transformer.register_forward_hook(lambda *_: seen.append(1))
+    calibrate(pipe, EXAMPLES[:4], computed=[6], workload=replace(LOAD, call=call))
+    both = len(seen)
+    seen.clear()
+    calibrate(pipe, EXAMPLES[:4], computed=[6], workload=LOAD)
+    assert both >= 1.9 * len(seen)
+
+
+def test_what_is_unusable_is_told_after_one_edit():
+    pipe, said = tiny_kontext(), []
+    pipe.transformer.single_transformer_blocks[1].proj_out.weight.data[0] = float("nan")
+    with pytest.raises(BenchError, match="not all finite"):
+        calibrate(pipe, EXAMPLES, workload=LOAD, on_edit=said.append)
+    assert len([what for what in said if what.startswith("all steps")]) == 1
+
+
+def test_a_schedule_that_saves_no_work_never_wins(monkeypatch):
+    """Limits that overrule every skip leave a plain edit, which beats plain with one step less."""
+    monkeypatch.setattr("fluxfire.bench.calibration.proposing._SLACK", 1e-9)
+    monkeypatch.setattr("fluxfire.bench.calibration.proposing._LEAST_LIMIT", 1e-9)
+    found = calibrate(tiny_kontext(), [*EXAMPLES, *EXAMPLES], computed=[6], workload=LOAD)
+    (one,) = found.found
+    assert one.overruled == 1
+    assert one.work > 9
+    assert not one.wins
+    with pytest.raises(BenchError, match="no schedule clearly beats"):
+        found.best()
+
+
+def test_offloaded_weights_are_no_obstacle(tmp_path):
+    pipe = tiny_kontext()
+    cpu_offload(pipe.transformer, torch.device("cpu"))
+    found = calibrate(pipe, EXAMPLES[:4], computed=[6], workload=LOAD, folder=tmp_path)
+    assert found.found
 
 
 def test_a_number_without_a_schedule_is_refused():

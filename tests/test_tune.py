@@ -478,6 +478,20 @@ def test_schedules_of_its_own_examples_are_candidates(counted_time, monkeypatch)
     assert names["passes"] == [schedules[0]]
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_where_there_is_nothing_to_skip_the_thresholds_remain(counted_time, steps):
+    load = replace(LOAD, steps=steps)
+    found = tune(PIPE, MANY[:6], Budget(min_psnr=5), workload=load, prices=CHEAP)
+    assert found.trials
+
+
+def test_a_transformer_that_the_user_compiled_is_tuned_without_schedules(counted_time):
+    pipe = tiny_kontext()
+    pipe.transformer.compile(backend="eager")
+    found = tune(pipe, MANY[:6], Budget(min_psnr=5), workload=LOAD, prices=CHEAP)
+    assert found.trials
+
+
 def test_a_family_of_schedules_goes_from_careful_to_fast():
     recorder = Recorder()
     with fluxfire.optimized(PIPE, [recorder]):

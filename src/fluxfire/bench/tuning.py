@@ -21,7 +21,7 @@ from fluxfire.bench.tables import format_decibels
 from fluxfire.bench.trials import Candidate, Family, Trial, describe_passes
 from fluxfire.bench.workload import Workload
 from fluxfire.diffusers_types import DiffusersPipeline
-from fluxfire.errors import BenchError
+from fluxfire.errors import BenchError, PlanError
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, ReferenceCache
 from fluxfire.planning import recipes
 from fluxfire.planning.resolve import order
@@ -287,9 +287,12 @@ def schedule_families(search: Search, base: Sequence[Pass] = ()) -> list[Family]
     """
     try:
         traces = search.traces()
-        return [schedule_family(traces, base, warmup) for warmup in (4, 8)]
-    except BenchError:
-        return []  # nothing to skip, or noise levels that do not fall: the thresholds remain
+        made = [schedule_family(traces, base, warmup) for warmup in (4, 8)]
+    except (BenchError, PlanError):
+        # Nothing to skip, noise levels that do not fall, or blocks that nothing can wrap: the
+        # thresholds remain, where they can be applied.
+        return []
+    return made[:1] if made[0] == made[1] else made
 
 
 def tune(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ class Workload:
             default, whatever the output's size.
         text_tokens: padded length of the prompt; None for the pipeline's default.
         reference: True to edit the example's picture, False for text to image.
+        call: other arguments of the pipeline's call, such as `{"true_cfg_scale": 2.0,
+            "negative_prompt": "blurry"}`.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Workload:
     auto_resize: bool = True
     text_tokens: int | None = None
     reference: bool = True
+    call: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     @classmethod
     def for_pipeline(
@@ -89,7 +92,7 @@ class Workload:
             The picture.
         """
         picture = example.picture if self.reference else None
-        call: dict[str, Any] = {}
+        call: dict[str, Any] = dict(self.call)
         size = self.output_size(pipe, example)
         if picture is not None and size is not None and not self.auto_resize:
             picture = picture.resize(size, Image.Resampling.LANCZOS)

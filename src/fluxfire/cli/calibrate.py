@@ -21,6 +21,7 @@ from fluxfire.cli.options import (
     selected_passes,
 )
 from fluxfire.cli.values import positive_number
+from fluxfire.errors import BenchError
 from fluxfire.loading import RANDOM
 
 _EXAMPLES = 16
@@ -41,7 +42,7 @@ def add(commands: Commands) -> None:
     add_size(parser)
     parser.add_argument(
         "--computed", type=positive_number, nargs="+", metavar="STEPS",
-        help="numbers of steps to compute (default: 64%%, 50%% and 40%% of --steps)",
+        help="how many of --steps to compute, such as 18 14 11 (default: 64%%, 50%%, 40%%)",
     )  # fmt: skip
     parser.add_argument(
         "--folder", type=Path, metavar="FOLDER",
@@ -50,7 +51,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_output(
         parser, "calibrated.json",
-        'the list with the fewest steps that beats fewer plain steps, for optimize(pipe, "…")',
+        'the schedule of least work that beats plain with as much, for optimize(pipe, "…")',
     )  # fmt: skip
     add_check(parser, _check)
 
@@ -78,7 +79,12 @@ def calibrate(arguments: argparse.Namespace) -> int:
             f"{arguments.examples} has {len(examples)} examples; calibrate needs {2 * _FEWEST}"
         )
     from fluxfire import bench
+    from fluxfire.bench.calibration import budgets
 
+    try:
+        budgets(arguments.computed, arguments.steps)
+    except BenchError as error:
+        raise UsageError(str(error)) from None
     passes = selected_passes(arguments)
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
@@ -93,14 +99,16 @@ def calibrate(arguments: argparse.Namespace) -> int:
             ),
         )  # fmt: skip
     say(found)
-    winners = [one.computed for one in found.found if one.comparison.beats_fewer_steps]
-    if not winners:
-        say("No schedule clearly beats plain with fewer steps here, so nothing was saved.")
+    if not any(one.wins for one in found.found):
+        say(
+            "No schedule clearly beats plain with fewer steps here, so nothing was saved. Try more "
+            "examples or more computed steps; with --folder, edits that exist are not made again."
+        )
         return 1
-    found.save(arguments.output, winners[-1])
+    found.save(arguments.output)
     out = arguments.output
     note(
-        f"saved {out}, which computes {winners[-1]} steps: apply it with "
+        f"saved {out}, which computes {found.best().computed} steps: apply it with "
         f'optimize(pipe, "{out}"), or with --preset {out}'
     )
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -28,6 +28,7 @@ from fluxfire.bench.workload import Workload
 from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import BenchError
 from fluxfire.passes import FirstBlockCache, Schedule
+from fluxfire.passes.shared.step_settings import is_whole_number
 from fluxfire.planning import recipes
 from fluxfire.planning.resolve import Passes, order
 from fluxfire.protocol import Pass
@@ -51,13 +52,14 @@ class Calibration:
 
     Attributes:
         schedule: the steps to skip, with limits.
-        computed: number of computed steps, if no limit is exceeded.
+        computed: number of steps that the schedule computes; each exceeded limit adds one.
         candidates: number of schedules of as many steps that whole edits decided between.
         quality: similarity to the same passes with all steps.
         comparison: the difference to as much work in fewer steps, on the same edits and noise.
         fewer: similarity of those fewer steps.
         seconds: median seconds of an edit.
         overruled: the share of skipped steps that a limit had computed after all.
+        work: mean work of an edit, in full steps; each exceeded limit adds nearly one.
     """
 
     schedule: Schedule
@@ -68,6 +70,13 @@ class Calibration:
     fewer: Quality
     seconds: float
     overruled: float
+    work: float
+
+    @property
+    def wins(self) -> bool:
+        """Whether it saves work, and clearly beats plain with as much work."""
+        saves = equal_steps(self.work) < self.schedule.steps
+        return saves and self.comparison.beats_fewer_steps
 
     @property
     def cache(self) -> FirstBlockCache:
@@ -101,7 +110,7 @@ class Calibrated:
         """Return the schedule of a number of computed steps.
 
         Args:
-            computed: the number; None for the fewest steps that beat plain with as many.
+            computed: the number; None for the least work that beats plain with as much.
 
         Raises:
             BenchError: there is no such schedule.
@@ -112,13 +121,13 @@ class Calibrated:
                     return one
             have = ", ".join(str(one.computed) for one in self.found)
             raise BenchError(f"no schedule computes {computed} steps; there are {have}")
-        winners = [one for one in self.found if one.comparison.beats_fewer_steps]
+        winners = [one for one in self.found if one.wins]
         if not winners:
             raise BenchError(
                 "no schedule clearly beats plain with fewer steps on these examples; use more "
                 "examples, or take one by its number of computed steps"
             )
-        return winners[-1]
+        return min(winners, key=lambda one: one.work)
 
     def list_of(self, computed: int | None = None) -> tuple[Pass, ...]:
         """Return the whole list of passes with a schedule's cache.
@@ -158,6 +167,7 @@ class Calibrated:
                     "candidates": one.candidates,
                     "seconds": one.seconds,
                     "overruled": one.overruled,
+                    "work": one.work,
                     "quality": one.quality.to_dict(),
                     "fewer_steps": {"steps": one.comparison.steps, **one.fewer.to_dict()},
                     "beside_fewer_steps": asdict(one.comparison),
@@ -168,15 +178,16 @@ class Calibrated:
 
     def __str__(self) -> str:
         head = (
-            "computed", "an edit", "PSNR, dB", "worst", "inside", "fewer steps", "worst",
-            "difference", "limits overruled",
+            "computed", "skips overruled", "work", "an edit", "PSNR, dB", "worst", "inside",
+            "fewer steps", "worst", "difference",
         )  # fmt: skip
         steps = self.workload.steps
-        rows = [(f"{steps} of {steps}", human_seconds(self.seconds), *["-"] * 7)]
+        rows = [(f"{steps} of {steps}", "-", f"{steps}", human_seconds(self.seconds), *["-"] * 6)]
         rows += [_row(one, steps) for one in self.found]
         return (
             f"{table(head, rows)}\n\n{self.confirming} examples that did not make the schedules; "
-            f'"fewer steps" is plain with as much work, on the same edits and noise.'
+            f'"fewer steps" is plain with as many steps as the work, rounded up, on the same edits '
+            f"and noise."
         )
 
 
@@ -186,6 +197,8 @@ def _row(one: Calibration, steps: int) -> tuple[str, ...]:
     inside = [s.edited for s in quality.similarities if s.edited is not None]
     return (
         f"{one.computed} of {steps}",
+        f"{one.overruled:.1%}",
+        f"{one.work:.1f}",
         human_seconds(one.seconds),
         format_decibels(mean(s.psnr for s in quality.similarities)),
         format_decibels(quality.worst_psnr),
@@ -193,13 +206,12 @@ def _row(one: Calibration, steps: int) -> tuple[str, ...]:
         f"{one.comparison.steps}: {format_decibels(one.comparison.psnr)}",
         format_decibels(fewer.worst_psnr),
         f"{gap.mean:+.1f} [{gap.low:+.1f}, {gap.high:+.1f}]" if gap else "-",
-        f"{one.overruled:.1%}",
     )
 
 
 def calibrate(
     pipe: DiffusersPipeline,
-    examples: Sequence[Example],
+    examples: Iterable[Example],
     *,
     passes: Passes = (),
     computed: Sequence[int] | None = None,
@@ -219,11 +231,15 @@ def calibrate(
     Args:
         pipe: a plain pipeline with trained weights; it is plain again afterwards, even after an
             exception.
-        examples: four or more, of one kind of use. Pictures may have several sizes.
+        examples: 16 or more edits of the kind that you will make. Four are the minimum. With fewer
+            than ten no schedule can be shown to beat fewer steps, so `save` needs `computed`.
+            Pictures may have several sizes.
         passes: other passes to use with the schedule, such as `"faithful"`. The schedule's cache
             replaces a cache of the list.
         computed: numbers of computed steps; by default 64%, 50% and 40% of the steps.
-        workload: size and number of steps; the pipeline's default size and 28 steps by default.
+        workload: size, number of steps, and other arguments of the edits, such as true CFG; the
+            pipeline's default size and 28 steps by default. Calibrate what you will run: a schedule
+            is right for its noise levels alone.
         seed: seed of the first example's noise; each example has its own.
         folder: keeps every edit, so that the same call goes on after an interrupt, or measures
             another number of computed steps without making the plain edits again.
@@ -234,6 +250,7 @@ def calibrate(
             the folder holds another calibration.
         PlanError: the pipeline is not plain, or the passes cannot be applied to it.
     """
+    examples = list(examples)
     if len(examples) < _FEWEST:
         raise BenchError(
             f"calibrate needs {_FEWEST} examples or more, half of them to make the schedules and "
@@ -241,15 +258,15 @@ def calibrate(
         )
     check_plain(pipe)
     load = workload or Workload.for_pipeline(pipe)
-    wanted = _budgets(computed, load.steps)
+    wanted = budgets(computed, load.steps)
     planned = api.plan(pipe, passes)
     planned.raise_if_bad()
     others = tuple(p for p in (step.pass_ for step in planned.steps) if p.slot != "block-cache")
     recorder = Recorder()
-    mark = fingerprint(pipe, examples, others, load, seed)
-    journal = Journal(None if folder is None else Path(folder), mark)
     # The first wrapper is the outermost: the recorder sees whole runs through the blocks.
     listed = order([recorder, *others, FirstBlockCache().off()])
+    api.plan(pipe, listed).raise_if_bad()
+    journal = Journal.open(folder, partial(fingerprint, pipe, examples, others, load, seed))
     with on_device(pipe), api.optimized(pipe, listed):
         bench = _Bench(pipe, examples, load, seed, on_edit, recorder, journal)
         half = len(examples) // 2
@@ -265,8 +282,11 @@ def calibrate(
     return Calibrated(tuple(found), others, load, seed, seconds, half, len(examples) - half)
 
 
-def _budgets(computed: Sequence[int] | None, steps: int) -> list[int]:
+def budgets(computed: Iterable[int] | None, steps: int) -> list[int]:
     """Return the numbers of computed steps, most first.
+
+    Raises:
+        BenchError: there are too few steps, or a number is impossible.
 
     Example: of 28 steps the first 4 and the last are always computed. Of the 23 between, at most 4
     in a row are skipped, so 4 are computed: 9 in all.
@@ -280,12 +300,18 @@ def _budgets(computed: Sequence[int] | None, steps: int) -> list[int]:
     most = steps - 1
     if computed is None:
         computed = [min(most, max(fewest, round(share * steps))) for share in _SHARES]
-    for n in computed:
-        if not fewest <= n <= most:
+    numbers = list(computed) if isinstance(computed, Iterable) else [computed]
+    for n in numbers:
+        if not (is_whole_number(n, fewest) and n <= most):
             raise BenchError(
-                f"{n} computed steps of {steps} are not possible; choose {fewest} to {most}"
+                f"{n!r} computed steps of {steps} are not possible; choose whole numbers from "
+                f"{fewest} to {most}"
             )
-    return sorted(set(computed), reverse=True)
+    if not numbers:
+        raise BenchError(
+            f"computed is empty; give one or more whole numbers from {fewest} to {most}"
+        )
+    return sorted(set(numbers), reverse=True)
 
 
 def _scale(count: int, steps: int) -> int:
@@ -315,10 +341,15 @@ def schedule_family(traces: Sequence[Trace], base: Sequence[Pass], warmup: int) 
         traces: of plain edits.
         base: an exact list.
         warmup: how many of 28 steps are computed at first.
+
+    Raises:
+        BenchError: there is nothing to skip.
     """
     errors = Errors(traces, _POINTS)
     found = schedules(errors, Bounds(_scale(warmup, errors.steps), _TAIL, _CAP, early=1.0))
     caches = tuple(_cache(found[n]) for n in sorted(found, reverse=True) if found[n].by_step)
+    if not caches:
+        raise BenchError(f"there is nothing to skip in {count_of(errors.steps, 'step')}")
     return Family(tuple(order([*base, caches[0]])), caches)
 
 
@@ -348,12 +379,15 @@ class _Bench:
     def edit_plainly(self, numbers: range, *, record: bool) -> None:
         """Edit with all steps, and record traces if asked."""
         for i in numbers:
-            self.on_edit(f"all steps, {i + 1} of {len(self.examples)}")
             plain = self.journal.plain(i)
             if plain is None:
+                self.warm_up()
+                self.on_edit(f"all steps, {i + 1} of {len(self.examples)}")
                 self.recorder.traces.clear()
                 picture, seconds = self._timed(i, record=record)
                 plain = Plain(picture, seconds, tuple(self.recorder.traces))
+                if record:
+                    Errors(plain.traces, _POINTS)  # so that the first edit tells what is unusable
                 self.journal.keep_plain(i, plain)
             self.plain[i] = plain
 
@@ -369,8 +403,8 @@ class _Bench:
                 break
             worst = float("inf")
             for i in sorted(numbers, key=lambda i: self._hardness.get(i, 0.0)):
-                self.on_edit(f"candidate {turn} of {len(candidates)}")
-                self._hardness[i] = self._edit(i, candidate).psnr
+                said = f"candidate {turn} of {len(candidates)}"
+                self._hardness[i] = self._edit(i, said, candidate).psnr
                 worst = min(worst, self._hardness[i])
                 if worst <= best_worst:
                     break
@@ -382,12 +416,13 @@ class _Bench:
         """Measure the chosen schedule, and plain with as much work."""
         made, fewer = [], []
         for i in numbers:
-            self.on_edit(f"confirming, {i + 1 - numbers.start} of {len(numbers)}")
-            made.append(self._edit(i, schedule))
-        steps = min(equal_steps(mean(edit.work for edit in made)), self.workload.steps - 1)
+            said = f"confirming, {i + 1 - numbers.start} of {len(numbers)}"
+            made.append(self._edit(i, said, schedule))
+        work = mean(edit.work for edit in made)
+        steps = min(equal_steps(work), self.workload.steps - 1)
         for i in numbers:
-            self.on_edit(f"{count_of(steps, 'step')}, {i + 1 - numbers.start} of {len(numbers)}")
-            fewer.append(self._edit(i, steps=steps))
+            said = f"{count_of(steps, 'step')}, {i + 1 - numbers.start} of {len(numbers)}"
+            fewer.append(self._edit(i, said, steps=steps))
         quality, beside = _quality(made), _quality(fewer)
         skipped = len(schedule.by_step)
         return Calibration(
@@ -399,13 +434,25 @@ class _Bench:
             beside,
             median(edit.seconds for edit in made),
             1 - sum(edit.hits for edit in made) / (skipped * len(numbers)),
+            work,
         )
 
-    def _edit(self, i: int, schedule: Schedule | None = None, *, steps: int | None = None) -> Edit:
-        """Edit, or take the measurement that the journal has, and compare with all steps."""
+    def _edit(
+        self, i: int, said: str, schedule: Schedule | None = None, *, steps: int | None = None
+    ) -> Edit:
+        """Edit, or take the measurement that the journal has, and compare with all steps.
+
+        Args:
+            i: the example.
+            said: what to tell of the edit before it is made.
+            schedule: to follow; None for no cache.
+            steps: number of steps; None for the workload's.
+        """
         what = f"{steps} steps" if schedule is None else repr(schedule)
         if (known := self.journal.edit(what, i)) is not None:
             return known
+        self.warm_up()
+        self.on_edit(said)
         example = self.examples[i]
         picture, seconds = self._timed(i, schedule, steps=steps)
         run = api.report(self.pipe).runs[-1]
@@ -430,8 +477,6 @@ class _Bench:
         record: bool = False,
     ) -> tuple[Image.Image, float]:
         """Edit one example; return the picture and the seconds."""
-        if not self._warm:
-            self._warm_up()
         cache = FirstBlockCache().off() if schedule is None else _cache(schedule)
         with api.using(self.pipe, [cache, replace(self.recorder, active=record)]):
             return time_call(
@@ -444,8 +489,10 @@ class _Bench:
                 )
             )
 
-    def _warm_up(self) -> None:
-        """Compile whatever compiles, so that no edit's time has it."""
+    def warm_up(self) -> None:
+        """Compile whatever compiles, once, so that no edit's time has it."""
+        if self._warm:
+            return
         self._warm = True
         for example in self.workload.of_each_size(self.pipe, self.examples):
             self.on_edit("warm-up")

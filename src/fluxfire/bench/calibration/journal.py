@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+import diffusers
+import torch
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from fluxfire import modules
 from fluxfire._version import __version__
 from fluxfire.bench.calibration.recording import Trace
 from fluxfire.bench.examples import Example
 from fluxfire.bench.workload import Workload
 from fluxfire.diffusers_types import DiffusersPipeline
 from fluxfire.errors import BenchError
+from fluxfire.kernels import checksum
 from fluxfire.protocol import Pass
 from fluxfire.text import write_atomically
-
-_SMALL = 4096  # elements of a parameter that identifies a model
 
 
 @dataclass(frozen=True)
@@ -64,39 +66,60 @@ class Plain:
 class Journal:
     """The measured edits, in memory, and in a folder if there is one."""
 
-    def __init__(self, folder: Path | None, fingerprint: str) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+        self._edits: dict[tuple[str, int], Edit] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path | None, fingerprint: Callable[[], str]) -> Journal:
         """Open a journal, or go on with one.
 
         Args:
             folder: made if needed; None keeps nothing.
-            fingerprint: of the calibration's model, examples and settings.
+            fingerprint: returns that of the calibration's model, examples and settings. Reading
+                all weights takes a while, so it is called only for a folder.
 
         Raises:
-            BenchError: the folder holds another calibration.
+            BenchError: the folder holds something else, or its files are damaged.
             OSError: the folder cannot be made or read.
         """
-        self._folder = folder
-        self._edits: dict[tuple[str, int], Edit] = {}
         if folder is None:
-            return
+            return cls()
+        folder = Path(folder)
+        if folder.exists() and not folder.is_dir():
+            raise BenchError(f"{folder} is a file; give a folder to keep the edits in")
         folder.mkdir(parents=True, exist_ok=True)
         identity = folder / "calibration.json"
         if identity.exists():
-            if json.loads(identity.read_text())["fingerprint"] != fingerprint:
+            try:
+                known = json.loads(identity.read_text(encoding="utf-8"))["fingerprint"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise BenchError(f"{identity} is damaged; delete {folder}") from error
+            if known != fingerprint():
                 raise BenchError(
-                    f"{folder} holds the calibration of another model, list of passes, workload, "
-                    f"seed or set of examples; choose another folder, or delete it"
+                    f"{folder} holds the calibration of another model, LoRA, list of passes, "
+                    f"workload, seed, set of examples, device, or version of fluxfire, torch or "
+                    f"diffusers; choose another folder, or delete it"
                 )
-        elif any(folder.iterdir()):
+        elif any(not _is_a_leftover(path) for path in folder.iterdir()):
             raise BenchError(f"{folder} holds other files; choose an empty folder")
         else:
-            write_atomically(identity, json.dumps({"fingerprint": fingerprint}) + "\n")
-        self._read_edits()
+            write_atomically(identity, json.dumps({"fingerprint": fingerprint()}) + "\n")
+        made = cls(folder)
+        made._read_edits()
+        return made
 
     def plain(self, number: int) -> Plain | None:
-        """Return an example's edit with all steps, if it was made."""
-        if self._folder is None or not (facts := self._file(number, ".safetensors")).exists():
+        """Return an example's edit with all steps, if it was made and its files are whole."""
+        if self._folder is None or not self._file(number, ".safetensors").exists():
             return None
+        try:
+            return self._read_plain(number)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None  # damaged: that edit is made again
+
+    def _read_plain(self, number: int) -> Plain:
+        facts = self._file(number, ".safetensors")
         with safe_open(facts, "pt") as file:
             seconds = float(file.metadata()["seconds"])
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -137,17 +160,30 @@ class Journal:
         path = cast("Path", self._folder) / "edits.jsonl"
         if not path.exists():
             return
-        text = path.read_text(encoding="utf-8")
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise BenchError(f"{path} is damaged; delete it: its edits are made again") from error
         if cut := text.rpartition("\n")[2]:  # an interrupt cut it short: that edit is made again
             text = text.removesuffix(cut)
             write_atomically(path, text)
-        for line in text.splitlines():
-            entry = json.loads(line)
-            what, number = entry.pop("what"), entry.pop("example")
-            self._edits[what, number] = Edit(**entry)
+        for number, line in enumerate(text.splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                key = entry.pop("what"), entry.pop("example")
+                self._edits[key] = Edit(**entry)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise BenchError(
+                    f"{path}, line {number} is damaged; delete the line: that edit is made again"
+                ) from error
 
     def _file(self, number: int, suffix: str) -> Path:
         return cast("Path", self._folder) / f"plain-{number:03}{suffix}"
+
+
+def _is_a_leftover(path: Path) -> bool:
+    """Whether a file is of the system, or of a calibration that was cut short at its start."""
+    return path.name.startswith(".") or path.suffix == ".part"
 
 
 def fingerprint(
@@ -157,19 +193,37 @@ def fingerprint(
     workload: Workload,
     seed: int,
 ) -> str:
-    """Identify a calibration: its model by the config and small weights, and its settings."""
+    """Identify a calibration by all that its measurements depend on.
+
+    Of the models it reads the names, shapes and dtypes of all weights, and their checksums. A
+    weight without data (offloaded layer by layer) counts by its shape alone.
+    """
     digest = hashlib.blake2b(digest_size=16)
-    transformer = pipe.transformer
-    for part in (
-        __version__, type(pipe).__name__, sorted(dict(transformer.config).items()),
-        str(transformer.dtype), [repr(p) for p in passes], asdict(workload), seed,
-    ):  # fmt: skip
+    parts: list[object] = [
+        __version__, torch.__version__, diffusers.__version__, type(pipe).__name__,
+        sorted(dict(pipe.scheduler.config).items()), [repr(p) for p in passes], asdict(workload),
+        seed, _device_name(pipe.device),
+    ]  # fmt: skip
+    for name, component in modules.components(pipe):
+        parts.append(name)
+        config = getattr(component, "config", None)
+        parts.append(repr(config) if config is not None else None)
+        for where, module in component.named_modules():
+            if modules.has_adapter(module):
+                adapted: Any = module
+                scaling = repr(vars(module).get("scaling"))
+                parts.append((where, adapted.active_adapters, adapted.disable_adapters, scaling))
+        for where, weight in component.named_parameters():
+            summed = [] if weight.is_meta else checksum.of([weight.detach()])
+            parts.append((where, tuple(weight.shape), str(weight.dtype), summed))
+    for part in parts:
         digest.update(repr(part).encode())
-    for parameter in transformer.parameters():
-        if parameter.numel() <= _SMALL:
-            digest.update(parameter.detach().float().cpu().numpy().tobytes())
     for example in examples:
         digest.update(example.instruction.encode())
         if example.picture is not None:
             digest.update(repr(example.picture.size).encode() + example.picture.tobytes())
     return digest.hexdigest()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

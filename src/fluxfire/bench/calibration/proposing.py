@@ -84,7 +84,7 @@ class Errors:
         self._farthest = torch.stack([t.distances for t in traces]).amax(0)
         self._products = torch.stack([t.products for t in traces])
         self._strides = -self._sigmas.diff()
-        if not bool(self._products.isfinite().all()):
+        if not bool(self._products.isfinite().all() and self._farthest.isfinite().all()):
             raise BenchError("the blocks' outputs are not all finite, so nothing can be calibrated")
         if not bool((self._strides > 0).all()):
             raise BenchError(

@@ -140,7 +140,7 @@ class _RecordingWrapper(Listener):
         if self._branches is None:
             return run(streams, blocks)
         before, noise = streams.image, call.tokens.noise
-        every = slice(0, noise, max(1, noise // _TOKENS))
+        every = torch.linspace(0, noise - 1, min(noise, _TOKENS), device=before.device).long()
         streams = run(streams, blocks[:1])
         middle = streams.image
         streams = run(streams, blocks[1:])
