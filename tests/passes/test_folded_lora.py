@@ -24,6 +24,7 @@ from fluxfire.passes import (
     ModulationTable,
     QKVFusion,
     ReferenceCache,
+    float8,
 )
 from fluxfire.passes.contrib import folded_lora
 from fluxfire.passes.shared import adapters
@@ -503,3 +504,88 @@ def test_an_interrupt_while_folding_leaves_no_half(passes, change):
         again = pipe.transformer.state_dict()
         assert again.keys() == state.keys()
         assert all(torch.equal(again[name], state[name]) for name in state), at
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_an_interrupt_before_a_new_scale_is_folded(passes, monkeypatch):
+    """The scale that counts is the one that is folded, not the one that was asked for."""
+    pipe = tiny_kontext()
+    load(pipe)
+    edit(fluxfire.optimize(pipe, PASSES[passes]), steps=1)
+    call = {"joint_attention_kwargs": {"scale": 0.2}}
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        for module in (folded_lora, float8):
+            patched.setattr(module, "folded_weight", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            edit(pipe, steps=1, **call)
+    loss = 0.0 if passes == "bf16" else 0.02
+    assert apart(edit(pipe, steps=1, **call), plain(load, **call)) < CLOSE + loss
+
+
+@pytest.mark.parametrize("passes", PASSES)
+def test_a_layer_in_two_places_with_the_lora_in_one(passes):
+    """PEFT wraps the layer where it finds it first; the other place is without the LoRA."""
+
+    def shared(pipe):
+        first, second, *_ = pipe.transformer.single_transformer_blocks
+        second.proj_mlp = first.proj_mlp
+        load(pipe, layers=["single_transformer_blocks.0.proj_mlp"])
+
+    pipe = tiny_kontext()
+    shared(pipe)
+    if passes == "float8":
+        with pytest.raises(FluxfireError, match="stands in two places"):
+            fluxfire.optimize(pipe, PASSES[passes])
+        assert apart(edit(pipe, steps=1), plain(shared)) == 0  # nothing was changed
+        return
+    fluxfire.optimize(pipe, PASSES[passes])
+    assert apart(edit(pipe, steps=1), plain(shared)) < CLOSE
+    assert not folded(pipe)
+
+
+def test_a_block_in_two_places_is_folded():
+    def twice(pipe):
+        blocks = pipe.transformer.single_transformer_blocks
+        blocks.append(blocks[0])
+        load(pipe, layers=["to_q", "proj_mlp"])
+
+    pipe = tiny_kontext()
+    twice(pipe)
+    fluxfire.optimize(pipe, PASSES["bf16"])
+    assert apart(edit(pipe, steps=1), plain(twice)) < CLOSE
+    assert folded(pipe)
+
+
+def test_adapters_follow_the_weights_below_them():
+    """On a CPU, `meta` stands for the device that a weight is moved to."""
+    pipe = tiny_kontext()
+    load(pipe, layers=["proj_mlp"])
+    layer = pipe.transformer.single_transformer_blocks[0].proj_mlp
+    off = adapters.AdaptersOff(pipe.transformer)
+    off.switch_off([layer])
+    assert not off.have_moved()
+    layer.base_layer.weight.data = layer.base_layer.weight.data.to(torch.float64)  # same device
+    assert not off.have_moved()
+    for linear in (layer.lora_A["style"], layer.lora_B["style"]):
+        linear.weight = torch.nn.Parameter(linear.weight.to("meta"))
+    assert off.have_moved()
+
+
+def test_a_cast_keeps_the_folded_weight_and_the_original_alike():
+    pipe = tiny_kontext()
+    load(pipe)
+    fluxfire.optimize(pipe, [FoldedLora()])
+    edit(pipe, steps=1)
+    pipe.to(torch.bfloat16)
+    layer = pipe.transformer.single_transformer_blocks[0].proj_mlp
+    assert layer.base_layer.folded.dtype == layer.base_layer.weight.dtype == torch.bfloat16
+    edit(pipe, steps=1)
+    fluxfire.restore(pipe)
+    twin = tiny_kontext()
+    load(twin)
+    twin.to(torch.bfloat16)
+    assert np.array_equal(edit(pipe, steps=1), edit(twin, steps=1))

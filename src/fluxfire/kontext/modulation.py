@@ -35,10 +35,9 @@ def modulations(norm: ModulatedNorm, temb: Tensor) -> Tensor:
     if linear.bias is None or linear.weight.device == linear.bias.device:
         made = linear(x)
         return made
-    # ModulationTable(host=True) keeps the weight in host memory, and the bias on the device.
-    weight = linear.weight.to(x.device, non_blocking=True)
-    name = (
-        "base_layer.weight" if hasattr(linear, "base_layer") else "weight"
-    )  # PEFT wraps the layer
-    made = functional_call(linear, {name: weight}, (x,))
+    # ModulationTable(host=True) keeps the weight in host memory, and the bias on the device. PEFT
+    # creates a LoRA where the weight is.
+    away = {n: p for n, p in linear.named_parameters() if p.device != x.device}
+    lent = {name: p.to(x.device, non_blocking=True) for name, p in away.items()}
+    made = functional_call(linear, lent, (x,))
     return made

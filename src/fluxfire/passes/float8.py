@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,7 +163,7 @@ class Float8:
         """Quantize layer by layer, so that at most one layer is in memory twice."""
         transformer, freed = tx.pipe.transformer, 0
         model = model_of(tx.pipe)
-        host, off = HostWeights(), AdaptersOff()
+        host, off = HostWeights(), AdaptersOff(cast("nn.Module", transformer))
         tx.on_undo(off.switch_on)  # undone last: adapters follow the weights to the device
         tx.on_undo(host.bring_back)
         keeps = self.originals == "host"
@@ -192,7 +192,6 @@ class Float8:
             freed += host.offload(linear)
         watch = _WeightWatch(tx, fused, layers, stacked, products, host, off, drop=not keeps)
         tx.listen(watch)
-        tx.listen(host)
         gained = sum(product.nbytes for product in products)
         return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
 
@@ -431,6 +430,7 @@ class _WeightWatch(Listener):
     drop: bool
     _layers: dict[nn.Linear, nn.Module] = field(default_factory=dict)
     _scale: float = 1.0
+    _quantized_scale: float = 1.0
     _scalings: list[str] = field(default_factory=list)
     _watch: Watch | None = None
 
@@ -449,6 +449,7 @@ class _WeightWatch(Listener):
                 call.
         """
         self._refuse_replaced_or_hooked_layers()
+        self.host.prepare()
         layers = self._current_layers()
         if not _same(layers.values(), self._layers.values()):
             self._layers, self._watch = layers, None
@@ -458,21 +459,30 @@ class _WeightWatch(Listener):
             or read_scalings(self._layers.values()) != self._scalings
         ):
             self._quantize_again()
+        elif self.off.have_moved():
+            self.off.follow_weights()
         if self.drop:
             self._drop_originals()
 
     @override
     def before_call(self, inputs: dict[str, Any]) -> None:
         """Quantize again if the call scales the adapters by another factor than the last call."""
-        if (scale := call_scale(inputs)) != self._scale:
-            self._scale = scale
-            if self._adapted():
-                self._quantize_again()
+        self._scale = call_scale(inputs)
+        # The scale that was quantized counts: an interrupt may have come before that.
+        if self._adapted() and (self._watch is None or self._scale != self._quantized_scale):
+            self._quantize_again()
 
     def _current_layers(self) -> dict[nn.Linear, nn.Module]:
         """Return what stands in each layer's place now: the layer itself, or PEFT's around it."""
-        found: Any = {layer: modules.child(owner, name) for owner, name, layer in self.places}
-        return found  # type: ignore[no-any-return]
+        found: dict[nn.Linear, Any] = {}
+        for owner, name, layer in self.places:
+            now = modules.child(owner, name)
+            if found.setdefault(layer, now) is not now:
+                raise FluxfireError(
+                    f"{self._path(owner)}.{name} stands in two places of the transformer, and has "
+                    f"an adapter in one of them alone; give both the adapter, or leave Float8 out"
+                )
+        return found
 
     def _adapted(self) -> list[nn.Module]:
         return [layer for layer in self._layers.values() if modules.has_adapter(layer)]
@@ -491,6 +501,7 @@ class _WeightWatch(Listener):
         else:
             watch.changed()
             watch.accept()
+        self._quantized_scale = self._scale
         self._scalings, self._watch = read_scalings(self._layers.values()), watch
 
     def _refuse_replaced_or_hooked_layers(self) -> None:

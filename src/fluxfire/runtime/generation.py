@@ -210,6 +210,8 @@ class Listener:
     def before_call(self, inputs: dict[str, Any]) -> None:
         """Called before every transformer call, also before one that belongs to no generation.
 
+        If `prepare` is called for the same call, it comes first.
+
         Args:
             inputs: keyword arguments of the call. Do not change them.
         """

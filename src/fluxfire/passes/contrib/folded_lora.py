@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -45,18 +46,26 @@ class FoldedLora:
 
     PEFT's layers stay where they are, with the original weights. Call `load_lora_weights`,
     `set_adapters`, `disable_lora`, `fuse_lora`, `unload_lora_weights`, or pass
-    `joint_attention_kwargs={"scale": 0.8}`, before `optimize` or at any time later. The next call
-    of the transformer sees the change and folds again. `save_pretrained` writes the original
-    weights, and `restore` gives them back bit for bit.
+    `joint_attention_kwargs={"scale": 0.8}`, before `optimize` or at any time later. The next
+    generation folds again; if a step callback made the change, the next step does.
+    `save_pretrained` writes the original weights, and `restore` gives them back bit for bit.
 
-    On a GPU the original weights of layers with a LoRA are in pinned host memory, and the folded
-    ones take their place on the device.
+    On a GPU the folded weights take the place of the originals. The originals and the adapters wait
+    in pinned host memory, where torch rounds each block of memory up to a power of two.
 
-    The pass folds the blocks' projections, outputs and MLPs. PEFT computes all other adapters as
-    before: on modulations, embeddings and text encoders, with DoRA, LoKr and other kinds, with
-    hooks, with dropout in training mode, and while offloading moves the weights. The report counts
-    both. `Float8` folds a LoRA into its own weights, so this pass leaves its layers alone. With
-    `QKVFusion` the projections keep PEFT's forward.
+    The pass folds LoRAs on the blocks' projections, outputs and MLPs. PEFT still computes:
+
+    - adapters on modulations, embeddings and text encoders
+    - DoRA, LoKr and other kinds, and a LoRA with biases
+    - layers with hooks
+    - all adapters while offloading moves the weights
+    - with `QKVFusion`, the LoRA of the projections and of `to_add_out`
+    - layers that `Float8` quantizes: it folds the LoRA into its own weights
+
+    The report counts what is folded and what is left to PEFT.
+
+    Gradients reach the adapters. To train them on a GPU, apply the pass before the optimizer's
+    first step: it moves the adapters, and an optimizer's state does not follow.
 
     A folded weight is rounded once more than a plain one, as after `fuse_lora`. For many adapters
     that change with every request, folding may cost more than it saves.
@@ -78,11 +87,10 @@ class FoldedLora:
     def apply(self, tx: Transaction) -> Change:
         """Fold before each generation, when all passes are in place."""
         transformer: Any = tx.pipe.transformer
-        folds = _Folds()
+        folds = _Folds(AdaptersOff(transformer))
         tx.on_undo(folds.unfold)
         folder = _Folder(transformer, model_of(tx.pipe), folds)
         tx.listen(folder)
-        tx.listen(folds.host)
         tx.report_facts(folder.facts)
         return Change(len(list(folder.places())), "layers ready for a LoRA")
 
@@ -92,21 +100,19 @@ class _Folds:
     """The folded layers, and how to give them back.
 
     Attributes:
-        host: keeps the original weights.
         off: PEFT's layers above the folded ones.
+        host: keeps the original weights.
         bases: the folded layers.
     """
 
+    off: AdaptersOff
     host: HostWeights = field(default_factory=HostWeights)
-    off: AdaptersOff = field(default_factory=AdaptersOff)
     bases: list[nn.Linear] = field(default_factory=list)
 
     def fold(self, layers: list[nn.Module], scale: float) -> None:
         """Fold these layers of PEFT's, and give all others back."""
+        self.keep(layers)
         wanted: list[Any] = [base_of(layer) for layer in layers]
-        kept = set(map(id, wanted))
-        for base in [base for base in self.bases if id(base) not in kept]:
-            self._unfold(base)
         self.bases = wanted  # first, so that an interrupt leaves none unknown
         for layer, base in zip(layers, wanted, strict=True):
             self._fold(layer, base, scale)
@@ -130,11 +136,20 @@ class _Folds:
         if all(one is not base for one in self.host.linears):
             self.host.offload(base)
 
+    def keep(self, layers: list[nn.Module]) -> None:
+        """Give the layers back that are below none of these layers of PEFT's."""
+        wanted = {id(base_of(layer)) for layer in layers}
+        for base in [base for base in self.bases if id(base) not in wanted]:
+            self._unfold(base)
+        self.bases = [base for base in self.bases if id(base) in wanted]
+
     def _unfold(self, base: nn.Linear) -> None:
         if isinstance(base, FoldedLinear):
             base.__class__ = own_class(base)
         vars(base).pop("folded", None)
-        self.host.release(base)
+        # `torch.func.functional_call` lends a weight for one call; the own one is still away.
+        if isinstance(base._parameters.get("weight"), nn.Parameter):  # noqa: SLF001 - no property
+            self.host.release(base)
 
     def unfold(self) -> None:
         """Give all layers their own class and weights back."""
@@ -153,7 +168,7 @@ class _Folder(Listener):
         self._watch: Watch | None = None
         self._layers: list[nn.Module] = []
         self._scalings: list[str] = []
-        self._scale = 1.0
+        self._scale = self._folded_scale = 1.0
         self._left = 0
 
     def places(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -174,12 +189,16 @@ class _Folder(Listener):
             layers, self._left = self._find()
             if list(map(id, layers)) != list(map(id, self._layers)):
                 self._layers, self._watch = layers, None
+                self._folds.keep(layers)
+        self._folds.host.prepare()  # after that, since offloading may have taken weights away
         if (
             self._watch is None
             or self._watch.changed()
             or read_scalings(self._layers) != self._scalings
         ):
             self._fold()
+        elif self._folds.off.have_moved():
+            self._folds.off.follow_weights()
         if restructured:
             self._structure.changed()  # folding changes classes
             self._structure.accept()
@@ -187,8 +206,9 @@ class _Folder(Listener):
     @override
     def before_call(self, inputs: dict[str, Any]) -> None:
         """Fold again if the call scales the adapters by another factor than the last call."""
-        if (scale := call_scale(inputs)) != self._scale:
-            self._scale = scale
+        self._scale = call_scale(inputs)
+        # The scale that was folded counts: an interrupt may have come before the last folding.
+        if self._layers and (self._watch is None or self._scale != self._folded_scale):
             self._fold()
 
     def facts(self) -> dict[str, object]:
@@ -203,6 +223,7 @@ class _Folder(Listener):
         else:
             watch.changed()
             watch.accept()
+        self._folded_scale = self._scale
         self._scalings, self._watch = read_scalings(self._layers), watch
 
     def _find(self) -> tuple[list[nn.Module], int]:
@@ -212,7 +233,13 @@ class _Folder(Listener):
         traits = {trait for part in parts for trait in modules.module_traits(part)}
         if not adapted or traits & _MOVED:
             return [], adapted
-        found = [layer for owner, layer in self.places() if self._is_mine(owner, layer)]
+        # A layer below an adapter may stand elsewhere too, without the adapter.
+        times = Counter(map(id, parts))
+        found = [
+            layer
+            for owner, layer in self.places()
+            if self._is_mine(owner, layer) and times[id(layer)] == times[id(base_of(layer))]
+        ]
         return found, adapted - len(found)
 
     def _is_mine(self, owner: nn.Module, layer: nn.Module) -> bool:

@@ -157,7 +157,7 @@ def folded_weight(layer: nn.Module, scale: float, device: torch.device) -> Tenso
 
 
 def adapter_gradients(layer: Any, x: Tensor) -> Tensor:
-    """Return zeros through which the adapters of a folded layer get their gradients.
+    """Return a tensor of zeros whose backward pass gives a layer's adapters their gradients.
 
     The folded weight is a constant, so the adapters' own branch must give them. Its input is
     detached: the folded product has given the input its gradient already.
@@ -228,9 +228,22 @@ class FoldedLinear(StandIn, nn.Linear):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Apply `.to()` to the folded weight, too."""
-        made: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.folded = fn(self.folded)
-        return made
+        self.folded, weight = fn(self.folded), self._parameters["weight"]
+        if weight is None or weight.device == self.folded.device or self.folded.is_meta:
+            made: Any = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return made
+        # The original is in host memory, and stays there: on the device it would stand beside the
+        # folded weight.
+        try:
+            self._parameters["weight"] = None
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            self._parameters["weight"] = weight
+        if weight.dtype != self.folded.dtype:
+            with modules.matching_inference_mode(weight):
+                moved = weight.data.to(self.folded.dtype)
+                weight.data = moved.pin_memory() if weight.is_pinned() else moved
+        return self
 
 
 @functools.cache
@@ -242,52 +255,90 @@ def _folded_class(cls: type) -> type:
 class AdaptersOff:
     """Turns PEFT's layers into `FoldedAdapter`s, and back.
 
+    PEFT's operations need an adapter where the weight of the layer below is: `fuse_lora` adds the
+    one to the other, and a call multiplies by both. A pass moves such weights to host memory and
+    back, so this class moves the adapters after them.
+
     Attributes:
+        transformer: the model. Somebody may put other layers into it at any time.
         layers: PEFT's layers that are `FoldedAdapter`s now.
     """
 
+    transformer: nn.Module
     layers: list[nn.Module] = field(default_factory=list)
 
     def switch_off(self, layers: Iterable[nn.Module]) -> None:
-        """Make these the layers that are off, and switch the others on again.
-
-        An adapter then lies where the weight of the layer below lies: in host memory, if a pass
-        keeps the weight there. PEFT adds the one to the other when somebody fuses the LoRA.
-        """
+        """Make these the layers that are off, and switch the others on again."""
         wanted = list(layers)
         kept = set(map(id, wanted))
         gone = [layer for layer in self.layers if id(layer) not in kept]
         self.layers = [*gone, *wanted]  # first, so that an interrupt leaves none unknown
         _switch_on(gone)
         for layer in wanted:
-            _move_adapters(layer)
             if not isinstance(layer, FoldedAdapter):
                 cls: Any = type(layer)
                 layer.__class__ = _folded_class(cls)
         self.layers = wanted
+        self.follow_weights()
 
     def switch_on(self) -> None:
-        """Give all layers their own class back, and move the adapters to the layers below."""
+        """Give all layers their own class back, and all adapters the device of their weights."""
         _switch_on(self.layers)
         self.layers = []
+        self.follow_weights()
+
+    def follow_weights(self) -> None:
+        """Move every adapter of the model to the device of the weight below it.
+
+        PEFT creates an adapter where that weight is. So a LoRA that was loaded while the weight was
+        in host memory is there too, and has to leave with the weight.
+        """
+        for module in dict.fromkeys(modules.submodules(self.transformer)):
+            if modules.has_adapter(module):
+                _move_adapters(module)
+
+    def have_moved(self) -> bool:
+        """Whether some layer's adapters are elsewhere than the weight below it.
+
+        `.to("cuda")` moves both, and a pass that keeps the weight in host memory takes only that
+        one back.
+        """
+        layers: list[Any] = self.layers
+        return any(_first_of(layer).device != base_of(layer).weight.device for layer in layers)
+
+
+def _first_of(layer: Any) -> Tensor:
+    """Return the first weight of a LoRA; the weight below if there is no adapter any more."""
+    for linear in layer.lora_A.values():
+        first: Tensor = linear.weight
+        return first
+    weight: Any = base_of(layer).weight
+    return weight  # type: ignore[no-any-return]
 
 
 def _switch_on(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if isinstance(layer, FoldedAdapter):
             layer.__class__ = own_class(layer)
-        _move_adapters(layer)
 
 
 def _move_adapters(layer: nn.Module) -> None:
-    """Move a layer's adapters to the device of the weight below."""
-    if not modules.has_adapter(layer):  # a copy, in whose place the plain layer stands
+    """Move a layer's adapters to the device of the weight below: pinned, where that is pinned.
+
+    Checksums of unpinned memory are read by the CPU, which takes a tenth of a second for FLUX.
+    """
+    below: Any = base_of(layer)
+    weight = getattr(below, "weight", None)
+    if weight is None or weight.is_meta:
         return
-    weight: Any = base_of(layer).weight
+    own = set(map(id, below.parameters()))
     for parameter in layer.parameters():
-        if parameter.device != weight.device and not (parameter.is_meta or weight.is_meta):
-            below: Any = base_of(layer)
-            if parameter is below.bias:
-                continue
-            with modules.matching_inference_mode(parameter):
-                parameter.data = parameter.data.to(weight.device)
+        if id(parameter) in own or parameter.is_meta or parameter.device == weight.device:
+            continue
+        with modules.matching_inference_mode(parameter):
+            moved = parameter.data.to(weight.device)
+            parameter.data = moved.pin_memory() if weight.is_pinned() else moved
+    scalings: dict[str, Any] = vars(layer).get("scaling", {})
+    for name, scaling in scalings.items():  # hot-swapping makes them tensors
+        if isinstance(scaling, Tensor) and scaling.device != weight.device:
+            scalings[name] = scaling.to(weight.device)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
@@ -63,9 +63,15 @@ class HostWeights(Listener):
                 "a layer whose weight fluxfire keeps in host memory has no parameter `weight` any "
                 "more (it was pruned or parametrized?); restore(pipe), and prune before optimize()"
             )
-        if not all(map(_IS_ON_CPU, weights)):
+        if not all(map(_IS_ON_CPU, weights)) or self._lost_pins(weights):
             for linear in self.linears:
                 self._move_to_host(linear)
+
+    def _lost_pins(self, weights: Sequence[Tensor | None]) -> bool:
+        """Whether some weights are no longer pinned, after a cast or an assignment."""
+        if self.device is None or self.device.type != "cuda":
+            return False
+        return not all(weight.is_pinned() for weight in weights if type(weight) is nn.Parameter)
 
     def bring_back(self) -> None:
         """Move all weights to the device of their layer's bias, with the same bits.
@@ -103,6 +109,9 @@ class HostWeights(Listener):
         if weight.is_meta:
             raise FluxfireError(MOVED_ELSEWHERE)
         if weight.device.type == "cpu":
+            if self._lost_pins([weight]):
+                with modules.matching_inference_mode(weight):
+                    weight.data = weight.data.pin_memory()
             return 0
         self.device = weight.device
         with modules.matching_inference_mode(weight):
