@@ -21,6 +21,7 @@ from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from fluxfire.testing.conformance import FaultyTransaction
 from fluxfire.testing.promises import InjectedFailureError
 from own_passes import own_passes
+from thinned import ALL, half
 
 PASSES = [*own_passes(), Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
 
@@ -62,7 +63,7 @@ def test_a_pipeline_built_in_inference_mode(passes):
 
 
 @settings(
-    max_examples=150,
+    max_examples=150 if ALL else 50,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(
@@ -156,7 +157,7 @@ COMPILED = [
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("passes", COMPILED, ids=lambda p: "+".join(x.name for x in p))
+@pytest.mark.parametrize("passes", half(COMPILED, 1), ids=lambda p: "+".join(x.name for x in p))
 def test_compiled_lists_with_a_failure_at_each_third_edit(shared, passes):
     pipe, picture, before = shared()
     made = []
