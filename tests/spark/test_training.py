@@ -25,6 +25,7 @@ from spark_training.clock import Budget, Clock, Log, rate
 from spark_training.data import Encoder, pack, position_ids, rows
 from spark_training.flow import Flow
 from spark_training.vae import train_vae
+from thinned import exhaustive
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +191,7 @@ def test_one_loss_is_not_averaged_with_other_sizes():
         score(None, [*drawings(n=1), *drawings(n=1, size=(160, 96))])
 
 
+@exhaustive
 @pytest.mark.slow
 def test_the_vae_learns(tmp_path, monkeypatch):
     monkeypatch.setattr("spark_training.vae._stock", lambda _: 200)
@@ -252,6 +254,7 @@ def test_budgets_are_minutes_unless_steps_are_asked_for(tmp_path, monkeypatch):
         budgets("--steps", "20", "30", "--minutes", "1", "1")
 
 
+@exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("untrained_weights")
 def test_a_lora_is_trained_and_loads(tmp_path, monkeypatch, capsys):
