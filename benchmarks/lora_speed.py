@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Callable
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -20,6 +20,7 @@ import fluxfire
 import full_or_tiny
 from fluxfire import presets
 from fluxfire.bench import save_result, stamp
+from fluxfire.bench.timing import time_call
 from fluxfire.passes import Float8, FoldedLora
 from fluxfire.protocol import Pass
 from fluxfire.reporting.compile_counts import count_compilations
@@ -66,11 +67,9 @@ class Editor:
 
     def seconds(self, steps: int | None = None, **call: Any) -> float:
         """Edit once; return the seconds."""
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        start = time.perf_counter()
-        self.pipe(**self._call, num_inference_steps=steps or self._steps, **call)
-        torch.cuda.synchronize() if torch.cuda.is_available() else None
-        return time.perf_counter() - start
+        call = {**self._call, "num_inference_steps": steps or self._steps, **call}
+        _, seconds = time_call(partial(self.pipe, **call))
+        return seconds
 
     def step(self, rounds: int) -> dict[str, Any]:
         """Time a step: the difference of two lengths of edits, over the difference in steps."""
@@ -83,9 +82,7 @@ class Editor:
 
     def first(self, do: Callable[[], object], **call: Any) -> dict[str, Any]:
         """Do something, then edit; say what the first edit takes beyond the second."""
-        start = time.perf_counter()
-        do()
-        doing = time.perf_counter() - start
+        _, doing = time_call(do)
         with count_compilations() as counted:
             first = self.seconds(2, **call)
         again = self.seconds(2, **call)

@@ -20,6 +20,7 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.edits.stand_in import StandIn
+from fluxfire.passes.shared.adapters import base_of
 from fluxfire.passes.shared.fused_projection import install_products
 from fluxfire.passes.shared.parameters import change_storage
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
@@ -94,7 +95,7 @@ class QKVFusion:
         model = model_of(target.pipe)
         for attention in self._attentions(target.pipe):
             for _, names in model.projections(attention):
-                linears = [_base(getattr(attention, n)) for n in names]
+                linears: list[Any] = [base_of(getattr(attention, n)) for n in names]
                 if any(modules.is_quantized(linear.weight) for linear in linears):
                     yield Finding(
                         "error",
@@ -246,7 +247,8 @@ class FusedProjection(nn.Module):
     @property
     def linears(self) -> list[nn.Linear]:
         """The projections, below a PEFT adapter if there is one."""
-        return [_base(projection) for projection in self._projections()]
+        found: list[Any] = [base_of(projection) for projection in self._projections()]
+        return found
 
     def _parts(self, linears: list[nn.Linear]) -> Iterator[tuple[torch.Tensor, list[torch.Tensor]]]:
         if self.weight is not None:
@@ -344,9 +346,3 @@ def _is_plain(projection: nn.Module) -> bool:
         return False
     weight = modules.parameter(projection, "weight")
     return weight is not None and not weight.is_meta and not modules.is_quantized(weight)
-
-
-def _base(linear: Any) -> nn.Linear:
-    """Return the layer below a PEFT adapter, or the layer itself."""
-    base: nn.Linear = getattr(linear, "base_layer", linear)
-    return base
