@@ -88,7 +88,7 @@ def main() -> None:
         log = Log(out / f"{part}.jsonl", silent=not workers.first)
         if part in ("vae", "recogniser"):
             if workers.first and not (out / f"{part}.safetensors").exists():
-                _convolutions(part, models, out, budget[part], log, workers.device)
+                _convolutions(part, models, out, budget[part], log, workers.device, arguments.batch)
             workers.agree(0.0)  # the others wait
             continue
         if not _flow(
@@ -101,11 +101,12 @@ def main() -> None:
 
 
 def _convolutions(
-    part: str, models: dict[str, Any], out: Path, budget: Budget, log: Log, device: str
+    part: str, models: dict[str, Any], out: Path, budget: Budget, log: Log, device: str, batch: int
 ) -> None:
     """Train the VAE or the recogniser, and write its file."""
     module: Any = models["vae"] if part == "vae" else Recogniser()
-    (train_vae if part == "vae" else train_recogniser)(module, budget, log, device, SIZES)
+    train, most = (train_vae, 96) if part == "vae" else (train_recogniser, 256)
+    train(module, budget, log, device, SIZES, batch=min(batch, most))
     facts = {}
     if part == "vae":
         config = module.config

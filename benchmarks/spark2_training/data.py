@@ -15,6 +15,7 @@ from spark2.edits import KEEP
 from spark2.rendering import render
 from spark2.sampling import SEVERAL, draw_edits, kinds_of
 from spark2.scenes import Dice, Scenes, join, shaken
+from spark2_training.workers import sixteen_bits
 
 WEIGHTS = {
     "add": 20, "remove": 13, "replace": 16, "recolour": 8, "move": 13, "ground": 16, "look": 8,
@@ -95,7 +96,7 @@ class Encoder:
             drawn = change(render(some_scenes, shorter))
             for some in torch.split(drawn, _ENCODED):
                 scaled = some.to(self._vae.dtype, memory_format=torch.channels_last) * 2 - 1
-                with torch.autocast(self._device, torch.bfloat16):
+                with sixteen_bits(self._device):
                     mean = self._vae.encode(scaled).latent_dist.mode().float()
                 parts.append(pack((mean - config.shift_factor) * config.scaling_factor).bfloat16())
         return torch.cat(parts)

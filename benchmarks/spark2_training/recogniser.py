@@ -15,6 +15,7 @@ from spark2.scenes import LOOKS, SLOTS, Dice, Scenes, draw, join
 from spark2.things import THINGS
 from spark2_training.average import Average, copy, holding
 from spark2_training.clock import Budget, Clock, Log, rate
+from spark2_training.workers import sixteen_bits
 
 _PEAK = 1.5e-3
 _CORE, _RIM = 0.14, 0.5
@@ -155,11 +156,11 @@ def stock(
 
 def train_recogniser(
     net: Recogniser, budget: Budget, log: Log, device: str, sizes: tuple[tuple[int, int], ...],
-    *, batch: int = 256, n: int | None = None, peak: float = _PEAK, renew: int = _RENEW,
+    *, batch: int, n: int | None = None, peak: float = _PEAK, renew: int = _RENEW,
     on_minute: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Train in place until a budget is spent."""
-    n = n or (48_000 if device == "cuda" else 600)
+    n = n or (48_000 if device == "cuda" else 120)
     stocks = [
         stock(n if i == 0 else n // 8, size, Dice("see", *size), device)
         for i, size in enumerate(sizes)
@@ -178,7 +179,7 @@ def train_recogniser(
         drawn, scenes, smudged, unclear = stocks[which]
         rows = dice.below(len(drawn), batch).to(device)
         pictures = vary(drawn[rows].float() / 255, step)
-        with torch.autocast(device, torch.bfloat16):
+        with sixteen_bits(device):
             loss = loss_of(
                 net,
                 pictures.to(memory_format=torch.channels_last),

@@ -12,6 +12,7 @@ from spark2.scenes import Dice
 from spark2_training.average import Average, copy, holding
 from spark2_training.clock import Budget, Clock, Log, rate
 from spark2_training.recogniser import scenes_for
+from spark2_training.workers import sixteen_bits
 
 _KL = 1e-4
 """Weight of the divergence to a unit Gaussian, a latent value against a pixel value."""
@@ -38,10 +39,10 @@ def train_vae(
     device: str,
     sizes: tuple[tuple[int, int], ...],
     *,
-    batch: int = 96,
+    batch: int,
 ) -> None:
     """Train a VAE in place until a budget is spent, then set its scale and shift."""
-    n = 20_000 if device == "cuda" else 300
+    n = 20_000 if device == "cuda" else 100
     held = pictures(n // 50, sizes[0], Dice("vae", "held out"), device).float() / 255
     stock = {
         size: pictures(n if i == 0 else n // 4, size, Dice("vae", *size), device)
@@ -59,7 +60,7 @@ def train_vae(
         some = stock[sizes[step % 8] if step % 8 < len(sizes) else sizes[0]]
         drawn = some[dice.below(len(some), batch).to(device)].float() / 127.5 - 1
         drawn = drawn.to(memory_format=torch.channels_last)
-        with torch.autocast(device, torch.bfloat16):
+        with sixteen_bits(device):
             posterior = vae.encode(drawn).latent_dist
             again = vae.decode(posterior.sample()).sample
         difference = again.float() - drawn
@@ -89,12 +90,14 @@ def train_vae(
     vae.eval()
     copy(average.values, list(vae.parameters()))
     log.write(part="vae", step=clock.steps, seconds=clock.seconds, psnr=round_trip(vae, held))
-    latents = torch.cat(
-        [
-            vae.encode(stock[sizes[0]][i : i + 256].float() / 127.5 - 1).latent_dist.mode().detach()
-            for i in range(0, 1024, 256)
-        ]
-    )
+    some = stock[sizes[0]][:1024]
+    with torch.no_grad():
+        latents = torch.cat(
+            [
+                vae.encode(part.float() / 127.5 - 1).latent_dist.mode()
+                for part in torch.split(some, 256)
+            ]
+        )
     vae.register_to_config(
         shift_factor=float(latents.mean()), scaling_factor=float(1 / latents.std())
     )

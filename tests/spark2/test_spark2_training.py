@@ -31,6 +31,7 @@ from spark2_training.muon import Muon
 from spark2_training.recogniser import accuracy, train_recogniser
 from spark2_training.vae import round_trip, train_vae
 from spark2_training.workers import Workers
+from thinned import exhaustive
 
 ALONE = Workers(0, 1, "cpu")
 SMALL = (32, 32)
@@ -554,6 +555,7 @@ def _parts(files):
     return {name: made for name, made in files.items() if name != "spark.safetensors"}
 
 
+@exhaustive
 @pytest.mark.slow
 def test_training_runs_in_small_and_resumes(run, tmp_path, monkeypatch):
     once = run("--steps", "1", "1", "2", "2")
@@ -578,6 +580,7 @@ def test_training_runs_in_small_and_resumes(run, tmp_path, monkeypatch):
     assert not list(tmp_path.glob("*.part"))
 
 
+@exhaustive
 @pytest.mark.slow
 def test_a_minutes_budget_counts_what_was_spent(run, tmp_path, parts):
     out_with(tmp_path, vae=parts["vae"], recogniser=Recogniser())
@@ -590,6 +593,7 @@ def test_a_minutes_budget_counts_what_was_spent(run, tmp_path, parts):
     assert (tmp_path / "flow.safetensors").read_bytes() == before
 
 
+@exhaustive
 @pytest.mark.slow
 def test_guidance_is_not_distilled_from_a_flow_that_is_not_done(run, tmp_path, parts):
     out_with(tmp_path, vae=parts["vae"], recogniser=Recogniser())
