@@ -117,6 +117,13 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
     session.run("pytest", *asked, env={"OMP_NUM_THREADS": "1"})
 
 
+def run_benchmark(session: nox.Session, *asked: str) -> None:
+    """Run `benchmarks/edits.py` in small, unless options say otherwise."""
+    out = Path(session.create_tmp(), "edits.json").resolve()
+    arguments = asked or ("--stacks", "eager", "QKVFusion alone", "--rounds", "1")
+    session.run("python", "benchmarks/edits.py", "--tiny", "--out", str(out), *arguments)
+
+
 @nox.session(requires=["lint"])
 def quick(session: nox.Session) -> None:
     """Lint, then run the quick tests: no slow ones, no long files. Less than four minutes."""
@@ -126,13 +133,14 @@ def quick(session: nox.Session) -> None:
 
 @nox.session
 def rest(session: nox.Session) -> None:
-    """Run the tests that `quick` leaves out, the documentation's code blocks among them."""
+    """Run the tests that `quick` leaves out, the documentation's code blocks, and a benchmark."""
     install(session, "test", "oracles", "docs", extras=TESTED)
     run_tests(session, *LONG)
     run_tests(session, "-m", "slow", *(f"--ignore={path}" for path in LONG))
+    run_benchmark(session)
 
 
-@nox.session(name="everything-else", requires=["rest", "minimums", "package", "bench"])
+@nox.session(name="everything-else", requires=["rest", "minimums", "package"])
 def everything_else(session: nox.Session) -> None:
     """Run all that plain `nox` leaves out."""
     session.log("with plain `nox`, that is everything")
@@ -231,13 +239,11 @@ def figures(session: nox.Session) -> None:
     session.run("python", "docs/draw_imports.py")
 
 
-@nox.session
+@nox.session(default=False)
 def bench(session: nox.Session) -> None:
-    """Run the benchmark of whole edits on the tiny pipeline."""
+    """Run the benchmark of whole edits on the tiny pipeline; `rest` does so, too."""
     install(session)
-    out = Path(session.create_tmp(), "edits.json").resolve()
-    arguments = session.posargs or ["--stacks", "eager", "QKVFusion alone", "--rounds", "1"]
-    session.run("python", "benchmarks/edits.py", "--tiny", "--out", str(out), *arguments)
+    run_benchmark(session, *session.posargs)
 
 
 @nox.session

@@ -12,7 +12,7 @@ import zlib
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageCms
 
 from fluxfire.errors import FluxfireError
 from fluxfire.serve import decoding
@@ -199,6 +199,91 @@ def test_of_several_frames_the_first_is_taken(file_format):
     assert decode(data, max_pixels=LIMIT).getpixel((9, 9)) == (255, 0, 0)
 
 
+SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+SWAPPED = SRGB.replace(b"rXYZ", b"????").replace(b"gXYZ", b"rXYZ").replace(b"????", b"gXYZ")
+"""The profile whose red is sRGB's green, and the other way round."""
+
+
+@pytest.mark.parametrize("file_format", FORMATS)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_become_srgb(file_format, mode):
+    options = {"icc_profile": SWAPPED, "quality": 95, "lossless": True}
+    if file_format == "JPG":
+        mode = "RGB"
+    shown = decode(saved(drawn(mode=mode), file_format, **options), max_pixels=LIMIT)
+    red, green, blue = drawn().split()
+    swapped = Image.merge("RGB", (green, red, blue))
+    for at in ((8, 5), (32, 5), (8, 19), (32, 19)):
+        pairs = zip(shown.getpixel(at), swapped.getpixel(at), strict=True)
+        assert max(abs(a - b) for a, b in pairs) <= 12
+    assert shown.info == {}
+
+
+def profile(kinds, tags):
+    """An ICC profile with such tags."""
+    head, table, body = 128, struct.pack(">I", len(tags)), b""
+    start = head + len(table) + 12 * len(tags)
+    for name, data in tags.items():
+        table += name + struct.pack(">II", start + len(body), len(data))
+        body += data
+    beginning = struct.pack(">I4xI", start + len(body), 0x02100000) + kinds + bytes(12) + b"acsp"
+    return beginning.ljust(head, b"\0") + table + body
+
+
+WHITE = b"XYZ \0\0\0\0" + struct.pack(">iii", 63190, 65536, 54061)
+LINEAR = b"curv\0\0\0\0" + struct.pack(">IH2x", 1, 256)
+LINEAR_GREY = profile(b"mntrGRAYXYZ ", {b"wtpt": WHITE, b"kTRC": LINEAR})
+IDENTITY = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+ONLY_KEY = bytes([255, 128, 128, 0, 128, 128]) * 8  # white without black ink, else black
+TABLES = bytes(range(256)) * 4, bytes(range(256)) * 3
+INKS = b"mft1\0\0\0\0\4\3\2\0" + IDENTITY + TABLES[0] + ONLY_KEY + TABLES[1]
+GREY_INK = profile(b"prtrCMYKLab ", {b"wtpt": WHITE, b"A2B0": INKS})
+
+
+@pytest.mark.parametrize(("ink", "shade"), [((255, 0, 0, 0), 255), ((0, 0, 0, 255), 0)])
+def test_inks_become_srgb(ink, shade):
+    data = saved(Image.new("CMYK", (20, 20), ink), "JPG", icc_profile=GREY_INK)
+    assert near(decode(data, max_pixels=LIMIT), Image.new("RGB", (20, 20), (shade,) * 3), 3)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA"])
+def test_grey_becomes_srgb(mode):
+    picture = Image.new("L", (20, 20), 255 if mode == "1" else 100).convert(mode)
+    shown = decode(saved(picture, "PNG", icc_profile=LINEAR_GREY), max_pixels=LIMIT)
+    (grey, *_) = shown.getpixel((9, 9))
+    assert (grey, shown.mode) == (255 if mode == "1" else 168, "RGB")
+
+
+ODD_PROFILES = {
+    "srgb": SRGB,
+    "empty": b"",
+    "no profile": b"x" * 300,
+    "cut": SWAPPED[:-100],
+    "without colours": SRGB.replace(b"rXYZ", b"zzzz"),
+    "of inks": GREY_INK,
+    "of grey": LINEAR_GREY,
+    "with a chain": SWAPPED + b"mpet",
+}
+
+
+@pytest.mark.parametrize("odd", ODD_PROFILES.values(), ids=ODD_PROFILES)
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "CMYK"])
+def test_profiles_that_do_not_fit_are_ignored(odd, mode):
+    picture = drawn(mode=mode)
+    if mode == "CMYK" and odd == GREY_INK:
+        odd = SWAPPED
+    for file_format in {"RGB": FORMATS, "CMYK": ["JPG"]}.get(mode, ["PNG"]):
+        data = saved(picture, file_format, icc_profile=odd, lossless=True)
+        plain = saved(picture, file_format, lossless=True)
+        shown, wanted = (decode(each, max_pixels=LIMIT) for each in (data, plain))
+        assert shown.tobytes() == wanted.tobytes()
+
+
+def test_a_profile_that_is_too_large_is_ignored(monkeypatch):
+    monkeypatch.setattr(decoding, "LARGEST_PROFILE", len(SWAPPED) - 1)
+    assert decode(saved(drawn(), "PNG", icc_profile=SWAPPED), max_pixels=LIMIT) == drawn()
+
+
 BOMBS = {
     "png": png_claiming,
     "jpeg": jpeg_claiming,
@@ -312,6 +397,8 @@ SEEDS = [
     saved(drawn(), "PNG"),
     saved(drawn(mode="P"), "PNG", transparency=0),
     saved(drawn(mode="LA"), "PNG"),
+    saved(drawn(), "JPG", icc_profile=SWAPPED),
+    saved(drawn(mode="RGBA"), "WEBP", icc_profile=SWAPPED),
     saved(drawn(), "JPG"),
     saved(drawn(), "JPG", progressive=True, exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
     saved(drawn(), "WEBP"),
@@ -376,12 +463,15 @@ def test_any_text_is_decoded_or_refused(head, body):
         ("data:;base64,AAAA", 415),
         ("AAA", 400),
         ("AA=A", 400),
-        ("AAAA\n", 400),
         ("AA A", 400),
+        ("AAA\n", 400),
+        ("\n", 400),
         ("AA-_", 400),
         ("AAé=", 400),
         ("A" * 40, 200),
+        ("data:image/png;base64,\n" + "AAAA\r\n" * 10, 200),
         ("A" * 44, 413),
+        ("AAAA\n" * 11, 413),
     ],
 )
 def test_base64_is_strict_and_limited(text, status):

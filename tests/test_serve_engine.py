@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 
 import pytest
@@ -15,6 +16,7 @@ from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
+    Alive,
     Batch,
     Cancel,
     CannotStart,
@@ -36,7 +38,7 @@ class Worker:
     """Stands for a worker process; `workers` are all that were started."""
 
     workers: list[Worker] = []  # noqa: RUF012 - one list for all, emptied by the test
-    pid = 1
+    ending = "it was killed"
 
     def __init__(self, settings):
         self.sent, self.heard, self.stopped, self.killed = [], None, False, False
@@ -50,6 +52,9 @@ class Worker:
 
     def stop(self):
         self.stopped = True
+
+    def join(self):
+        self.joined = True
 
     def kill(self):
         self.killed = True
@@ -77,9 +82,9 @@ class Bench:
     def worker(self):
         return Worker.workers[-1]
 
-    def submit(self, asked):
+    def submit(self, asked, owner=None):
         """As the service does, with a place that is kept until the request is done."""
-        place = self.engine.reserve(asked.level)
+        place = self.engine.reserve(asked.level, owner)
         ticket = self.engine.submit(asked, place)
         ticket.done.add_done_callback(lambda _: self.engine.release(place))
         return ticket
@@ -325,30 +330,156 @@ async def goes_on_without(hung, bench, other):
     assert (await other.done).pictures
 
 
+@contextlib.asynccontextmanager
+async def beating(bench):
+    """The worker's process runs, and says so, whatever its pipeline does."""
+    worker = bench.worker
+
+    async def beat():
+        while not worker.killed:
+            await asyncio.sleep(2)
+            worker.heard(Alive())
+
+    beats = asyncio.create_task(beat())
+    try:
+        yield worker
+    finally:
+        beats.cancel()
+
+
 @on_a_loop
-async def test_a_worker_that_hangs_is_replaced_once_nobody_waits_for_it():
-    bench = await Bench(hang_seconds=0.05, max_batch=1).ready()
-    stuck, other = bench.submit(ask()), bench.submit(ask(1))
-    await asyncio.sleep(0.1)
-    assert not bench.worker.killed  # somebody waits
-    first = bench.worker
-    bench.engine.cancel(stuck, GONE)
-    await asyncio.sleep(0.03)
-    await bench.say(StepDone(1, 2))  # it is alive, so its time begins anew
-    await asyncio.sleep(0.04)
+async def test_a_process_that_hangs_is_soon_known_and_replaced():
+    bench = await Bench(hang_seconds=60).ready()
+    stuck, first = bench.submit(ask()), bench.worker
+    await asyncio.sleep(9)
+    assert bench.engine.state == "ready"
+    await asyncio.sleep(3)
+    assert bench.engine.state == "stalled"
+    await asyncio.sleep(43)
     assert not first.killed
-    await goes_on_without(first, bench, other)
+    await goes_on_without(first, bench, stuck)  # tried again with the next worker
+    assert bench.engine.state == "ready"
+
+
+@on_a_loop
+async def test_a_batch_of_a_new_kind_may_compile_until_nobody_waits_for_it():
+    bench = await Bench(hang_seconds=60, max_batch=1).ready()
+    stuck, other = bench.submit(ask()), bench.submit(ask(1))
+    async with beating(bench) as first:
+        await asyncio.sleep(1000)
+        assert not first.killed
+        assert bench.engine.state == "ready"
+        await bench.say(StepDone(1, 2))
+        bench.engine.cancel(stuck, GONE)
+        await asyncio.sleep(40)
+        await bench.say(StepDone(1, 2))  # it is alive, so its time begins anew
+        await asyncio.sleep(40)
+        assert not first.killed
+        await goes_on_without(first, bench, other)
+
+
+@on_a_loop
+async def test_a_batch_of_a_known_kind_that_hangs_is_known_and_replaced():
+    bench = await Bench(hang_seconds=60).ready()
+    async with beating(bench) as first:
+        for _ in range(9):  # the first one compiles for 90 s; this is forgotten
+            bench.submit(ask())
+            await asyncio.sleep(90 if len(first.batches) == 1 else 2)
+            await bench.made()
+        stuck = bench.submit(ask())
+        await asyncio.sleep(15)
+        assert bench.engine.state == "ready"
+        await asyncio.sleep(10)
+        assert bench.engine.state == "stalled"
+        await goes_on_without(first, bench, stuck)
 
 
 @on_a_loop
 async def test_a_worker_that_hangs_after_another_died_is_replaced_too():
-    bench = await Bench(hang_seconds=0.05, max_batch=1).ready()
+    bench = await Bench(max_batch=1).ready()
     bench.engine.cancel(bench.submit(ask()), GONE)
     await bench.died()
     await bench.ready()
     bench.engine.cancel(bench.submit(ask()), GONE)
     second, other = bench.worker, bench.submit(ask(1))
     await goes_on_without(second, bench, other)
+
+
+@on_a_loop
+async def test_an_end_waits_for_the_workers_own():
+    bench = await Bench().ready()
+    bench.engine.close()
+    await bench.engine.until_worker_ended()
+    assert bench.worker.stopped
+    assert bench.worker.joined
+
+
+@on_a_loop
+async def test_the_log_says_how_a_worker_ended_and_where_a_pipeline_failed(caplog):
+    bench = await Bench(max_batch=1).ready()
+    failed = bench.submit(ask())
+    await bench.say(Failed("edit-failed", "RuntimeError", "Traceback: boom at /srv/secret"))
+    with pytest.raises(RefusedError, match="RuntimeError; the service's log") as refusal:
+        await failed.done
+    assert "secret" not in str(refusal.value)
+    assert "request 1" in caplog.text
+    assert "boom at /srv/secret" in caplog.text
+    await bench.died()
+    assert "the worker died: it was killed" in caplog.text
+
+
+@on_a_loop
+async def test_keys_take_turns_by_the_work_that_they_ask_for():
+    bench = await Bench(max_batch=1, max_queue=32).ready()
+    served = []
+
+    async def serve(n):
+        for _ in range(n):
+            [number] = bench.worker.batches[-1].requests
+            served.append(owner_of[number])
+            await bench.made()
+
+    owner_of = {}
+
+    def submit(owner, kind=0):
+        ticket = bench.submit(ask(kind), owner)
+        owner_of[ticket.number] = owner
+        return ticket
+
+    many = [submit("ann") for _ in range(10)]
+    few = [submit("bob") for _ in range(2)]
+    costly = submit("cat", kind=3)  # four steps, where the others' requests have one
+    # One of ann's runs. Then each has had as much: the oldest goes first.
+    assert [bench.engine.position(t) for t in (many[1], *few, costly)] == [0, 1, 4, 2]
+    await serve(6)
+    assert served == ["ann", "ann", "bob", "cat", "ann", "bob"]
+    submit("cat")  # it has had four steps more than the others, so they go first
+    await serve(4)
+    assert served[6:] == ["ann", "ann", "ann", "cat"]
+
+
+@on_a_loop
+async def test_who_was_away_is_not_paid_for_it():
+    bench = await Bench(max_batch=1, max_queue=64).ready()
+    for _ in range(20):
+        bench.submit(ask(), "ann")
+    for _ in range(10):
+        await bench.made()
+    bob = [bench.submit(ask(), "bob") for _ in range(5)]
+    ahead = [bench.engine.position(t) for t in bob]
+    assert ahead == [1, 3, 5, 7, 9]
+
+
+@on_a_loop
+async def test_a_key_has_its_part_of_the_queue():
+    bench = Bench(max_queue=4)
+    slots = [bench.engine.reserve(None, "ann") for _ in range(2)]
+    with pytest.raises(RefusedError, match="2 requests of your key wait") as refusal:
+        bench.engine.reserve(None, "ann")
+    assert refusal.value.status == 429
+    assert bench.engine.reserve(None, "bob").owner == "bob"
+    bench.engine.release(slots[0])
+    assert bench.engine.reserve(None, "ann")
 
 
 @on_a_loop

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import ipaddress
+import re
 import socket
 import ssl
 from contextlib import asynccontextmanager
@@ -328,8 +329,12 @@ def test_entries_of_the_allow_list(entry, covered, others):
     ],
 )
 def test_other_entries_are_errors(entry):
-    with pytest.raises(FluxfireError, match="the allow-list of hosts has"):
+    with pytest.raises(FluxfireError, match="the allow-list of hosts has") as caught:
         read_allow_list([entry])
+    recommended = re.findall('"(.+?)"', str(caught.value))
+    for origin in read_allow_list(recommended):
+        assert origin.host.endswith("example.org")  # and no host inside, which is never fetched
+    assert len(recommended) == 3
 
 
 @pytest.mark.parametrize("addresses", [[PRIVATE], [PUBLIC, PRIVATE], [PRIVATE, PUBLIC], ["::1"]])

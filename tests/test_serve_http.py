@@ -293,7 +293,7 @@ def test_fields_that_are_none_are_named(client):
     for parts in ({f"k{n}": 0 for n in range(10_000)}, [0] * 30_000):
         response = client.post("/inference", json=parts)
         problem(response, 400, "not-json", "the body has too many parts")
-    quotes = body(prompt='"' * 2000, negative_prompt="," * 2000, steps=1)
+    quotes = body(prompt='"' * 2000, negative_prompt="," * 2000, true_cfg_scale=2, steps=1)
     assert client.post("/inference", json=quotes).status_code == 200
     sent = {"data": {"prompt": "x"}, "files": {"picture": b"a"}}
     problem(client.post("/inference", **sent), 422, INVALID, "send the picture in the field image")
@@ -315,6 +315,47 @@ def test_bodies_are_limited_while_they_come(client):
     file = {"image": ("x.png", file_of(large), "image/png")}
     response = client.post("/inference", data={"prompt": "x"}, files=file)
     problem(response, 413, "image-too-large", "the limit is 100000")
+
+
+def raw(client, head):
+    """What the service answers to a request without its body, until it closes the connection."""
+    url = client.base_url
+    with socket.create_connection((url.host, url.port), timeout=PATIENCE) as line:
+        line.sendall(b"POST /inference HTTP/1.1\r\nHost: 127.0.0.1\r\n" + head + b"\r\n\r\n")
+        heard = b""
+        with contextlib.suppress(ConnectionError):
+            while part := line.recv(65536):
+                heard += part
+        return heard
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"Content-Type: text/plain\r\nTransfer-Encoding: chunked", b" 415 "),
+        (b"Content-Type: text/plain\r\nContent-Length: 1000000", b" 415 "),
+        (b"Content-Type: application/json\r\nContent-Length: 99999999", b" 413 "),
+        (
+            b"Content-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 99999999",
+            b" 413 ",
+        ),
+    ],
+)
+def test_a_refused_body_is_not_read_on(client, head, status):
+    heard = raw(client, head)  # the body's end never comes: only the service ends this
+    assert heard.startswith(b"HTTP/1.1" + status), heard
+    assert b"connection: close" in heard.lower()
+
+
+def test_a_small_refused_body_leaves_the_connection_open(client):
+    for _ in range(2):
+        response = client.post("/inference", content=b"x", headers={"content-type": "text/plain"})
+        assert response.status_code == 415
+        assert "connection" not in response.headers
+
+
+def test_no_redirection_goes_where_the_client_says(client):
+    assert client.get("/about/", follow_redirects=False).status_code == 404
 
 
 def test_a_job_from_its_beginning_to_its_end(client):
@@ -557,7 +598,8 @@ def worker_of(process):
 
 def asked_while_it_is_stopped(process, url, held, *, goes_on):
     """What an edit that runs at SIGTERM is answered, whether its worker then goes on or hangs."""
-    with ThreadPoolExecutor(1) as pool, held(worker_of(process)) as go_on:
+    worker = worker_of(process)
+    with ThreadPoolExecutor(1) as pool, held(worker) as go_on:
         answer = pool.submit(httpx.post, f"{url}/inference", json=body(), timeout=PATIENCE)
         until(lambda: counts(url, "fluxfire_requests_running 1.0"), "it is with the worker")
         with half_a_request(url) as heard:
@@ -566,12 +608,23 @@ def asked_while_it_is_stopped(process, url, held, *, goes_on):
         if goes_on:
             go_on()
         answer.result()
+        if not goes_on:
+            process.wait(PATIENCE)
+            until(lambda: gone(worker), "the worker, which hangs, has ended with its server")
     said = ended(process)
     assert process.returncode in {0, -signal.SIGTERM}  # uvicorn then ends as it was told to
     assert "ready: spark on cpu with FirstBlockCache" in said
     assert "quality faithful, unless a request asks for balanced or fast" in said
     assert "/metrics" not in said  # nor any other probe
     return answer.result()
+
+
+def gone(pid):
+    """Whether a process has ended, though perhaps nobody has asked for its status."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 def ended(process):

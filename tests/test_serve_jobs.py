@@ -35,7 +35,7 @@ class Engine:
     def __init__(self):
         self.places, self.full = set(), False
 
-    def reserve(self, level):
+    def reserve(self, level, owner=None):
         if self.full:
             raise RefusedError("full", status=429, code="queue-full")
         place = object()
@@ -159,6 +159,27 @@ def test_looking_forgets_nothing_and_beginning_forgets_what_ended_first():
         assert jobs.find(third.id, None) is third
         with pytest.raises(RefusedError, match="there is no such job"):
             jobs.find(late.id, None)  # begun later, and ended first
+        await jobs.close()
+
+    idle_loop.run(story())
+
+
+def test_a_keys_jobs_make_room_for_no_others():
+    async def story():
+        service = Service(max_jobs=2)
+        jobs = Jobs(service)
+        bobs = jobs.begin(ASKED, "bob")
+        await asyncio.sleep(0)
+        await end(service, 0)
+        anns = []
+        for number in range(1, 6):
+            anns.append(jobs.begin(ASKED, "ann"))
+            await asyncio.sleep(0)
+            await end(service, number)
+        assert jobs.find(bobs.id, "bob") is bobs
+        assert jobs.find(anns[-1].id, "ann") is anns[-1]
+        with pytest.raises(RefusedError, match="there is no such job"):
+            jobs.find(anns[0].id, "ann")
         await jobs.close()
 
     idle_loop.run(story())

@@ -7,6 +7,7 @@ import time
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from pydantic import ValidationError
 
 pytest.importorskip("fastapi")
 schemathesis = pytest.importorskip("schemathesis")
@@ -16,6 +17,7 @@ from schemathesis.specs.openapi import checks  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve import engine as engine_module  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
+from fluxfire.serve.schema import MOST_PIXELS, EditRequest  # noqa: E402
 from fluxfire.serve.wire import LEVELS, Batch, Done, Facts, RawPicture, Ready, Result  # noqa: E402
 
 PATIENCE = 600
@@ -105,3 +107,39 @@ def test_examples_and_statuses_are_there(service):
                 schema = answers[status]["content"]["application/json"]["schema"]
                 wanted = "Health" if (path, status) in UNWELL else "ProblemAnswer"
                 assert schema["$ref"].endswith(f"/{wanted}"), (path, status)
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        ({"width": 512}, "width needs height; give both of them"),
+        ({"height": 1024}, "height needs width; give both of them"),
+        ({"width": 2048, "height": 1024}, f"2097152 pixels; the limit is {MOST_PIXELS}"),
+        ({"width": 2064, "height": 256}, "width"),
+        ({"width": 1248, "height": 833}, "height"),
+        ({"negative_prompt": "red"}, "negative_prompt needs a true_cfg_scale above 1"),
+        ({"negative_prompt": "red", "true_cfg_scale": 1}, "such as 2"),
+        ({"negative_prompt2": "red"}, "negative_prompt2 needs a true_cfg_scale above 1"),
+        ({"true_cfg_scale": 5}, "needs a negative_prompt; add one"),
+        ({"true_cfg_scale": 5, "negative_prompt2": "red"}, "needs a negative_prompt; add one"),
+        ({"prompt": " \t\n\u3000"}, "white space alone says nothing"),
+        ({"prompt2": " "}, "white space alone says nothing"),
+        ({"negative_prompt": " ", "true_cfg_scale": 5}, "white space alone says nothing"),
+    ],
+)
+def test_fields_without_effect_or_sense_are_refused(fields, why):
+    with pytest.raises(ValidationError, match=why):
+        EditRequest.model_validate({"prompt": "x"} | fields)
+
+
+def test_fields_that_need_each_other_are_taken_together():
+    assert EditRequest(prompt="x").size is None
+    assert EditRequest(prompt="x", width=2048, height=256).size == (2048, 256)
+    assert EditRequest(prompt="x", true_cfg_scale=5, negative_prompt="red", negative_prompt2="a")
+    assert EditRequest(prompt="x", true_cfg_scale=1)
+
+
+def test_all_sizes_that_kontext_prefers_can_be_asked_for():
+    kontext = pytest.importorskip("diffusers.pipelines.flux.pipeline_flux_kontext")
+    for width, height in kontext.PREFERRED_KONTEXT_RESOLUTIONS:
+        assert EditRequest(prompt="x", width=width, height=height).size == (width, height)

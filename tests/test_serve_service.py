@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
 import gc
 import io
+import json
+import tempfile
 import threading
 import weakref
 
@@ -14,11 +17,16 @@ from PIL import Image
 
 pytest.importorskip("fastapi")
 
+pytest.importorskip("httpx")
+
+import httpx
+from fastapi import Request
+
 import idle_loop
 from fluxfire.serve import service as service_module
 from fluxfire.serve.engine import QueueSlot, Ticket
 from fluxfire.serve.errors import RefusedError
-from fluxfire.serve.request_body import SentRequest, race
+from fluxfire.serve.request_body import SentRequest, race, read_request
 from fluxfire.serve.schema import EditRequest
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
@@ -37,7 +45,7 @@ class Engine:
     def __init__(self):
         self.place, self.ticket, self.left = QueueSlot(), None, False
 
-    def reserve(self, level):
+    def reserve(self, level, owner=None):
         return self.place
 
     def release(self, place):
@@ -159,3 +167,108 @@ def test_a_place_is_kept_until_the_pictures_are_stored():
         service.close()
 
     asyncio.run(story())
+
+
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="prompt"\r\n\r\nred\r\n--x\r\n'
+    b'Content-Disposition: form-data; name="image"; filename="a.png"\r\n'
+    b"Content-Type: image/png\r\n\r\n" + png() + b"\r\n--x--\r\n"
+)
+FORM_TYPE = "multipart/form-data; boundary=x"
+
+
+def read(body, kind=FORM_TYPE, size=10**6):
+    """Read a body that arrives in parts of a size."""
+    parts = [body[at : at + size] for at in range(0, len(body), size)]
+    messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+    messages.append({"type": "http.request", "body": b"", "more_body": False})
+
+    async def receive():
+        return messages.pop(0)
+
+    scope = {"type": "http", "headers": [(b"content-type", kind.encode())]}
+    return asyncio.run(read_request(Request(scope, receive), 600))
+
+
+def refused(body, kind=FORM_TYPE, size=10**6):
+    with pytest.raises(RefusedError) as caught:
+        read(body, kind, size)
+    str(caught.value).encode()  # as the response will
+    return caught.value.status, caught.value.code
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+@pytest.mark.parametrize(
+    ("form", "kind"),
+    [
+        (FORM, FORM_TYPE),
+        (FORM, 'Multipart/Form-Data; charset=utf-8; boundary="x"'),
+        (FORM.removesuffix(b"\r\n"), FORM_TYPE),
+        (b"\r\n" + FORM, FORM_TYPE),
+        (FORM + b"an epilogue\r\n--x\r\n", FORM_TYPE),
+    ],
+)
+def test_whole_forms_are_read(form, kind, size):
+    sent = read(form, kind, size)
+    assert (sent.request.prompt, sent.file) == ("red", png())
+
+
+def test_a_form_of_httpx_is_read():
+    sent = httpx.Request("POST", "http://a", data={"prompt": "red"}, files={"image": png()})
+    assert read(sent.read(), sent.headers["content-type"], 50).file == png()
+
+
+@pytest.mark.parametrize("size", [1, 10**6])
+@pytest.mark.parametrize(
+    "kept",
+    [
+        FORM.removesuffix(b"-\r\n"),
+        FORM.removesuffix(b"--\r\n"),
+        FORM.removesuffix(b"--\r\n") + b"\r\n",
+        FORM.removesuffix(b"\r\n--x--\r\n"),
+        FORM[: FORM.index(b"IHDR")],
+        FORM[: FORM.index(b"IHDR")] + b"--x--",  # not at the start of a line
+        FORM[: FORM.index(b"image/png")],
+        FORM[: FORM.index(b"filename")],
+        FORM[:10],
+        b"",
+    ],
+)
+def test_forms_without_their_end_are_refused(kept, size):
+    assert refused(kept, size=size) == (400, "form-cut")
+
+
+@pytest.mark.parametrize("body", [b"no form", FORM.replace(b"image", b"\r\n", 1)])
+def test_other_forms_are_refused_too(body):
+    assert refused(body) == (400, "bad-request")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EIO])
+def test_a_full_disk_is_told(monkeypatch, number):
+    def write(*_):
+        raise OSError(number, "as the test wants it")
+
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "write", write)
+    if number == errno.EIO:
+        with pytest.raises(OSError, match="as the test wants it"):
+            read(FORM)
+    else:
+        assert refused(FORM) == (507, "disk-full")
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b'{"prompt": "a", "seed": 1, "seed": 2}', "the field seed was sent twice"),
+        (b'{"prompt": "a", "prompt": "a"}', "the field prompt was sent twice"),
+        (b'{"prompt": {"a": 1, "a": 2}}', "the field a was sent twice"),
+        (b'{"\\ud800": 1, "\\ud800": 2}', r"the field \? was sent twice"),
+        (b'{"%s": 1, "%s": 2}' % (b"a" * 999, b"a" * 999), "the field a{40} was sent twice"),
+        (b'{"\\ud800": 1}', r"unknown fields: \?;"),
+    ],
+)
+def test_json_keys_are_sent_once_and_named(body, why):
+    with pytest.raises(RefusedError, match=why) as caught:
+        read(body, "application/json")
+    assert (caught.value.status, caught.value.code) == (422, "invalid-request")
+    json.dumps(str(caught.value), ensure_ascii=False).encode()

@@ -58,6 +58,25 @@ def test_keys(tmp_path):
     assert keys.owner("") is None
 
 
+def test_keys_follow_their_file(tmp_path, caplog):
+    (ann, of_ann), (bob, of_bob) = new_key("ann"), new_key("bob")
+    file = tmp_path / "keys"
+    file.write_text(f"{of_ann}\n")
+    keys = Keys.read(file)
+    file.write_text(f"{of_ann}\n{of_bob}\n")
+    assert keys.owner(bob) == "bob"
+    file.write_text(f"{of_bob}\n\n\n")
+    assert keys.owner(ann) is None
+    assert keys.owner(bob) == "bob"
+    file.write_text("nonsense")
+    assert keys.owner(bob) == "bob"
+    assert "the keys stay as they were: line 1 of" in caplog.text
+    file.unlink()
+    assert keys.owner(bob) == "bob"
+    file.write_text(f"{of_ann}\n")
+    assert (keys.owner(ann), keys.owner(bob)) == ("ann", None)
+
+
 @given(st.text())
 def test_no_other_key_will_do(guess):
     key, line = new_key("ann")

@@ -32,6 +32,7 @@ from fluxfire.passes.shared import attention_backends
 from fluxfire.protocol import Target
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from passes.test_compile import with_ip_adapter
+from thinned import thinned
 
 SIZES = attention_backends.Sizes(torch.device("cpu"), torch.float32, 3, 16)
 LAYERS = 5  # attentions of the tiny transformer
@@ -417,8 +418,11 @@ def test_the_bound_follows_the_weights(pipe):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["auto", "native", "fa3", "fa3-fp8"])
-@pytest.mark.parametrize("before", [[], [FusedBlocks()]], ids=str)
+@pytest.mark.parametrize(
+    ("before", "backend"),
+    thinned([[], [FusedBlocks()]], ["auto", "native", "fa3", "fa3-fp8"], 2),
+    ids=str,
+)
 @pytest.mark.usefixtures("unrefused")
 def test_a_block_stays_one_graph(before, backend):
     passes = [*before, Attention(backend)]

@@ -14,6 +14,7 @@ from fluxfire import modules
 from fluxfire.errors import PlanError
 from fluxfire.passes import Compile, Float8, MemoryLayout, QKVFusion
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
+from thinned import exhaustive
 
 CLOSE = 1e-5
 
@@ -276,6 +277,7 @@ def test_other_components_do_not_matter(pipe):
     assert fluxfire.plan(pipe, [QKVFusion(), MemoryLayout()]).ok
 
 
+@exhaustive
 @pytest.mark.slow
 def test_lora_under_compile():
     expected = edit(with_lora(tiny_kontext()))

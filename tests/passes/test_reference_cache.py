@@ -34,6 +34,7 @@ from passes.test_compile import with_ip_adapter
 from passes.test_first_block_cache import batch, count_blocks
 from passes.test_first_block_cache import hits as hits_of
 from passes.test_qkv_fusion import with_lora
+from thinned import exhaustive, half
 
 CLOSE = 1e-5
 TOKENS = 64  # noise tokens, and as many reference tokens
@@ -458,7 +459,7 @@ def test_settings_that_make_no_sense(settings, words):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("others", [[], [FusedBlocks()]], ids=["plain", "fused"])
+@pytest.mark.parametrize("others", half([[FusedBlocks()], []], 0), ids=str)
 def test_refreshes_and_the_steps_between_are_a_graph_each(others):
     by = ReferenceCache(schedule=[0, 3])
     sizes = ((32, 32), (48, 32), (32, 64))
@@ -473,6 +474,7 @@ def test_refreshes_and_the_steps_between_are_a_graph_each(others):
     assert runs[2].compiles == 0  # the second size made the graphs dynamic
 
 
+@exhaustive
 @pytest.mark.slow
 def test_batches_that_refresh_in_part_stay_compiled():
     """They need more than the 8 graphs that dynamo allows by default."""

@@ -104,7 +104,7 @@ def create_app(
             on_trouble=on_trouble,
         )
         engine.start()
-        service = Service(settings, engine, storage, metrics.count_edit)
+        service = Service(settings, engine, storage, metrics.count_edit, metrics.count_failure)
         app.state.engine, app.state.service, app.state.jobs = engine, service, Jobs(service)
         sweeper = asyncio.create_task(_sweep(storage)) if storage else None
         try:
@@ -116,9 +116,12 @@ def create_app(
             await app.state.jobs.close()
             service.close()
             engine.close()
+            # A process that ended leaves nobody to kill a worker that hangs.
+            await engine.until_worker_ended()
 
     app = FastAPIOffline(  # so that /docs works without internet access
         redoc_url=None,
+        redirect_slashes=False,  # the redirection would go to whatever Host the client names
         title="fluxfire",
         version=fluxfire.__version__,
         summary="Edits pictures by instruction.",
@@ -189,8 +192,8 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         responses=problems(401, 408, 413, 415, 422, 424, 429, 503, 504, 507),
         summary="Edit a picture, and wait for the result",
     )
-    async def inference(request: Request, _owner: Owner) -> Response:
-        edited = app.state.service.edit(await sent(request))
+    async def inference(request: Request, owner: Owner) -> Response:
+        edited = app.state.service.edit(await sent(request), owner=owner)
         return await _json(
             await race(edited, wait_for_disconnect(request), engine().until_closed())
         )
@@ -200,7 +203,7 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         response_model=JobAnswer,
         status_code=202,
         openapi_extra=_BODY,
-        responses=problems(401, 408, 413, 415, 422, 429, 503),
+        responses=problems(401, 408, 413, 415, 422, 429, 503, 507),
         summary="Begin an edit",
     )
     async def begin_job(request: Request, owner: Owner) -> JobAnswer:

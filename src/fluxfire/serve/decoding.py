@@ -15,7 +15,7 @@ import re
 import struct
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, ImageCms
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
@@ -37,11 +37,17 @@ MOST_SCANNED = 500_000_000
 """Most pixels of a JPEG times its scans: ten scans of 50 megapixels."""
 KEPT_PIXELS = 4_194_304
 """Most pixels of a picture in the queue. FLUX.1 Kontext works on one megapixel."""
+LARGEST_PROFILE = 4 * 2**20
+"""Most bytes of an ICC profile. Those of printers have up to about two million."""
 _DATA_URL = re.compile(r"data:([\w.+/-]*)((?:;[\w.+=-]*)*),", re.ASCII | re.IGNORECASE)
 _LONGEST_HEADER = 200  # characters before the comma of a data: URL
 _EXIF_MARK = b"Exif\0\0"
 _EXIF_ORIENTATION = 0x0112
 _EXIF_SHORT = 3
+_CHAIN = b"mpet"
+"""Marks a chain of conversions in an ICC profile. Few bytes can make a chain so long that it keeps
+a core busy for minutes, and cameras write none.
+"""
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -85,7 +91,8 @@ class PictureRefusedError(RefusedError):
 def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     """Decode a PNG, JPEG or WebP file to upright RGB; transparent pixels become white.
 
-    Only the first frame is decoded. The file's metadata is dropped.
+    Only the first frame is decoded. Its colours become sRGB, as its ICC profile says. The file's
+    metadata is dropped.
 
     Args:
         data: the whole file.
@@ -101,7 +108,7 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
         file = _open_within_limits(data, max_pixels)
         file.load()
         turn = _UPRIGHT.get(_orientation(file))
-        picture = flatten_to_rgb(_to_eight_bits(file))
+        picture = _flatten_to_srgb(_to_eight_bits(file), file.info.get("icc_profile"))
     except MemoryError:
         raise PictureRefusedError(
             "the picture needs more memory than the server has left; send a smaller one",
@@ -132,8 +139,8 @@ def decode_base64(text: str, *, max_bytes: int) -> bytes:
     """Decode base64, or a data: URL that contains base64.
 
     Args:
-        text: base64 of the standard alphabet with its padding and without line breaks; or
-            a data: URL of any image type. The type is ignored: `decode` looks at the bytes.
+        text: base64 of the standard alphabet with its padding, in one line or many; or a data: URL
+            of any image type. The type is ignored: `decode` looks at the bytes.
         max_bytes: the most bytes that the result may have.
 
     Raises:
@@ -155,10 +162,12 @@ def decode_base64(text: str, *, max_bytes: int) -> bytes:
                 code="image-format-unsupported",
             )
         start = header.end()
-    if len(text) - start > 4 * -(-max_bytes // 3):
-        raise _too_many_bytes_error(max_bytes)
     try:
-        data = binascii.a2b_base64(text[start:], strict_mode=True)
+        # Only line breaks: a space may be a "+" that some client decoded as one of a URL.
+        encoded = text[start:].encode("ascii").translate(None, b"\r\n")
+        if len(encoded) > 4 * -(-max_bytes // 3):
+            raise _too_many_bytes_error(max_bytes)
+        data = binascii.a2b_base64(encoded, strict_mode=True)
     except ValueError as error:  # binascii.Error is one, and so is a character beyond ASCII.
         raise PictureRefusedError(
             f"the image is not base64: {error}", status=400, code="image-malformed"
@@ -287,6 +296,22 @@ def _to_eight_bits(picture: Image.Image) -> Image.Image:
     grey = picture.point(lambda value: value * (1 / 257) + 0.5).convert("L")
     grey.info.pop("transparency", None)  # Its value has 16 bits.
     return grey
+
+
+def _flatten_to_srgb(picture: Image.Image, profile: object) -> Image.Image:
+    """Convert a picture to RGB, and its colours to sRGB; a broken or strange profile is ignored."""
+    if not isinstance(profile, bytes) or len(profile) > LARGEST_PROFILE or _CHAIN in profile:
+        return flatten_to_rgb(picture)
+    mode = {"C": "CMYK", "1": "L", "L": "L"}.get(picture.getbands()[0], "RGB")
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, ImportError, *_DAMAGE_ERRORS):  # some Pillows have no ImageCms
+        return flatten_to_rgb(picture)
+    if mode != "RGB":
+        return to_srgb.apply(picture if mode == "CMYK" else flatten_to_rgb(picture).convert(mode))
+    flat = flatten_to_rgb(picture)
+    return to_srgb.apply(flat, flat)  # in place, because it may have many megabytes
 
 
 def _damaged_error(reason: str) -> PictureRefusedError:

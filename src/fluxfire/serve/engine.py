@@ -2,7 +2,7 @@
 
 All code here runs on the server's event loop and never blocks it: two threads carry messages to
 and from the worker. The worker has one batch at a time. The engine builds the next batch from
-waiting requests of one kind, oldest first.
+waiting requests of one kind, in the order that `fair_turns.py` gives.
 """
 
 from __future__ import annotations
@@ -17,9 +17,13 @@ from statistics import fmean
 from typing import Literal, Never
 
 from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.fair_turns import FairTurns
+from fluxfire.serve.pace import Pace
 from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
+    HEARTBEAT,
+    Alive,
     Batch,
     Cancel,
     CannotStart,
@@ -38,7 +42,8 @@ _log = logging.getLogger(__name__)
 _MOST_FAILED_STARTS = 3
 _LONGEST_PAUSE = 30.0
 _USUAL_SECONDS = 5.0  # assumed for an edit until the first one is measured
-State = Literal["starting", "ready", "draining", "failed"]
+_LONGEST_SILENCE = 5 * HEARTBEAT  # of a process that runs
+State = Literal["starting", "ready", "stalled", "draining", "failed"]
 _STATUS = {"out-of-memory": 507, "edit-refused": 422, "edit-failed": 500}
 
 
@@ -50,6 +55,7 @@ class Ticket:
         number: unique number of the ticket, counted up.
         request: the request to the pipeline.
         done: future of the result, or of the error.
+        owner: name of the key that sent it; None without keys.
         began: loop time of the last send to the worker; None before the first.
         inference: seconds that the pipeline took for the batch.
         step: number of denoising steps done.
@@ -61,6 +67,7 @@ class Ticket:
     number: int
     request: PipelineRequest
     done: asyncio.Future[Result]
+    owner: str | None = None
     began: float | None = None
     inference: float = 0.0
     step: int = 0
@@ -78,15 +85,22 @@ class Ticket:
         """Whether it must run in a batch of its own, because its first batch failed."""
         return self.tries > 0
 
+    @property
+    def cost(self) -> int:
+        """The work that it asks for: denoising steps of single pictures."""
+        return self.request.steps * len(self.request.seeds)
+
 
 @dataclass(eq=False)
 class QueueSlot:
     """A reserved queue slot, held until the response is sent.
 
     Attributes:
+        owner: name of the key that sent the request; None without keys.
         early: whether the request has no ticket yet, because its picture is still being read.
     """
 
+    owner: str | None = None
     early: bool = True
 
 
@@ -122,6 +136,10 @@ class Engine:
         self._on_restart, self._on_trouble = on_restart, on_trouble
         self._settings = settings
         self._waiting: deque[Ticket] = deque()
+        self._turns = FairTurns()
+        self._pace = Pace()
+        self._loop: asyncio.AbstractEventLoop  # set by `start`
+        self._heard = 0.0  # loop time of the worker's last message
         self._slots: set[QueueSlot] = set()
         self._running: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
@@ -134,17 +152,23 @@ class Engine:
         self._all_answered = asyncio.Event()
         self._all_answered.set()
         self._restart: asyncio.TimerHandle | None = None
-        self._messages = 0  # received from all workers
         self._watchdog: asyncio.TimerHandle | None = None
+        self._ending: list[WorkerProcess] = []
 
     @property
     def state(self) -> State:
-        """`"ready"` if the worker can edit; else what the engine is doing instead."""
+        """`"ready"` if the worker can edit; else what the engine is doing instead.
+
+        `"stalled"`: the worker's process has been silent for 10 s, or its batch for ten times as
+        long as batches of this kind usually are.
+        """
         if self.trouble is not None:
             return "failed"
         if self._stopping.is_set():
             return "draining"
-        return "ready" if self._ready else "starting"
+        if not self._ready:
+            return "starting"
+        return "stalled" if self._stalled(self._loop.time()) else "ready"
 
     @property
     def waiting(self) -> int:
@@ -159,7 +183,7 @@ class Engine:
     def start(self) -> None:
         """Start a worker process, which then loads the pipeline."""
         self._restart = None
-        loop = asyncio.get_running_loop()
+        loop = self._loop = asyncio.get_running_loop()
 
         def on_message(message: FromWorker | None) -> None:
             loop.call_soon_threadsafe(self._on_message, worker, message)
@@ -171,19 +195,20 @@ class Engine:
             _log.exception("the worker cannot be started")
             self._on_worker_death()
 
-    def reserve(self, level: Level | None) -> QueueSlot:
+    def reserve(self, level: Level | None, owner: str | None = None) -> QueueSlot:
         """Reserve a queue slot before reading the request's picture.
 
         Args:
             level: the requested quality; None for the service's own.
+            owner: name of the key that sent the request; None without keys.
 
         Returns:
             The slot for `submit`. Pass it to `release` after the response is sent; `drain` waits
             for that.
 
         Raises:
-            RefusedError: the queue is full (429), the service is stopping or has no pipeline
-                (503), or the passes cannot give this level (422).
+            RefusedError: the queue is full, or this owner's part of it is (429), the service is
+                stopping or has no pipeline (503), or the passes cannot give this level (422).
         """
         if self.trouble is not None:
             raise _no_pipeline_error(self.trouble)
@@ -196,8 +221,18 @@ class Engine:
             raise RefusedError(
                 f"{waiting} requests wait already; try again later", status=429, code="queue-full"
             )
+        if owner is not None:
+            own = sum(t.owner == owner for t in self._waiting)
+            own += sum(slot.early and slot.owner == owner for slot in self._slots)
+            if own >= self._settings.queue_per_key:
+                raise RefusedError(
+                    f"{own} requests of your key wait already, as many as a key may have; try "
+                    f"again later",
+                    status=429,
+                    code="queue-full",
+                )
         self._check_level(level)
-        slot = QueueSlot()
+        slot = QueueSlot(owner)
         self._slots.add(slot)
         self._all_answered.clear()
         return slot
@@ -226,7 +261,11 @@ class Engine:
         self._check_level(request.level)
         slot.early = False
         loop = asyncio.get_running_loop()
-        ticket = Ticket(next(self._numbers), request, loop.create_future(), steps=request.steps)
+        ticket = Ticket(
+            next(self._numbers), request, loop.create_future(), slot.owner, steps=request.steps
+        )
+        present = {t.owner for t in (*self._waiting, *self._running.values())}
+        self._turns.enter(ticket.owner, present)
         ticket.done.add_done_callback(_mark_retrieved)
         self._waiting.append(ticket)
         self._advance()
@@ -242,11 +281,11 @@ class Engine:
             self._waiting.remove(ticket)
         elif ticket.number in self._running and self._worker is not None:
             self._worker.send(Cancel(ticket.number))
-            self._start_watchdog()
+            self._watch_worker()
 
     def position(self, ticket: Ticket) -> int | None:
         """Number of requests ahead of this one in the queue; None if it is not in the queue."""
-        return self._waiting.index(ticket) if ticket in self._waiting else None
+        return self._in_order().index(ticket) if ticket in self._waiting else None
 
     def retry_after(self) -> int:
         """Estimate in how many seconds the queue has room again; at least 1."""
@@ -300,9 +339,24 @@ class Engine:
         self._waiting.clear()
         self._running.clear()
         self._all_answered.set()
+        self._stop_worker()
+
+    async def until_worker_ended(self) -> None:
+        """Wait until each worker's process has ended, after `close`: at most some seconds."""
+        await asyncio.gather(*(asyncio.to_thread(worker.join) for worker in self._ending))
+
+    def kill_workers(self) -> None:
+        """Kill what has not ended yet, after `close`."""
+        for worker in self._ending:
+            worker.kill()
+
+    def _stop_worker(self) -> None:
         worker, self._worker = self._worker, None
         if worker is not None:
+            self._ending = [worker]
             worker.stop()
+            if not self._ready:  # it loads the model, and would not listen until that is done
+                worker.kill()
 
     def _check_level(self, level: Level | None) -> None:
         facts = self.facts  # None until the first worker is ready; `_refuse_levels` checks then
@@ -318,10 +372,11 @@ class Engine:
         """Send the next batch if the worker is idle and requests wait."""
         if not self._ready or self._running or not self._waiting or self._worker is None:
             return
-        first = self._waiting.popleft()
+        first, *others = self._in_order()
+        self._waiting.remove(first)
         batch, room = [first], self._settings.at_once - len(first.request.seeds)
         if not first.alone:
-            for ticket in list(self._waiting):
+            for ticket in others:
                 fits = (
                     len(ticket.request.seeds) <= room and ticket.request.kind == first.request.kind
                 )
@@ -334,29 +389,41 @@ class Engine:
             ticket.began, ticket.step = now, 0
             ticket.tries += 1
             self._running[ticket.number] = ticket
+            self._turns.charge(ticket.owner, ticket.cost)
             ticket.notify()
         # A request that ran out of memory is retried with one picture at a time.
         at_once = 1 if first.tries > 1 else self._settings.at_once
+        pictures = sum(len(t.request.seeds) for t in batch)
+        self._pace.begin((first.request.kind, pictures, at_once), now)
         self._worker.send(Batch({t.number: t.request for t in batch}, at_once))
+        self._watch_worker()
+
+    def _in_order(self) -> list[Ticket]:
+        """Return what waits in the order in which it is served."""
+        return self._turns.order(self._waiting)
 
     def _on_message(self, worker: WorkerProcess, message: FromWorker | None) -> None:
         """Handle a message from a worker; None means that the worker died."""
         if worker is not self._worker:
             return  # a late message from an earlier worker
-        self._messages += 1
+        now = self._heard = asyncio.get_running_loop().time()
         if message is None:
             self._on_worker_death()
+        elif isinstance(message, Alive):
+            return
         elif isinstance(message, Ready):
             self.facts, self._ready = message.facts, True
             self._refuse_levels()
         elif isinstance(message, CannotStart):
             self._give_up(message.message)
         elif isinstance(message, StepDone):
+            self._pace.step(now)
             for ticket in self._running.values():
                 ticket.step, ticket.steps = message.step, message.steps
                 ticket.notify()
         elif isinstance(message, Done):
             self._failed_starts = 0
+            self._pace.end(now)
             self._on_done(message.results, message.seconds)
         else:
             self._on_failure(message)
@@ -382,8 +449,14 @@ class Engine:
         several = len(batch) > 1 or (
             failure.reason == "out-of-memory" and len(batch[0].request.seeds) > 1
         )
+        if failure.details:
+            numbers = ", ".join(str(ticket.number) for ticket in batch)
+            _log.error("the pipeline failed on request %s\n%s", numbers, failure.details)
+        else:
+            _log.warning("%s: %s", failure.reason, failure.message)
         error = RefusedError(
-            f"the edit failed: {failure.message}",
+            f"the edit failed: {failure.message}"
+            + ("; the service's log says where" if failure.details else ""),
             status=_STATUS[failure.reason],
             code=failure.reason,
         )
@@ -391,7 +464,9 @@ class Engine:
 
     def _on_worker_death(self) -> None:
         """Start another worker, and retry each request of the dead one in a batch of its own."""
-        _log.error("the worker died%s", "" if self._ready else " before it was ready")
+        when = "" if self._ready else " before it was ready"
+        how = self._worker.ending if self._worker is not None else "it did not start"
+        _log.error("the worker died%s: %s", when, how)
         self._on_restart()
         self._failed_starts = 0 if self._ready else self._failed_starts + 1
         died = RefusedError(
@@ -419,9 +494,7 @@ class Engine:
     def _give_up(self, why: str) -> None:
         _log.error("no pipeline: %s", why)
         self.trouble = why
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            worker.stop()
+        self._stop_worker()
         self._on_trouble(why)
         for ticket in self._waiting:
             if not ticket.done.done():
@@ -429,26 +502,38 @@ class Engine:
             ticket.notify()
         self._waiting.clear()
 
-    def _start_watchdog(self) -> None:
-        """Start a timer that kills the worker if it hangs on a batch that is all cancelled."""
-        abandoned = bool(self._running) and all(t.done.done() for t in self._running.values())
-        if self._watchdog is None and abandoned:
-            loop = asyncio.get_running_loop()
-            self._watchdog = loop.call_later(
-                self._settings.hang_seconds, self._check_worker, self._worker, self._messages
-            )
+    def _stalled(self, now: float) -> bool:
+        limit = self._pace.limit if self._running else None
+        late = limit is not None and self._pace.silence(now) > limit
+        return late or now - self._heard > _LONGEST_SILENCE
 
-    def _check_worker(self, worker: WorkerProcess | None, messages: int) -> None:
+    def _watch_worker(self) -> None:
+        """Start a timer that kills the worker if it hangs."""
+        if self._watchdog is None:
+            # Several looks, since a batch may be cancelled after the first.
+            seconds = self._settings.hang_seconds / 4
+            loop = asyncio.get_running_loop()
+            self._watchdog = loop.call_later(seconds, self._check_worker)
+
+    def _check_worker(self) -> None:
+        """Kill a worker whose process is silent, or whose batch is and should not be.
+
+        Only two batches should not be: one of a kind that was seen before, and one that nobody
+        waits for. Any other may compile.
+        """
         self._watchdog = None
-        silent = worker is self._worker and messages == self._messages
-        if worker is not None and silent and self._running:
-            _log.error(
-                "the worker was silent for %g s on a cancelled batch: killed",
-                self._settings.hang_seconds,
-            )
-            worker.kill()  # then _on_message(None) restarts it
-        else:
-            self._start_watchdog()
+        if not self._running or self._worker is None:
+            return
+        now, most = asyncio.get_running_loop().time(), self._settings.hang_seconds
+        silence = now - self._heard
+        cancelled = all(ticket.done.done() for ticket in self._running.values())
+        if cancelled or self._pace.limit is not None:
+            silence = max(silence, self._pace.silence(now))
+        if silence < most:
+            self._watch_worker()
+            return
+        _log.error("the worker was silent for %.0f s: killed", silence)
+        self._worker.kill()  # then _on_message(None) restarts it
 
     def _refuse_levels(self) -> None:
         """Refuse waiting requests whose level the loaded passes cannot give."""

@@ -89,15 +89,16 @@ class Jobs:
             RefusedError: too many jobs are running, or the engine refuses the request.
         """
         self._forget_old()
-        ended = self._ended()
-        full = len(self._jobs) >= self._service.settings.max_jobs
+        ended = self._ended(owner)
+        own = sum(job.owner == owner for job in self._jobs.values())
+        full = own >= self._service.settings.max_jobs
         if full and not ended:
             raise RefusedError(
-                f"{len(self._jobs)} jobs are running already; try again later",
+                f"{own} jobs are running already; try again later",
                 status=429,
                 code="queue-full",
             )
-        slot = self._service.engine.reserve(sent.request.quality)
+        slot = self._service.engine.reserve(sent.request.quality, owner)
         if full:  # only now, because `reserve` may raise
             del self._jobs[ended[0].id]
         job = Job(secrets.token_urlsafe(16), owner, sent.request.steps)
@@ -185,11 +186,12 @@ class Jobs:
     def _forget_old(self) -> None:
         """Delete jobs that ended more than `job_seconds` ago."""
         now, seconds = time.monotonic(), self._service.settings.job_seconds
-        for job in self._ended():
+        for job in [job for job in self._jobs.values() if job.finished is not None]:
             if job.finished is not None and now - job.finished >= seconds:
                 del self._jobs[job.id]
 
-    def _ended(self) -> list[Job]:
-        """Return the jobs that ended, oldest first."""
-        ended = [job for job in self._jobs.values() if job.finished is not None]
+    def _ended(self, owner: str | None) -> list[Job]:
+        """Return an owner's jobs that ended, oldest first: nobody else's makes room for its own."""
+        own = [job for job in self._jobs.values() if job.owner == owner]
+        ended = [job for job in own if job.finished is not None]
         return sorted(ended, key=lambda job: job.finished or 0.0)

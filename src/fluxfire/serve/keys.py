@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import logging
 import re
 import secrets
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from fluxfire.errors import FluxfireError
 
 _LINE = re.compile(r"([\w.@-]+)\s+sha256:([0-9a-f]{64})")
 _PREFIX = "ff_"
+_log = logging.getLogger(__name__)
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -37,10 +39,20 @@ def new_key(name: str) -> tuple[str, str]:
 
 
 class Keys:
-    """The keys that a service accepts."""
+    """The keys that a service accepts.
 
-    def __init__(self, hashes: Mapping[str, str]) -> None:
-        self._hashes = dict(hashes)
+    Keys from a file follow it: a line that goes revokes its key at the next request.
+    """
+
+    def __init__(self, hashes: Mapping[str, str], path: Path | None = None) -> None:
+        """Create them.
+
+        Args:
+            hashes: the SHA-256 of each key, in hexadecimal, by its owner's name.
+            path: the file that they came from, if any.
+        """
+        self._hashes, self._path = dict(hashes), path
+        self._stamp = path and _stamp(path)
 
     @classmethod
     def read(cls, path: Path) -> Keys:
@@ -49,30 +61,58 @@ class Keys:
         Raises:
             FluxfireError: the file cannot be read, a line has another form, or there is no key.
         """
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise FluxfireError(f"the keys in {path} cannot be read: {error}") from error
-        hashes: dict[str, str] = {}
-        for number, line in enumerate(map(str.strip, lines), 1):
-            if not line or line.startswith("#"):
-                continue
-            match = _LINE.fullmatch(line)
-            if match is None or match[1] in hashes:
-                why = "names a key a second time" if match else "is not a name and sha256:HASH"
-                raise FluxfireError(f"line {number} of {path} {why}")
-            hashes[match[1]] = match[2]
-        if not hashes:
-            raise FluxfireError(f"{path} holds no key; fluxfire serve --new-key NAME makes one")
-        return cls(hashes)
+        keys = cls({}, path)  # it stats before it reads, so no change in between goes unseen
+        keys._hashes = _parse(path)
+        return keys
 
     def owner(self, key: str) -> str | None:
         """Return the owner's name, or None. A wrong key takes as long as a right one."""
+        self._follow_file()
         given, found = _hash(key), None
         for name, known in self._hashes.items():
             if hmac.compare_digest(given, known):
                 found = name
         return found
+
+    def _follow_file(self) -> None:
+        """Read the file again if it changed; a file that is wrong changes no key."""
+        if self._path is None or (stamp := _stamp(self._path)) == self._stamp:
+            return
+        self._stamp = stamp
+        try:
+            self._hashes = _parse(self._path)
+        except FluxfireError as error:
+            _log.error("the keys stay as they were: %s", error)
+        else:
+            _log.info("read %d keys from %s", len(self._hashes), self._path)
+
+
+def _parse(path: Path) -> dict[str, str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise FluxfireError(f"the keys in {path} cannot be read: {error}") from error
+    hashes: dict[str, str] = {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        if not line or line.startswith("#"):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None or match[1] in hashes:
+            why = "names a key a second time" if match else "is not a name and sha256:HASH"
+            raise FluxfireError(f"line {number} of {path} {why}")
+        hashes[match[1]] = match[2]
+    if not hashes:
+        raise FluxfireError(f"{path} holds no key; fluxfire serve --new-key NAME makes one")
+    return hashes
+
+
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file does; None if there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def _hash(key: str) -> str:

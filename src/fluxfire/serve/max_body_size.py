@@ -6,9 +6,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxfire.serve.errors import RefusedError
 
+_MOST_UNREAD = 2**16  # bytes that a connection may go on with
+
 
 class MaxBodySizeMiddleware:
-    """ASGI middleware that refuses a body with more than `most` bytes, while it arrives."""
+    """ASGI middleware that refuses a body with more than `most` bytes, while it arrives.
+
+    A response that comes before the body's end closes the connection: the server would read the
+    rest for as long as the client sends, although nobody wants it.
+    """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
@@ -18,24 +24,37 @@ class MaxBodySizeMiddleware:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        left = self._most
+        length = _content_length(scope)
+        read, ended = 0, length == 0
 
         async def limited() -> Message:
-            nonlocal left
+            nonlocal read, ended
+            too_large = RefusedError(
+                f"the body has more than {self._most} bytes", status=413, code="body-too-large"
+            )
+            if length is not None and length > self._most:
+                raise too_large  # before the server asks for the body by 100 Continue
             message = await receive()
-            left -= len(message.get("body", b""))
-            if left < 0 or _content_length(scope) > self._most:
-                raise RefusedError(
-                    f"the body has more than {self._most} bytes", status=413, code="body-too-large"
-                )
+            read += len(message.get("body", b""))
+            ended = ended or not message.get("more_body", False)
+            if read > self._most:
+                raise too_large
             return message
 
-        await self._app(scope, limited, send)
+        async def closing(message: Message) -> None:
+            little = length is not None and length - read <= _MOST_UNREAD
+            if message["type"] == "http.response.start" and not ended and not little:
+                headers = [*message.get("headers", ()), (b"connection", b"close")]
+                message = {**message, "headers": headers}
+            await send(message)
+
+        await self._app(scope, limited, closing)
 
 
-def _content_length(scope: Scope) -> int:
-    """Return the body's Content-Length; 0 without one."""
-    for name, value in scope["headers"]:
-        if name == b"content-length" and value.isdigit():
-            return int(value)
-    return 0
+def _content_length(scope: Scope) -> int | None:
+    """Return the body's length in bytes: 0 without a body, None if only its end will tell."""
+    headers = dict(scope["headers"])
+    if b"transfer-encoding" in headers:
+        return None
+    value = headers.get(b"content-length", b"")
+    return int(value) if value.isdigit() else 0

@@ -8,7 +8,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.schema import EditAnswer
 
-_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 200, 400)
 _PICTURES = (1, 2, 3, 4, 8, 16)
 
 
@@ -26,6 +26,9 @@ class Metrics:
             ("phase",),
             buckets=_SECONDS,
             registry=registry,
+        )
+        self._edits = Counter(
+            "fluxfire_edits", "Edits that ended, jobs included", ("outcome",), registry=registry
         )
         self._steps = Counter(
             "fluxfire_steps", "Denoising steps, by what was left out", ("kind",), registry=registry
@@ -46,8 +49,13 @@ class Metrics:
         """Count a response by route and status."""
         self._answers.labels(route, str(status)).inc()
 
+    def count_failure(self, code: str) -> None:
+        """Count an edit without a result, by the code of its error."""
+        self._edits.labels(code).inc()
+
     def count_edit(self, answer: EditAnswer) -> None:
         """Record the seconds and steps of an edit."""
+        self._edits.labels("done").inc()
         for phase, seconds in answer.timings:
             self._phases.labels(phase).observe(seconds)
         for kind in answer.steps:

@@ -34,7 +34,7 @@ _PROBLEMS = {
     500: "The service failed.",
     503: "The service is starting or stopping, or its pipeline or store does not work.",
     504: "The request took too long.",
-    507: "The GPU has too little memory for the request.",
+    507: "The GPU has too little memory for the request, or the disk too little room.",
 }
 _ANYWHERE = (400, 403, 500)
 
@@ -99,7 +99,8 @@ def describe_errors(errors: Sequence[Any]) -> str:
     sentences = []
     for error in errors[:_MOST_ERRORS]:
         places = [str(part) for part in error["loc"] if part not in {"body", "query", "path"}]
-        sentences.append(f"{'.'.join(places) or 'the body'}: {error['msg']}")
+        said = error["msg"].removeprefix("Value error, ")  # pydantic's words before ours
+        sentences.append(f"{'.'.join(places) or 'the body'}: {said}")
     return "; ".join(sentences)
 
 

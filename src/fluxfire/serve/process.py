@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
+import multiprocessing.connection
 import pickle
 import queue
+import signal
 import threading
 from collections.abc import Callable
 
@@ -60,7 +62,7 @@ class WorkerProcess:
         """Ask the process to stop, and kill it after five seconds."""
         self.send(Stop())
         self.close_outbox()
-        threading.Thread(target=self._stop_and_wait, name="worker-stopper").start()
+        threading.Thread(target=self.join, name="worker-stopper").start()
 
     def kill(self) -> None:
         """Kill the process; `on_message` then gets None."""
@@ -70,11 +72,25 @@ class WorkerProcess:
         """Stop the sending thread."""
         self._outbox.put(None)
 
-    def _stop_and_wait(self) -> None:
-        self._process.join(_PATIENCE)
-        if self._process.is_alive():
+    def join(self, seconds: float = _PATIENCE) -> None:
+        """Wait until the process ended; kill it after some seconds. Several threads may wait."""
+        ended = [self._process.sentinel]
+        if not multiprocessing.connection.wait(ended, seconds):
             self._process.kill()
-            self._process.join()
+            multiprocessing.connection.wait(ended)
+
+    @property
+    def ending(self) -> str:
+        """How the process ended: its exit status, or the signal that killed it."""
+        code = self._process.exitcode
+        if code is None:
+            return "it cannot be reached"
+        if code >= 0:
+            return f"it exited with status {code}"
+        known = {number.value: number.name for number in signal.Signals}
+        killed = f"it was killed by {known.get(-code, f'signal {-code}')}"
+        memory = ", as the system does where memory runs out"
+        return killed + (memory if code == -signal.SIGKILL else "")
 
     def _receive_loop(self, on_message: Callable[[FromWorker | None], None]) -> None:
         with contextlib.suppress(_LoopClosed):  # the server has shut down

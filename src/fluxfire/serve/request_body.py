@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from dataclasses import dataclass
 from typing import Any, Never, TypeVar
 
 from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect
 
 from fluxfire.serve.errors import RefusedError
@@ -20,6 +22,7 @@ from fluxfire.serve.schema import EditRequest
 T = TypeVar("T")
 _LONGEST_NAME, _MOST_NAMED = 40, 5
 _MOST_PARTS = 20_000
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 _CLIENT_CLOSED = 499  # nginx's status for a client that closed the connection
 
 
@@ -54,10 +57,7 @@ async def read_request(request: Request, seconds: float) -> SentRequest:
     try:
         async with asyncio.timeout(seconds):
             if kind == "multipart/form-data":
-                # No limit for a field: MaxBodySizeMiddleware limits the whole body.
-                async with request.form(max_files=1, max_fields=30, max_part_size=2**63) as form:
-                    fields, file = await _read_form(form)
-                    return SentRequest(_validate(fields), file)
+                return await _read_form(request)
             if kind == "application/json":
                 # Not request.body(): starlette would keep those bytes until the response.
                 body = b"".join([part async for part in request.stream()])
@@ -83,17 +83,27 @@ def _parse_json(body: bytes) -> EditRequest:
     if body.count(b",") + body.count(b'"') > _MOST_PARTS:
         raise RefusedError("the body has too many parts", status=400, code="not-json")
     try:
-        fields = json.loads(body)
+        fields = json.loads(body, object_pairs_hook=_build_object)
     except (ValueError, RecursionError):
         raise RefusedError("the body is not JSON", status=400, code="not-json") from None
     return _validate(fields)
+
+
+def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build a JSON object; of two equal keys, json itself would keep the last."""
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise _sent_twice_error(name)
+        fields[name] = value
+    return fields
 
 
 def _validate(fields: Any) -> EditRequest:
     """Validate the fields; unknown names are refused first."""
     known = EditRequest.model_fields
     if isinstance(fields, dict) and (unknown := [name for name in fields if name not in known]):
-        named = ", ".join(name[:_LONGEST_NAME] for name in unknown[:_MOST_NAMED])
+        named = ", ".join(_shorten(name) for name in unknown[:_MOST_NAMED])
         more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
         raise RefusedError(
             f"unknown fields: {named}{more}; the fields are {', '.join(known)}",
@@ -107,20 +117,82 @@ def _validate(fields: Any) -> EditRequest:
         raise RefusedError(describe_errors(errors), status=422, code="invalid-request") from None
 
 
-async def _read_form(form: FormData) -> tuple[dict[str, Any], bytes | None]:
+def _shorten(name: str) -> str:
+    # JSON allows lone surrogates, but a response in UTF-8 does not.
+    return name[:_LONGEST_NAME].encode(errors="replace").decode()
+
+
+def _sent_twice_error(name: str) -> RefusedError:
+    return RefusedError(
+        f"the field {_shorten(name)} was sent twice", status=422, code="invalid-request"
+    )
+
+
+class _FormParser(MultiPartParser):
+    """Parses a form, and refuses it without its closing boundary.
+
+    Starlette's parser drops a part that was cut, so an edit would lose its picture.
+    """
+
+    def __init__(self, request: Request) -> None:
+        # No limit for a field: MaxBodySizeMiddleware limits the whole body.
+        super().__init__(
+            request.headers,
+            self._until_closed(request.stream()),
+            max_files=1,
+            max_fields=30,
+            max_part_size=2**63,
+        )
+        self._closed = False
+
+    def on_end(self) -> None:
+        """Note the closing boundary; an epilogue may follow."""
+        self._closed = True
+
+    async def _until_closed(self, body: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for part in body:
+            yield part
+        # Raised here, where the parser deletes its temporary files on an error.
+        if not self._closed:
+            raise RefusedError(
+                "the form has no closing boundary, so its end is missing; send it again, whole",
+                status=400,
+                code="form-cut",
+            )
+
+
+async def _read_form(request: Request) -> SentRequest:
+    try:
+        form = await _FormParser(request).parse()
+    except MultiPartException as error:
+        raise RefusedError(error.message, status=400, code="bad-request") from None
+    except OSError as error:  # The parser keeps large pictures in temporary files.
+        if error.errno not in _NO_SPACE:
+            raise
+        raise RefusedError(
+            "the server's disk has no space for the picture; try again later, or send it in JSON",
+            status=507,
+            code="disk-full",
+        ) from None
+    try:
+        fields, file = await _read_fields(form)
+        return SentRequest(_validate(fields), file)
+    finally:
+        await form.close()
+
+
+async def _read_fields(form: FormData) -> tuple[dict[str, Any], bytes | None]:
     """Return the fields and the picture of a form; empty fields count as missing."""
     fields, file = {}, None
     for name, value in form.multi_items():
         if name in fields or (name == "image" and file is not None):
-            raise RefusedError(
-                f"the field {name} was sent twice", status=422, code="invalid-request"
-            )
+            raise _sent_twice_error(name)
         if not isinstance(value, UploadFile):
             if value:
                 fields[name] = value
         elif name != "image":
             raise RefusedError(
-                f"{name} was sent as a file; send the picture in the field image",
+                f"{_shorten(name)} was sent as a file; send the picture in the field image",
                 status=422,
                 code="invalid-request",
             )

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from fluxfire.serve.wire import STEPS, Level
 
 _SCALE = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
-_SIDE = Annotated[int, Field(ge=256, le=1024, multiple_of=16)]
-_WORDS = Annotated[str, Field(min_length=1, max_length=2000)]
+_SIDE = Annotated[int, Field(ge=256, le=2048, multiple_of=16)]
 _PIXEL = "data:image/png;base64,iVBORw0KGgo…"
 LARGEST_SEED = 2**32 - 1
+MOST_PIXELS = 1_100_000
+"""Most pixels of a requested size. Kontext's own sizes have up to 1,062,400."""
+
+
+def _refuse_blank(words: str) -> str:
+    if not words.strip():
+        raise ValueError("white space alone says nothing; write some words")
+    return words
+
+
+_WORDS = Annotated[
+    str,
+    Field(min_length=1, max_length=2000, json_schema_extra={"pattern": r"\S"}),
+    AfterValidator(_refuse_blank),
+]
 
 
 class EditRequest(BaseModel):
@@ -37,9 +51,12 @@ class EditRequest(BaseModel):
     prompt: _WORDS = Field(description="What to do, or what to draw.")
     prompt2: _WORDS | None = Field(None, description="The prompt for T5, if different.")
     negative_prompt: _WORDS | None = Field(
-        None, description="What the picture must not show. Needs a true_cfg_scale above 1."
+        None,
+        description="What the picture must not show. It needs a true_cfg_scale above 1.",
     )
-    negative_prompt2: _WORDS | None = Field(None, description="The negative prompt for T5.")
+    negative_prompt2: _WORDS | None = Field(
+        None, description="The negative prompt for T5, if different."
+    )
     image: str | None = Field(
         None, description="The picture: base64 or a data: URL; in a form, a file.", min_length=1
     )
@@ -49,12 +66,19 @@ class EditRequest(BaseModel):
         min_length=1,
     )
     seed: int | None = Field(None, ge=0, le=LARGEST_SEED, description="Random by default.")
-    true_cfg_scale: _SCALE = 1.0
+    true_cfg_scale: _SCALE = Field(
+        1.0,
+        description="Strength of the negative prompt. Above 1 it needs a negative_prompt, and each "
+        "step runs twice.",
+    )
     guidance_scale: _SCALE = 3.5
     width: _SIDE = Field(
-        1024, description="With height: the aspect ratio, and the size if the model allows it."
+        1024,
+        description="Needs height. Together they are the aspect ratio, and the size if the model "
+        f"allows it; they have at most {MOST_PIXELS} pixels. Without them, a picture keeps its "
+        "aspect ratio.",
     )
-    height: _SIDE = 1024
+    height: _SIDE = Field(1024, description="Needs width.")
     steps: int = Field(STEPS, ge=1, le=50)
     num_images: int = Field(1, ge=1, le=4)
     output_format: Literal["PNG", "JPG", "WEBP"] = "PNG"
@@ -71,11 +95,33 @@ class EditRequest(BaseModel):
             raise ValueError("image and image_url exclude each other; give one of them")
         return self
 
+    @model_validator(mode="after")
+    def _both_sides(self) -> Self:
+        for side, other in (("width", "height"), ("height", "width")):
+            if side in self.model_fields_set and other not in self.model_fields_set:
+                raise ValueError(f"{side} needs {other}; give both of them, or neither")
+        if self.width * self.height > MOST_PIXELS:
+            raise ValueError(
+                f"width and height make {self.width * self.height} pixels; the limit is "
+                f"{MOST_PIXELS}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _both_of_guidance(self) -> Self:
+        # The pipeline ignores each of them without the other.
+        guided = self.true_cfg_scale > 1
+        for name in ("negative_prompt", "negative_prompt2"):
+            if getattr(self, name) is not None and not guided:
+                raise ValueError(f"{name} needs a true_cfg_scale above 1; add one, such as 2")
+        if guided and self.negative_prompt is None:
+            raise ValueError("a true_cfg_scale above 1 needs a negative_prompt; add one")
+        return self
+
     @property
     def size(self) -> tuple[int, int] | None:
         """The requested size; None without one, so that a picture keeps its aspect ratio."""
-        asked = {"width", "height"} & self.model_fields_set
-        return (self.width, self.height) if asked else None
+        return (self.width, self.height) if "width" in self.model_fields_set else None
 
 
 class ImageMade(BaseModel):
@@ -160,7 +206,7 @@ class About(BaseModel):
 
     model: str
     version: str
-    state: Literal["starting", "ready", "draining", "failed"]
+    state: Literal["starting", "ready", "stalled", "draining", "failed"]
     trouble: str | None = Field(
         None, description="Why the service has no pipeline; null if it has one."
     )
@@ -179,7 +225,7 @@ class About(BaseModel):
 class Health(BaseModel):
     """Whether the service is alive."""
 
-    status: Literal["starting", "ok", "draining", "failed"]
+    status: Literal["starting", "ok", "stalled", "draining", "failed"]
     gpu_available: bool
     message: str | None = None
 

@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 
 import uvicorn
@@ -34,6 +35,10 @@ class Server(uvicorn.Server):
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal stops the server."""
+        # A closed terminal and some supervisors send SIGHUP: it would end the process undrained.
+        hangup = getattr(signal, "SIGHUP", None)
+        if hangup is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(hangup, self.handle_exit)
         try:
             super().run(sockets)
         finally:
@@ -49,6 +54,7 @@ class Server(uvicorn.Server):
             await asyncio.wait({ending}, timeout=_POLL_SECONDS)
         if self.force_exit:
             self._app.state.engine.close()
+            self._app.state.engine.kill_workers()
             if answering := self.server_state.tasks:  # they get a refusal and can send it
                 await asyncio.wait(answering, timeout=1.0)
             for connection in list(self.server_state.connections):

@@ -17,7 +17,7 @@ from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.request_body import SentRequest
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
-from fluxfire.serve.storage import Storage, fresh_name
+from fluxfire.serve.storage import Storage, StorageError, fresh_name
 from fluxfire.serve.wire import PipelineRequest, RawPicture, Result
 
 P = ParamSpec("P")
@@ -42,12 +42,14 @@ class Service:
         engine: the request queue and its worker.
         storage: where pictures go; None puts them into the answers.
         on_answer: callback with each answer.
+        on_failure: callback with the code of each error that ends an edit without an answer.
     """
 
     settings: Settings
     engine: Engine
     storage: Storage | None
     on_answer: Callable[[EditAnswer], None] = lambda answer: None  # noqa: ARG005
+    on_failure: Callable[[str], None] = lambda code: None  # noqa: ARG005
 
     def __post_init__(self) -> None:
         self._pictures = ThreadPoolExecutor(_PICTURE_THREADS, "pictures")
@@ -63,6 +65,8 @@ class Service:
         sent: SentRequest,
         slot: QueueSlot | None = None,
         on_ticket: Callable[[Ticket], None] = lambda ticket: None,  # noqa: ARG005
+        *,
+        owner: str | None = None,
     ) -> EditAnswer:
         """Edit. Cancelling this coroutine cancels the request.
 
@@ -70,6 +74,7 @@ class Service:
             sent: the client's request; its picture is dropped once it is decoded.
             slot: its reserved queue slot; None reserves one. This method releases it.
             on_ticket: callback with the ticket once the request is in the queue.
+            owner: name of the client's key, if there is no slot yet; None without keys.
 
         Raises:
             RefusedError: the request cannot be carried out, or takes longer than `request_seconds`.
@@ -78,7 +83,7 @@ class Service:
         began = time.perf_counter()
         request = sent.request
         ticket: Ticket | None = None
-        slot = slot or self.engine.reserve(request.quality)
+        slot = slot or self.engine.reserve(request.quality, owner)
         try:
             async with asyncio.timeout(self.settings.request_seconds):
                 ticket = self.engine.submit(await self._pipeline_request(sent), slot)
@@ -91,11 +96,22 @@ class Service:
         except TimeoutError:
             if ticket is not None:
                 self.engine.cancel(ticket, _deadline_error(self.settings.request_seconds))
+            self.on_failure("deadline")
             raise _deadline_error(self.settings.request_seconds) from None
         except asyncio.CancelledError:
             if ticket is not None:
                 gone = RefusedError("the request was cancelled", status=499, code="cancelled")
                 self.engine.cancel(ticket, gone)
+            self.on_failure("cancelled")
+            raise
+        except RefusedError as refusal:
+            self.on_failure(refusal.code)
+            raise
+        except StorageError:
+            self.on_failure("storage")
+            raise
+        except Exception:
+            self.on_failure("internal")
             raise
         finally:
             self.engine.release(slot)
@@ -154,10 +170,10 @@ class Service:
             *(_run_in(self._pictures, _encode, raw, request) for raw in result.pictures)
         )
         written = time.perf_counter()
-        images = [
-            await self._image(data, raw, seed, request)
-            for data, raw, seed in zip(encoded, result.pictures, ticket.request.seeds, strict=True)
-        ]
+        pictures = zip(encoded, result.pictures, ticket.request.seeds, strict=True)
+        images = await asyncio.gather(
+            *(self._image(data, raw, seed, request) for data, raw, seed in pictures)
+        )
         ended = time.perf_counter()
         facts = self.engine.facts
         assert facts is not None  # noqa: S101 - a worker gave the result, so it was ready

@@ -20,6 +20,14 @@ _DURATIONS = (
     "drain_seconds",
     "hang_seconds",
 )
+_COUNTS = (
+    "max_queue",
+    "max_queue_per_key",
+    "max_batch",
+    "max_bytes",
+    "max_pixels",
+    "max_jobs",
+)
 _SMALL = ("spark", "random-tiny")
 
 
@@ -47,17 +55,19 @@ class Settings:
         retention_seconds: how long the service keeps stored pictures.
         link_seconds: how long a link to a stored picture is valid.
         max_queue: most requests in the queue.
+        max_queue_per_key: most requests of one key in the queue; None for half of the queue.
         max_batch: batch size. None means 4 for a small model, and 1 for a large one, where a single
             picture keeps a GPU busy.
         max_bytes: most bytes of an uploaded or fetched picture.
         max_pixels: most pixels of an uploaded or fetched picture.
-        max_jobs: most jobs that the service keeps, including finished ones.
+        max_jobs: most jobs of one key that the service keeps, including finished ones.
         job_seconds: how long the service keeps a finished job and its pictures.
         request_seconds: time limit of a request.
         fetch_seconds: time limit for fetching an `image_url`.
         drain_seconds: seconds to finish requests on shutdown.
-        hang_seconds: the service restarts a worker that is silent for this long on a cancelled
-            batch. A worker that compiles for a new size is silent, too.
+        hang_seconds: the service replaces a worker whose process is silent for this long, or whose
+            batch is: one of a kind that it has made before, or that nobody waits for any more. A
+            worker may compile for a new kind for longer.
         warm_up: sizes (width, height) of the warm-up runs before the service is ready; None for the
             model's own.
 
@@ -79,6 +89,7 @@ class Settings:
     retention_seconds: float = _DAY
     link_seconds: float = _HOUR
     max_queue: int = 32
+    max_queue_per_key: int | None = None
     max_batch: int | None = None
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
@@ -87,11 +98,11 @@ class Settings:
     request_seconds: float = 300.0
     fetch_seconds: float = 20.0
     drain_seconds: float = 60.0
-    hang_seconds: float = 120.0
+    hang_seconds: float = 60.0
     warm_up: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_queue", "max_batch", "max_bytes", "max_pixels", "max_jobs"):
+        for name in _COUNTS:
             if (given := getattr(self, name)) is not None and given < 1:
                 raise FluxfireError(f"{name}={getattr(self, name)!r}; it must be 1 or more")
         for name in _DURATIONS:
@@ -114,6 +125,11 @@ class Settings:
     def at_once(self) -> int:
         """The batch size."""
         return self.max_batch or (4 if self.model in _SMALL else 1)
+
+    @property
+    def queue_per_key(self) -> int:
+        """Most requests of one key in the queue."""
+        return self.max_queue_per_key or -(-self.max_queue // 2)
 
     @property
     def on_loopback(self) -> bool:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the server process does not load torch
 
 Level = Literal["faithful", "balanced", "fast"]
 LEVELS: tuple[Level, ...] = ("faithful", "balanced", "fast")
+HEARTBEAT = 2.0
+"""Seconds between two signs of life of a worker."""
 STEPS = 28
 """Default number of denoising steps."""
 AS_APPLIED = "as applied"
@@ -142,6 +144,11 @@ class Ready:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """The worker's process runs. It says so every `HEARTBEAT` seconds once it is ready."""
+
+
+@dataclass(frozen=True, slots=True)
 class CannotStart:
     """The worker cannot start, and another worker could not either."""
 
@@ -169,11 +176,18 @@ Reason = Literal["out-of-memory", "edit-refused", "edit-failed"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """The batch failed; the worker continues."""
+    """The batch failed; the worker continues.
+
+    Attributes:
+        reason: a short word for programs.
+        message: what the client is told.
+        details: what only the log is told, such as a traceback.
+    """
 
     reason: Reason
     message: str
+    details: str = ""
 
 
 ToWorker: TypeAlias = Batch | Cancel | Stop
-FromWorker: TypeAlias = Ready | CannotStart | StepDone | Done | Failed
+FromWorker: TypeAlias = Ready | Alive | CannotStart | StepDone | Done | Failed

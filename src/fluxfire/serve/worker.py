@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import queue
 import signal
+import sys
 import threading
 import time
+import traceback
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
+    HEARTBEAT,
+    Alive,
     Batch,
     Cancel,
     CannotStart,
@@ -28,6 +35,8 @@ from fluxfire.serve.wire import (
 if TYPE_CHECKING:
     from fluxfire.serve.pipeline_editor import PipelineEditor
 
+_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+
 
 def main(connection: Connection, settings: Settings) -> None:
     """Load the pipeline, report that, and edit batches until `Stop`. Exit when the server dies.
@@ -39,25 +48,42 @@ def main(connection: Connection, settings: Settings) -> None:
         connection: the connection to the server.
         settings: the service's settings.
     """
+    _die_with_the_server()
     # Ctrl-C reaches the whole process group, but the server decides when its worker stops.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    inbox = _Inbox(connection)
+    inbox, outbox = _Inbox(connection), _Outbox(connection)
     try:
         editor = _load_editor(settings)
     except FluxfireError as error:
-        _send(connection, CannotStart(str(error)))
+        outbox.send(CannotStart(str(error)))
         return
-    _send(connection, Ready(editor.facts))
+    outbox.send(Ready(editor.facts))
+    threading.Thread(target=_beat_loop, args=(outbox,), name="heartbeat", daemon=True).start()
     while (batch := inbox.batches.get()) is not None:
-        _send(connection, _edit_batch(editor, batch, inbox, connection))
+        outbox.send(_edit_batch(editor, batch, inbox, outbox))
 
 
-def _send(connection: Connection, message: FromWorker) -> None:
-    try:
-        connection.send(message)
-    except OSError:
-        os._exit(1)  # the server died
+def _die_with_the_server() -> None:
+    """Let Linux kill this process when the server's process ends, whatever this one does.
+
+    The inbox notices a closed connection, but its thread does not run while the process is stopped
+    or while a kernel holds Python's lock.
+    """
+    if sys.platform != "linux":
+        return
+    with contextlib.suppress(OSError, AttributeError):  # a C library without prctl
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    server = multiprocessing.parent_process()
+    if server is not None and server.pid != os.getppid():
+        os._exit(1)  # it died before the call
+
+
+def _beat_loop(outbox: _Outbox) -> None:
+    """Tell the server again and again that this process runs."""
+    while True:
+        time.sleep(HEARTBEAT)
+        outbox.send(Alive())
 
 
 def _load_editor(settings: Settings) -> PipelineEditor:
@@ -91,9 +117,7 @@ def _load_editor(settings: Settings) -> PipelineEditor:
     return editor
 
 
-def _edit_batch(
-    editor: PipelineEditor, batch: Batch, inbox: _Inbox, connection: Connection
-) -> FromWorker:
+def _edit_batch(editor: PipelineEditor, batch: Batch, inbox: _Inbox, outbox: _Outbox) -> FromWorker:
     """Edit a batch; stop early when all of its requests are cancelled."""
     import torch
 
@@ -103,7 +127,7 @@ def _edit_batch(
 
     def on_step(step: int, steps: int) -> None:
         raise_if_cancelled()
-        _send(connection, StepDone(step, steps))
+        outbox.send(StepDone(step, steps))
 
     began = time.perf_counter()
     try:
@@ -120,7 +144,8 @@ def _edit_batch(
     except (FluxfireError, ValueError) as error:
         return Failed("edit-refused", str(error))
     except Exception as error:  # noqa: BLE001 - any failure concerns this batch only
-        return Failed("edit-failed", f"{type(error).__name__}: {error}")
+        # An unknown error's text may name files and hosts: the log gets it, the client does not.
+        return Failed("edit-failed", type(error).__name__, traceback.format_exc())
     finally:
         inbox.cancelled -= batch.requests.keys()
     return Done(results, time.perf_counter() - began)
@@ -128,6 +153,22 @@ def _edit_batch(
 
 class _AllCancelledError(Exception):
     """All requests of a batch were cancelled."""
+
+
+class _Outbox:
+    """Sends messages from several threads; exits when the server died."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: FromWorker) -> None:
+        """Send a message."""
+        try:
+            with self._lock:  # a connection mixes what two threads send at once
+                self._connection.send(message)
+        except OSError:
+            os._exit(1)  # the server died
 
 
 class _Inbox:
@@ -156,7 +197,6 @@ class _Inbox:
                 self.cancelled.add(message.ticket)
             elif isinstance(message, Stop):
                 self.stopping = True
-                self.batches.put(None)
-                return
+                self.batches.put(None)  # and listen on: the server may die before this process
             else:
                 self.batches.put(message)
