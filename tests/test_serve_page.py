@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import io
+import json
+import re
 import shutil
 import socket
+import subprocess
 import threading
 import time
 
@@ -16,10 +20,15 @@ httpx = pytest.importorskip("httpx")
 uvicorn = pytest.importorskip("uvicorn")
 sync_api = pytest.importorskip("playwright.sync_api")
 
+from diffusers.pipelines.flux.pipeline_flux_kontext import (  # noqa: E402
+    PREFERRED_KONTEXT_RESOLUTIONS,
+)
+
 from fluxfire.bench import held_out  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve.errors import RefusedError  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
+from fluxfire.serve.schema import EditRequest  # noqa: E402
 
 BROWSER = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
@@ -29,6 +38,9 @@ PATIENCE = 600
 """Seconds for what takes a few, on a busy machine; only what never comes needs so many."""
 START = 1800
 """The same for a service's start, which imports and loads a lot."""
+
+FIELD = re.compile(r"--form-string '(\w+)=([^']*)'")
+"""A field of a request in the page's command for curl."""
 
 
 class Running:
@@ -132,10 +144,11 @@ def test_an_edit_from_picture_to_comparison(page, photo):
     fill(page, photo, steps="8")
     page.get_by_text("fast", exact=True).click()
     page.fill("#seed", "7")
-    page.click("#edit")
+    page.press("#prompt", "Control+Enter")
     expect(page.locator("#outcome")).to_be_visible()
     assert width(page.locator("#after")) == 128
     assert page.locator("#before").is_visible()
+    assert page.locator("#made-words").inner_text() == "make the background purple"
     assert page.locator("#made-seed").inner_text() == "7"
     cells = page.locator("#strip i").evaluate_all("cells => cells.map(c => c.className)")
     assert len(cells) == 8
@@ -144,7 +157,10 @@ def test_an_edit_from_picture_to_comparison(page, photo):
     said = page.locator("#saved").inner_text()
     assert f"{cells.count('hit')} of 8 steps ran only the first block" in said
     assert "Quality: fast" in said
-    assert page.locator("#download").get_attribute("href").startswith("data:image/png;base64,")
+    with page.expect_download() as download:
+        page.click("#download")
+    assert download.value.suggested_filename.endswith(".png")
+    assert Image.open(download.value.path()).size == (128, 128)
     assert page.locator("#progress").is_hidden()
 
 
@@ -171,12 +187,26 @@ def test_the_slider_moves_what_is_seen(page, photo):
     def clipped():
         return page.locator("#before").evaluate("image => getComputedStyle(image).clipPath")
 
-    half = clipped()
+    start = clipped()
+    assert page.locator("#slider").input_value() == "12"  # nearly all of the result is seen
+    assert page.locator(".line svg").is_visible()
     page.focus("#slider")
     for _ in range(10):
         page.keyboard.press("ArrowRight")
-    assert page.locator("#slider").input_value() == "60"
-    assert clipped() != half
+    assert page.locator("#slider").input_value() == "22"
+    moved = clipped()
+    assert moved != start
+    page.focus("#hold")
+    page.keyboard.down("Space")
+    assert clipped() == "none"
+    page.keyboard.up("Space")
+    assert clipped() == moved
+    page.hover("#hold")
+    page.mouse.down()
+    assert clipped() == "none"
+    page.mouse.move(0, 0)
+    page.mouse.up()
+    assert clipped() == moved
     pair = page.locator("#pair").bounding_box()
     page.mouse.click(pair["x"] + pair["width"] * 0.1, pair["y"] + pair["height"] / 2)
     assert int(page.locator("#slider").input_value()) < 20
@@ -184,7 +214,7 @@ def test_the_slider_moves_what_is_seen(page, photo):
 
 def test_several_pictures_and_editing_further(page, photo):
     fill(page, photo, steps="1")
-    page.click("summary")
+    page.click("#more summary")
     page.fill("#num_images", "2")
     page.fill("#seed", "3")
     page.click("#edit")
@@ -222,13 +252,25 @@ def test_before_and_after_lie_over_each_other(page, tmp_path):
 
 def test_another_shape_is_not_stretched(page, photo):
     fill(page, photo, steps="1")
-    page.click("summary")
-    page.fill("#width", "1024")
-    page.fill("#height", "512")
+    page.get_by_text("16:9", exact=True).click()
     page.click("#edit")
     sync_api.expect(page.locator("#outcome")).to_be_visible()
+    assert "176 × 96 pixels" in page.locator("#timings").inner_text()
     fitted = page.locator("#before").evaluate("image => getComputedStyle(image).objectFit")
     assert fitted == "contain"
+
+
+def test_each_shape_is_a_size_that_kontext_prefers(page):
+    for choice in page.locator("#shapes label").all():
+        choice.click()
+        sent = dict(FIELD.findall(page.locator("#curl").text_content()))
+        size = {name: int(sent[name]) for name in ("width", "height") if name in sent}
+        assert bool(size) == (choice.inner_text() != "as it is")
+        EditRequest(prompt="x", **size)
+        if size:
+            assert (size["width"], size["height"]) in PREFERRED_KONTEXT_RESOLUTIONS
+            wide, high = map(int, choice.inner_text().split(":"))
+            assert size["width"] / size["height"] == pytest.approx(wide / high, rel=0.05)
 
 
 def test_spark_offers_a_scene_of_the_kind_it_knows(page, service):
@@ -254,13 +296,130 @@ def test_the_interface_is_described_without_the_internet(browser, service):
     tab.context.close()
 
 
-def test_from_words_alone(page):
-    page.fill("#prompt", "a red circle")
-    page.fill("#steps", "1")
+def test_from_words_alone_and_away_from_others(page, photo):
+    fill(page, photo, prompt="a red circle", steps="1")
+    assert page.locator("#edit").inner_text() == "Edit"
+    page.click("#remove")
+    assert page.locator("#chosen").is_hidden()
+    assert page.locator("#edit").inner_text() == "Draw"
+    fill(page, photo, prompt="a red circle", steps="1")  # the same file again
+    page.click("#remove")
+    page.click("#more summary")
+    strength = page.locator("#true_cfg_scale")
+    assert strength.is_disabled()
+    assert {"true_cfg_scale", "negative_prompt"}.isdisjoint(
+        dict(FIELD.findall(page.locator("#curl").text_content()))
+    )
+    page.fill("#negative_prompt", "blue")
+    assert strength.is_enabled()
+    page.fill("#true_cfg_scale", "1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#problem")).to_contain_text("True guidance:")
+    page.fill("#true_cfg_scale", "2")
     page.click("#edit")
     sync_api.expect(page.locator("#outcome")).to_be_visible()
     assert page.locator("#before").is_hidden()
     assert page.locator("#slider").is_hidden()
+
+
+def test_a_result_comes_back_after_a_reload(page, photo):
+    expect, results = sync_api.expect, page.locator("#kept button")
+    fill(page, photo, steps="1")
+    page.fill("#seed", "5")
+    page.click("#edit")
+    expect(results).to_have_count(1)
+    page.click("#remove")
+    page.fill("#prompt", "a red circle")
+    page.fill("#seed", "6")
+    page.click("#edit")
+    expect(results).to_have_count(2)
+    expect(page.locator("#edit")).to_be_enabled()  # so the browser has stored it
+    page.reload()
+    expect(results).to_have_count(2)
+    assert page.locator("#outcome").is_hidden()
+    results.nth(1).click()
+    assert page.locator("#made-seed").inner_text() == "5"
+    assert page.locator("#made-words").inner_text() == "make the background purple"
+    for name in ("#before", "#after"):
+        assert width(page.locator(name)) == 128
+    page.click("#full")
+    assert width(page.locator("#zoomed")) == 128
+    page.keyboard.press("Escape")
+    expect(page.locator("#zoom")).to_be_hidden()
+    page.click("#further")
+    expect(page.locator("#chosen")).to_be_visible()
+    page.on("dialog", lambda dialog: dialog.accept())
+    page.click("#clear")
+    expect(page.locator("#history")).to_be_hidden()
+    assert width(page.locator("#after")) == 128
+    page.reload()
+    expect(page.locator("#about")).to_contain_text("ready")
+    expect(results).to_have_count(0)
+
+
+def test_the_history_is_bounded(page):
+    """Older pictures leave the browser's store, too."""
+    page.evaluate(
+        """async () => {
+          const blob = await (await fetch("page/scene.png")).blob();
+          const image = { blob, filename: "a.png", seed: 1, width: 128, height: 128 };
+          const opening = indexedDB.open("fluxfire", 1);
+          await new Promise((resolve) => (opening.onsuccess = resolve));
+          const change = opening.result.transaction("results", "readwrite");
+          for (let n = 0; n < 12; n++) {
+            change.objectStore("results").add({ words: `${n}`, images: [image, image, image] });
+          }
+          await new Promise((resolve) => (change.oncomplete = resolve));
+          opening.result.close();
+        }"""
+    )
+    for _ in range(2):
+        page.reload()
+        sync_api.expect(page.locator("#kept button")).to_have_count(10)
+    assert page.locator("#kept button").first.get_attribute("title") == "11"
+
+
+def test_pictures_in_another_store_are_shown_but_not_read(page, photo, service, monkeypatch):
+    class Elsewhere:
+        def put(self, *_):
+            pass
+
+        def url(self, name):
+            return f"https://store.example/{name}"
+
+    monkeypatch.setattr(service.app.state.service, "storage", Elsewhere())
+    page.route("https://store.example/**", lambda route: route.fulfill(path=photo))
+    fill(page, photo, steps="1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    assert width(page.locator("#after")) == 128
+    download = page.locator("#download")
+    assert download.get_attribute("href").startswith("https://store.example/")
+    assert download.get_attribute("target") == "_blank"
+    assert download.get_attribute("rel") == "noopener"
+    assert page.locator("#further").is_disabled()
+    assert "cannot read the picture" in page.locator("#unreadable").inner_text()
+    sync_api.expect(page.locator("#edit")).to_be_enabled()
+    assert page.locator("#history").is_hidden()  # the link expires
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_command_for_curl_does_the_same(page, photo, tmp_path):
+    words = """it's "@purple" $HOME; `x` \\ <a"""
+    named = tmp_path / """a 'pic"ture".png"""
+    shutil.copy(photo, named)
+    fill(page, named, prompt=words, steps="1")
+    page.fill("#seed", "9")
+    command = page.locator("#curl").text_content()
+    assert "KEY" not in command
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True, timeout=PATIENCE)
+    answer = json.loads((tmp_path / "answer.json").read_text())
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    with page.expect_download() as download:
+        page.click("#download")
+    made = answer["images"][0]["data_url"].partition(",")[2]
+    assert base64.b64decode(made) == download.value.path().read_bytes()
 
 
 def until(page, condition):
@@ -276,9 +435,42 @@ def test_cancel(page, photo, service, held):
     with held(service.worker_pid):  # or the edit may be over before it is cancelled
         page.click("#edit")
         sync_api.expect(page.locator("#progress-text")).to_have_text("Step 0 of 4")
+        sync_api.expect(page.locator("#clock")).to_have_text(re.compile(r"\d s$"))
+        assert page.locator("#stage.waiting").count() == 1
         page.click("#cancel")
         sync_api.expect(page.locator("#problem")).to_have_text("Cancelled.")
         assert page.locator("#edit").is_enabled()
+        assert page.locator("#stage.waiting").count() == 0
+
+
+def test_what_is_waited_for_is_told_truly(page):
+    """The model loads, the service goes away and comes back, and at last the steps are made."""
+    job = {"id": "a", "status": "queued", "position": 0, "step": 0, "steps": 40}
+    job |= {"result": None, "error": None}
+    about = page.evaluate("fetch('about').then(answer => answer.json())")
+    page.route("**/jobs", lambda route: route.fulfill(status=202, json=job))
+    page.route("**/jobs/a/events", lambda route: route.abort())
+    page.route("**/jobs/a", lambda route: route.fulfill(json=job))
+    page.route("**/about", lambda route: route.fulfill(json=about))
+    said = sync_api.expect(page.locator("#progress-text"))
+    about["state"] = "starting"
+    page.fill("#prompt", "x")
+    page.click("#edit")
+    said.to_have_text("The model is loading")
+    sync_api.expect(page.locator("#about")).to_contain_text("the model is loading")
+    about["state"] = "ready"
+    said.to_have_text("Next in the queue")
+    job["position"] = 2
+    said.to_have_text("2 before this one")
+    page.route("**/about", lambda route: route.abort())
+    said.to_have_text("The service cannot be reached; the page tries again")
+    page.unroute("**/about")
+    job |= {"status": "running", "position": None, "step": 1}
+    said.to_have_text("Step 1 of 40")
+    job["step"] = 2
+    sync_api.expect(page.locator("#clock")).to_contain_text("left")
+    job |= {"status": "failed", "error": {"code": "x", "message": "the GPU is gone"}}
+    sync_api.expect(page.locator("#problem")).to_have_text("The GPU is gone.")
 
 
 def test_cancelled_while_it_is_sent_nothing_runs_on(page, photo, service, held):
@@ -351,7 +543,7 @@ def test_what_is_wrong_is_told_before_anything_is_sent(page, tmp_path):
     page.fill("#prompt", "x")
     page.fill("#steps", "99")
     page.click("#edit")
-    sync_api.expect(page.locator("#problem")).to_contain_text("steps:")
+    sync_api.expect(page.locator("#problem")).to_contain_text("Steps:")
 
 
 def test_words_of_others_are_no_markup(page, monkeypatch, service):
@@ -361,14 +553,16 @@ def test_words_of_others_are_no_markup(page, monkeypatch, service):
     monkeypatch.setattr(service.app.state.jobs, "begin", refuse)
     page.fill("#prompt", "x")
     page.click("#edit")
-    sync_api.expect(page.locator("#problem")).to_have_text("<img src=x onerror=alert(1)>")
+    sync_api.expect(page.locator("#problem")).to_have_text("<img src=x onerror=alert(1)>.")
     assert page.locator("#problem img").count() == 0
 
 
 def test_on_a_phone_nothing_hangs_over(browser, service, photo):
     for tab in opened(browser, service.url, viewport={"width": 375, "height": 740}, has_touch=True):
+        assert tab.locator("#edit").evaluate("b => b.getBoundingClientRect().bottom") <= 740
         fill(tab, photo, steps="1")
-        tab.click("summary")
+        tab.click("#more summary")
+        tab.click("#as-curl summary")
         tab.click("#edit")
         sync_api.expect(tab.locator("#outcome")).to_be_visible()
         assert width(tab.locator("#after")) > 0
@@ -384,9 +578,20 @@ def test_a_key_is_asked_for_and_kept_for_the_session(browser, tmp_path):
         tab = new_tab(browser)
         tab.goto(running.url)
         sync_api.expect(tab.locator("#about")).to_have_text("This service needs a key.")
+        assert tab.get_by_text("Quality").is_hidden()
+        tab.fill("#prompt", "x")
+        tab.click("#edit")
+        sync_api.expect(tab.locator("#problem")).to_have_text("Enter the service's key first.")
+        tab.fill("#key", "ff_wrong")
+        tab.press("#key", "Tab")
+        sync_api.expect(tab.locator("#problem")).to_have_text("This key is unknown.")
         tab.fill("#key", key)
         tab.press("#key", "Tab")
         sync_api.expect(tab.locator("#about")).to_contain_text("ready")
+        assert tab.locator("#problem").is_hidden()
+        command = tab.locator("#curl").text_content()
+        assert '-H "Authorization: Bearer $KEY"' in command
+        assert key not in command
         tab.reload()
         sync_api.expect(tab.locator("#about")).to_contain_text("ready")
         assert tab.evaluate("localStorage.length") == 0
