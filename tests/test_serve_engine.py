@@ -395,6 +395,21 @@ async def test_a_batch_of_a_known_kind_that_hangs_is_known_and_replaced():
 
 
 @on_a_loop
+async def test_steps_that_usually_take_minutes_may_take_minutes():
+    bench = await Bench(hang_seconds=60).ready()
+    async with beating(bench) as first:
+        for _ in range(3):
+            bench.submit(ask())
+            await asyncio.sleep(200)
+            assert bench.engine.state == "ready"
+            await bench.made()
+        bench.engine.cancel(bench.submit(ask()), GONE)
+        await asyncio.sleep(200)
+        assert not first.killed
+        await bench.made()
+
+
+@on_a_loop
 async def test_a_worker_that_hangs_after_another_died_is_replaced_too():
     bench = await Bench(max_batch=1).ready()
     bench.engine.cancel(bench.submit(ask()), GONE)

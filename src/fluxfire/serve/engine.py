@@ -519,20 +519,19 @@ class Engine:
         """Kill a worker whose process is silent, or whose batch is and should not be.
 
         Only two batches should not be: one of a kind that was seen before, and one that nobody
-        waits for. Any other may compile.
+        waits for. Any other may compile. A kind whose steps take minutes gets minutes.
         """
         self._watchdog = None
         if not self._running or self._worker is None:
             return
         now, most = asyncio.get_running_loop().time(), self._settings.hang_seconds
-        silence = now - self._heard
-        cancelled = all(ticket.done.done() for ticket in self._running.values())
-        if cancelled or self._pace.limit is not None:
-            silence = max(silence, self._pace.silence(now))
-        if silence < most:
+        limit, cancelled = self._pace.limit, all(t.done.done() for t in self._running.values())
+        silent, stuck = now - self._heard, self._pace.silence(now)
+        may_compile = limit is None and not cancelled
+        if silent < most and (may_compile or stuck < max(most, limit or 0.0)):
             self._watch_worker()
             return
-        _log.error("the worker was silent for %.0f s: killed", silence)
+        _log.error("the worker was silent for %.0f s: killed", max(silent, stuck))
         self._worker.kill()  # then _on_message(None) restarts it
 
     def _refuse_levels(self) -> None:
