@@ -14,6 +14,7 @@ import idle_loop
 from fluxfire.serve import engine as engine_module
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.logs import request_id
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import (
     Alive,
@@ -432,12 +433,14 @@ async def test_an_end_waits_for_the_workers_own():
 @on_a_loop
 async def test_the_log_says_how_a_worker_ended_and_where_a_pipeline_failed(caplog):
     bench = await Bench(max_batch=1).ready()
+    token = request_id.set("abc-1")
     failed = bench.submit(ask())
+    request_id.reset(token)
     await bench.say(Failed("edit-failed", "RuntimeError", "Traceback: boom at /srv/secret"))
     with pytest.raises(RefusedError, match="RuntimeError; the service's log") as refusal:
         await failed.done
     assert "secret" not in str(refusal.value)
-    assert "request 1" in caplog.text
+    assert "request abc-1" in caplog.text
     assert "boom at /srv/secret" in caplog.text
     await bench.died()
     assert "the worker died: it was killed" in caplog.text

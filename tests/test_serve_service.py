@@ -126,8 +126,11 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
         except RefusedError as refusal:
             return refusal.status
 
+    failures = []
+
     async def story():
-        service = Service(Settings(request_seconds=300), Engine(), None)
+        settings = Settings(request_seconds=300)
+        service = Service(settings, Engine(), None, on_failure=failures.append)
         editing = asyncio.create_task(edit(service))
         ticket = await submitted(service)
         assert watched[0]() is not None
@@ -147,6 +150,7 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
     try:
         idle_loop.run(story())
         assert watched[0]() is None
+        assert failures == [{"late": "deadline", "failed": "no"}.get(end, end)]
     finally:
         gc.enable()
 

@@ -62,6 +62,12 @@ def add(commands: Commands) -> None:
         help="seconds to finish requests on shutdown (default: %(default)g)",
     )  # fmt: skip
     parser.add_argument(
+        "--log-format",
+        choices=("text", "json"),
+        default=Settings.log_format,
+        help="how a line of the log is written (default: %(default)s)",
+    )
+    parser.add_argument(
         "--warm-up", type=size, action="append", metavar="WIDTHxHEIGHT",
         help="size to run before the service is ready (repeatable)",
     )  # fmt: skip
@@ -132,5 +138,6 @@ def _settings(arguments: argparse.Namespace) -> Settings:
         max_queue=arguments.max_queue,
         max_batch=arguments.max_batch,
         drain_seconds=arguments.drain,
+        log_format=arguments.log_format,
         warm_up=tuple(arguments.warm_up) if arguments.warm_up else None,
     )

@@ -23,6 +23,7 @@ from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.fetching import read_allow_list
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.keys import Keys
+from fluxfire.serve.logs import RequestLogMiddleware
 from fluxfire.serve.loopback_only import LoopbackOnlyMiddleware
 from fluxfire.serve.max_body_size import MaxBodySizeMiddleware
 from fluxfire.serve.metrics import Metrics, MetricsMiddleware
@@ -142,6 +143,7 @@ def create_app(
     if keys is None:
         app.add_middleware(LoopbackOnlyMiddleware, host=settings.host, origins=settings.origins)
     app.add_middleware(MetricsMiddleware, metrics=metrics)
+    app.add_middleware(RequestLogMiddleware)
     return app
 
 

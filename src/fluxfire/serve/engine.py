@@ -18,6 +18,7 @@ from typing import Literal, Never
 
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.fair_turns import FairTurns
+from fluxfire.serve.logs import request_id
 from fluxfire.serve.pace import Pace
 from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.settings import Settings
@@ -56,6 +57,7 @@ class Ticket:
         request: the request to the pipeline.
         done: future of the result, or of the error.
         owner: name of the key that sent it; None without keys.
+        request_id: the id that the log has of it.
         began: loop time of the last send to the worker; None before the first.
         inference: seconds that the pipeline took for the batch.
         step: number of denoising steps done.
@@ -68,6 +70,7 @@ class Ticket:
     request: PipelineRequest
     done: asyncio.Future[Result]
     owner: str | None = None
+    request_id: str | None = None
     began: float | None = None
     inference: float = 0.0
     step: int = 0
@@ -262,7 +265,12 @@ class Engine:
         slot.early = False
         loop = asyncio.get_running_loop()
         ticket = Ticket(
-            next(self._numbers), request, loop.create_future(), slot.owner, steps=request.steps
+            next(self._numbers),
+            request,
+            loop.create_future(),
+            slot.owner,
+            request_id.get(),
+            steps=request.steps,
         )
         present = {t.owner for t in (*self._waiting, *self._running.values())}
         self._turns.enter(ticket.owner, present)
@@ -450,8 +458,8 @@ class Engine:
             failure.reason == "out-of-memory" and len(batch[0].request.seeds) > 1
         )
         if failure.details:
-            numbers = ", ".join(str(ticket.number) for ticket in batch)
-            _log.error("the pipeline failed on request %s\n%s", numbers, failure.details)
+            names = ", ".join(str(ticket.request_id) for ticket in batch)
+            _log.error("the pipeline failed on request %s\n%s", names, failure.details)
         else:
             _log.warning("%s: %s", failure.reason, failure.message)
         error = RefusedError(

@@ -7,17 +7,21 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from fluxfire.serve.errors import RefusedError
 
 _MOST_UNREAD = 2**16  # bytes that a connection may go on with
+_MOST_AT_ONCE = 4
 
 
 class MaxBodySizeMiddleware:
     """ASGI middleware that refuses a body with more than `most` bytes, while it arrives.
 
     A response that comes before the body's end closes the connection: the server would read the
-    rest for as long as the client sends, although nobody wants it.
+    rest for as long as the client sends, although nobody wants it. All bodies that are arriving
+    may have four times as many bytes together: they lie in memory before they have a place in the
+    queue.
     """
 
     def __init__(self, app: ASGIApp, most: int) -> None:
         self._app, self._most = app, most
+        self._arriving = 0  # bytes of all bodies whose end has not come yet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
@@ -35,10 +39,20 @@ class MaxBodySizeMiddleware:
             if length is not None and length > self._most:
                 raise too_large  # before the server asks for the body by 100 Continue
             message = await receive()
-            read += len(message.get("body", b""))
-            ended = ended or not message.get("more_body", False)
+            size = len(message.get("body", b""))
+            read += size
+            self._arriving += size
+            if not ended and not message.get("more_body", False):
+                ended = True
+                self._arriving -= read
             if read > self._most:
                 raise too_large
+            if self._arriving > _MOST_AT_ONCE * self._most:
+                raise RefusedError(
+                    "too many large requests arrive at once; try again later",
+                    status=429,
+                    code="queue-full",
+                )
             return message
 
         async def closing(message: Message) -> None:
@@ -48,7 +62,11 @@ class MaxBodySizeMiddleware:
                 message = {**message, "headers": headers}
             await send(message)
 
-        await self._app(scope, limited, closing)
+        try:
+            await self._app(scope, limited, closing)
+        finally:
+            if not ended:
+                self._arriving -= read
 
 
 def _content_length(scope: Scope) -> int | None:

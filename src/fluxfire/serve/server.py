@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import socket
@@ -15,11 +14,13 @@ import uvicorn
 from fastapi import FastAPI
 
 from fluxfire.errors import FluxfireError
+from fluxfire.serve import logs
+from fluxfire.serve.connections import ConnectionGuard, most_connections
 from fluxfire.serve.settings import Settings
 
 _SHUTDOWN_SECONDS = 5  # at least, to write the last responses
 _POLL_SECONDS = 0.1  # between checks for a second Ctrl-C
-_PROBES = {"/health", "/ready", "/metrics"}
+_BACKLOG = 64
 
 
 class Server(uvicorn.Server):
@@ -29,9 +30,13 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, app: FastAPI, drain_seconds: float) -> None:
-        super().__init__(uvicorn.Config(app))
+        # A short backlog: where descriptors run out, asyncio logs an error for each place in it.
+        log_config = logs.config(app.state.settings.log_format)
+        super().__init__(
+            uvicorn.Config(app, backlog=_BACKLOG, log_config=log_config, access_log=False)
+        )
         self._app, self._drain_seconds = app, drain_seconds
-        logging.getLogger("uvicorn.access").addFilter(_is_no_probe)
+        self._guard: asyncio.Task[None] | None = None
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
         """Serve until a signal stops the server."""
@@ -47,8 +52,17 @@ class Server(uvicorn.Server):
                 # Python would wait for threads that still store pictures.
                 os._exit(128 + signal.SIGINT)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start to listen, and to end connections that send no request."""
+        await super().startup(sockets)
+        seconds = self._app.state.settings.head_seconds
+        guard = ConnectionGuard(self.server_state.connections, seconds, most_connections())
+        self._guard = asyncio.create_task(guard.watch())
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Drain and shut down; after a second Ctrl-C, shut down at once."""
+        if self._guard is not None:
+            self._guard.cancel()
         ending = asyncio.create_task(self._drain_and_shut_down(sockets))
         while not ending.done() and not self.force_exit:
             await asyncio.wait({ending}, timeout=_POLL_SECONDS)
@@ -94,9 +108,3 @@ def bind_socket(settings: Settings) -> socket.socket:
             f"choose another --port or --host"
         ) from error
     return listener
-
-
-def _is_no_probe(record: logging.LogRecord) -> bool:
-    """Whether the access log should have this line: probes come every few seconds."""
-    path = record.args[2] if isinstance(record.args, tuple) else ""
-    return str(path).partition("?")[0] not in _PROBES

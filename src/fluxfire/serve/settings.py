@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 from urllib.parse import urlsplit
 
 from fluxfire.errors import FluxfireError
@@ -15,6 +16,7 @@ _DURATIONS = (
     "retention_seconds",
     "link_seconds",
     "job_seconds",
+    "head_seconds",
     "request_seconds",
     "fetch_seconds",
     "drain_seconds",
@@ -62,12 +64,14 @@ class Settings:
         max_pixels: most pixels of an uploaded or fetched picture.
         max_jobs: most jobs of one key that the service keeps, including finished ones.
         job_seconds: how long the service keeps a finished job and its pictures.
+        head_seconds: how long a connection may be open without a request.
         request_seconds: time limit of a request.
         fetch_seconds: time limit for fetching an `image_url`.
         drain_seconds: seconds to finish requests on shutdown.
         hang_seconds: the service replaces a worker whose process is silent for this long, or whose
             batch is: one of a kind that it has made before, or that nobody waits for any more. A
             worker may compile for a new kind for longer.
+        log_format: text, or json with an object on each line.
         warm_up: sizes (width, height) of the warm-up runs before the service is ready; None for the
             model's own.
 
@@ -95,10 +99,12 @@ class Settings:
     max_pixels: int = 50_000_000
     max_jobs: int = 64
     job_seconds: float = 600.0
+    head_seconds: float = 20.0
     request_seconds: float = 300.0
     fetch_seconds: float = 20.0
     drain_seconds: float = 60.0
     hang_seconds: float = 60.0
+    log_format: Literal["text", "json"] = "text"
     warm_up: tuple[tuple[int, int], ...] | None = None
 
     def __post_init__(self) -> None:
@@ -112,6 +118,8 @@ class Settings:
             raise FluxfireError(f"port={self.port!r}; it must be from 0 to {_LARGEST_PORT}")
         if self.preset is not None and self.passes is not None:
             raise FluxfireError("preset and passes exclude each other; give one of them")
+        if self.log_format not in ("text", "json"):
+            raise FluxfireError(f"log_format={self.log_format!r}; it must be text or json")
         for origin in self.origins:
             _check_origin(origin)
         if self.keys_file is None and not self.on_loopback:
