@@ -70,6 +70,7 @@ def test_what_contributors_and_ci_run_together_leaves_no_session_out():
         "figures",
         "demo",
         "newest",
+        "bench",  # which `rest` runs, too
     }  # `package` requires `build`
     assert not by_default & else_
     assert by_default | else_ | by_hand == set(sessions())

@@ -4,12 +4,32 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from fluxfire.serve.engine import Ticket
+from typing import Protocol, TypeVar
 
 Owner = str | None
+
+
+class Waiting(Protocol):
+    """What must be known of a request that waits.
+
+    Attributes:
+        number: counted up, so an older request has a smaller one.
+        owner: name of the key that sent it; None without keys.
+    """
+
+    number: int
+    owner: Owner
+
+    @property
+    def cost(self) -> float:
+        """The work that it asks for."""
+
+    @property
+    def alone(self) -> bool:
+        """Whether it is tried again."""
+
+
+T = TypeVar("T", bound=Waiting)
 
 
 class FairTurns:
@@ -44,15 +64,15 @@ class FairTurns:
         """
         self._work[owner] = self._work.get(owner, 0.0) + cost
 
-    def order(self, waiting: Iterable[Ticket]) -> list[Ticket]:
+    def order(self, waiting: Iterable[T]) -> list[T]:
         """Return the requests in the order of their turns.
 
         Args:
             waiting: the requests, oldest first; an owner's own keep their order. Requests that are
                 tried again go first.
         """
-        again: list[Ticket] = []
-        by_owner: dict[Owner, deque[Ticket]] = {}
+        again: list[T] = []
+        by_owner: dict[Owner, deque[T]] = {}
         for ticket in waiting:
             if ticket.alone:
                 again.append(ticket)
