@@ -712,14 +712,17 @@ def test_the_vae_learns(tmp_path):
 
 @pytest.mark.slow
 def test_the_recogniser_learns(tmp_path):
-    net, log = Recogniser(), tmp_path / "log.jsonl"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the share depends on where the weights begin: 0.89 to 0.96
+        net, log = Recogniser(), tmp_path / "log.jsonl"
     train_recogniser(
         net, Budget(60, "steps"), Log(log), "cpu", ((32, 32),), batch=16, n=120, peak=5e-3
     )
     records = [json.loads(line) for line in log.read_text().splitlines()]
     assert records[0]["step"] == 0
     assert records[-1]["step"] == 60
-    assert records[-1]["nothing"] > 0.9  # the first thing that it learns
+    assert records[0]["nothing"] < 0.1
+    assert records[-1]["nothing"] > 0.8  # the first thing that it learns
     assert not net.training
 
 
