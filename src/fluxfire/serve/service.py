@@ -83,6 +83,7 @@ class Service:
         began = time.perf_counter()
         request = sent.request
         ticket: Ticket | None = None
+        failure: str | None = "internal"
         slot = slot or self.engine.reserve(request.quality, owner)
         try:
             async with asyncio.timeout(self.settings.request_seconds):
@@ -92,28 +93,28 @@ class Service:
                 result = await asyncio.shield(ticket.done)
                 answer = await self._answer(request, ticket, result, began, decoded)
                 self.on_answer(answer)
+                failure = None
                 return answer
         except TimeoutError:
             if ticket is not None:
                 self.engine.cancel(ticket, _deadline_error(self.settings.request_seconds))
-            self.on_failure("deadline")
+            failure = "deadline"
             raise _deadline_error(self.settings.request_seconds) from None
         except asyncio.CancelledError:
             if ticket is not None:
                 gone = RefusedError("the request was cancelled", status=499, code="cancelled")
                 self.engine.cancel(ticket, gone)
-            self.on_failure("cancelled")
+            failure = "cancelled"
             raise
         except RefusedError as refusal:
-            self.on_failure(refusal.code)
+            failure = refusal.code
             raise
         except StorageError:
-            self.on_failure("storage")
-            raise
-        except Exception:
-            self.on_failure("internal")
+            failure = "storage"
             raise
         finally:
+            if failure is not None:
+                self.on_failure(failure)
             self.engine.release(slot)
             del ticket  # an error holds this frame, and the frame would hold all pixels
 
