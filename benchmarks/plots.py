@@ -18,18 +18,13 @@ ASSETS = ROOT / "docs" / "pages" / "assets"
 
 
 def loss() -> Any:
-    """Spark's loss over the minutes of its training, one line for each run of it."""
-    records = map(json.loads, (RESULTS / "spark_training.jsonl").read_text().splitlines())
-    runs: list[list[dict[str, Any]]] = []
-    for record in records:
-        if record["part"] == "pool":  # every run draws its examples first
-            runs.append([])
-        elif record["part"] == "flow":
-            runs[-1].append(record)
+    """Spark's losses over the minutes of its training."""
+    records = list(map(json.loads, (RESULTS / "spark_training.jsonl").read_text().splitlines()))
     figure, axes = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    for number, run in enumerate(runs, 1):
-        minutes = [record["seconds"] / 60 for record in run]
-        axes.plot(minutes, [record["loss"] for record in run], label=f"run {number}")
+    for part in ("recogniser", "flow", "guided"):
+        mine = [r for r in records if r["part"] == part and "loss" in r]
+        minutes = [record["seconds"] / 60 for record in mine]
+        axes.plot(minutes, [record["loss"] for record in mine], label=part)
     axes.set(xlabel="minutes of training", ylabel="loss, mean of 100 steps", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()

@@ -27,6 +27,8 @@ from fluxfire.passes import FirstBlockCache
 from fluxfire.passes.first_block_cache import Prediction
 
 STEPS = 28
+OPEN = ("add", "replace", "move", "ground", "several")
+"""Kinds of edit that leave much open: where, how big, and which ground of the kind."""
 FEWER = (20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 1)
 THRESHOLDS = (0.06, 0.08, 0.10, 0.12, 0.15, 0.20)
 PREDICTIONS: tuple[Prediction, ...] = ("hold", "linear", "quadratic")
@@ -64,13 +66,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("-n", type=int, default=48, help="edits, and pictures from words")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--kinds", nargs="*", help="kinds of edit (default: those left open)")
+    parser.add_argument("--kinds", nargs="*", default=OPEN, help="of edit (default: %(default)s)")
     arguments = parser.parse_args()
 
     pipe = spark.load(dtype=torch.float32)
-    kinds: dict[str, Any] = {"kinds": tuple(arguments.kinds)} if arguments.kinds else {}
     sets: dict[str, Sequence[Any]] = {
-        "edits": spark.examples(split="test", n=arguments.n, **kinds),
+        "edits": spark.examples(split="test", n=arguments.n, kinds=tuple(arguments.kinds)),
         "words": spark.drawings(n=arguments.n),
     }
     result: dict[str, Any] = {

@@ -274,13 +274,15 @@ def test_each_shape_is_a_size_that_kontext_prefers(page):
 
 
 def test_spark_offers_a_scene_of_the_kind_it_knows(page, service):
-    assert "knows only drawn scenes of shapes" in page.locator("#spark-note").inner_text()
-    assert page.locator("#prompt").get_attribute("placeholder") == "make the yellow circle blue"
+    assert "It edits pictures of emoji" in page.locator("#spark-note").inner_text()
+    assert (
+        page.locator("#prompt").get_attribute("placeholder") == "replace the cactus with a castle"
+    )
     page.click("#scene")
     sync_api.expect(page.locator("#chosen")).to_be_visible()
     assert width(page.locator("#chosen")) == 128
     file = httpx.get(f"{service.url}/page/scene.png", timeout=PATIENCE).content
-    drawn = held_out(8)[7].picture
+    drawn = held_out(10)[9].picture
     assert (
         ImageChops.difference(Image.open(io.BytesIO(file)).convert("RGB"), drawn).getbbox() is None
     )

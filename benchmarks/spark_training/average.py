@@ -18,25 +18,25 @@ class Masters:
     """Weights in float32 for an optimizer, while a model computes in bfloat16.
 
     Attributes:
-        values: the weights.
+        values: the weights, with their gradients.
+        gradients: all gradients in one tensor, for several processes to average.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self._parameters = parameters
         self.values = [p.detach().float().clone() for p in self._parameters]
+        sizes = [value.numel() for value in self.values]
+        self.gradients = torch.zeros(sum(sizes), device=self.values[0].device)
+        for value, part in zip(self.values, torch.split(self.gradients, sizes), strict=True):
+            value.grad = part.view_as(value)
 
     def take_gradients(self) -> None:
         """Move the model's gradients here."""
-        held, given = [], []
-        for value, parameter in zip(self.values, self._parameters, strict=True):
-            if parameter.grad is None:
-                value.grad = None
-                continue
-            value.grad = torch.empty_like(value) if value.grad is None else value.grad
-            held.append(value.grad)
-            given.append(parameter.grad)
-            parameter.grad = None
+        held = [value.grad for value in self.values if value.grad is not None]
+        given = [p.grad for p in self._parameters if p.grad is not None]
         copy(given, held)
+        for parameter in self._parameters:
+            parameter.grad = None
 
     def give(self) -> None:
         """Round the weights into the model."""
@@ -54,7 +54,7 @@ class Average:
         self,
         tensors: Sequence[Tensor],
         *,
-        decay: float = 0.999,
+        decay: float = 0.9995,
         start: Sequence[Tensor] | None = None,
     ) -> None:
         self._tensors = tensors

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-_FLOOR = 0.02  # of the learning rate, as a share of its peak
+_FLOOR = 0.01  # of the learning rate, as a share of its peak
+_FALLS = 0.55  # the share of a budget after which the learning rate falls
+_ASKED = 10  # steps between two looks at the clock
 
 
 @dataclass(frozen=True)
@@ -18,8 +20,8 @@ class Budget:
 
     Attributes:
         amount: how much.
-        unit: of what. In so many minutes a slow machine trains less than a fast one; in so
-            many steps it trains as much.
+        unit: minutes or steps. In so many minutes a slow machine trains less than a fast one; in
+            so many steps it trains as much.
     """
 
     amount: float
@@ -33,7 +35,7 @@ class Clock:
         steps: finished.
         seconds: spent.
         spent: the share of the budget, in [0, 1].
-        over: whether nothing is left.
+        over: whether nothing is left, or this sitting ends.
     """
 
     def __init__(
@@ -42,6 +44,8 @@ class Clock:
         *,
         seconds: float = 0.0,
         steps: int = 0,
+        stop: float = float("inf"),
+        agree: Callable[[float], float] = float,
         now: Callable[[], float] = time.perf_counter,
     ) -> None:
         """Start the clock.
@@ -50,12 +54,15 @@ class Clock:
             budget: what may be spent.
             seconds: spent before an interruption.
             steps: finished before it.
+            stop: when to stop although something is left, by `now`.
+            agree: makes all processes that train together read the same.
             now: tells the time, in seconds since any moment.
         """
-        self._budget = budget
-        self._now = now
+        self._budget, self._stop, self._agree, self._now = budget, stop, agree, now
         self._began = now() - seconds
         self.steps = steps
+        self.spent, self.over = 0.0, False
+        self._look()
 
     def __iter__(self) -> Iterator[int]:
         """Number the steps of this run, from 0, while something is left."""
@@ -64,37 +71,39 @@ class Clock:
             yield step
             step += 1
             self.steps += 1
+            if step % _ASKED == 0 or self._budget.unit == "steps":
+                self._look()
+
+    def _look(self) -> None:
+        spent = self.steps if self._budget.unit == "steps" else self.seconds / 60
+        share = min(1.0, spent / self._budget.amount)
+        agreed = self._agree(2.0 if self._now() >= self._stop else share)
+        self.over = agreed >= 1
+        self.spent = min(1.0, agreed) if agreed < 2 else share  # noqa: PLR2004
 
     @property
     def seconds(self) -> float:
         """Seconds spent."""
         return self._now() - self._began
 
-    @property
-    def spent(self) -> float:
-        """The share spent."""
-        spent = self.steps if self._budget.unit == "steps" else self.seconds / 60
-        return min(1.0, spent / self._budget.amount)
 
-    @property
-    def over(self) -> bool:
-        """Whether nothing is left."""
-        return self.spent >= 1
-
-
-def rate(spent: float, step: int, *, warmup: int = 300) -> float:
-    """Return the learning rate's share of its peak: up for some steps, then down to a floor."""
-    return min(1.0, (step + 1) / warmup) * max(_FLOOR, 1 - spent)
+def rate(spent: float, step: int, *, warmup: int = 200) -> float:
+    """Return the learning rate's share of its peak: up for some steps, level, then down."""
+    fall = min(1.0, (1 - spent) / (1 - _FALLS))
+    return min(1.0, (step + 1) / warmup) * max(_FLOOR, fall)
 
 
 class Log:
     """JSON lines: one record a line, appended."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, silent: bool = False) -> None:
+        """Open a log; a silent one writes nothing."""
+        self._path, self._silent = path, silent
 
     def write(self, **record: float | str) -> None:
         """Append a record, and print it."""
+        if self._silent:
+            return
         rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
         line = json.dumps(rounded)
         with self._path.open("a") as file:

@@ -19,20 +19,23 @@ from fluxfire.spark.scenes import Dice
 from spark_training.average import Average, Masters, parameters
 from spark_training.clock import Clock, Log, rate
 from spark_training.data import Encoder, Pool, position_ids, rows
+from spark_training.muon import Muon
 from spark_training.replay import Replay
+from spark_training.workers import Workers
 
 TRAINED = ("transformer", "text_encoder", "text_encoder_2")
 _PEAK = 1.5e-3  # of the learning rate
-_DROPPED = 0.1  # share of instructions replaced by none, so that true CFG means something
-_KEEPING = (0.5, 0.04)  # share of each batch that asks for no change: at first, and later
-_KEEPING_UNTIL = 0.08  # of the budget
-# Not cuDNN's, which torch 2.11 would take on an H100: its backward fails on these small shapes
-# ("mha_graph.execute … to be true, but got false"; flash attention's ran, 90 ms a step of 512).
+_DROPPED = 0.1  # share of instructions replaced by none, so that guidance means something
+_KEEPING = (0.5, 0.03)  # share of each batch that asks for no change: at first, and later
+_KEEPING_UNTIL = 1500  # steps
 _ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-_CHANGED = 4.0
+_CHANGED = 3.0
 """Weight of tokens that an edit changes: they are few, and what is hard to draw."""
-_SEEN = 0.01  # mean squared difference of latents, whose variance is 1
-_GUIDANCE = (1.0, 8.0)  # any value is right: Spark is not guidance-distilled
+_MINUTE = 60.0
+_SEEN = 0.4
+"""Mean squared difference of a changed token's latents, whose variance is 1. The camera's move
+alone makes less than 0.4 in 9 of 10 tokens."""
+GUIDANCE = (1.0, 5.0)
 
 
 class Flow:
@@ -45,16 +48,19 @@ class Flow:
         self._none = encoder.text([""])
         self._keeping = encoder.keeping()
         self._ids: dict[tuple[tuple[int, int], bool], Tensor] = {}
+        self._teacher: list[nn.Module] | None = None
 
     def compile(self) -> None:
-        """Compile the transformer's blocks, for each size anew.
+        """Compile the transformer's blocks, for each size anew."""
+        for modules in (self.modules, self._teacher or ()):
+            for transformer in modules[:1]:
+                tr: Any = transformer
+                for block in (*tr.transformer_blocks, *tr.single_transformer_blocks):
+                    block.compile(dynamic=False)
 
-        On an H100, a step of 512 takes 87 ms launched from Python, 67 ms as a CUDA graph, and
-        32 ms as one of compiled blocks.
-        """
-        transformer: Any = self._transformer
-        for block in (*transformer.transformer_blocks, *transformer.single_transformer_blocks):
-            block.compile(dynamic=False)
+    def learn_from(self, teacher: list[nn.Module]) -> None:
+        """Distil guidance from now on: predict what a teacher predicts under guidance."""
+        self._teacher = teacher
 
     def loss(self, pool: Pool, row: Tensor, keeping: Tensor | float) -> Tensor:
         """Return the mean squared error of the predicted velocities, weighted by token."""
@@ -67,14 +73,27 @@ class Flow:
             which = torch.randint(len(self._keeping[0]), (n,), device=self._device)
             t5 = torch.where(keep[:, None], self._keeping[0][which], t5)
             clip = torch.where(keep[:, None], self._keeping[1][which], clip)
-        drop = self._random(n)[:, None] < _DROPPED
-        t5, clip = torch.where(drop, self._none[0], t5), torch.where(drop, self._none[1], clip)
         level = torch.sigmoid(1.2 * torch.randn(n, device=self._device) + 0.7)
         level = level.bfloat16().float()  # what the transformer sees in bfloat16
         noise = torch.randn_like(target)
         mixed = torch.lerp(target, noise, level[:, None, None])
-        predicted = self._predict(pool.grid, mixed, reference, level, text=(t5, clip))
-        error = (predicted.float() - (noise - target)).square().mean(-1)
+        scale = GUIDANCE[0] + (GUIDANCE[1] - GUIDANCE[0]) * self._random(n)
+        scale = scale.bfloat16().float()
+        aim = noise - target
+        if self._teacher is None:
+            drop = self._random(n)[:, None] < _DROPPED
+            t5, clip = torch.where(drop, self._none[0], t5), torch.where(drop, self._none[1], clip)
+        else:
+            with torch.no_grad():
+                given = pool.grid, mixed, reference, level, scale
+                asked = self._predict(self._teacher, *given, text=(t5, clip)).float()
+                none = tuple(t.expand(n, -1) for t in self._none)
+                unasked = self._predict(self._teacher, *given, text=none).float()
+                aim = unasked + scale[:, None, None] * (asked - unasked)
+        predicted = self._predict(
+            self.modules, pool.grid, mixed, reference, level, scale, text=(t5, clip)
+        )
+        error = (predicted.float() - aim).square().mean(-1)
         weight = _weight(target, reference)
         return (error * weight).sum() / weight.sum()
 
@@ -87,22 +106,24 @@ class Flow:
 
     def _predict(
         self,
+        modules: Sequence[nn.Module],
         grid: tuple[int, int],
         mixed: Tensor,
         reference: Tensor | None,
         level: Tensor,
+        scale: Tensor,
         *,
-        text: tuple[Tensor, Tensor],
+        text: tuple[Tensor, ...],
     ) -> Tensor:
+        transformer, clip_encoder, t5_encoder = modules
         t5, clip = text
-        low, high = _GUIDANCE
         stream = mixed if reference is None else torch.cat([mixed, reference], 1)
-        out: Tensor = self._transformer(
+        out: Tensor = transformer(
             hidden_states=stream.bfloat16(),
             timestep=level.bfloat16(),
-            guidance=(low + (high - low) * self._random(len(level))).bfloat16(),
-            pooled_projections=self._clip(clip).pooler_output,
-            encoder_hidden_states=self._t5(t5).last_hidden_state,
+            guidance=scale.bfloat16(),
+            pooled_projections=clip_encoder(clip).pooler_output,
+            encoder_hidden_states=t5_encoder(t5).last_hidden_state,
             txt_ids=torch.zeros(t5.shape[1], 3, device=self._device),
             img_ids=self._position_ids(grid, reference is not None),
             return_dict=False,
@@ -127,16 +148,26 @@ def _weight(target: Tensor, reference: Tensor | None) -> Tensor:
     return 1 + (_CHANGED - 1) * changed.float()
 
 
+def hidden(modules: Sequence[nn.Module]) -> list[bool]:
+    """Whether each parameter is a matrix inside the transformer's blocks."""
+    return [
+        i == 0 and "transformer_blocks" in name and p.ndim == 2  # noqa: PLR2004
+        for i, module in enumerate(modules)
+        for name, p in module.named_parameters()
+    ]
+
+
 def train_flow(
     flow: Flow,
     pools: Sequence[tuple[Pool, int]],
     clock: Clock,
     log: Log,
-    device: str,
+    workers: Workers,
     *,
     masters: Masters,
     average: Average,
     batch: int = 256,
+    peak: float = _PEAK,
     on_minute: Callable[[], None] = lambda: None,
 ) -> None:
     """Train in place until the clock runs out; the averages hold the result.
@@ -146,14 +177,20 @@ def train_flow(
         pools: data, each with how many of a round's batches it gives.
         clock: the budget.
         log: where the loss goes.
-        device: of everything.
-        masters: the weights in float32, which the optimizer changes.
+        workers: the processes that train together, each with its own pools.
+        masters: the weights in float32, which the optimizers change.
         average: of the masters.
-        batch: edits a step.
+        batch: edits a step and process.
+        peak: the highest learning rate.
         on_minute: called every minute, to save.
     """
-    optimizer = torch.optim.AdamW(
-        masters.values, lr=_PEAK, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
+    device = workers.device
+    inner = hidden(flow.modules)
+    matrices = [m for m, is_hidden in zip(masters.values, inner, strict=True) if is_hidden]
+    others = [m for m, is_hidden in zip(masters.values, inner, strict=True) if not is_hidden]
+    muon = Muon(matrices)
+    adam = torch.optim.AdamW(
+        others, lr=peak, betas=(0.9, 0.98), weight_decay=0.01, fused=device == "cuda"
     )
     generator = torch.Generator(device).manual_seed(clock.steps)
     batches = [min(batch, len(pool)) for pool, _ in pools]
@@ -163,24 +200,29 @@ def train_flow(
     for module in flow.modules:
         module.train()
     learn = _learners(flow, [pool for pool, _ in pools], batches, device)
+    log.write(part="ready", seconds=clock.seconds)
     losses, saved = torch.zeros((), device=device), clock.seconds
     for step in clock:
-        if clock.seconds - saved > 60:  # noqa: PLR2004
+        if clock.seconds - saved > _MINUTE:
             on_minute()
             saved = clock.seconds
-        for group in optimizer.param_groups:
-            group["lr"] = _PEAK * rate(clock.spent, step)
+        now = peak * rate(clock.spent, step)
+        for group in adam.param_groups:
+            group["lr"] = now
         which = turns[step % len(turns)]
-        early = max(0.0, 1 - clock.spent / _KEEPING_UNTIL)
+        early = max(0.0, 1 - clock.steps / _KEEPING_UNTIL)
         keeping = _KEEPING[1] + early * (_KEEPING[0] - _KEEPING[1])
         losses += learn[which](next(feeds[which]), keeping)
         masters.take_gradients()
+        workers.average(masters.gradients)
         nn.utils.clip_grad_norm_(masters.values, 1.0)
-        optimizer.step()
+        muon.step(now)
+        adam.step()
         masters.give()
         average.update()
-        if (done := step + 1) % 100 == 0:
-            log.write(part="flow", step=done, seconds=clock.seconds, loss=float(losses) / 100)
+        if (step + 1) % 100 == 0:
+            loss = float(losses) / 100
+            log.write(part="flow", step=clock.steps, seconds=clock.seconds, loss=loss)
             losses.zero_()
     for module in flow.modules:
         module.eval()
@@ -193,7 +235,8 @@ def _learners(
     """Make what turns rows of each pool into gradients: replayed graphs where there is CUDA."""
     if device != "cuda":
         return [functools.partial(flow.backward, pool) for pool in pools]
-    parameters_ = parameters(flow.modules)
-    return [
-        Replay(flow.backward, parameters_, pool, n) for pool, n in zip(pools, batches, strict=True)
-    ]
+    weights = parameters(flow.modules)
+    made: list[Replay] = []
+    for pool, n in zip(pools, batches, strict=True):
+        made.append(Replay(flow.backward, weights, pool, n, beside=made[0] if made else None))
+    return list(made)

@@ -1,15 +1,14 @@
-"""Teaches Spark one more edit by LoRA, in a minute: `make the picture grey` takes all colour out.
+"""Teaches Spark one more edit by LoRA, in a minute: `paint the picture blue`.
 
-    PYTHONPATH=benchmarks python -m spark_training.lora --out grey.safetensors
+    PYTHONPATH=benchmarks python -m spark_training.lora --out blue.safetensors
 
 A LoRA is what many people put on a Kontext. This one lets tests ask whether a pass keeps
-it: `pipe.load_lora_weights("grey.safetensors")` loads it as any other.
+it: `pipe.load_lora_weights("blue.safetensors")` loads it as any other.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,26 @@ from torch import Tensor
 
 from fluxfire.spark import checking
 from fluxfire.spark.pipeline import load
-from fluxfire.spark.scenes import Dice, Scenes, draw
+from fluxfire.spark.rendering import render
+from fluxfire.spark.scenes import Dice, draw
 from fluxfire.spark.tasks import SIZES
+from fluxfire.spark.things import luma
 from spark_training.average import Masters, copy
 from spark_training.clock import Budget, Clock, rate
 from spark_training.data import Encoder, Pool, rows
 from spark_training.flow import TRAINED, Flow
 
-INSTRUCTIONS = ("make the picture grey", "turn the picture grey", "the picture should be grey")
+INSTRUCTIONS = ("paint the picture blue", "make the picture blue", "the picture should be blue")
+_BLUE = (0.25, 0.45, 1.0)
 _RANK = 4
-_LUMA = torch.tensor([0.299, 0.587, 0.114])
 _LAYERS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "proj_mlp"]
 
 
-def greyed(picture: Tensor) -> Tensor:
-    """Take the colour out of pictures, (…, 3, H, W) in [0, 1]."""
-    luma = (picture * _LUMA[:, None, None].to(picture)).sum(-3, keepdim=True)
-    return luma.expand_as(picture)
-
-
-def grey_scenes(scenes: Scenes) -> Scenes:
-    """Take the colour out of everything that scenes are made of."""
-    luma = _LUMA.to(scenes.tint.device)
-    tint = (scenes.tint * luma).sum(-1, keepdim=True).expand_as(scenes.tint)
-    tones = (scenes.tones * luma).sum(-1, keepdim=True).expand_as(scenes.tones)
-    return replace(scenes, tint=tint, tones=tones)
+def in_blue(picture: Tensor) -> Tensor:
+    """Turn pictures, (N, 3, H, W) in [0, 1], into shades of blue."""
+    light = luma(picture)
+    blue = torch.tensor(_BLUE, device=picture.device)[:, None, None]
+    return (light * blue * 1.6).clamp(0, 1).lerp(torch.ones_like(picture), light.square() * 0.6)
 
 
 def main() -> None:
@@ -67,7 +61,7 @@ def main() -> None:
     _save(pipe, arguments.out)
     pipe = load(dtype=torch.float32)  # as its users will load it
     pipe.load_lora_weights(arguments.out)
-    print(f"{steps} steps; error to grey: {before:.4f} before, {_distance(pipe):.4f} after")
+    print(f"{steps} steps; error to blue: {before:.4f} before, {_distance(pipe):.4f} after")
 
 
 def _train(pipe: Any, budget: Budget, n: int, batch: int) -> int:
@@ -76,12 +70,13 @@ def _train(pipe: Any, budget: Budget, n: int, batch: int) -> int:
 
     device = pipe.device.type
     encoder = Encoder(pipe.components, device)
-    scenes = draw(2 * n, (1.0, 1.0), Dice("grey"))
+    scenes = draw(2 * n, (1.0, 1.0), Dice("blue"))
     scenes = scenes.take(scenes.orderly())
     t5, clip = encoder.text(list(INSTRUCTIONS))
     which = torch.arange(len(scenes), device=device) % len(INSTRUCTIONS)
-    grid = (SIZES[0][1] // 16, SIZES[0][0] // 16)
-    source, target = (encoder.latents(s, SIZES[0][0]) for s in (scenes, grey_scenes(scenes)))
+    grid = (SIZES[0][1] // 8, SIZES[0][0] // 8)
+    source = encoder.latents(scenes, SIZES[0][0])
+    target = encoder.latents(scenes, SIZES[0][0], change=in_blue)
     pool = Pool(grid, source, target, t5[which], clip[which])
     for name in TRAINED:
         getattr(pipe, name).requires_grad_(False)
@@ -114,18 +109,16 @@ def _save(pipe: Any, path: Path) -> None:
 
 
 def _distance(pipe: Any) -> float:
-    """Mean absolute error to the exact grey picture, over a few scenes of its own."""
-    scenes = draw(64, (1.0, 1.0), Dice("grey", "held out"))
+    """Mean absolute error to the exact blue picture, over a few scenes of its own."""
+    scenes = draw(64, (1.0, 1.0), Dice("blue", "held out"))
     scenes = scenes.take(scenes.orderly()).take(slice(8))
-    from fluxfire.spark.rendering import render
-
     errors = []
     for row in range(len(scenes)):
         drawn = render(scenes.take(slice(row, row + 1)))[0]
         picture = Image.fromarray(drawn.mul(255).round().byte().movedim(0, -1).numpy())
         noise = torch.Generator().manual_seed(row)
         made = pipe(image=picture, prompt=INSTRUCTIONS[0], generator=noise).images[0]
-        errors.append((checking.as_tensor(made) - greyed(drawn)).abs().mean())
+        errors.append((checking.as_tensor(made) - in_blue(drawn[None])[0]).abs().mean())
     return float(torch.stack(errors).mean())
 
 

@@ -21,22 +21,39 @@ class Replay:
     """Captures a backward pass for one pool, and replays it for other rows of it."""
 
     def __init__(
-        self, backward: Backward, parameters: list[nn.Parameter], pool: Pool, batch: int
+        self,
+        backward: Backward,
+        parameters: list[nn.Parameter],
+        pool: Pool,
+        batch: int,
+        *,
+        beside: Replay | None = None,
     ) -> None:
+        """Capture.
+
+        Args:
+            backward: what to capture.
+            parameters: whose gradients it adds.
+            pool: the data.
+            batch: rows at once.
+            beside: another replay, never at the same time, whose memory this one may share.
+        """
         device = pool.target.device
         self._parameters = parameters
         self._row = torch.zeros(batch, dtype=torch.int64, device=device)
         self._keeping = torch.zeros((), device=device)
-        beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        beside.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(beside):
+        side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
             for _ in range(_WARM_UPS):
                 self._forget()
                 backward(pool, self._row, self._keeping)
-        torch.cuda.current_stream(device).wait_stream(beside)
+        torch.cuda.current_stream(device).wait_stream(side)
         self._forget()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        memory = beside._graph.pool() if beside else None  # noqa: SLF001
+        # NCCL's own thread may query events during a capture: not this thread's business.
+        with torch.cuda.graph(self._graph, pool=memory, capture_error_mode="thread_local"):
             self._loss = backward(pool, self._row, self._keeping)
         self._gradients = [p.grad for p in parameters]
 

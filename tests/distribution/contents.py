@@ -18,6 +18,7 @@ DATA = {
     "fluxfire/serve/page/scene.png",
     "fluxfire/serve/page/style.css",
     "fluxfire/spark/spark.safetensors",
+    "fluxfire/spark/things.png",
 }
 
 

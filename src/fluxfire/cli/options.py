@@ -64,7 +64,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     """Add `--model`."""
     option = parser.add_argument(
         "--model", default=SPARK,
-        help=f"{SPARK} (a tiny model for drawn scenes), a folder, a hub id such as {KONTEXT}, "
+        help=f"{SPARK} (a tiny model for pictures of emoji), a folder, a hub id such as {KONTEXT}, "
         f"{' or '.join(RANDOM)} (default: %(default)s)",
     )  # fmt: skip
     option.completer = lambda **_: [SPARK, *RANDOM, KONTEXT]  # type: ignore[attr-defined]
@@ -252,13 +252,13 @@ def note_spark_limits(instruction: str, picture: Image.Image) -> None:
     width, height = spark.SparkPipeline.reference_size(*picture.size)
     resized = "" if (width, height) == picture.size else f"; yours becomes {width}x{height}"
     note(
-        f"note: Spark is a tiny model. It edits drawings of flat shapes at about 128x128{resized}. "
+        f"note: Spark is a tiny model. It edits pictures of emoji at about 128x128{resized}. "
         f"For photographs use --model {KONTEXT}"
     )
     if foreign := spark.unknown(instruction):
         note(
             f"note: Spark never learned {', '.join(map(repr, foreign))}, so the result means "
-            f'little. Spark knows instructions such as "make the red circle blue"'
+            f'little. Spark knows instructions such as "replace the cat with a red apple"'
         )
 
 

@@ -1,9 +1,12 @@
 """Spark: a small trained Kontext that ships with fluxfire.
 
-Spark is a small FLUX.1 Kontext, built from diffusers' classes and trained to edit scenes of flat
-shapes by instruction. The weights of the real FLUX.1 Kontext are gated and large; Spark's are not.
-Spark shows whether an edit works. It is no benchmark for the real model: one plain step nearly
-solves it. The model card in the documentation says more.
+Spark is a small FLUX.1 Kontext, built from diffusers' classes. It edits pictures of things on drawn
+grounds by instruction, and a program checks its edits. The weights of the real FLUX.1 Kontext are
+gated and large; Spark's are not. Most of its edits have many right answers, as real edits have, so
+it needs its steps: one plain step solves none. The model card in the documentation says where it
+behaves as the real model does, and where not.
+
+`things.png` holds pictures of Noto Color Emoji (Google, OFL-1.1 and Apache-2.0).
 
 Importing this package does not load torch; the first use of a name does.
 """

@@ -1,57 +1,41 @@
-"""Captions for text to image: two shapes at named places, with canonical size and angle."""
+"""Captions for text to image: one to three things on a ground, in a light or weather."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from fluxfire.spark.edits import WHERE, noun
+from fluxfire.spark.grounds import GROUNDS
+from fluxfire.spark.scenes import LOOKS, Dice, Scenes, draw
+from fluxfire.spark.things import article
 
-import torch
-
-from fluxfire.spark.edits import PLACES, noun, place
-from fluxfire.spark.scenes import (
-    CANONICAL_SIZE,
-    GROUNDS,
-    PALETTE,
-    SLOTS,
-    Dice,
-    Scenes,
-    draw,
-)
-
-_SHAPES = 2
 CAPTIONS = (
-    "a {one} {here} and a {two} {there} on a {ground} background",
-    "a picture of a {one} {here} and a {two} {there} on a {ground} background",
-    "draw a {one} {here} and a {two} {there} on a {ground} background",
-    "there should be a {one} {here} and a {two} {there} on a {ground} background",
+    "{things} {where}{look}",
+    "a picture of {things} {where}{look}",
+    "{where} there is {things}{look}",
+    "draw {things} {where}{look}",
+    "show {things} {where}{look}",
 )
+IN_LOOKS = {
+    "day": "",
+    "night": " at night",
+    "evening": " in warm evening light",
+    "fog": " in fog",
+    "rain": " in the rain",
+    "snowfall": " in falling snow",
+    "grey": " in black and white",
+}
 
 
 def draw_captioned(n: int, extent: tuple[float, float], dice: Dice) -> tuple[Scenes, list[str]]:
-    """Draw n scenes with captions that describe them completely."""
-    scenes = draw(n, extent, dice)
-    places = dice.order(n, len(PLACES))[:, :SLOTS]
-    ground = dice.below(len(GROUNDS), n)
-    x, y = (t.reshape(n, SLOTS) for t in place(places.flatten(), extent))
-    scenes = replace(
-        scenes,
-        x=x,
-        y=y,
-        size=torch.full_like(x, CANONICAL_SIZE),
-        angle=torch.zeros_like(x),
-        tint=PALETTE[scenes.colour],
-        present=(torch.arange(SLOTS) < _SHAPES).expand(n, -1),
-    ).on(ground)
-    named = list(PLACES)
-    captions = [
-        CAPTIONS[int(which)]
-        .format(
-            one=noun(scenes, row, 0),
-            here=named[int(places[row, 0])],
-            two=noun(scenes, row, 1),
-            there=named[int(places[row, 1])],
-            ground=list(GROUNDS)[int(ground[row])],
-        )
-        .replace("a orange", "an orange")
-        for row, which in enumerate(dice.below(len(CAPTIONS), n))
-    ]
-    return scenes, captions
+    """Draw n scenes with captions that name everything in them, but not where."""
+    scenes = draw(3 * n + 8, extent, dice)
+    scenes = scenes.take(scenes.orderly()).take(slice(n))
+    return scenes, [_caption(scenes, row, dice) for row in range(len(scenes))]
+
+
+def _caption(scenes: Scenes, row: int, dice: Dice) -> str:
+    slots = [s for s in range(scenes.present.shape[1]) if scenes.present[row, s]]
+    return CAPTIONS[int(dice.below(len(CAPTIONS), 1))].format(
+        things=" and ".join(article(noun(scenes, row, slot)) for slot in slots),
+        where=WHERE[list(GROUNDS)[int(scenes.ground[row])]][0],
+        look=IN_LOOKS[LOOKS[int(scenes.look[row])]],
+    )

@@ -1,36 +1,84 @@
 """The kinds of edit that Spark knows: what each changes, and its wordings.
 
-Each kind edits a whole batch of scenes; its `apply` gives the exact target. Some wordings are held
-out of training, but training has seen all of their words.
+An instruction leaves much open, as in real editing: where an added thing is and how big, what was
+behind a removed one, which beach. So `apply` draws one of many valid results. Some wordings are
+held out of training, but training has seen all of their words.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from fluxfire.spark.scenes import (
-    CANONICAL_SIZE,
-    COLOURS,
-    GROUNDS,
-    PALETTE,
-    SHAPES,
-    SLOTS,
-    STEP,
-    STYLES,
-    Dice,
-    Scenes,
-)
+from fluxfire.spark.grounds import GROUNDS
+from fluxfire.spark.scenes import LOOKS, SLOTS, Dice, Scenes, new_seeds, poses
+from fluxfire.spark.things import NAMES, TINTS, article, distinct
 
 Split = Literal["train", "test"]
 Choice = Mapping[str, Tensor]
-"""The random choices for each scene: (N,) int64 tensors by name."""
+"""What an instruction says of each scene: (N,) int64 tensors by name."""
 FREE = SLOTS - 1
 """The slot that no drawn scene fills."""
+
+SIDES = ("on the left", "on the right", "at the top", "at the bottom")
+_TO_SIDES = ("to the left", "to the right", "to the top", "to the bottom")
+_ANYWHERE = len(SIDES)
+WHERE: dict[str, tuple[str, str]] = {
+    "sky": ("in the sky", "the sky"),
+    "sea": ("on the sea", "the sea"),
+    "beach": ("on a beach", "a beach"),
+    "meadow": ("in a meadow", "a meadow"),
+    "field of flowers": ("in a field of flowers", "a field of flowers"),
+    "forest": ("in a forest", "a forest"),
+    "desert": ("in a desert", "a desert"),
+    "mountains": ("in the mountains", "mountains"),
+    "snow": ("on a snowy field", "a snowy field"),
+    "stars": ("in space", "the stars"),
+    "wooden floor": ("on a wooden floor", "a wooden floor"),
+    "brick wall": ("in front of a brick wall", "a brick wall"),
+    "stones": ("on a stone pavement", "a stone pavement"),
+    "autumn leaves": ("on autumn leaves", "autumn leaves"),
+    "water": ("under water", "an underwater scene"),
+    "city": ("in a city", "a city"),
+    "marble": ("on a marble floor", "a marble floor"),
+    "sunset": ("in front of a sunset", "a sunset"),
+}
+"""Each ground as a place and as a noun, for instructions."""
+LOOK_WORDINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "night": (
+        ("make it night", "turn day into night", "it should be night", "change it to night time",
+         "show it at night"),
+        ("make it night time", "turn it into night"),
+    ),
+    "evening": (
+        ("make it evening", "put it in warm evening light", "it should be evening",
+         "change the light to evening", "give it warm light"),
+        ("make the light warm", "show it in the evening"),
+    ),
+    "fog": (
+        ("add fog", "make it foggy", "it should be foggy", "fill the picture with fog",
+         "make the air foggy"),
+        ("put it in fog", "show it in fog"),
+    ),
+    "rain": (
+        ("make it rain", "add rain", "let it rain", "it should rain", "make it rainy"),
+        ("it should be rainy", "put it in the rain"),
+    ),
+    "snowfall": (
+        ("make it snow", "let it snow", "make it winter", "add falling snow", "it should snow"),
+        ("it should be winter", "show it in falling snow"),
+    ),
+    "grey": (
+        ("make it black and white", "turn it into a black and white picture", "remove all colour",
+         "make the picture grey", "take away the colour"),
+        ("it should be black and white", "take away all colour"),
+    ),
+}  # fmt: skip
+"""Wordings of each look: those of training, then those that are held out."""
 
 
 class EditKind(Protocol):
@@ -47,141 +95,61 @@ class EditKind(Protocol):
         """Wordings that are held out of training; training shows all of their words."""
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose randomly what to change in each scene."""
+        """Choose randomly what to ask of each scene."""
 
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Return the edited scenes."""
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
+        """Return a valid result for each scene: one of many."""
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
         """Return the values of a wording's placeholders in one row."""
 
 
-PLACES = {
-    "in the top left corner": (0.0, 0.0),
-    "at the top": (0.5, 0.0),
-    "in the top right corner": (1.0, 0.0),
-    "on the left side": (0.0, 0.5),
-    "in the centre": (0.5, 0.5),
-    "on the right side": (1.0, 0.5),
-    "in the bottom left corner": (0.0, 1.0),
-    "at the bottom": (0.5, 1.0),
-    "in the bottom right corner": (1.0, 1.0),
-}
-_TO_PLACES = [f"to {place.split(' ', 1)[1]}" for place in PLACES]
-_MARGIN = 4 * STEP
-WAYS = {"left": (-1.0, 0.0), "right": (1.0, 0.0), "up": (0.0, -1.0), "down": (0.0, 1.0)}
-_STRIDE = 4 * STEP
-_GROWTH = 1.5
-
-
-def place(index: Tensor, extent: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """Return the centres (x, y) of named places."""
-    fractions = torch.tensor(list(PLACES.values()))[index]
-    x, y = (_MARGIN + fractions[:, i] * (extent[i] - 2 * _MARGIN) for i in (0, 1))
-    return x, y
-
-
 def noun(scenes: Scenes, row: int, slot: int) -> str:
-    """Return a shape's full name, such as "red circle"."""
-    colour, shape = int(scenes.colour[row, slot]), int(scenes.shape[row, slot])
-    return f"{list(COLOURS)[colour]} {SHAPES[shape]}"
-
-
-def _it(scenes: Scenes, choice: Choice, row: int, which: str = "subject") -> str:
-    """Name a shape of the scene; sometimes only by its kind or colour, if that is unique."""
-    slot = int(choice[which][row])
-    here = scenes.present[row]
-    form = int(choice["form"][row])
-    same_shape = scenes.shape[row][here] == scenes.shape[row, slot]
-    same_colour = scenes.colour[row][here] == scenes.colour[row, slot]
-    colour, shape = noun(scenes, row, slot).split()
-    if form == 0 and int(same_shape.sum()) == 1:
-        return shape
-    if form == 1 and int(same_colour.sum()) == 1:
-        return f"{colour} shape"
-    return f"{colour} {shape}"
+    """Return a thing's name, such as "cat" or "blue cat"."""
+    name, tint = NAMES[int(scenes.thing[row, slot])], int(scenes.tint[row, slot])
+    return f"{list(TINTS)[tint - 1]} {name}" if tint else name
 
 
 def _subject(scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-    return {"subject": dice.which(scenes.present), "form": dice.below(6, len(scenes))}
+    return {"subject": dice.which(scenes.present)}
 
 
-@dataclass(frozen=True)
-class Recolour:
-    """Gives a shape one of the named colours."""
-
-    name: ClassVar[str] = "recolour"
-    known: tuple[str, ...] = (
-        "make the {it} {colour}",
-        "paint the {it} {colour}",
-        "turn the {it} {colour}",
-        "change the colour of the {it} to {colour}",
-        "recolour the {it} in {colour}",
-        "the {it} should be {colour}",
-        "give the {it} a {colour} colour",
-        "the colour of the {it} should be {colour}",
-    )
-    novel: tuple[str, ...] = (
-        "change the {it} to {colour}",
-        "make the colour of the {it} {colour}",
-        "paint the {it} in {colour}",
-    )
-
-    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a shape and a new colour."""
-        chosen = _subject(scenes, dice)
-        other = dice.below(len(COLOURS) - 1, len(scenes)) + 1
-        chosen["colour"] = (scenes.of("colour", chosen["subject"]) + other) % len(COLOURS)
-        return chosen
-
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Set name and tint."""
-        colour = choice["colour"]
-        return scenes.put(choice["subject"], colour=colour, tint=PALETTE[colour])
-
-    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
-        """Name shape and colour."""
-        colour = list(COLOURS)[int(choice["colour"][row])]
-        return {"it": _it(scenes, choice, row), "colour": colour}
+def _it(scenes: Scenes, choice: Choice, row: int) -> str:
+    """Name a thing of the scene, by its kind alone: no two are of one kind."""
+    return NAMES[int(scenes.thing[row, int(choice["subject"][row])])]
 
 
-@dataclass(frozen=True)
-class Remove:
-    """Removes a shape."""
+def _side(n: int, dice: Dice, *, anywhere: float) -> Tensor:
+    free = dice.uniform(0, 1, n) < anywhere
+    return torch.where(free, _ANYWHERE, dice.below(len(SIDES), n))
 
-    name: ClassVar[str] = "remove"
-    known: tuple[str, ...] = (
-        "remove the {it}",
-        "delete the {it}",
-        "take the {it} away",
-        "erase the {it}",
-        "get rid of the {it}",
-        "take out the {it}",
-        "make the {it} disappear",
-        "the {it} should be gone",
-    )
-    novel: tuple[str, ...] = (
-        "take the {it} out",
-        "the {it} should disappear",
-        "take away the {it}",
-    )
 
-    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a shape."""
-        return _subject(scenes, dice)
+def is_at(side: Tensor, x: Tensor, y: Tensor, extent: tuple[float, float]) -> Tensor:
+    """Whether points are at the sides that instructions name: (N,) bool."""
+    width, height = extent
+    at = torch.stack(
+        [x < 0.42 * width, x > 0.58 * width, y < 0.42 * height, y > 0.58 * height,
+         torch.ones_like(x, dtype=torch.bool)]
+    )  # fmt: skip
+    return at[side, torch.arange(len(x))]
 
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Unset its presence."""
-        return scenes.put(choice["subject"], present=False)
 
-    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
-        """Name the shape."""
-        return {"it": _it(scenes, choice, row)}
+def _pose(scenes: Scenes, side: Tensor, dice: Dice, *names: str) -> dict[str, Tensor]:
+    """Draw where a thing is now, on the side asked for."""
+    n = len(scenes)
+    width, height = scenes.extent
+    new = {name: value[:, 0] for name, value in poses(n, scenes.extent, dice).items()}
+    low, high = dice.uniform(0.15, 0.40, n), dice.uniform(0.60, 0.85, n)
+    new["x"] = torch.where(side == 0, low * width, new["x"])
+    new["x"] = torch.where(side == 1, high * width, new["x"])
+    new["y"] = torch.where(side == 2, low.clamp_min(0.18) * height, new["y"])  # noqa: PLR2004
+    new["y"] = torch.where(side == 3, high * height, new["y"])  # noqa: PLR2004
+    return {name: new[name] for name in names}
 
 
 @dataclass(frozen=True)
 class Add:
-    """Adds a shape at a named place, upright and of the canonical size."""
+    """Adds a thing, anywhere or on one side."""
 
     name: ClassVar[str] = "add"
     known: tuple[str, ...] = (
@@ -191,43 +159,134 @@ class Add:
         "draw {new} {place}",
         "there should be {new} {place}",
         "insert {new} {place}",
-        "{place} add {new}",
+        "give it {new} {place}",
     )
     novel: tuple[str, ...] = (
-        "{place} put {new}",
-        "{place} there should be {new}",
-        "{place} draw {new}",
+        "give the picture {new} {place}",
+        "put {new} in it {place}",
+        "draw {new} in the picture {place}",
     )
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a place; the free slot's shape and colour were drawn with the scene."""
-        free = torch.full((len(scenes),), FREE)
-        return {"subject": free, "place": dice.below(len(PLACES), len(scenes))}
+        """Choose a side or none; the free slot's thing was drawn with the scene."""
+        n = len(scenes)
+        return {"subject": torch.full((n,), FREE), "side": _side(n, dice, anywhere=0.6)}
 
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
         """Fill the free slot."""
-        x, y = place(choice["place"], scenes.extent)
-        colour = scenes.of("colour", choice["subject"])
-        return scenes.put(
-            choice["subject"],
-            x=x,
-            y=y,
-            size=CANONICAL_SIZE,
-            angle=0.0,
-            tint=PALETTE[colour],
-            present=True,
-        )
+        pose = _pose(scenes, choice["side"], dice, "x", "y", "size", "turn", "flip", "shade")
+        return scenes.put(choice["subject"], present=True, **pose)
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
         """Name what and where."""
-        what = noun(scenes, row, FREE)
-        article = "an" if what[0] in "aeiou" else "a"
-        return {"new": f"{article} {what}", "place": list(PLACES)[int(choice["place"][row])]}
+        side = int(choice["side"][row])
+        place = "" if side == _ANYWHERE else SIDES[side]
+        return {"new": article(noun(scenes, row, FREE)), "place": place}
+
+
+@dataclass(frozen=True)
+class Remove:
+    """Removes a thing; what was behind it is free."""
+
+    name: ClassVar[str] = "remove"
+    known: tuple[str, ...] = (
+        "remove the {it}",
+        "delete the {it}",
+        "take the {it} away",
+        "erase the {it}",
+        "get rid of the {it}",
+        "make the {it} disappear",
+        "the {it} should be gone",
+    )
+    novel: tuple[str, ...] = ("take away the {it}", "the {it} should disappear")
+
+    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
+        """Choose a thing."""
+        return _subject(scenes, dice)
+
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:  # noqa: ARG002
+        """Unset its presence."""
+        return scenes.put(choice["subject"], present=False)
+
+    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
+        """Name the thing."""
+        return {"it": _it(scenes, choice, row)}
+
+
+@dataclass(frozen=True)
+class Replace:
+    """Puts another thing about where one was; its size and turn are free."""
+
+    name: ClassVar[str] = "replace"
+    known: tuple[str, ...] = (
+        "replace the {it} with {new}",
+        "turn the {it} into {new}",
+        "change the {it} to {new}",
+        "make the {it} {new}",
+        "exchange the {it} for {new}",
+        "swap the {it} for {new}",
+    )
+    novel: tuple[str, ...] = (
+        "change the {it} into {new}",
+        "exchange the {it} with {new}",
+    )
+
+    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
+        """Choose a thing; the new one is the free slot's."""
+        return _subject(scenes, dice)
+
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
+        """Set the thing and its pose."""
+        subject, n = choice["subject"], len(scenes)
+        anywhere = torch.full((n,), _ANYWHERE)
+        pose = _pose(scenes, anywhere, dice, "size", "turn", "flip", "shade")
+        x, y = (scenes.of(a, subject) + dice.uniform(-0.03, 0.03, n) for a in ("x", "y"))
+        return scenes.put(
+            subject, thing=scenes.thing[:, FREE], tint=scenes.tint[:, FREE], x=x, y=y, **pose
+        )
+
+    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
+        """Name both."""
+        return {"it": _it(scenes, choice, row), "new": article(noun(scenes, row, FREE))}
+
+
+@dataclass(frozen=True)
+class Recolour:
+    """Gives a thing one of the named colours; which shade is free."""
+
+    name: ClassVar[str] = "recolour"
+    known: tuple[str, ...] = (
+        "make the {it} {colour}",
+        "paint the {it} {colour}",
+        "turn the {it} {colour}",
+        "change the colour of the {it} to {colour}",
+        "the {it} should be {colour}",
+        "give the {it} a {colour} colour",
+    )
+    novel: tuple[str, ...] = ("make the colour of the {it} {colour}", "change the {it} to {colour}")
+
+    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
+        """Choose a thing and another colour."""
+        chosen = _subject(scenes, dice)
+        thing, tint = (scenes.of(name, chosen["subject"]) for name in ("thing", "tint"))
+        visible = distinct()[thing].clone()
+        visible[:, 0] = False
+        visible[torch.arange(len(scenes)), tint] = False
+        return {**chosen, "tint": dice.which(visible)}
+
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
+        """Set tint and shade."""
+        shade = dice.uniform(-1, 1, len(scenes))
+        return scenes.put(choice["subject"], tint=choice["tint"], shade=shade)
+
+    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
+        """Name thing and colour."""
+        return {"it": _it(scenes, choice, row), "colour": list(TINTS)[int(choice["tint"][row]) - 1]}
 
 
 @dataclass(frozen=True)
 class Move:
-    """Moves a shape to a named place."""
+    """Moves a thing to a side; where exactly is free."""
 
     name: ClassVar[str] = "move"
     known: tuple[str, ...] = (
@@ -236,270 +295,96 @@ class Move:
         "bring the {it} {to}",
         "put the {it} {place}",
         "the {it} should be {place}",
-        "place the {it} {place}",
     )
-    novel: tuple[str, ...] = ("the {it} should move {to}", "{place} put the {it}")
+    novel: tuple[str, ...] = ("place the {it} {place}", "the {it} should move {to}")
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a shape and a place."""
-        return {**_subject(scenes, dice), "place": dice.below(len(PLACES), len(scenes))}
+        """Choose a thing and a side."""
+        return {**_subject(scenes, dice), "side": _side(len(scenes), dice, anywhere=0.0)}
 
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
         """Set the centre."""
-        x, y = place(choice["place"], scenes.extent)
-        return scenes.put(choice["subject"], x=x, y=y)
+        return scenes.put(choice["subject"], **_pose(scenes, choice["side"], dice, "x", "y"))
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
         """Name what and where."""
-        index = int(choice["place"][row])
-        return {
-            "it": _it(scenes, choice, row),
-            "to": _TO_PLACES[index],
-            "place": list(PLACES)[index],
-        }
+        side = int(choice["side"][row])
+        return {"it": _it(scenes, choice, row), "to": _TO_SIDES[side], "place": SIDES[side]}
 
 
 @dataclass(frozen=True)
-class Nudge:
-    """Moves a shape by a fixed stride."""
-
-    name: ClassVar[str] = "nudge"
-    known: tuple[str, ...] = (
-        "move the {it} a little {way}",
-        "shift the {it} a little {way}",
-        "bring the {it} a little {way}",
-        "the {it} should be a little more {way}",
-        "push the {it} a little {way}",
-    )
-    novel: tuple[str, ...] = ("a little {way} with the {it}", "the {it} should move a little {way}")
-
-    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a shape and a way."""
-        return {**_subject(scenes, dice), "way": dice.below(len(WAYS), len(scenes))}
-
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Shift the centre."""
-        step = _STRIDE * torch.tensor(list(WAYS.values()))[choice["way"]]
-        subject = choice["subject"]
-        x, y = scenes.of("x", subject) + step[:, 0], scenes.of("y", subject) + step[:, 1]
-        return scenes.put(subject, x=x, y=y)
-
-    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
-        """Name what and which way."""
-        return {"it": _it(scenes, choice, row), "way": list(WAYS)[int(choice["way"][row])]}
-
-
-@dataclass(frozen=True)
-class Grow:
-    """Makes a shape 1.5 times as big."""
-
-    name: ClassVar[str] = "grow"
-    known: tuple[str, ...] = (
-        "make the {it} bigger",
-        "enlarge the {it}",
-        "make the {it} larger",
-        "grow the {it}",
-        "the {it} should be bigger",
-    )
-    novel: tuple[str, ...] = ("the {it} should be larger", "make the {it} grow")
-    factor: float = _GROWTH
-
-    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a shape."""
-        return _subject(scenes, dice)
-
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Scale it."""
-        return scenes.put(
-            choice["subject"], size=scenes.of("size", choice["subject"]) * self.factor
-        )
-
-    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
-        """Name the shape."""
-        return {"it": _it(scenes, choice, row)}
-
-
-@dataclass(frozen=True)
-class Shrink(Grow):
-    """Shrinks a shape by the factor of `Grow`."""
-
-    name: ClassVar[str] = "shrink"
-    known: tuple[str, ...] = (
-        "make the {it} smaller",
-        "shrink the {it}",
-        "reduce the {it}",
-        "the {it} should be smaller",
-        "reduce the size of the {it}",
-    )
-    novel: tuple[str, ...] = ("make the {it} shrink", "the {it} should shrink")
-    factor: float = 1 / _GROWTH
-
-
-@dataclass(frozen=True)
-class Swap:
-    """Swaps the places of two shapes."""
-
-    name: ClassVar[str] = "swap"
-    known: tuple[str, ...] = (
-        "swap the {it} and the {other}",
-        "exchange the {it} and the {other}",
-        "switch the {it} with the {other}",
-        "swap the places of the {it} and the {other}",
-        "let the {it} and the {other} trade places",
-        "exchange the {it} with the {other}",
-    )
-    novel: tuple[str, ...] = (
-        "swap the {it} with the {other}",
-        "the {it} and the {other} should trade places",
-        "switch the {it} and the {other}",
-    )
-
-    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose two shapes."""
-        chosen = _subject(scenes, dice)
-        others = scenes.present.clone()
-        others[torch.arange(len(scenes)), chosen["subject"]] = False
-        return {**chosen, "other": dice.which(others)}
-
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Exchange the centres."""
-        one, two = choice["subject"], choice["other"]
-        swapped = scenes.put(one, x=scenes.of("x", two), y=scenes.of("y", two))
-        return swapped.put(two, x=scenes.of("x", one), y=scenes.of("y", one))
-
-    def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:
-        """Name both."""
-        other = _it(scenes, choice, row, "other")
-        return {"it": _it(scenes, choice, row), "other": other}
-
-
-@dataclass(frozen=True)
-class ChangeGround:
-    """Puts the shapes on another, named ground."""
+class Ground:
+    """Puts everything on another ground of a named kind; which one is free."""
 
     name: ClassVar[str] = "ground"
     known: tuple[str, ...] = (
-        "make the background {ground}",
-        "change the background to {ground}",
-        "put it on a {ground} background",
-        "replace the background with a {ground} background",
-        "use a {ground} background",
-        "turn the background {ground}",
-        "the background should be {ground}",
+        "put it {where}",
+        "change the background to {what}",
+        "replace the background with {what}",
+        "make the background {what}",
+        "show it {where}",
+        "use {what} as the background",
+        "move it all {where}",
+        "place everything {where}",
     )
     novel: tuple[str, ...] = (
-        "give it a {ground} background",
-        "paint the background {ground}",
-        "there should be a {ground} background",
+        "it should be {where}",
+        "put everything {where}",
+        "the background should be {what}",
     )
 
     def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
-        """Choose a ground."""
-        return {"ground": dice.below(len(GROUNDS), len(scenes))}
+        """Choose another kind of ground."""
+        other = 1 + dice.below(len(GROUNDS) - 1, len(scenes))
+        return {"ground": (scenes.ground + other) % len(GROUNDS)}
 
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:
-        """Set the ground."""
-        return scenes.on(choice["ground"])
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
+        """Set kind and seed."""
+        return scenes.having(ground=choice["ground"], seed=new_seeds(len(scenes), dice))
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:  # noqa: ARG002
         """Name the ground."""
-        return {"ground": list(GROUNDS)[int(choice["ground"][row])]}
+        where, what = WHERE[list(GROUNDS)[int(choice["ground"][row])]]
+        return {"where": where, "what": what}
 
 
 @dataclass(frozen=True)
-class Restyle:
-    """Redraws the whole picture in a style."""
+class Look:
+    """Changes the light or the weather; how strongly, and where each flake falls, is free."""
 
-    name: ClassVar[str]
-    known: tuple[str, ...]
-    novel: tuple[str, ...]
+    name: ClassVar[str] = "look"
+    known: tuple[str, ...] = tuple(f"{{known{i}}}" for i in range(5))
+    novel: tuple[str, ...] = tuple(f"{{novel{i}}}" for i in range(2))
 
-    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:  # noqa: ARG002
-        """Choose nothing, because the kind is the style."""
-        return {}
+    def draw(self, scenes: Scenes, dice: Dice) -> dict[str, Tensor]:
+        """Choose a look."""
+        return {"look": 1 + dice.below(len(LOOKS) - 1, len(scenes))}
 
-    def apply(self, scenes: Scenes, choice: Choice) -> Scenes:  # noqa: ARG002
-        """Set the style."""
-        return replace(scenes, style=torch.full_like(scenes.style, STYLES.index(self.name)))
+    def apply(self, scenes: Scenes, choice: Choice, dice: Dice) -> Scenes:
+        """Set look and seed."""
+        return scenes.having(look=choice["look"], weather=new_seeds(len(scenes), dice))
 
     def fields(self, scenes: Scenes, choice: Choice, row: int) -> dict[str, str]:  # noqa: ARG002
-        """Return no values."""
-        return {}
+        """Return the look's own wordings."""
+        known, novel = LOOK_WORDINGS[LOOKS[int(choice["look"][row])]]
+        return {
+            **{f"known{i}": words for i, words in enumerate(known)},
+            **{f"novel{i}": words for i, words in enumerate(novel)},
+        }
 
 
-@dataclass(frozen=True)
-class Outline(Restyle):
-    """Draws only the outlines of shapes."""
-
-    name: ClassVar[str] = "outline"
-    known: tuple[str, ...] = (
-        "draw only the outlines",
-        "show only outlines",
-        "make it an outline drawing",
-        "turn it into outlines",
-        "show the picture as outlines",
-    )
-    novel: tuple[str, ...] = ("turn the picture into outlines", "make it only outlines")
-
-
-@dataclass(frozen=True)
-class Night(Restyle):
-    """Darkens everything towards blue."""
-
-    name: ClassVar[str] = "night"
-    known: tuple[str, ...] = (
-        "make it night",
-        "turn it into a night scene",
-        "it should be night",
-        "turn day into night",
-        "show the picture at night",
-    )
-    novel: tuple[str, ...] = ("make it a night scene", "the picture should be at night")
-
-
-@dataclass(frozen=True)
-class Blur(Restyle):
-    """Blurs everything."""
-
-    name: ClassVar[str] = "blur"
-    known: tuple[str, ...] = (
-        "blur it",
-        "make it blurry",
-        "blur the picture",
-        "the picture should be blurry",
-        "turn it blurry",
-    )
-    novel: tuple[str, ...] = ("make the picture blurry", "it should be blurry")
-
-
-@dataclass(frozen=True)
-class Keep(Restyle):
-    """Changes nothing, which a model should learn first. Tests do not use it."""
-
-    name: ClassVar[str] = "none"
-    known: tuple[str, ...] = (
-        "change nothing",
-        "leave it as it is",
-        "keep the picture",
-        "do nothing",
-        "keep it as it is",
-    )
-    novel: tuple[str, ...] = ("leave the picture as it is", "keep it")
-
-
-_ALL: tuple[EditKind, ...] = (
-    Recolour(),
-    Remove(),
-    Add(),
-    Move(),
-    Nudge(),
-    Grow(),
-    Shrink(),
-    Swap(),
-    ChangeGround(),
-    Outline(),
-    Night(),
-    Blur(),
+KINDS: dict[str, EditKind] = {
+    kind.name: kind for kind in (Add(), Remove(), Replace(), Recolour(), Move(), Ground(), Look())
+}
+"""The kinds of edit, by name."""
+LOCAL = ("add", "remove", "replace", "recolour", "move")
+"""Kinds that leave most of the picture as it is."""
+WHOLE = ("ground", "look")
+"""Kinds that change the whole picture."""
+KEEP = (
+    "change nothing",
+    "leave everything as it is",
+    "keep the picture as it is",
+    "do not change it",
 )
-KINDS = {edit.name: edit for edit in _ALL}
-KEEP: EditKind = Keep()
+"""Instructions that ask for no change."""

@@ -5,25 +5,26 @@ from __future__ import annotations
 import re
 from functools import cache
 
-from fluxfire.spark.captions import CAPTIONS
-from fluxfire.spark.edits import KEEP, KINDS, PLACES, WAYS, EditKind, Split
-from fluxfire.spark.scenes import COLOURS, GROUNDS, SHAPES, Dice
+from fluxfire.spark.captions import CAPTIONS, IN_LOOKS
+from fluxfire.spark.edits import KEEP, KINDS, LOOK_WORDINGS, SIDES, WHERE, EditKind, Split
+from fluxfire.spark.scenes import Dice
+from fluxfire.spark.things import NAMES, TINTS
 
 LONGEST = 32
-"""Number of T5 tokens that the transformer sees; the longest caption fits."""
-_AMERICAN = {"colour": "color", "grey": "gray", "centre": "center", "recolour": "recolor"}
+"""Number of T5 tokens that the transformer sees; the longest instruction fits."""
+_AMERICAN = {"colour": "color", "grey": "gray"}
 _POLITE = ("{}", "{}", "{}", "{}.", "please {}", "{} please", "please {}.")
 
 
 @cache
 def words() -> tuple[str, ...]:
     """Return every word of Spark's vocabulary, in lower case, in a fixed order."""
-    wordings = [w for e in (*KINDS.values(), KEEP) for w in (*e.known, *e.novel)]
-    fixed = re.sub(r"\{.*?\}", " ", " ".join([*wordings, *CAPTIONS, *_POLITE]))
-    named = " ".join(
-        [*SHAPES, *COLOURS, *GROUNDS, *PLACES, *WAYS, "a an to and shape", *_AMERICAN.values()]
-    )
-    return tuple(sorted(set(re.findall(r"[a-z]+", f"{fixed} {named}"))))
+    wordings = [w for e in KINDS.values() for w in (*e.known, *e.novel)]
+    looks = [w for known, novel in LOOK_WORDINGS.values() for w in (*known, *novel)]
+    fixed = re.sub(r"\{.*?\}", " ", " ".join([*wordings, *looks, *KEEP, *CAPTIONS, *_POLITE]))
+    places = [p for pair in WHERE.values() for p in pair]
+    named = " ".join([*NAMES, *TINTS, *places, *SIDES, *IN_LOOKS.values(), *_AMERICAN.values()])
+    return tuple(sorted(set(re.findall(r"[a-z]+", f"{fixed} {named} a an to and"))))
 
 
 def unknown(prompt: str) -> tuple[str, ...]:

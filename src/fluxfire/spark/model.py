@@ -5,20 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from transformers import CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
 
 from fluxfire.kontext import components, tokenizers
 from fluxfire.spark import language
 
-WIDTH = 160
+WIDTH = 256
+_HEAD = 64
+_TEXT = 128
+_SHIFT = 1.15
 
 
 def parts(*, seed: int = 0) -> dict[str, Any]:
     """Build every component with random weights, for a Kontext pipeline's constructor.
 
-    The transformer sees a picture of 128 × 128 as 64 tokens: the VAE divides each side by eight and
-    the patches divide it by two, as in FLUX.
+    The transformer sees a picture of 128 x 128 as 256 tokens: the VAE divides each side by four
+    and the patches divide it by two. (FLUX's VAE divides it by eight.)
 
     Args:
         seed: seed of the weights; the global random state does not change.
@@ -35,31 +38,31 @@ def parts(*, seed: int = 0) -> dict[str, Any]:
             "text_encoder_2": _t5(len(tokenizer_2)),
             "tokenizer": tokenizer,
             "tokenizer_2": tokenizer_2,
-            "scheduler": components.scheduler(),
+            "scheduler": _scheduler(),
         }
 
 
 def _transformer() -> FluxTransformer2DModel:
     return FluxTransformer2DModel(
-        in_channels=64,
+        in_channels=32,
         num_layers=3,
-        num_single_layers=8,
-        attention_head_dim=32,
-        num_attention_heads=WIDTH // 32,
-        joint_attention_dim=96,
+        num_single_layers=9,
+        attention_head_dim=_HEAD,
+        num_attention_heads=WIDTH // _HEAD,
+        joint_attention_dim=_TEXT,
         pooled_projection_dim=64,
-        axes_dims_rope=(4, 14, 14),
+        axes_dims_rope=(8, 28, 28),
         guidance_embeds=True,
     ).eval()
 
 
 def _vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(24, 48, 80, 80),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 96),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,
-        latent_channels=16,
+        latent_channels=8,
         norm_num_groups=8,
         use_quant_conv=False,
         use_post_quant_conv=False,
@@ -80,11 +83,21 @@ def _t5(vocabulary: int) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=vocabulary,
-            d_model=96,
+            d_model=_TEXT,
             d_kv=32,
             d_ff=256,
             num_layers=3,
-            num_heads=3,
+            num_heads=4,
             dropout_rate=0.0,
         )
     ).eval()
+
+
+def _scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Build FLUX's scheduler, with the shift of 1024 x 1024 at every size.
+
+    So 28 steps have the noise levels that the real model's have.
+    """
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True, shift=3.0, base_shift=_SHIFT, max_shift=_SHIFT
+    )

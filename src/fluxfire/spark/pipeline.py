@@ -14,6 +14,8 @@ from fluxfire.spark import language, model, weights
 from fluxfire.text import with_article
 
 _SIDE = 128
+_GUIDANCE = 5.0
+"""Of 40 held-out edits it got 34 right at 5, and 39 of 48 at 4. It learned 1 to 5."""
 _AREA = _SIDE * _SIDE
 _MULTIPLE = 16
 _BATCHED = 4  # dimensions of a tensor or array with a batch of pictures
@@ -26,7 +28,7 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
     Kontext's defaults rescale every picture to a megapixel, which Spark was not trained on. Here a
     reference keeps its size if the size suits Spark (multiples of 16, an area of about 128 × 128
     pixels), and is rescaled to such a size otherwise. The result has the reference's size. Prompts
-    are padded to 32 tokens. A call's own arguments override all defaults.
+    are padded to 32 tokens, and the guidance is 5. A call's own arguments override all defaults.
     """
 
     def __call__(self, image: Any = None, prompt: Any = None, *args: Any, **call: Any) -> Any:
@@ -47,6 +49,7 @@ class SparkPipeline(FluxKontextPipeline):  # type: ignore[misc]
         call["width"], call["height"] = call.get("width") or width, call.get("height") or height
         call.setdefault("max_area", call["width"] * call["height"])
         call.setdefault("max_sequence_length", language.LONGEST)
+        call.setdefault("guidance_scale", _GUIDANCE)
         return super().__call__(image, prompt, *args, **call)
 
     def _resize(self, image: Any, height: int, width: int) -> Any:

@@ -1,113 +1,170 @@
-"""Renders scenes from signed distances to each shape's edge, with one pixel of smoothing."""
+"""Draws scenes: the ground, the things with their shadows, then the light or weather."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fluxfire.spark.scenes import PATTERNS, SHAPES, STYLES, Scenes
+from fluxfire.spark import grounds, things
+from fluxfire.spark.noise import Chance
+from fluxfire.spark.scenes import LOOKS, SLOTS, Scenes
 
-_STROKE = 0.03
-_NIGHT = torch.tensor([0.38, 0.42, 0.60]), torch.tensor([0.0, 0.0, 0.05])
-_BLUR = 0.022
+_SHADOW, _SHADOW_AT = 0.40, (0.035, 0.055)
 
 
-def render(scenes: Scenes, shorter: int = 128) -> Tensor:
+def render(scenes: Scenes, shorter: int = 128, *, opacity: Tensor | None = None) -> Tensor:
     """Draw scenes.
 
     Args:
         scenes: N scenes; their device renders.
         shorter: number of pixels of the shorter side.
+        opacity: (N, SLOTS), how opaque the things are, for pictures that are wrong on purpose.
 
     Returns:
         (N, 3, height, width) float32 in [0, 1].
     """
+    x, y = _seen_from_camera(scenes, shorter)
+    picture = grounds.draw(scenes.ground, scenes.seed, x, y)
+    sprites = things.pictures().to(picture.device)
+    seen = scenes.present.float() if opacity is None else scenes.present * opacity
+    for slot in range(SLOTS):
+        rows = (seen[:, slot] > 0).nonzero()[:, 0]
+        if not len(rows):
+            continue
+        some = scenes.take(rows)
+        sprite = things.painted(
+            sprites[some.thing[:, slot]], some.tint[:, slot], some.shade[:, slot]
+        )
+        at = x[rows], y[rows]
+        drawn = _placed(sprite, some, slot, *at, (0.0, 0.0))
+        shadow = _placed(sprite[:, 4:], some, slot, *at, _SHADOW_AT)
+        much = seen[rows, slot][:, None, None, None]
+        below = picture[rows] * (1 - _SHADOW * much * shadow)
+        picture[rows] = below * (1 - much * drawn[:, 3:4]) + much * drawn[:, :3]
+    return look(picture, scenes.look, scenes.weather, x, y)
+
+
+def coverage(scenes: Scenes, slot: int, shorter: int = 128) -> Tensor:
+    """Return the opacity of one slot's thing, present or not: (N, 1, height, width)."""
+    x, y = _seen_from_camera(scenes, shorter)
+    sprite = things.pictures().to(x.device)[scenes.thing[:, slot], 3:4]
+    return _placed(sprite, scenes, slot, x, y, (0.0, 0.0))
+
+
+def _seen_from_camera(scenes: Scenes, shorter: int) -> tuple[Tensor, Tensor]:
+    """Return which points of the scenes the pixels' centres show: (N, 1, W), (N, H, 1)."""
     width, height = (round(side * shorter) for side in scenes.extent)
-    device = scenes.style.device
-    xs = (torch.arange(width, device=device) + 0.5) / shorter
-    ys = (torch.arange(height, device=device) + 0.5) / shorter
-    picture = _ground(scenes, xs[None, None, :], ys[None, :, None], shorter)
-    outline = (scenes.style == STYLES.index("outline"))[:, None, None]
-    for slot in range(scenes.shape.shape[1]):
-        distance = _distance(scenes, slot, xs, ys)
-        distance = torch.where(outline, distance.abs() - _STROKE / 2, distance)
-        cover = (0.5 - distance * shorter).clamp(0, 1) * scenes.present[:, slot, None, None]
-        picture = picture.lerp(scenes.tint[:, slot, :, None, None], cover[:, None])
-    return _apply_style(picture, scenes.style, shorter)
+    x, y = grounds.centres(width, height, scenes.x.device)
+    right, down, wider = scenes.camera[:, :, None, None].unbind(1)
+    middle = scenes.extent[0] / 2, scenes.extent[1] / 2
+    return x + (x - middle[0]) * wider + right, y + (y - middle[1]) * wider + down
 
 
-def _ground(scenes: Scenes, x: Tensor, y: Tensor, shorter: int) -> Tensor:
-    """Mix the ground's two tones: (N, 3, H, W)."""
-    cos, sin = (f(scenes.turn)[:, None, None] for f in (torch.cos, torch.sin))
-    period = scenes.period[:, None, None]
-    shift = scenes.phase[:, :, None, None]
-    u = (x * cos + y * sin) / period + shift[:, 0]
-    v = (y * cos - x * sin) / period + shift[:, 1]
-    sharp = period * shorter / math.pi  # makes a wave's zero crossing one pixel wide
-    wave_u, wave_v = (torch.sin(2 * math.pi * w) * sharp / 2 for w in (u, v))
-    dots = 0.3 - torch.hypot(u - u.round(), v - v.round())
-    mixes = {
-        "plain": torch.zeros_like(u),
-        "gradient": (y / scenes.extent[1]).expand_as(u),
-        "stripes": (0.5 + wave_u).clamp(0, 1),
-        "checks": (0.5 + wave_u.clamp(-1, 1) * wave_v.clamp(-1, 1) / 2).clamp(0, 1),
-        "dots": (0.5 + dots * period * shorter).clamp(0, 1),
-    }
-    stacked = torch.stack([mixes[name] for name in PATTERNS], 1)
-    mix = stacked[torch.arange(len(scenes), device=x.device), scenes.pattern][:, None]
-    first, second = (scenes.tones[:, i, :, None, None] for i in (0, 1))
-    return first.lerp(second, mix)
+def _placed(
+    sprite: Tensor, scenes: Scenes, slot: int, x: Tensor, y: Tensor, shift: tuple[float, float]
+) -> Tensor:
+    """Turn, scale and move sprites of (N, C, S, S) to where their things are: (N, C, H, W)."""
+
+    def of(name: str) -> Tensor:
+        value: Tensor = getattr(scenes, name)[:, slot, None, None]
+        return value
+
+    size, turn = of("size"), of("turn")
+    dx, dy = x - of("x") - shift[0] * size / 0.4, y - of("y") - shift[1] * size / 0.4
+    u = (dx * turn.cos() + dy * turn.sin()) * 2 / size
+    v = (dy * turn.cos() - dx * turn.sin()) * 2 / size
+    u = torch.where(of("flip"), -u, u)
+    return functional.grid_sample(sprite, torch.stack([u, v], -1), align_corners=False)
 
 
-def _distance(scenes: Scenes, slot: int, xs: Tensor, ys: Tensor) -> Tensor:
-    """Signed distance to the edge of one slot's shape, negative inside: (N, H, W)."""
-    angle = scenes.angle[:, slot, None, None]
-    dx = xs[None, None, :] - scenes.x[:, slot, None, None]
-    dy = ys[None, :, None] - scenes.y[:, slot, None, None]
-    x = dx * angle.cos() + dy * angle.sin()
-    y = dy * angle.cos() - dx * angle.sin()
-    size = scenes.size[:, slot, None, None]
-    far = torch.hypot(x, y)
-    across, along = x.abs(), y.abs()
-    half, arm = 0.75 * size, 0.32 * size
-    distances = {
-        "circle": far - 0.9 * size,
-        "square": torch.maximum(across, along) - half,
-        "triangle": torch.maximum(y - size / 2, across * math.cos(math.pi / 6) - y / 2 - size / 2),
-        "star": _star(x, y, far, size),
-        "ring": (far - 0.72 * size).abs() - 0.24 * size,
-        "cross": torch.minimum(
-            torch.maximum(across - 0.95 * size, along - arm),
-            torch.maximum(along - 0.95 * size, across - arm),
-        ),
-    }
-    stacked = torch.stack([distances[name] for name in SHAPES], 1)
-    return stacked[torch.arange(len(scenes), device=xs.device), scenes.shape[:, slot]]
+def look(picture: Tensor, which: Tensor, seed: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Put pictures in another light or weather.
+
+    Args:
+        picture: (N, 3, height, width).
+        which: (N,) int64, an index into LOOKS.
+        seed: (N,) int64, which of the lights or weathers of this kind.
+        x: (N, 1, width) or (1, 1, width), where the pixels' centres are.
+        y: (N, height, 1) or (1, height, 1), likewise.
+    """
+    out = picture.clone()
+    everywhere = picture[:, 0].shape
+    for name in LOOKS[1:]:
+        rows = (which == LOOKS.index(name)).nonzero()[:, 0]
+        if len(rows):
+            at = x.expand(everywhere)[rows], y.expand(everywhere)[rows]
+            out[rows] = _CHANGES[name](picture[rows], Chance(seed[rows]), *at).clamp(0, 1)
+    return out
 
 
-def _star(x: Tensor, y: Tensor, far: Tensor, size: Tensor) -> Tensor:
-    """Return the signed distance to a five-pointed star, by folding the plane to one edge."""
-    fifth = 2 * math.pi / 5
-    folded = ((torch.atan2(x, -y) + fifth / 2) % fifth - fifth / 2).abs()
-    # The edge runs from the point (size, 0) to the notch, at an angle of half a fifth.
-    notch = 0.45
-    ex, ey = notch * math.cos(fifth / 2) - 1, notch * math.sin(fifth / 2)
-    length = math.hypot(ex, ey)
-    return (ey * (far * folded.cos() - size) - ex * far * folded.sin()) / length
+def _colour(picture: Tensor, *rgb: float) -> Tensor:
+    return torch.tensor(rgb, device=picture.device)[:, None, None]
 
 
-def _apply_style(picture: Tensor, style: Tensor, shorter: int) -> Tensor:
-    gain, lift = (t.to(picture.device)[:, None, None] for t in _NIGHT)
-    night = picture * gain + lift
-    picture = torch.where((style == STYLES.index("night"))[:, None, None, None], night, picture)
-    blurred = style == STYLES.index("blur")
-    if blurred.any():
-        picture = picture.clone()
-        picture[blurred] = blur(picture[blurred], _BLUR * shorter)
-    return picture.clamp(0, 1)
+def _night(picture: Tensor, chance: Chance, x: Tensor, y: Tensor) -> Tensor:
+    strong = chance.number(0.75, 1.0)[:, None]
+    far = torch.hypot(x - chance.number(0.1, 0.9), y - chance.number(0.0, 0.5))
+    moon = torch.exp(-far * 3)[:, None] * chance.number(0.1, 0.35)[:, None]
+    dark = picture * (_colour(picture, 0.22, 0.27, 0.46) + moon) + _colour(picture, 0.0, 0.01, 0.05)
+    return picture + (dark - picture) * strong
+
+
+def _evening(picture: Tensor, chance: Chance, x: Tensor, y: Tensor) -> Tensor:
+    side = chance.number(-1, 1)
+    glow = (0.55 + side * (x - 0.5) - 0.5 * (y - 0.5) + 0.15 * chance.clouds(x, y, 3)).clamp(0, 1)
+    warm = picture * _colour(picture, 1.02, 0.74, 0.50)
+    strong = chance.number(0.22, 0.42)[:, None]
+    return warm * 0.86 + _colour(picture, 1.0, 0.50, 0.16) * glow[:, None] * strong
+
+
+def _fog(picture: Tensor, chance: Chance, x: Tensor, y: Tensor) -> Tensor:
+    bank = chance.clouds(x * 1.6, y * 3.2, 5, 0.6)
+    thick = (chance.number(0.48, 0.66) + 0.28 * bank).clamp(0.1, 0.9)[:, None]
+    grey = chance.number(0.74, 0.90)[:, None] + _colour(picture, -0.01, 0.0, 0.02)
+    return picture * (1 - thick) + grey * thick
+
+
+def _rain(picture: Tensor, chance: Chance, x: Tensor, y: Tensor) -> Tensor:
+    dull = 0.62 * (0.55 * picture + 0.45 * things.luma(picture)) + _colour(picture, 0.0, 0.02, 0.05)
+    slant = chance.number(-0.35, 0.35)
+    for fine, strong in ((55.0, 0.55), (85.0, 0.40)):
+        u = (x + slant * y) * fine
+        column = u.floor().long()
+        number = chance.cells(column, torch.zeros_like(column))
+        v = y * (2.4 + 2 * number) + number * 19
+        row = v.floor().long()
+        there = chance.cells(column, row, which=1) < 0.2
+        streak = there * (1 - (v - row)) * (1 - (u - column - 0.5).abs() * 2)
+        dull = dull + strong * streak[:, None]
+    return dull
+
+
+def _snowfall(picture: Tensor, chance: Chance, x: Tensor, y: Tensor) -> Tensor:
+    pale = 0.72 * (0.7 * picture + 0.3 * things.luma(picture)) + _colour(picture, 0.15, 0.165, 0.19)
+    for scale, size in ((8.0, 0.15), (13.0, 0.15), (22.0, 0.17)):
+        near, _, number = chance.voronoi(x * scale, y * scale)
+        flake = ((size * (0.6 + 0.8 * number) - near) / 0.1 + 0.5).clamp(0, 1) * (number < 0.4)
+        pale = pale + (0.98 - pale) * flake[:, None] * 0.95
+    return pale
+
+
+def _grey(picture: Tensor, chance: Chance, *_: Tensor) -> Tensor:
+    strong = chance.number(0.9, 1.12)[:, None]
+    return ((things.luma(picture) - 0.5) * strong + 0.5).expand_as(picture)
+
+
+_CHANGES: dict[str, Callable[[Tensor, Chance, Tensor, Tensor], Tensor]] = {
+    "night": _night,
+    "evening": _evening,
+    "fog": _fog,
+    "rain": _rain,
+    "snowfall": _snowfall,
+    "grey": _grey,
+}
 
 
 def blur(picture: Tensor, sigma: float) -> Tensor:

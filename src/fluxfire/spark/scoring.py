@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from fluxfire.diffusers_types import DiffusersPipeline
-from fluxfire.spark import checking
+from fluxfire.spark.checking import Verdict
 from fluxfire.spark.tasks import Drawing, SparkExample
 from fluxfire.text import table
 
@@ -23,18 +22,19 @@ class Score:
     Attributes:
         kind: the example's kind.
         instruction: the prompt.
-        passed: whether the checker found the edit done and the rest unchanged.
-        psnr: PSNR of the result to the exact target, in dB.
-        psnr_source: PSNR of the unedited source to the target, in dB; nan without a source.
+        verdict: what the check found.
         image: the result.
     """
 
     kind: str
     instruction: str
-    passed: bool
-    psnr: float
-    psnr_source: float
+    verdict: Verdict
     image: Image.Image
+
+    @property
+    def passed(self) -> bool:
+        """Whether the edit was made, sharply, and nothing else changed."""
+        return self.verdict.passed
 
 
 def psnr(image: torch.Tensor, target: torch.Tensor) -> float:
@@ -86,31 +86,23 @@ def score(
 
 
 def _score(example: Drawing, image: Image.Image) -> Score:
-    result, target = checking.as_tensor(image), checking.as_tensor(example.target)
-    kind, before = "from words", math.nan
-    if isinstance(example, SparkExample):
-        kind, before = example.kind, psnr(checking.as_tensor(example.source), target)
-    passed = example.check(image)
-    return Score(kind, example.instruction, passed, psnr(result, target), before, image)
+    kind = example.kind if isinstance(example, SparkExample) else "from words"
+    return Score(kind, example.instruction, example.verdict(image), image)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Means over examples.
+    """The share of right edits.
 
     Attributes:
         kind: the kind of edit, or `"all"`.
         n: number of examples.
         success: share of examples that passed.
-        psnr: mean PSNR to the target, in dB.
-        gain: mean PSNR above the unedited source's, in dB.
     """
 
     kind: str
     n: int
     success: float
-    psnr: float
-    gain: float
 
 
 def summarise(scores: Sequence[Score]) -> list[Summary]:
@@ -120,16 +112,11 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
 
 def _summaries(scores: Sequence[Score]) -> Iterator[Summary]:
     for kind in (*dict.fromkeys(s.kind for s in scores), "all"):
-        some = [s for s in scores if kind in ("all", s.kind)]
-        n = len(some)
-        mean = sum(s.psnr for s in some) / n
-        gain = mean - sum(s.psnr_source for s in some) / n
-        yield Summary(kind, n, sum(s.passed for s in some) / n, mean, gain)
+        some = [s.passed for s in scores if kind in ("all", s.kind)]
+        yield Summary(kind, len(some), sum(some) / len(some))
 
 
 def as_table(summaries: Sequence[Summary]) -> str:
     """Format summaries as a table."""
-    rows = [
-        (s.kind, str(s.n), f"{s.success:.1%}", f"{s.psnr:.1f}", f"{s.gain:+.1f}") for s in summaries
-    ]
-    return table(("kind", "edits", "success", "PSNR, dB", "above the source, dB"), rows)
+    rows = [(s.kind, str(s.n), f"{s.success:.1%}") for s in summaries]
+    return table(("kind", "edits", "success"), rows)

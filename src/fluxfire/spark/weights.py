@@ -40,9 +40,11 @@ def save(
             for key, tensor in own_state(module).items():
                 value = (values or {}).get(tensor, tensor)  # type: ignore[call-overload]
                 tensors[_file_key(name, key)] = value.detach().to("cpu", torch.float16).contiguous()
-    vae = parts["vae"].config
-    scale = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
-    metadata = {"vae": json.dumps(scale), "words": _vocabulary_hash(), **facts}
+    metadata = {"words": _vocabulary_hash(), **facts}
+    if "vae" in parts:
+        vae = parts["vae"].config
+        scale = {"scaling_factor": vae.scaling_factor, "shift_factor": vae.shift_factor}
+        metadata["vae"] = json.dumps(scale)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".part")  # so that a crash does not damage the old file
     save_file(tensors, partial, metadata=metadata)
@@ -59,7 +61,7 @@ def restore(parts: dict[str, Any], path: Path) -> dict[str, str]:
     if not path.is_file():
         raise LoadError(
             f"there are no trained weights at {path}; in a checkout of fluxfire, train them (on a "
-            f"GPU, half an hour) with PYTHONPATH=benchmarks python -m spark_training --out "
+            f"GPU, an hour and a half) with PYTHONPATH=benchmarks python -m spark_training --out "
             f"runs/spark, and put spark.safetensors there"
         )
     with safe_open(path, framework="pt") as file:

@@ -209,7 +209,7 @@ function describe() {
   $("about").textContent = `${about.model}${where}, ${state}, version ${about.version}${trouble}`;
   const spark = about.model === "spark";
   $("spark-note").hidden = !spark;
-  if (spark) $("prompt").placeholder = "make the yellow circle blue"; // of the drawn scene
+  if (spark) $("prompt").placeholder = "replace the cactus with a castle"; // in scene.png
   $("steps").value ||= about.default_steps;
   offerQualities(about.qualities, about.quality);
   command();

@@ -2,7 +2,7 @@
 
 The font is in Debian's package fonts-noto-color-emoji; `dpkg -x` unpacks it. fonttools reads it.
 
-    PYTHONPATH=benchmarks python -m spark2_training.things NotoColorEmoji.ttf
+    PYTHONPATH=benchmarks python -m spark_training.things NotoColorEmoji.ttf
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from spark2.things import COLUMNS, FILE, SIDE, THINGS
+from fluxfire.spark.things import COLUMNS, FILE, SIDE, THINGS
 
 
 def main() -> None:

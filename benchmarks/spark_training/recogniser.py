@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from spark2.noise import Chance
-from spark2.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser
-from spark2.rendering import blur, render
-from spark2.scenes import LOOKS, SLOTS, Dice, Scenes, draw, join
-from spark2.things import THINGS
-from spark2_training.average import Average, copy, holding
-from spark2_training.clock import Budget, Clock, Log, rate
-from spark2_training.workers import sixteen_bits
+from fluxfire.spark.noise import Chance
+from fluxfire.spark.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser
+from fluxfire.spark.rendering import blur, render
+from fluxfire.spark.scenes import LOOKS, SLOTS, Dice, Scenes, draw, join
+from fluxfire.spark.things import THINGS
+from spark_training.average import Average, copy, holding
+from spark_training.clock import Budget, Clock, Log, rate
+from spark_training.workers import sixteen_bits
 
 _PEAK = 1.5e-3
 _CORE, _RIM = 0.14, 0.5

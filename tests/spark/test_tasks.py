@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from spark2 import checking, language
-from spark2.checking import Verdict
-from spark2.edits import KINDS, SIDES
-from spark2.rendering import render
-from spark2.sampling import SEVERAL
-from spark2.scenes import SLOTS
-from spark2.scoring import Score, as_table, psnr, score, summarise
-from spark2.tasks import ALL_KINDS, SIZES, drawings, examples
+from fluxfire.spark import checking, language
+from fluxfire.spark.checking import Verdict
+from fluxfire.spark.edits import KINDS, SIDES
+from fluxfire.spark.rendering import render
+from fluxfire.spark.sampling import SEVERAL
+from fluxfire.spark.scenes import SLOTS
+from fluxfire.spark.scoring import Score, as_table, psnr, score, summarise
+from fluxfire.spark.tasks import ALL_KINDS, SIZES, drawings, examples
 
 SMALL = (16, 16)
 """Instructions do not depend on the size."""

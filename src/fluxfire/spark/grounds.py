@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from spark2.noise import Chance
+from fluxfire.spark.noise import Chance
 
 Colour = tuple[float, float, float]
 

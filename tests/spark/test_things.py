@@ -7,8 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
-from spark2 import things
-from spark2.things import NAMES, THINGS, TINTS
+from fluxfire.spark import things
+from fluxfire.spark.things import NAMES, THINGS, TINTS
 
 LEAST_APART = 0.03
 """Mean difference of the two things that look most alike."""

@@ -7,11 +7,11 @@ import math
 import pytest
 import torch
 
-from spark2.grounds import GROUNDS
-from spark2.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser, _peaks
-from spark2.scenes import LOOKS, SLOTS, Dice, draw
-from spark2.things import NAMES, TINTS
-from spark2_training.recogniser import labels, loss_of, scenes_for, spoil, vary
+from fluxfire.spark.grounds import GROUNDS
+from fluxfire.spark.recogniser import NOTHING, SMUDGE, STRIDE, UNCLEAR, Recogniser, _peaks
+from fluxfire.spark.scenes import LOOKS, SLOTS, Dice, draw
+from fluxfire.spark.things import NAMES, TINTS
+from spark_training.recogniser import labels, loss_of, scenes_for, spoil, vary
 
 SIZES = [(128, 128), (160, 96), (96, 160)]
 IGNORED = -100
@@ -189,7 +189,7 @@ def test_scenes_to_learn_from_are_orderly_and_some_are_empty():
 
 
 def test_spoilt_pictures_are_told_and_others_are_as_drawn():
-    from spark2.rendering import render
+    from fluxfire.spark.rendering import render
 
     scenes = scenes_for(60, (1.0, 1.0), Dice("spoil"))
     drawn, smudged, unclear = spoil(scenes, Dice("spoil", 1), 32)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from spark2.grounds import GROUNDS
-from spark2.scenes import LOOKS
-from spark2.things import NAMES, TINTS
+from fluxfire.spark.grounds import GROUNDS
+from fluxfire.spark.scenes import LOOKS
+from fluxfire.spark.things import NAMES, TINTS
 
 STRIDE = 8
 NOTHING, SMUDGE = len(NAMES), len(NAMES) + 1

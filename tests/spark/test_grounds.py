@@ -10,9 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from spark2 import grounds, noise
-from spark2.grounds import GROUNDS
-from spark2.noise import Chance
+from fluxfire.spark import grounds, noise
+from fluxfire.spark.grounds import GROUNDS
+from fluxfire.spark.noise import Chance
 
 SIDE = 48
 kinds = pytest.mark.parametrize("kind", range(len(GROUNDS)), ids=list(GROUNDS))
