@@ -62,7 +62,7 @@ def frontier() -> Any:
         axes.grid(visible=True, alpha=0.3)
     panels[0].set(ylabel="PSNR to plain, dB: mean, 95% interval")
     panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.suptitle(f"{result['examples']} held-out edits by Spark", fontsize="medium")
+    figure.suptitle(f"{result['examples']} held-out edits by the first Spark", fontsize="medium")
     return figure
 
 

@@ -63,6 +63,7 @@ def main() -> None:
             _grid(tasks, scores).save(arguments.pictures / "spark.png")
         save_result(result, arguments.out)
     some = sets["test"][: n // 2]
+    result["fewer_edits"] = len(some)
     for steps in _FEWER:
         result["fewer"][steps] = _success(pipe, some, batch, steps=steps)
     for scale in arguments.guidance:

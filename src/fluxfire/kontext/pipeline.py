@@ -218,9 +218,12 @@ class Kontext:
         return multiple
 
     def is_tiny(self, pipe: Pipeline) -> bool:
-        """Whether a latent covers fewer than FLUX's 8 by 8 pixels."""
+        """Whether a megapixel is too much for it: a latent covers fewer than FLUX's 8 by 8 pixels.
+
+        A pipeline with sizes of its own, such as Spark, never makes a megapixel.
+        """
         flux = 8
-        return bool(pipe.vae_scale_factor < flux)
+        return bool(pipe.vae_scale_factor < flux) and not hasattr(pipe, "reference_size")
 
 
 KONTEXT: Model = Kontext()

@@ -105,11 +105,12 @@ class PipelineEditor:
             "prompt_2": [request.prompt_2 or request.prompt for request, _ in samples],
             **model_of(self._pipe).exact_size(*size),
             "num_inference_steps": first.steps,
-            "guidance_scale": first.guidance_scale,
             "generator": [torch.Generator().manual_seed(seed) for _, seed in samples],
             "callback_on_step_end": on_step_end,
             "callback_on_step_end_tensor_inputs": [],
         }
+        if first.guidance_scale is not None:
+            call["guidance_scale"] = first.guidance_scale
         if first.guided:
             negative = [request.negative_prompt or "" for request, _ in samples]
             negative_2 = [

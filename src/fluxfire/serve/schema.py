@@ -71,7 +71,9 @@ class EditRequest(BaseModel):
         description="Strength of the negative prompt. Above 1 it needs a negative_prompt, and each "
         "step runs twice.",
     )
-    guidance_scale: _SCALE = 3.5
+    guidance_scale: _SCALE | None = Field(
+        None, description="The model's own by default, which is 3.5 for FLUX.1 Kontext."
+    )
     width: _SIDE = Field(
         1024,
         description="Needs height. Together they are the aspect ratio, and the size if the model "

@@ -52,7 +52,7 @@ class PipelineRequest:
         seeds: a seed for each picture.
         size: wanted width and height; None for the picture's aspect ratio.
         steps: denoising steps.
-        guidance_scale: the distilled guidance, an input of the model.
+        guidance_scale: the distilled guidance, an input of the model; None for its default.
         true_cfg_scale: above 1 and with a negative prompt, each step runs twice.
         level: the requested quality; None for the service's own.
     """
@@ -65,7 +65,7 @@ class PipelineRequest:
     seeds: tuple[int, ...] = (0,)
     size: tuple[int, int] | None = None
     steps: int = STEPS
-    guidance_scale: float = 3.5
+    guidance_scale: float | None = None
     true_cfg_scale: float = 1.0
     level: Level | None = None
 
