@@ -6,6 +6,7 @@ python benchmarks/spark_card.py --out benchmarks/results/spark.json --pictures d
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +21,8 @@ from fluxfire.bench import save_result, stamp
 from fluxfire.spark import checking, weights
 from fluxfire.spark.scoring import Score, as_table, psnr, summarise
 
-_TILE, _MARGIN, _CAPTION = 128, 4, 14
+_TILE, _MARGIN, _CAPTION = 128, 4, 28
+_LINE = 42  # letters that fit under two pictures
 _FEWER = (14, 8, 4, 2, 1)
 
 
@@ -128,8 +130,9 @@ def _grid(tasks: list[Any], scores: list[Score]) -> Image.Image:
             left, top = column * across, row * down
             for i, picture in enumerate((task.source, scored.image)):
                 sheet.paste(picture, (left + i * (_TILE + _MARGIN), top))
-            verdict = "right" if scored.passed else "wrong"
-            pen.text((left, top + _TILE), f"{task.instruction} ({verdict})", fill="black")
+            said = f"{task.instruction} ({'right' if scored.passed else 'wrong'})"
+            caption = "\n".join(textwrap.wrap(said, _LINE)[:2])
+            pen.text((left, top + _TILE + 1), caption, fill="black")
     return sheet
 
 

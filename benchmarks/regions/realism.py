@@ -9,7 +9,7 @@ from typing import Any
 
 from regions.results import RESULTS, Row, load, markdown, where
 
-MODELS = {"Spark": "realism.json", "Spark 1": "realism_spark1.json"}
+MODELS = {"Spark": "realism.json", "the first Spark": "realism_spark1.json"}
 KONTEXT_MAGNITUDES = (
     1.19531, 1.07812, 1.02344, 1.03125, 1.00781, 1.02344, 1.01562, 1.01562, 1.0, 1.01562, 1.0,
     1.00781, 1.0, 1.00781, 1.0, 1.00781, 0.99609, 1.01562, 0.99219, 1.0, 0.99219, 0.98438, 0.99609,
@@ -45,9 +45,9 @@ class Curve:
     met: Callable[[Row], bool]
 
 
-def _psnr(*path: str) -> Callable[[Row], float]:
+def _psnr(*path: str, of: str = "edits") -> Callable[[Row], float]:
     def read(curves: Row) -> float:
-        found: Any = curves["edits"]
+        found: Any = curves[of]
         for key in path:
             found = found[key]
         return float(found["mean"])
@@ -56,10 +56,10 @@ def _psnr(*path: str) -> Callable[[Row], float]:
 
 
 def _plain(steps: int, most: float, real: str) -> Curve:
-    value = _psnr("plain", str(steps))
+    value, words = (_psnr("plain", str(steps), of=of) for of in ("edits", "words"))
     return Curve(
         f"plain with {steps} steps", real, f"at most {most:.0f} dB",
-        lambda c: f"{value(c):.1f} dB", lambda c: value(c) <= most,
+        lambda c: f"{value(c):.1f} dB (from words {words(c):.1f})", lambda c: value(c) <= most,
     )  # fmt: skip
 
 
@@ -87,8 +87,9 @@ def _three(of: Callable[[Row], tuple[float, float, float]]) -> Callable[[Row], s
     return lambda c: "hold {:.1f}, linear {:.1f}, quadratic {:.1f}".format(*of(c))
 
 
-def _warm_up(curves: Row) -> float:
-    return _psnr("with warm-up", "hold")(curves) - _psnr("without warm-up", "hold")(curves)
+def _warm_up(curves: Row, of: str = "edits") -> float:
+    with_it, without = (_psnr(f"{how} warm-up", "hold", of=of) for how in ("with", "without"))
+    return with_it(curves) - without(curves)
 
 
 def _drift(curves: Row) -> list[tuple[float, float]]:
@@ -136,7 +137,7 @@ CURVES = (
     ),
     Curve(
         "a warm-up at equal hits (14 of 28, hold)", "6 to 9 dB better", "at least 4 dB better",
-        lambda c: f"{_warm_up(c):+.1f} dB", lambda c: _warm_up(c) >= 4,
+        lambda c: f"{_warm_up(c):+.1f} dB (from words {_warm_up(c, 'words'):+.1f})", lambda c: _warm_up(c) >= 4,
     ),
     Curve(
         "reference keys and values, steps 4 to 27, middle and last block", "0.3 to 0.5 and 0.5 to 0.7", "0.3 to 0.7",
@@ -158,7 +159,7 @@ def realism() -> str:
     """Each curve for the real model and for every model that was measured."""
     results = {name: load(file) for name, file in MODELS.items() if (RESULTS / file).exists()}
     if "Spark" not in results:  # the only Spark needs no number
-        results = {"Spark": results["Spark 1"]}
+        results = {"Spark": results["the first Spark"]}
     rows = [
         (
             curve.name,

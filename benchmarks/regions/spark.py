@@ -28,8 +28,7 @@ def spark() -> str:
     )
     return (
         f"{markdown(head, table)}\n\n"
-        f"Plain with fewer steps gets less right: {fewer} (on {result['fewer_edits']} held-out "
-        f"edits). "
+        f"With fewer steps it gets right, of {result['fewer_edits']} held-out edits: {fewer}. "
         f"From words alone, {words['success']:.0%} of {words['n']} pictures were right. The VAE "
         f"keeps {result['vae']['passed']:.0%} of the valid results right, at "
         f"{result['vae']['psnr']:.1f} dB. Loading took {result['load_seconds']:.1f} s, an edit of "
