@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from regions.results import RESULTS, Row, load, markdown, where
+from regions.results import Row, load, markdown, where
 
 MODELS = {"Spark": "realism.json", "the first Spark": "realism_spark1.json"}
 KONTEXT_MAGNITUDES = (
@@ -157,9 +157,7 @@ CURVES = (
 
 def realism() -> str:
     """Each curve for the real model and for every model that was measured."""
-    results = {name: load(file) for name, file in MODELS.items() if (RESULTS / file).exists()}
-    if "Spark" not in results:  # the only Spark needs no number
-        results = {"Spark": results["the first Spark"]}
+    results = {name: load(file) for name, file in MODELS.items()}
     rows = [
         (
             curve.name,
