@@ -174,6 +174,7 @@ def run(
         rounds=1,
         seed=seed,
         keep=len(examples),
+        repeated=1,  # all of them would take as long as all of plain
         on_edit=on_edit,
     )
     for row in rows:

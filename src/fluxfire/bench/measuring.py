@@ -49,6 +49,7 @@ def measure(
     seed: int = 0,
     keep: int = 16,
     fewer_steps: bool = True,
+    repeated: int | None = None,
     on_edit: Callable[[str], None] = lambda _: None,
     on_rows: Callable[[list[Row]], None] = lambda _: None,
 ) -> list[Row]:
@@ -83,6 +84,7 @@ def measure(
         keep: with more examples than this, a contender keeps only its worst pictures. Controls
             keep all.
         fewer_steps: whether to run the companions; False measures only the given contenders.
+        repeated: number of examples that the first contender edits again at the end; None for all.
         on_edit: callback before each edit, with a description of it.
         on_rows: callback after each turn with the rows so far, so that a crash loses little.
 
@@ -113,7 +115,7 @@ def measure(
         contenders = [*contenders, *bench.add_fewer_steps(contenders)]
     for number in range(1, rounds):
         bench.run_round(number, contenders)
-    bench.repeat_first()
+    bench.repeat_first(examples[:repeated])
     bench.compare_with_fewer_steps()
     return bench.rows
 
@@ -151,8 +153,10 @@ class _Bench:
             self._latest = rows[-1].contender
         self._report_rows()
 
-    def _run_turn(self, rows: Sequence[Row], label: str) -> None:
-        turn = _Turn(self.examples, self.warmups, self.seed, label, self.on_edit)
+    def _run_turn(
+        self, rows: Sequence[Row], label: str, examples: Sequence[Example] | None = None
+    ) -> None:
+        turn = _Turn(examples or self.examples, self.warmups, self.seed, label, self.on_edit)
         with on_device(self.pipe):
             turn.run(self.pipe, rows)
 
@@ -192,16 +196,17 @@ class _Bench:
         taken = any(one.name == wanted.name for one in known)
         return replace(wanted, name=f"{wanted.name} of {twin.name}") if taken else wanted
 
-    def repeat_first(self) -> None:
+    def repeat_first(self, examples: Sequence[Example]) -> None:
         """Run the first contender again, unless it just ran, to see if the machine slowed down."""
         first = self.rows[0].contender
         rows = [row for row in self._rows_of(first) if row.edits and not row.error]
         again = rows
         if rows and (self._latest is not first or self.rounds == 1):
             again = [Row(first, row.workload) for row in rows]
-            self._run_turn(again, "once more")
+            self._run_turn(again, "once more", examples)
         for row, other in zip(rows, again, strict=True):
-            row.again = [edit.seconds for edit in other.edits[-len(self.examples) :]]
+            latest = other.edits[-len(self.examples) :][: len(examples)]
+            row.again = [edit.seconds for edit in latest]
         self._report_rows()
 
     def compare_with_fewer_steps(self) -> None:
