@@ -129,6 +129,10 @@ class _KeepingOutputs(ReferenceAttnProcessor):
 def ways() -> dict[str, tuple[Pass, ...]]:
     """Name every list that is tried."""
     spaced = {f"spacing {s}": (ReferenceCache(s),) for s in (0.05, 0.1, 0.15, 0.2, 0.33, 0.5, 1)}
+    linear = {
+        f"spacing {s}, linear": (ReferenceCache(s, predict="linear"),)
+        for s in (0.1, 0.15, 0.2, 0.33)
+    }
     even = {
         f"every {n} steps": (ReferenceCache(schedule=range(0, STEPS, n)),) for n in (2, 3, 4, 6, 8)
     }
@@ -153,7 +157,7 @@ def ways() -> dict[str, tuple[Pass, ...]]:
         "first-block 0.22, spacing 0.2": (cache, ReferenceCache(0.2)),
         "first-block 0.22, spacing 0.5": (cache, ReferenceCache(0.5)),
     }
-    return {"plain": (), **spaced, **even, **ends, **drift, **tried, **both}
+    return {"plain": (), **spaced, **linear, **even, **ends, **drift, **tried, **both}
 
 
 FEWER = (24, 22, 20, 18, 16, 12)

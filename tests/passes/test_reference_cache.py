@@ -80,11 +80,14 @@ class ByHand:
             key = torch.cat([attn.norm_added_k(more[1]), key], 1)
             value = torch.cat([more[2], value], 1)
         query, key = (apply_rotary_emb(x, image_rotary_emb, sequence_dim=1) for x in (query, key))
+        kept = self.kept.setdefault(self.state["branch"], [])
         if self.state["due"]:
-            self.kept[self.state["branch"]] = key[:, -TOKENS:], value[:, -TOKENS:]
+            kept.append((self.state["sigma"], key[:, -TOKENS:], value[:, -TOKENS:]))
         else:
-            old = self.kept[self.state["branch"]]
-            key, value = torch.cat([key, old[0]], 1), torch.cat([value, old[1]], 1)
+            key, value = (
+                torch.cat([key, self.old(kept, 1)], 1),
+                torch.cat([value, self.old(kept, 2)], 1),
+            )
         out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value)))
         out = out.transpose(1, 2).flatten(2)
         if text is None:
@@ -92,13 +95,22 @@ class ByHand:
         words = text.shape[1]
         return attn.to_out[0](out[:, words:]), attn.to_add_out(out[:, :words])
 
+    def old(self, kept, which):
+        last = kept[-1]
+        if self.state["predict"] == "hold" or len(kept) == 1:
+            return last[which]
+        before = kept[-2]
+        slope = (last[which] - before[which]) / (last[0] - before[0])
+        return last[which] + (self.state["sigma"] - last[0]) * slope
 
-def by_hand(pipe, due, branches=1):
+
+def by_hand(pipe, due, branches=1, *, predict="hold"):
     """Make a plain pipeline compute the reference at the refresh steps only."""
-    state = {"calls": 0}
+    state = {"calls": 0, "predict": predict}
     blocks = KONTEXT.blocks(pipe.transformer)
 
-    def begin(*_):
+    def begin(_, args, kwargs):
+        state["sigma"] = float(kwargs["timestep"][0])
         step, state["branch"] = divmod(state["calls"], branches)
         state["due"] = step in due
         state["calls"] += 1
@@ -113,7 +125,7 @@ def by_hand(pipe, due, branches=1):
             "image_rotary_emb": tuple(x[:end] for x in kwargs["image_rotary_emb"]),
         }
 
-    pipe.transformer.register_forward_pre_hook(begin)
+    pipe.transformer.register_forward_pre_hook(begin, with_kwargs=True)
     for block in blocks:
         block.attn.processor = ByHand(state)
         block.register_forward_pre_hook(cut, with_kwargs=True)
@@ -147,6 +159,54 @@ def test_what_steps_between_refreshes_compute(others, call):
     assert refreshed(pipe) == due
     assert np.abs(made - expected).max() < CLOSE
     assert np.abs(made - edit(tiny_kontext(), steps=5, **call)).max() > 1e-4
+
+
+@pytest.mark.parametrize(
+    "others", [[], [FusedBlocks()]], ids=lambda of: "+".join(p.name for p in of) or "alone"
+)
+@pytest.mark.parametrize("call", [{}, TWO, CFG], ids=["one", "batch", "true CFG"])
+def test_what_steps_after_two_refreshes_predict(others, call):
+    due = [0, 2, 5]
+    branches = 2 if call == CFG else 1
+    expected = edit(by_hand(tiny_kontext(), due, branches, predict="linear"), steps=8, **call)
+    held = edit(by_hand(tiny_kontext(), due, branches), steps=8, **call)
+    pipe = fluxfire.optimize(
+        tiny_kontext(), [*others, ReferenceCache(schedule=due, predict="linear")]
+    )
+    made = edit(pipe, steps=8, **call)
+    assert refreshed(pipe) == due
+    assert np.abs(made - expected).max() < CLOSE
+    assert np.abs(held - expected).max() > 10 * CLOSE
+
+
+@pytest.mark.parametrize("in_float8", [False, True])
+def test_a_prediction_keeps_twice_as_much(in_float8):
+    kept = []
+    for predict in ("hold", "linear"):
+        pipe = cached(schedule=[0, 2], predict=predict, in_float8=in_float8)
+        edit(pipe, steps=4)
+        kept.append(fluxfire.report(pipe).passes[-1].facts["kept_bytes"])
+    assert kept[1] == 2 * kept[0]
+
+
+@pytest.mark.parametrize("others", [[], [Attention("fa3-fp8")]], ids=["float32", "fp8 attention"])
+def test_a_prediction_from_float8_is_near_the_oracles(others):
+    due = [0, 2, 5]
+    expected = edit(by_hand(tiny_kontext(), due, predict="linear"), steps=8)
+    settings = {"schedule": due, "in_float8": not others}
+    made = {
+        predict: edit(
+            fluxfire.optimize(
+                tiny_kontext(), [*others, ReferenceCache(predict=predict, **settings)]
+            ),
+            steps=8,
+        )
+        for predict in ("hold", "linear")
+    }
+    rounded = fluxfire.optimize(tiny_kontext(), [*others, EVERY]) if others else tiny_kontext()
+    rounding = np.abs(edit(rounded, steps=8) - edit(tiny_kontext(), steps=8)).mean()
+    assert np.abs(made["linear"] - expected).mean() < 3e-3 + 2 * rounding
+    assert not np.array_equal(made["linear"], made["hold"])
 
 
 def test_inpainting_with_a_reference():
@@ -227,10 +287,11 @@ def test_drift_is_what_changed_of_what_the_first_block_adds_to_the_reference():
     assert refreshed(pipe)[:2] == [0, first]
 
 
+@pytest.mark.parametrize("predict", ["hold", "linear"])
 @pytest.mark.parametrize("others", [[], [FusedBlocks()], [Attention("fa3-fp8")]], ids=str)
-def test_every_sample_of_a_batch_is_what_it_is_alone(others):
+def test_every_sample_of_a_batch_is_what_it_is_alone(others, predict):
     """The drifts differ, so that samples refresh at different steps."""
-    passes = [*others, ReferenceCache(NEVER, drift=0.31)]
+    passes = [*others, ReferenceCache(NEVER, drift=0.31, predict=predict)]
     call, tolerance = partial(edit, steps=10), 5e-2 if Attention("fa3-fp8") in others else CLOSE
     together = fluxfire.optimize(tiny_kontext(), passes)
     prompts, generators = batch(4)
@@ -445,6 +506,7 @@ def test_using_changes_the_spacing_for_a_while(pipe):
         ({"tail_steps": -2}, "tail_steps=-2; it must be a whole number, 0 or more"),
         ({"drift": -1}, "drift=-1; it must be a number, 0 or more, or None"),
         ({"drift": float("nan")}, "drift=nan; it must be a number, 0 or more, or None"),
+        ({"predict": "cubic"}, "predict='cubic'; it must be 'hold' or 'linear'"),
         ({"schedule": []}, "schedule=(); it must have step 0"),
         ({"schedule": [2, 1]}, "schedule=(1, 2); it must have step 0"),
         ({"schedule": [0, -1]}, "schedule=(-1, 0); it must have step 0"),

@@ -45,6 +45,8 @@ class ReferenceKV(NamedTuple):
         refresh_mask: (batch or 1, reference tokens or 1), in the mode "extract": where it is False,
             the cached keys and values stay, and attention uses them in place of the new ones. None
             stores all new ones.
+        predicted: keys and values to attend to in place of the cached ones, in the dtype that
+            attention computes in; None for the cached ones.
     """
 
     key: Tensor
@@ -53,10 +55,18 @@ class ReferenceKV(NamedTuple):
     value_scale: Tensor
     extract: bool
     refresh_mask: Tensor | None = None
+    predicted: Pair | None = None
 
     def dequantization_scales(self, dtype: torch.dtype) -> Pair | None:
         """Return the factors that convert keys and values to a dtype; None if none is needed."""
-        return None if self.key.dtype == dtype else (self.key_scale, self.value_scale)
+        if self.predicted is not None or self.key.dtype == dtype:
+            return None
+        return self.key_scale, self.value_scale
+
+    @property
+    def attended(self) -> Pair:
+        """The keys and values to attend to, before they are converted."""
+        return self.predicted or (self.key, self.value)
 
 
 class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
@@ -290,7 +300,7 @@ def _attend(
     dtype = streams[0].projected[0].dtype
     cached = cached_scales = None
     if reference is not None and not reference.extract:
-        cached = reference.key, reference.value
+        cached = reference.attended
         cached_scales = reference.dequantization_scales(E4M3 if scales else dtype)
     query, key, value = joint_heads(
         streams, rotary, eps, scales=scales, cached=cached, cached_scales=cached_scales
@@ -312,15 +322,17 @@ def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair
     """
     tokens = reference.key.shape[1]
     joint = []
-    for x, cached, scale in (
-        (key, reference.key, reference.key_scale),
-        (value, reference.value, reference.value_scale),
+    attended = reference.attended  # replaced below where a mask makes use of it
+    if reference.refresh_mask is not None:
+        attended = _cached_reference(reference, key.dtype)
+    for x, old, cached, scale in (
+        (key, attended[0], reference.key, reference.key_scale),
+        (value, attended[1], reference.value, reference.value_scale),
     ):
         new, quantizes = x[:, -tokens:], cached.dtype != x.dtype
         stored, new_scale = _quantize_heads(new) if quantizes else (new, scale)
         if reference.refresh_mask is not None:
             refresh = reference.refresh_mask[..., None, None]
-            old = dequantize(cached, scale, x.dtype) if quantizes else cached
             joint.append(torch.cat([x[:, :-tokens], _where(refresh, new, old)], dim=1))
             stored = _where(refresh, stored, cached)
             if quantizes:
@@ -335,12 +347,10 @@ def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair
 
 def _cached_reference(reference: ReferenceKV, dtype: torch.dtype) -> Pair:
     """Return the cached keys and values in a dtype."""
-    scales = reference.dequantization_scales(dtype)
+    scales, (key, value) = reference.dequantization_scales(dtype), reference.attended
     if scales is None:
-        return reference.key, reference.value
-    return dequantize(reference.key, scales[0], dtype), dequantize(
-        reference.value, scales[1], dtype
-    )
+        return key, value
+    return dequantize(key, scales[0], dtype), dequantize(value, scales[1], dtype)
 
 
 def _quantize_heads(x: Tensor) -> Pair:

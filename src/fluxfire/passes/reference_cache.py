@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import KW_ONLY, dataclass, field, replace
 from math import inf, prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import E4M3
+from fluxfire.kernels.float8 import E4M3, to_float8
+from fluxfire.kernels.heads import Pair, dequantize
 from fluxfire.kontext.attention import (
     REFERENCE_KWARG,
     Float8AttnProcessor,
@@ -57,7 +58,7 @@ class ReferenceCache:
 
     The cache has two tensors of (reference tokens, width) for each block, sample and branch: 2.67
     GiB for FLUX's 57 blocks and 4096 tokens in bfloat16. It takes half of that with
-    `in_float8=True` or behind `Attention("fa3-fp8")`.
+    `in_float8=True` or behind `Attention("fa3-fp8")`, and twice as much with `predict="linear"`.
 
     Measured on an H100 (docs, "Passes"): a computed step of `faithful` 274 → 277 ms, a step that
     reuses 150 ms. It is in no preset: on the first Spark, at equal computed work, plain with fewer
@@ -75,13 +76,16 @@ class ReferenceCache:
             measures nothing.
         schedule: exactly these steps (counted from 0) are refreshes, whatever the other settings
             say. It is for timing with random weights. Stored as a sorted tuple.
+        predict: what the steps between refreshes attend to. `"hold"`: the keys and values of the
+            last refresh. `"linear"`: the line through the last two refreshes, extended to the
+            step's sigma; this keeps two sets of keys and values, in twice the memory.
         in_float8: store keys and values in float8 (e4m3), scaled by sample and head, in half the
             memory.
 
     Raises:
         TypeError: `spacing` is not a number.
-        ValueError: a number is below 0, a count or a step is not a whole number, or `schedule`
-            lacks step 0.
+        ValueError: a number is below 0, a count or a step is not a whole number, `schedule` lacks
+            step 0, or `predict` is not one of these names.
     """
 
     spacing: float = 0.2
@@ -90,6 +94,7 @@ class ReferenceCache:
     tail_steps: int = 0
     drift: float | None = None
     schedule: Iterable[int] | None = None
+    predict: Literal["hold", "linear"] = "hold"
     in_float8: bool = False
 
     name: ClassVar[str] = "reference-cache"
@@ -109,6 +114,8 @@ class ReferenceCache:
             check_whole_number(name, getattr(self, name), 0)
         if self.drift is not None and not (isinstance(self.drift, float | int) and self.drift >= 0):
             raise ValueError(f"drift={self.drift!r}; it must be a number, 0 or more, or None")
+        if self.predict not in {"hold", "linear"}:
+            raise ValueError(f"predict={self.predict!r}; it must be 'hold' or 'linear'")
         if self.schedule is not None:
             steps = sorted_steps("schedule", self.schedule)
             if not steps or steps[0] != 0:
@@ -171,7 +178,12 @@ class _ReferenceState:
     Attributes:
         kv: the keys and values, by block.
         extracted_at: by block, and for each sample: the step whose keys and values are stored.
+        older: the keys and values of the refresh before, by block. Only to predict.
+        older_at: by block, and for each sample: the step of `older`; None before the second
+            refresh.
         requested_at: for each sample, the last step at which a refresh was requested.
+        dtype: of the image tokens.
+        steps: of the generation.
         first_residual: (batch, reference tokens, width): the first block's residual on the
             reference tokens at each sample's last refresh. Only with `drift`.
         decided_step: the step of the last decision.
@@ -180,7 +192,11 @@ class _ReferenceState:
 
     kv: dict[int, ReferenceKV] = field(default_factory=dict)
     extracted_at: dict[int, list[int]] = field(default_factory=dict)
+    older: dict[int, ReferenceKV] = field(default_factory=dict)
+    older_at: dict[int, list[int | None]] = field(default_factory=dict)
     requested_at: list[int] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    steps: int = 0
     first_residual: Tensor | None = None
     decided_step: int = -1
     refresh: list[bool] = field(default_factory=list)
@@ -268,7 +284,7 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
         if not state.kv:
             self._allocate(state, streams.image, call.tokens.reference)
         if state.decided_step != call.step:  # an outer wrapper may run the blocks in several parts
-            state.decided_step = call.step
+            state.decided_step, state.steps = call.step, call.steps
             state.refresh = self._refresh_by_sigma(state, call, len(streams.image))
             drifts: list[float] = []
             if self._measures_drift and blocks.start == 0:
@@ -287,7 +303,8 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
             # A refresh with a mask has graphs of its own. With a drift a batch always has a mask,
             # even if all samples refresh: a warm-up run cannot know which samples will refresh.
             maskless = all(state.refresh) and (not self._measures_drift or len(state.refresh) == 1)
-            return self._refresh(state, run, streams, blocks, None if maskless else state.refresh)
+            refresh = None if maskless else state.refresh
+            return self._refresh(state, run, streams, blocks, refresh)
         return self._reuse(state, run, streams, blocks, call)
 
     @property
@@ -387,12 +404,16 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
 
         def arguments(index: int) -> dict[str, Any]:
             now = state.decided_step
+            predicted = None if mask is None else self._predict(state, index)
+            if self.settings.predict == "linear":
+                _keep_older(state, index, refresh)
             before = state.extracted_at.get(index, [now] * batch)
             state.extracted_at[index] = [
                 now if refresh is None or refresh[sample] else before[sample]
                 for sample in range(batch)
             ]
-            return {REFERENCE_KWARG: state.kv[index]._replace(refresh_mask=mask)}
+            kv = state.kv[index]._replace(refresh_mask=mask, predicted=predicted)
+            return {REFERENCE_KWARG: kv}
 
         out = run(replace(streams, arguments=arguments), blocks)
         return replace(out, arguments=streams.arguments)
@@ -405,7 +426,9 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
         cos, sin = streams.rotary
 
         def arguments(index: int) -> dict[str, Any]:
-            return {REFERENCE_KWARG: state.kv[index]._replace(extract=False)}
+            predicted = self._predict(state, index)
+            kv = state.kv[index]._replace(extract=False, predicted=predicted)
+            return {REFERENCE_KWARG: kv}
 
         cut = replace(
             streams,
@@ -416,12 +439,54 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
         out = run(cut, blocks)
         return replace(out, rotary=streams.rotary, arguments=streams.arguments)
 
+    def _predict(self, state: _ReferenceState, index: int) -> Pair | None:
+        """Extend the line through a block's last two refreshes to the step's sigma.
+
+        Example: sigma 0.9 at the refresh before, 0.8 at the last, 0.75 now. The keys changed from
+        k1 to k0 while the sigma fell by 0.1, and it fell by 0.05 since. So the prediction is k0 +
+        0.5 (k0 - k1). Before the second refresh it is k0.
+
+        Returns:
+            Keys and values in the dtype that attention computes in; None to use the cached ones.
+        """
+        if self.settings.predict == "hold":
+            return None
+        kv, older = state.kv[index], state.older[index]
+        reach = [
+            0.0 if before is None else self._reach(state, last, before)
+            for last, before in zip(
+                state.extracted_at.get(index, ()), state.older_at[index], strict=False
+            )
+        ]
+        factor: float | Tensor = max(reach, default=0.0)
+        if len(set(reach)) > 1:
+            factor = torch.tensor(reach, device=kv.key.device)[:, None, None, None]
+        dtype, in_float8 = state.dtype, kv.key.dtype is E4M3
+        attends_in_float8 = isinstance(self._attentions[index].processor, Float8AttnProcessor)
+        made = []
+        for newest, oldest, scale, old_scale in (
+            (kv.key, older.key, kv.key_scale, older.key_scale),
+            (kv.value, older.value, kv.value_scale, older.value_scale),
+        ):
+            one = dequantize(newest, scale, torch.float32) if in_float8 else newest
+            other = dequantize(oldest, old_scale, torch.float32) if in_float8 else oldest
+            ahead = one if not any(reach) else one + factor * (one - other)
+            ahead = to_float8(ahead, scale[:, None, :, None]) if attends_in_float8 else ahead
+            made.append(ahead if attends_in_float8 else ahead.to(dtype))
+        return made[0], made[1]
+
+    def _reach(self, state: _ReferenceState, last: int, before: int) -> float:
+        """Return how far the sigma has fallen since a refresh, as a share of its fall before."""
+        now, at, earlier = (self._sigma(s, state.steps) for s in (state.decided_step, last, before))
+        return (at - now) / (earlier - at) if earlier > at else 0.0
+
     def _allocate(self, state: _ReferenceState, image: Tensor, tokens: int) -> None:
         """Allocate the keys and values of every block.
 
         Raises:
             FluxfireError: the GPU has too little free memory.
         """
+        state.dtype = image.dtype
         shapes = [(len(image), tokens, a.heads, a.head_dim) for a in self._attentions]
         dtypes = [
             E4M3
@@ -429,7 +494,8 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
             else image.dtype
             for a in self._attentions
         ]
-        self._bytes = sum(
+        sets = 2 if self.settings.predict == "linear" else 1
+        self._bytes = sets * sum(
             2 * prod(shape) * dtype.itemsize for shape, dtype in zip(shapes, dtypes, strict=True)
         )
         _check_memory(image.device, self._bytes, tokens)
@@ -439,6 +505,25 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
                 image.new_ones(shape[0], shape[2], dtype=torch.float32) for _ in range(2)
             )
             state.kv[index] = ReferenceKV(key, value, key_scale, value_scale, extract=True)
+            if sets > 1:
+                kv = state.kv[index]
+                state.older[index] = kv._replace(  # zeros, since 0 times garbage may be NaN
+                    key=torch.zeros_like(key), value=torch.zeros_like(value),
+                    key_scale=torch.ones_like(key_scale), value_scale=torch.ones_like(value_scale),
+                )  # fmt: skip
+                state.older_at[index] = [None] * len(image)
+
+
+def _keep_older(state: _ReferenceState, index: int, refresh: list[bool] | None) -> None:
+    """Copy a block's keys and values to the older set, for the samples that refresh now."""
+    if index not in state.extracted_at:
+        return
+    kv, older, last = state.kv[index], state.older[index], state.extracted_at[index]
+    for sample, step in enumerate(last):
+        if step != state.decided_step and (refresh is None or refresh[sample]):
+            for new, old in zip(kv[:4], older[:4], strict=True):
+                old[sample].copy_(new[sample])
+            state.older_at[index][sample] = step
 
 
 def _check_memory(device: torch.device, needed: int, tokens: int) -> None:
