@@ -129,9 +129,16 @@ class _KeepingOutputs(ReferenceAttnProcessor):
 def ways() -> dict[str, tuple[Pass, ...]]:
     """Name every list that is tried."""
     spaced = {f"spacing {s}": (ReferenceCache(s),) for s in (0.05, 0.1, 0.15, 0.2, 0.33, 0.5, 1)}
+    chosen = {
+        "every 4 steps, and the last": (*range(0, STEPS, 4), 27),
+        "first 4, then every 3, and the last": (*range(4), *range(6, STEPS, 3), 26),
+    }
     linear = {
-        f"spacing {s}, linear": (ReferenceCache(s, predict="linear"),)
-        for s in (0.1, 0.15, 0.2, 0.33)
+        f"{name}{'' if predict == 'hold' else ', linear'}": (
+            ReferenceCache(schedule=schedule, predict=predict),
+        )
+        for name, schedule in chosen.items()
+        for predict in ("hold", "linear")
     }
     even = {
         f"every {n} steps": (ReferenceCache(schedule=range(0, STEPS, n)),) for n in (2, 3, 4, 6, 8)
@@ -160,7 +167,7 @@ def ways() -> dict[str, tuple[Pass, ...]]:
     return {"plain": (), **spaced, **linear, **even, **ends, **drift, **tried, **both}
 
 
-FEWER = (24, 22, 20, 18, 16, 12)
+FEWER = (24, 22, 20, 19, 18, 16, 12)
 """Plain with fewer steps, which every way must beat at as much work."""
 
 
