@@ -30,7 +30,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_passes(parser, default="first-block-cache alone")
     parser.set_defaults(passes="first-block-cache")  # it needs no compiler and no GPU
-    add_examples(parser, 4)
+    add_examples(parser, 3)
     add_output(parser, "demo.png", "the pictures, side by side", picture=True)
     add_sampling(parser)
 
