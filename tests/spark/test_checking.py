@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from fluxfire.spark import checking, weights
+from fluxfire.spark import checking
 from fluxfire.spark.edits import FREE, KINDS, LOCAL, SIDES
 from fluxfire.spark.rendering import blur, render
 from fluxfire.spark.scenes import LOOKS, SLOTS, Dice, draw, shaken
@@ -30,8 +30,6 @@ FEW, MANY = (24, 16), (120, 48)
 LEAST = 8
 """Fewest pictures that a share is of."""
 ANYWHERE = len(SIDES)
-
-trained = pytest.mark.skipif(not weights.SHIPPED.is_file(), reason="needs the trained weights")
 
 
 @cache
@@ -127,7 +125,6 @@ def another_thing(scenes, task):
     return next(i for i in range(60, 60 + len(NAMES)) if i % len(NAMES) not in taken) % len(NAMES)
 
 
-@trained
 def test_exact_targets_pass(tasks):
     assert most_pass(tasks, lambda t, _: t.target, EXACT)
 
@@ -155,7 +152,6 @@ def fine_structure(one, other):
     return float(torch.corrcoef(torch.stack([first, second]))[0, 1])
 
 
-@trained
 def test_a_valid_result_from_a_moved_camera_passes(tasks):
     def from_there(task, number):
         return render(shaken(task.scenes, Dice("moved", number)))[0]
@@ -163,7 +159,6 @@ def test_a_valid_result_from_a_moved_camera_passes(tasks):
     assert most_pass(tasks, from_there, EXACT)
 
 
-@trained
 def test_verdicts_do_not_depend_on_a_pictures_form(tasks):
     for task in tasks[:4]:
         forms = task.target, np.asarray(task.target), target(task)
@@ -171,12 +166,10 @@ def test_verdicts_do_not_depend_on_a_pictures_form(tasks):
         assert task.verdict(forms[0]) == task.verdict(forms[1])
 
 
-@trained
 def test_exact_pictures_from_words_pass(words):
     assert most_pass(words, lambda t, _: t.target, EXACT)
 
 
-@trained
 def test_faint_noise_and_softness_pass(tasks):
     noise = torch.Generator().manual_seed(0)
 
@@ -187,7 +180,6 @@ def test_faint_noise_and_softness_pass(tasks):
     assert most_pass(tasks, worn, VALID)
 
 
-@trained
 def test_another_valid_result_passes(tasks):
     def again(task, index):
         dice, now = Dice("other", index), task.batch.source
@@ -198,7 +190,6 @@ def test_another_valid_result_passes(tasks):
     assert most_pass(tasks, again, VALID)
 
 
-@trained
 def test_another_valid_picture_from_words_passes(words):
     """Elsewhere, on another ground of the kind, in another strength of the weather."""
 
@@ -215,12 +206,10 @@ def test_another_valid_picture_from_words_passes(words):
     assert most_pass(words, again, VALID)
 
 
-@trained
 def test_the_unedited_source_never_passes(tasks):
     assert share_passing(tasks, lambda t, _: t.source) <= UNEDITED
 
 
-@trained
 def test_another_instructions_target_does_not_pass(tasks):
     def other(task, index):
         source = task.batch.source
@@ -236,7 +225,6 @@ def test_another_instructions_target_does_not_pass(tasks):
     assert share_passing(tasks, other) <= OTHER_TARGET
 
 
-@trained
 def test_another_captions_picture_does_not_pass(words):
     others = [*words[1:], words[0]]
     assert share_passing(words, lambda _, i: others[i].target) <= OTHER_TARGET
@@ -374,7 +362,6 @@ def named(miss, kinds):
     return f"{miss.__name__}-{which}"
 
 
-@trained
 def test_near_misses_of_all_sorts_do_not_pass():
     """Every example shows the next near miss that applies to it."""
     turn = 0
@@ -393,7 +380,6 @@ def test_near_misses_of_all_sorts_do_not_pass():
 
 
 @pytest.mark.slow
-@trained
 @pytest.mark.parametrize(
     ("miss", "kinds"),
     [pytest.param(*some, id=named(*some)) for some in MISSES],
@@ -403,12 +389,10 @@ def test_near_misses_do_not_pass(miss, kinds):
     assert few_pass(some_examples(n, kinds), miss, NEAR_MISS)
 
 
-@trained
 def test_blurred_pictures_from_words_do_not_pass(words):
     assert few_pass(words, blurred, NEAR_MISS)
 
 
-@trained
 def test_verdicts_say_what_is_wrong(tasks):
     said = {}
     for task in tasks:

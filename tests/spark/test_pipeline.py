@@ -255,7 +255,6 @@ def test_the_package_gives_its_names_when_first_used():
         _ = spark.SparkPipelin
 
 
-@pytest.mark.skipif(not weights.SHIPPED.is_file(), reason="needs the trained weights")
 def test_the_trained_weights_load_and_are_small():
     load(device="cpu")
     assert weights.SHIPPED.stat().st_size <= 40 * 2**20

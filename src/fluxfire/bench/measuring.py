@@ -156,7 +156,13 @@ class _Bench:
     def _run_turn(
         self, rows: Sequence[Row], label: str, examples: Sequence[Example] | None = None
     ) -> None:
-        turn = _Turn(examples or self.examples, self.warmups, self.seed, label, self.on_edit)
+        turn = _Turn(
+            self.examples if examples is None else examples,
+            self.warmups,
+            self.seed,
+            label,
+            self.on_edit,
+        )
         with on_device(self.pipe):
             turn.run(self.pipe, rows)
 

@@ -68,6 +68,13 @@ class ReferenceKV(NamedTuple):
         """The keys and values to attend to, before they are converted."""
         return self.predicted or (self.key, self.value)
 
+    def attended_in(self, dtype: torch.dtype) -> Pair:
+        """Return the keys and values to attend to, in a dtype."""
+        scales, (key, value) = self.dequantization_scales(dtype), self.attended
+        if scales is None:
+            return key, value
+        return dequantize(key, scales[0], dtype), dequantize(value, scales[1], dtype)
+
 
 class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
     """Attends exactly as diffusers' processor does, bit for bit, and supports a reference KV."""
@@ -127,7 +134,7 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
         if reference.extract:
             key, value = _store_reference(key, value, reference)
         else:
-            cached_key, cached_value = _cached_reference(reference, key.dtype)
+            cached_key, cached_value = reference.attended_in(key.dtype)
             key = torch.cat([key, cached_key], dim=1)
             value = torch.cat([value, cached_value], dim=1)
         attended = _run_kernel(self, query, key, value)
@@ -322,9 +329,8 @@ def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair
     """
     tokens = reference.key.shape[1]
     joint = []
-    attended = reference.attended  # replaced below where a mask makes use of it
-    if reference.refresh_mask is not None:
-        attended = _cached_reference(reference, key.dtype)
+    masked = reference.refresh_mask is not None
+    attended = reference.attended_in(key.dtype) if masked else reference.attended
     for x, old, cached, scale in (
         (key, attended[0], reference.key, reference.key_scale),
         (value, attended[1], reference.value, reference.value_scale),
@@ -343,14 +349,6 @@ def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair
         if quantizes:
             scale.copy_(new_scale)
     return joint[0], joint[1]
-
-
-def _cached_reference(reference: ReferenceKV, dtype: torch.dtype) -> Pair:
-    """Return the cached keys and values in a dtype."""
-    scales, (key, value) = reference.dequantization_scales(dtype), reference.attended
-    if scales is None:
-        return key, value
-    return dequantize(key, scales[0], dtype), dequantize(value, scales[1], dtype)
 
 
 def _quantize_heads(x: Tensor) -> Pair:

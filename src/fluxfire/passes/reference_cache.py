@@ -16,7 +16,7 @@ from fluxfire import modules
 from fluxfire.diffusers_types import AttentionModule, Pipeline
 from fluxfire.errors import FluxfireError
 from fluxfire.kernels.float8 import E4M3, to_float8
-from fluxfire.kernels.heads import Pair, dequantize
+from fluxfire.kernels.heads import Pair
 from fluxfire.kontext.attention import (
     REFERENCE_KWARG,
     Float8AttnProcessor,
@@ -452,7 +452,7 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
         if self.settings.predict == "hold":
             return None
         kv, older = state.kv[index], state.older[index]
-        reach = [
+        reach = [  # empty at the first refresh, when a block has stored nothing yet
             0.0 if before is None else self._reach(state, last, before)
             for last, before in zip(
                 state.extracted_at.get(index, ()), state.older_at[index], strict=False
@@ -461,19 +461,15 @@ class ReferenceWrapper(CacheWrapper[ReferenceCache]):
         factor: float | Tensor = max(reach, default=0.0)
         if len(set(reach)) > 1:
             factor = torch.tensor(reach, device=kv.key.device)[:, None, None, None]
-        dtype, in_float8 = state.dtype, kv.key.dtype is E4M3
-        attends_in_float8 = isinstance(self._attentions[index].processor, Float8AttnProcessor)
-        made = []
-        for newest, oldest, scale, old_scale in (
-            (kv.key, older.key, kv.key_scale, older.key_scale),
-            (kv.value, older.value, kv.value_scale, older.value_scale),
-        ):
-            one = dequantize(newest, scale, torch.float32) if in_float8 else newest
-            other = dequantize(oldest, old_scale, torch.float32) if in_float8 else oldest
-            ahead = one if not any(reach) else one + factor * (one - other)
-            ahead = to_float8(ahead, scale[:, None, :, None]) if attends_in_float8 else ahead
-            made.append(ahead if attends_in_float8 else ahead.to(dtype))
-        return made[0], made[1]
+        dtype = torch.float32 if kv.key.dtype is E4M3 else kv.key.dtype
+        key, value = kv.attended_in(dtype)
+        if any(reach):
+            old_key, old_value = older.attended_in(dtype)
+            key, value = key + factor * (key - old_key), value + factor * (value - old_value)
+        if isinstance(self._attentions[index].processor, Float8AttnProcessor):
+            key_scale, value_scale = (s[:, None, :, None] for s in (kv.key_scale, kv.value_scale))
+            return to_float8(key, key_scale), to_float8(value, value_scale)
+        return key.to(state.dtype), value.to(state.dtype)
 
     def _reach(self, state: _ReferenceState, last: int, before: int) -> float:
         """Return how far the sigma has fallen since a refresh, as a share of its fall before."""
