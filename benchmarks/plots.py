@@ -25,7 +25,7 @@ def loss() -> Any:
         mine = [r for r in records if r["part"] == part and "loss" in r]
         minutes = [record["seconds"] / 60 for record in mine]
         axes.plot(minutes, [record["loss"] for record in mine], label=part)
-    axes.set(xlabel="minutes of training", ylabel="loss, mean of 100 steps", yscale="log")
+    axes.set(xlabel="minutes of training", ylabel="loss", yscale="log")
     axes.grid(visible=True, which="both", alpha=0.3)
     axes.legend()
     return figure

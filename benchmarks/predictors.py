@@ -10,8 +10,10 @@ differs. Plain with as many steps as the schedule computes stands beside them.
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,6 +26,7 @@ from torch.nn import functional
 import fluxfire
 from fluxfire import spark
 from fluxfire.bench import compare, save_result, stamp
+from fluxfire.bench.intervals import bootstrap
 from fluxfire.passes import FirstBlockCache, first_block_cache
 from fluxfire.text import table
 
@@ -46,7 +49,7 @@ def hold(history: Any, _: Tensor) -> Tensor:
 
 def by_index(sigma: Tensor) -> Tensor:
     """Turn sigmas into the numbers of their steps, which lie evenly where sigmas do not."""
-    shift = 3.158  # exp(1.15), FLUX's shift for a megapixel, which Spark's scheduler has
+    shift = math.exp(1.15)  # FLUX's shift for a megapixel, which Spark's scheduler has
     return -sigma / (shift - (shift - 1) * sigma)
 
 
@@ -260,8 +263,16 @@ def _row(
     }
     if fewer is not None:
         gains = [a - b for a, b in zip(each, fewer["each"], strict=True)]
-        row["gain"] = {"mean": fmean(gains), "worst": min(gains)}
+        interval = bootstrap(gains)
+        row["gain"] = {"worst": min(gains), **(asdict(interval) if interval else {})}
     return row
+
+
+def _gain(row: dict[str, Any]) -> str:
+    gain = row.get("gain", {})
+    if "mean" not in gain:
+        return ""
+    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}] ({worst:+.1f})".format(**gain)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -271,12 +282,19 @@ def _table(rows: list[dict[str, Any]]) -> str:
             row["way"],
             f"{row['psnr']['mean']:.1f}",
             f"{row['psnr']['worst']:.1f}",
-            f"{row['gain']['mean']:+.1f}" if "gain" in row else "",
+            _gain(row),
             f"{row['success']:.0%}",
         )
         for row in rows
     ]
-    head = ("computed", "prediction", "PSNR to plain", "worst", "above fewer steps", "right")
+    head = (
+        "computed",
+        "prediction",
+        "PSNR to plain",
+        "worst",
+        "above fewer steps [95%] (worst)",
+        "right",
+    )
     return table(head, lines)
 
 

@@ -1,6 +1,6 @@
 """How well Spark edits, and how fast: the figures of its model card.
 
-python benchmarks/spark_card.py --out benchmarks/results/spark.json --pictures docs/pages/assets
+python benchmarks/spark.py --out benchmarks/results/spark.json --pictures docs/pages/assets
 """
 
 from __future__ import annotations

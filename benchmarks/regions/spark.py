@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from fluxfire.bench.intervals import share_interval
 from fluxfire.bench.tables import format_measure
 from fluxfire.text import count_of
-from regions.results import load, markdown, where
+from regions.results import Row, load, markdown, where
 
 
 def spark() -> str:
@@ -15,12 +16,11 @@ def spark() -> str:
         (
             test["kind"],
             f"{test['n']}",
-            f"{test['success']:.0%}",
-            f"{train['success']:.0%}",
+            *(_share(split) for split in (test, train)),
         )
         for test, train in zip(splits["test"], splits["train"], strict=True)
     ]
-    head = ("kind", "edits", "done, held out", "done, as in training")
+    head = ("kind", "edits", "done, held out [95%]", "done, as in training [95%]")
     words = splits["from words"][-1]
     fewer = ", ".join(
         f"{share:.0%} with {count_of(int(steps), 'step')}"
@@ -35,6 +35,16 @@ def spark() -> str:
         f"28 steps {result['edit_seconds']:.1f} s on {result['threads']} CPU cores; the file has "
         f"{result['bytes'] / 2**20:.1f} MiB.\n\n{where(result)}."
     )
+
+
+def _share(row: Row) -> str:
+    """Format a share of right edits, that of all kinds with its interval."""
+    share = f"{row['success']:.0%}"
+    right = round(row["success"] * row["n"])
+    interval = share_interval([i < right for i in range(row["n"])])
+    if row["kind"] != "all" or interval is None:
+        return share
+    return "{} [{:.0%}, {:.0%}]".format(share, *interval)
 
 
 def vocabulary() -> str:
