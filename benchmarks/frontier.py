@@ -8,9 +8,12 @@ Work counts blocks, so it is the same on every machine. Plain with fewer steps i
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -28,11 +31,48 @@ from fluxfire.bench import (
 from fluxfire.bench.baselines import CacheDit
 from fluxfire.loading import load
 from fluxfire.passes import FirstBlockCache, ParaAttention, ReferenceCache
+from fluxfire.spark.pipeline import SparkPipeline
 
 STEPS = 28
 PLAIN = (24, 20, 18, 16, 14, 12, 10, 8, 6, 4, 3, 2, 1)
 WITHDRAWN = {"balanced": 0.27, "fast": 0.5}
 """Thresholds of version 0.1.0: quadratic, from the first step on, without a limit."""
+
+
+@dataclass(frozen=True)
+class RegionE:
+    """RegionE at its own settings for Kontext (https://arxiv.org/abs/2510.25590).
+
+    After 6 steps it computes the tokens of the edited region alone, with kept keys and values; it
+    refreshes once, computes the last 2 steps, and skips steps by constants of the real Kontext. It
+    needs 28 steps, one picture a call, and an NVIDIA GPU or Triton's interpreter.
+    """
+
+    skips: ClassVar[bool] = True
+    compiles: ClassVar[bool] = False
+
+    @contextmanager
+    def applied(self, pipe: Any) -> Iterator[None]:
+        """Turn a copy of a pipeline into RegionE's; the copy is thrown away afterwards."""
+        from RegionE.FluxKontext import inplace
+        from RegionE.tool.RegionE import config
+
+        if find_spec("flash_attn") is None:
+            inplace.flash_attn = None  # it tests for None, and has False
+        inplace.warp_modules(pipe, **config["FluxKontextPipeline"])
+
+        # Spark's defaults for a call, and RegionE's loop.
+        class Both(SparkPipeline, inplace.RegionEFluxKontextPipeline):  # type: ignore[misc]
+            def __call__(self, *args: Any, **call: Any) -> Any:
+                # It refuses the two steps of a warm-up.
+                return super().__call__(*args, **{**call, "num_inference_steps": STEPS})
+
+        pipe.__class__ = Both
+        yield
+        pipe.__class__ = SparkPipeline
+
+    def begin(self, run: Callable[[], object], workload: Workload) -> None:
+        """Do nothing: it starts anew at each call."""
 
 
 def contenders() -> Iterator[tuple[str, Contender]]:
@@ -63,8 +103,14 @@ def contenders() -> Iterator[tuple[str, Contender]]:
             method = CacheDit(threshold, taylor)
             name = f"{family} {threshold}"
             yield family, Contender(name, role="baseline", baseline=method)
+    for blocks, threshold in ((2, 0.08), (8, 0.08), (8, 0.12)):
+        method = CacheDit(threshold, first_blocks=blocks, max_consecutive_hits=-1)
+        name = f"cache-dit F{blocks}B0 {threshold}"
+        yield "cache-dit", Contender(name, role="baseline", baseline=method)
     for contender in baselines.choose(["mag-cache"], steps=STEPS):
         yield "MagCache", contender
+    if find_spec("RegionE") is not None:  # pip install --no-deps regione
+        yield "RegionE", Contender("RegionE", role="baseline", baseline=RegionE())
 
 
 def main() -> None:
@@ -72,12 +118,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("-n", type=int, default=24, help="held-out edits")
+    parser.add_argument("--only", nargs="*", help="families, with plain")
     arguments = parser.parse_args()
 
     pipe = load("spark")
     pipe.set_progress_bar_config(disable=True)
     pipe.to(dtype=torch.float32)
-    listed = list(contenders())
+    wanted = arguments.only
+    listed = [c for c in contenders() if not wanted or c[0] in (*wanted, "plain")]
     result: dict[str, Any] = {
         "benchmark": "frontier",
         **stamp(),

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import fluxfire
@@ -29,7 +30,7 @@ from fluxfire.bench import (
 )
 from fluxfire.bench.phases import phases
 from fluxfire.bench.tables import as_csv, as_text
-from fluxfire.bench.work import BlockCounter
+from fluxfire.bench.work import BlockCounter, Work
 from fluxfire.errors import BenchError, PlanError
 from fluxfire.kontext import KONTEXT
 from fluxfire.passes import Compile, FirstBlockCache, FusedBlocks, QKVFusion
@@ -498,13 +499,30 @@ def test_counting_blocks_leaves_passes_at_work_and_no_trace():
         with BlockCounter(pipe) as counter:
             assert np.array_equal(edit(pipe), expected)
         assert [dict(vars(b)) for b in KONTEXT.blocks(pipe.transformer)] == before
-    assert counter.work(4).steps == expected_steps(counter)
+    (runs,) = {len(calls) for calls in counter._tokens}
+    assert counter.work(4) == Work(runs, 4 - runs)
 
 
-def expected_steps(counter):
-    """Every block ran equally often."""
-    (runs,) = set(counter._runs)
-    return runs
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_block_that_runs_on_part_of_the_tokens_counts_that_part(pipe, replaced):
+    blocks = KONTEXT.blocks(pipe.transformer)
+    width = pipe.transformer.inner_dim
+    if replaced:  # as a hook of diffusers does
+        for block in blocks:
+            block.forward = block.forward
+    with BlockCounter(pipe) as counter, torch.no_grad():
+        for image in (24, 8, 0):
+            for block in blocks if image else blocks[:1]:
+                block(
+                    hidden_states=torch.randn(1, image or 24, width),
+                    encoder_hidden_states=torch.randn(1, 8, width),
+                    temb=torch.randn(1, width),
+                )
+    joint = len(pipe.transformer.transformer_blocks)
+    # The norm of a joint block has the image's tokens alone.
+    part = (joint * 8 / 24 + (len(blocks) - joint) * 0.5) / len(blocks) if replaced else 0.5
+    assert counter.work(3).steps == pytest.approx(1 + part + 1 / len(blocks))
+    assert counter.work(3).skipped == 2
 
 
 def test_in_a_shared_turn_one_contender_s_failure_is_its_own(pipe):

@@ -32,7 +32,7 @@ _ADVISED_STEPS = 28  # the number of steps that the recommendations for FLUX ass
 
 @dataclass(frozen=True)
 class CacheDit:
-    """cache-dit's DBCache, which computes the first block and none of the last blocks.
+    """cache-dit's DBCache, which computes the first blocks and none of the last blocks.
 
     The defaults are its documentation's example for FLUX-like models: threshold 0.12, 8 warm-up
     steps, at most 2 cached steps in a row.
@@ -42,12 +42,14 @@ class CacheDit:
         taylor: whether to use its TaylorSeer calibrator of order 1, which extrapolates.
         warmup_steps: its `max_warmup_steps`; 0 for none.
         max_consecutive_hits: its `max_continuous_cached_steps`; -1 for no limit.
+        first_blocks: its `Fn_compute_blocks`: how many blocks every step computes.
     """
 
     threshold: float = 0.12
     taylor: bool = False
     warmup_steps: int = 8
     max_consecutive_hits: int = 2
+    first_blocks: int = 1
     skips: ClassVar[bool] = True
     compiles: ClassVar[bool] = False
 
@@ -58,7 +60,7 @@ class CacheDit:
         from cache_dit.caching.block_adapters.adapters import flux_adapter
 
         config = cache_dit.DBCacheConfig(
-            Fn_compute_blocks=1,
+            Fn_compute_blocks=self.first_blocks,
             Bn_compute_blocks=0,
             residual_diff_threshold=self.threshold,
             max_warmup_steps=self.warmup_steps,

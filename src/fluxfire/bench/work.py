@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import ceil
@@ -17,6 +17,7 @@ from fluxfire.reporting.statistics import RunStatistics, StepKind
 from fluxfire.supported import model_of
 
 _ROUNDING = 1e-6
+_STREAM = 3  # dimensions of a stream: (batch, tokens, width)
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,9 @@ def equal_steps(work: float, step_cost: float = 1.0) -> int:
 
 
 class BlockCounter:
-    """Counts how many times each block runs, for a library that does not report its work.
+    """Counts how many tokens run through each block, for a library that does not report its work.
 
-    It counts calls of each block from outside, so that a compiled block stays one graph and
+    It counts at calls of each block from outside, so that a compiled block stays one graph and
     `FusedBlocks` sees no hook. If a diffusers hook replaced a block's forward, the hook may skip
     the block, so the counter counts calls of the block's first norm. A context manager.
     """
@@ -82,7 +83,7 @@ class BlockCounter:
     def __init__(self, pipe: Pipeline) -> None:
         self._model = model_of(pipe)
         self._blocks = self._model.blocks(pipe.transformer)
-        self._runs = [0] * len(self._blocks)
+        self._tokens: list[list[int]] = [[] for _ in self._blocks]
         self._undo = ExitStack()
 
     def __enter__(self) -> Self:
@@ -91,7 +92,9 @@ class BlockCounter:
             if "forward" in vars(block):
                 norm, *_ = self._model.modulated_norms(block)
                 self._undo.callback(
-                    norm.register_forward_pre_hook(self._counting_hook(index)).remove
+                    norm.register_forward_pre_hook(
+                        self._counting_hook(index), with_kwargs=True
+                    ).remove
                 )
             else:
                 self._undo.callback(self._watch(index, block))
@@ -102,16 +105,19 @@ class BlockCounter:
         self._undo.close()
 
     def work(self, steps: int) -> Work:
-        """Return the counted work.
+        """Return the counted work. A run on half of the tokens counts half.
 
         Args:
             steps: number of steps of the edit.
         """
-        return Work(sum(self._runs) / len(self._runs), max(0, steps - min(self._runs)))
+        full = [max(runs, default=1) for runs in self._tokens]
+        shares = [sum(runs) / most for runs, most in zip(self._tokens, full, strict=True)]
+        whole = [runs.count(most) for runs, most in zip(self._tokens, full, strict=True)]
+        return Work(sum(shares) / len(shares), max(0, steps - min(whole)))
 
     def _counting_hook(self, index: int) -> Callable[..., None]:
-        def count_run(*_: object) -> None:
-            self._runs[index] += 1
+        def count_run(_: object, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+            self._tokens[index].append(_count_tokens(args, kwargs))
 
         return count_run
 
@@ -122,7 +128,7 @@ class BlockCounter:
         run = before or block._call_impl  # noqa: SLF001 - what torch.nn.Module.__call__ runs
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            count_run()
+            count_run(block, args, kwargs)
             return run(*args, **kwargs)
 
         def stop() -> None:
@@ -133,3 +139,15 @@ class BlockCounter:
 
         own[CALL_SLOT] = call
         return stop
+
+
+def _count_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return the tokens of a block's call: those of its image stream, and of its text if given.
+
+    Args:
+        args: of the call; the image stream first, (batch, tokens, width), then the text.
+        kwargs: of the call.
+    """
+    named = [kwargs.get(name) for name in ("hidden_states", "encoder_hidden_states")]
+    streams = [s for s in (*args[:2], *named) if getattr(s, "ndim", 0) == _STREAM]
+    return sum(s.shape[1] for s in streams)
