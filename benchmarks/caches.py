@@ -30,7 +30,7 @@ def variants() -> Iterator[FirstBlockCache]:
     """Every threshold, distance and prediction."""
     for threshold in THRESHOLDS:
         for distance in ("all", "noise"):
-            for predict in ("hold", "linear", "quadratic"):
+            for predict in ("hold", "linear", "damped"):
                 yield FirstBlockCache(
                     threshold, distance=distance, predict=predict, warmup_steps=0, tail_steps=0,
                     max_consecutive_hits=None,

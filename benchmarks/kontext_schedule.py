@@ -118,7 +118,7 @@ def schedules(steps: int, *, warmup: int, tail: int, cap: int) -> dict[int, tupl
     """
     traces = [trace(steps, lengths) for lengths in (MAG_CACHE, velocity_lengths())]
     first, last = (math.ceil(n * steps / PUBLISHED_STEPS) for n in (warmup, tail))
-    return propose(Errors(traces, points=2), Bounds(first, last, cap, early=1.0))
+    return propose(Errors(traces), Bounds(first, last, cap, early=1.0))
 
 
 def main() -> None:

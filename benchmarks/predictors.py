@@ -133,7 +133,7 @@ def learned_damping(dims: tuple[int, ...]) -> Prediction:
         factor = (came * expected).sum(dims, keepdim=True)
         factor = factor / expected.square().sum(dims, keepdim=True).clamp_min(1e-12)
         ahead = _each((sigma - at[0]) / (at[0] - at[1])) * (newest - middle)
-        predicted: Tensor = newest + factor.clamp(0, 1.2) * ahead
+        predicted: Tensor = newest + factor.clamp(0, 1) * ahead
         return predicted
 
     return predict
@@ -191,14 +191,14 @@ _POINTS = 4  # residuals that are kept
 
 @contextmanager
 def predicting(way: Prediction) -> Iterator[None]:
-    """Let the cache predict in another way, in this process."""
+    """Let a cache with `predict="damped"` predict in another way, in this process."""
     with (
         mock.patch.object(
             first_block_cache._ResidualHistory,  # noqa: SLF001 - ways that the pass does not have
             "predict",
             way,
         ),
-        mock.patch.dict(first_block_cache._POINTS, quadratic=_POINTS),  # noqa: SLF001
+        mock.patch.dict(first_block_cache._POINTS, damped=_POINTS),  # noqa: SLF001
     ):
         yield
 
@@ -233,7 +233,7 @@ def main() -> None:
         fewer = _row("plain, fewer steps", name, score(int(name) + 1), plain, None)
         result["rows"].append(fewer)
         cache = FirstBlockCache(
-            schedule=skipped, predict="quadratic", warmup_steps=0, tail_steps=0,
+            schedule=skipped, predict="damped", warmup_steps=0, tail_steps=0,
             max_consecutive_hits=None,
         )  # fmt: skip
         for way in arguments.ways:

@@ -24,14 +24,14 @@ import fluxfire
 from fluxfire import spark
 from fluxfire.bench import save_result, stamp
 from fluxfire.passes import FirstBlockCache
-from fluxfire.passes.first_block_cache import Prediction
+from predictors import hold, line, parabola, predicting
 
 STEPS = 28
 OPEN = ("add", "replace", "move", "ground", "several")
 """Kinds of edit that leave much open: where, how big, and which ground of the kind."""
 FEWER = (20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 1)
 THRESHOLDS = (0.06, 0.08, 0.10, 0.12, 0.15, 0.20)
-PREDICTIONS: tuple[Prediction, ...] = ("hold", "linear", "quadratic")
+PREDICTIONS = {"hold": hold, "linear": line(), "quadratic": parabola()}
 FREE: dict[str, Any] = {"warmup_steps": 0, "tail_steps": 0, "max_consecutive_hits": None}
 MAGCACHE = "XXXXXX-X--XX----X----X--X-XX"
 """The mask of MagCache's settings for Kontext: X computes, - skips."""
@@ -108,7 +108,7 @@ def _curves(
         yield {"eight bits": near(made())}
     yield {
         "hits": {
-            str(t): _cached(pipe, made, near, FirstBlockCache(t, predict="hold", **FREE))
+            str(t): _cached(pipe, made, near, FirstBlockCache(t, **FREE), "hold")
             for t in THRESHOLDS
         }
     }
@@ -117,7 +117,7 @@ def _curves(
     for name, threshold, limits in (("short skips", 0.12, short), ("long skips", 0.5, long)):
         yield {
             name: {
-                p: _cached(pipe, made, near, FirstBlockCache(threshold, predict=p, **limits))
+                p: _cached(pipe, made, near, FirstBlockCache(threshold, **limits), p)
                 for p in PREDICTIONS
             }
         }
@@ -129,14 +129,16 @@ def _curves(
         skipped = [i for i, sign in enumerate(mask) if sign == "-"]
         yield {
             name: {
-                p: _cached(pipe, made, near, FirstBlockCache(schedule=skipped, predict=p, **FREE))
-                for p in PREDICTIONS[:2]
+                p: _cached(pipe, made, near, FirstBlockCache(schedule=skipped, **FREE), p)
+                for p in ("hold", "linear")
             }
         }
 
 
-def _cached(pipe: Any, made: Any, near: Any, cache: FirstBlockCache) -> dict[str, float]:
-    with fluxfire.optimized(pipe, [cache]):
+def _cached(
+    pipe: Any, made: Any, near: Any, cache: FirstBlockCache, prediction: str
+) -> dict[str, float]:
+    with fluxfire.optimized(pipe, [cache]), predicting(PREDICTIONS[prediction]):
         hits: list[bool] = []
         pictures = made(on_run=lambda run: hits.extend(h for d in run.decisions for h in d.hits))
     return {**near(pictures), "hits": STEPS * mean(hits)}

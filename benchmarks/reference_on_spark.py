@@ -157,7 +157,7 @@ def ways() -> dict[str, tuple[Pass, ...]]:
         "spacing 0.33, all but its attention": (Way(0.33, outputs=True),),
     }
     cache = FirstBlockCache(
-        0.22, predict="quadratic", warmup_steps=0, tail_steps=0, max_consecutive_hits=None
+        0.22, predict="damped", warmup_steps=0, tail_steps=0, max_consecutive_hits=None
     )
     both = {
         "first-block 0.22": (cache,),

@@ -15,6 +15,7 @@ from fluxfire import Change
 from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.kontext import KONTEXT
 from fluxfire.passes import Compile, FirstBlockCache, QKVFusion, Schedule
+from fluxfire.passes.first_block_cache import _ResidualHistory
 from fluxfire.testing import edit, tiny_kontext
 
 STEPS = 12
@@ -163,7 +164,7 @@ def test_the_most_hits_are_those_of_a_threshold_without_bound(warmup, tail, of, 
 def test_the_defaults_are_careful():
     """They are no bolder than the settings that others measured on the real model."""
     cache = FirstBlockCache()
-    assert (cache.threshold, cache.predict) == (0.12, "linear")
+    assert (cache.threshold, cache.predict) == (0.12, "damped")
     assert 28 - cache.most_hits(28) == 16
     assert cache.off().most_hits(28) == FirstBlockCache(0).most_hits(28) == 0
     assert FirstBlockCache(schedule=[2, 5, 40]).most_hits(28) == 2
@@ -236,19 +237,59 @@ def test_equal_schedules_are_equal_however_they_are_written():
     assert len(set(caches)) == 1
 
 
-def lagrange(points, t):
-    """Return the polynomial through the points at t, by Lagrange's formula."""
-    total = 0.0
-    for i, (ti, value) in enumerate(points):
-        weight = 1.0
-        for tj, _ in points[:i] + points[i + 1 :]:
-            weight = weight * (t - tj) / (ti - tj)
-        total = total + weight * value
-    return total
+def extended(points, t, predict):
+    """Predict by hand, in float64: the line through the last two points, damped by the third."""
+    points = [(s, value.double()) for s, value in points]
+    (s0, r0), *older = reversed(points)
+    if predict == "hold" or not older:
+        return r0.float()
+    s1, r1 = older[0]
+    share = 1.0
+    if predict == "damped" and len(older) > 1:
+        s2, r2 = older[1]
+        expected = (r1 - r2) * (s0 - s1) / (s1 - s2)
+        share = float(((r0 - r1) * expected).sum() / (expected * expected).sum())
+        share = min(max(share, 0.0), 1.0)
+    return (r0 + share * (t - s0) / (s0 - s1) * (r0 - r1)).float()
 
 
-@pytest.mark.parametrize("steps", [(3,), (2, 4, 5)])
-@pytest.mark.parametrize("predict", ["hold", "linear", "quadratic"])
+@pytest.mark.parametrize("came", [-0.4, 0.0, 0.3, 1.0, 2.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_damping(came, dtype):
+    """Each sample's slope keeps the share of the predicted change that came, from 0 to 1."""
+    values = torch.Generator().manual_seed(0)
+    oldest, change, aside = (torch.randn(3, 40, 8, generator=values) for _ in range(3))
+    middle = oldest + 0.1 * change
+    # From 0.9 over 0.8 to 0.6 the line predicts twice the change; beside it comes something else.
+    newest = middle + 0.2 * came * change
+    along = (aside * change).sum((1, 2)) / change.square().sum((1, 2))
+    newest += 0.01 * (aside - along[:, None, None] * change)
+    history = _ResidualHistory([], [], [])
+    for residual, sigma in ((oldest, 0.9), (middle, 0.8), (newest, 0.6)):
+        at = torch.full((3,), sigma)
+        if not history.residuals:
+            history = _ResidualHistory([residual.to(dtype)], [at], [1] * 3)
+        else:
+            # The last sample hit at the middle step, so it has two residuals in the end.
+            hits = [False, False, sigma == 0.8]
+            history.add(residual.to(dtype), at, hits, keep=3)
+    made = history.predict(torch.full((3,), 0.5)).double()
+    share = min(max(came, 0.0), 1.0)
+    expected = newest + 0.5 * share * (newest - middle)
+    close = 1e-5 if dtype is torch.float32 else 0.05
+    assert (made[:2] - expected[:2]).abs().max() < close
+    alone = newest[2] + (newest[2] - oldest[2]) / 3
+    assert (made[2] - alone).abs().max() < close
+
+
+def test_damping_of_a_residual_that_does_not_change():
+    same = torch.randn(1, 4, 8)
+    history = _ResidualHistory([same] * 3, [torch.tensor([s]) for s in (0.6, 0.8, 0.9)], [3])
+    assert torch.equal(history.predict(torch.tensor([0.5])), same)
+
+
+@pytest.mark.parametrize("steps", [(3,), (2, 4, 5), (5,)])
+@pytest.mark.parametrize("predict", ["hold", "linear", "damped"])
 def test_what_a_hit_adds(steps, predict):
     """Compared with blocks that are run by hand, on a plain transformer without wrappers."""
     pipe = cached(schedule=steps, predict=predict)
@@ -269,8 +310,7 @@ def test_what_a_hit_adds(steps, predict):
             if state["step"] in steps:
                 if index < len(blocks) - 1:
                     return encoder_hidden_states, hidden_states
-                known = {"hold": 1, "linear": 2, "quadratic": 3}[predict]
-                rest = lagrange(state["points"][-known:], plain.current_timestep / 1000)
+                rest = extended(state["points"], plain.current_timestep / 1000, predict)
                 return encoder_hidden_states, state["start"] + rest
             out = original[index](hidden_states, encoder_hidden_states, **rest)
             if index == len(blocks) - 1:
@@ -327,7 +367,7 @@ def batch(n):
     return words[:n], [torch.Generator().manual_seed(10 + i) for i in range(n)]
 
 
-@pytest.mark.parametrize("predict", ["hold", "linear", "quadratic"])
+@pytest.mark.parametrize("predict", ["hold", "linear", "damped"])
 def test_every_sample_of_a_batch_decides_for_itself(predict):
     settings = {"threshold": 0.31, "predict": predict}
     prompts, generators = batch(4)
@@ -454,7 +494,7 @@ def test_group_offloading_is_refused(pipe):
         ({"of_steps": 0.5}, "of_steps=0.5; it must be a whole number"),
         ({"schedule": [3, 0]}, "step 0 cannot hit"),
         ({"distance": "text"}, "distance='text'; it must be one of all, noise"),
-        ({"predict": "guess"}, "predict='guess'; it must be one of hold, linear, quadratic"),
+        ({"predict": "guess"}, "predict='guess'; it must be one of hold, linear, damped"),
     ],
 )
 def test_settings_that_make_no_sense(settings, words):
@@ -466,7 +506,7 @@ def test_settings_that_make_no_sense(settings, words):
 @settings(max_examples=25, deadline=None)
 @given(
     schedule=st.sets(st.integers(1, 5)),
-    predict=st.sampled_from(["hold", "linear", "quadratic"]),
+    predict=st.sampled_from(["hold", "linear", "damped"]),
     seed=st.integers(0, 3),
 )
 def test_restore_gives_every_bit_back(schedule, predict, seed):

@@ -52,7 +52,7 @@ def load(pipe, name="style", layers=INSIDE, *, rank=3, seed=3, config=LoraConfig
         )
         for where, weight in pipe.transformer.named_parameters():
             if f".{name}" in where:
-                weight.data = torch.randn(weight.shape) * 0.2
+                weight.data = (torch.randn(weight.shape) * 0.2).to(weight)
 
 
 def two(pipe):

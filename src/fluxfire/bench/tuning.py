@@ -258,7 +258,7 @@ def cache_families(base: Sequence[Pass] = ()) -> list[Family]:
         FirstBlockCache(),
         replace(cache, distance="noise"),
         replace(cache, warmup_steps=4, tail_steps=1, max_consecutive_hits=4),
-        replace(cache, predict="quadratic"),
+        replace(cache, predict="linear"),
         replace(cache, predict="hold"),
     )
     alone = [
@@ -273,7 +273,7 @@ def cache_families(base: Sequence[Pass] = ()) -> list[Family]:
             tuple(replace(kind, threshold=t) for t in _THRESHOLDS),
         )
         for reference in references[2::2]
-        for kind in (cache, replace(cache, predict="quadratic"))
+        for kind in (cache, replace(cache, predict="linear"))
     ]
     return [*alone, *both]
 

@@ -246,7 +246,8 @@ def projections(attention: BlockAttention, *, added: bool = False) -> list[nn.Mo
     """
     if attention.fused_projections:
         return [attention.to_added_qkv if added else attention.to_qkv]
-    _, names = KONTEXT.projections(attention)[added]
+    # Dynamo of torch 2.11 and older cannot trace a list that is indexed by a bool.
+    _, names = KONTEXT.projections(attention)[1 if added else 0]
     return [getattr(attention, name) for name in names]
 
 

@@ -41,7 +41,6 @@ _WARMUPS = (4, 6, 8)
 _EARLY = (0.0, 1.0, 2.0)
 _CAP, _TAIL = 4, 1
 _SHARES = (0.64, 0.5, 0.4)  # of the steps that are computed, by default
-_POINTS = 2  # of a line
 _FEWEST = 4  # examples: two to choose, two to confirm
 _FEWEST_STEPS = 4
 
@@ -223,7 +222,7 @@ def calibrate(
     """Find the best steps to skip for one model.
 
     Half of the examples make the schedules. Their plain edits give the inner products of what the
-    blocks add at each step. From these follows the error of every linear prediction, so dynamic
+    blocks add at each step. From these follows the error of every prediction, so dynamic
     programming finds the schedule of least expected error for each number of computed steps, under
     several bounds. Whole edits decide between these candidates: the best worst picture wins. The
     other half of the examples confirms: all figures of the result are from there.
@@ -325,7 +324,7 @@ def proposals(traces: Sequence[Trace], computed: int) -> list[Schedule]:
         traces: of plain edits.
         computed: the number of computed steps.
     """
-    errors = Errors(traces, _POINTS)
+    errors = Errors(traces)
     found: dict[Schedule, None] = {}
     for warmup, early in product(_WARMUPS, _EARLY):
         bounds = Bounds(_scale(warmup, errors.steps), _TAIL, _CAP, early)
@@ -345,7 +344,7 @@ def schedule_family(traces: Sequence[Trace], base: Sequence[Pass], warmup: int) 
     Raises:
         BenchError: there is nothing to skip.
     """
-    errors = Errors(traces, _POINTS)
+    errors = Errors(traces)
     found = schedules(errors, Bounds(_scale(warmup, errors.steps), _TAIL, _CAP, early=1.0))
     caches = tuple(_cache(found[n]) for n in sorted(found, reverse=True) if found[n].by_step)
     if not caches:
@@ -354,7 +353,7 @@ def schedule_family(traces: Sequence[Trace], base: Sequence[Pass], warmup: int) 
 
 
 def _cache(schedule: Schedule) -> FirstBlockCache:
-    return FirstBlockCache(schedule=schedule, distance="noise", predict="linear")
+    return FirstBlockCache(schedule=schedule, distance="noise", predict="damped")
 
 
 @dataclass
@@ -387,7 +386,7 @@ class _Bench:
                 picture, seconds = self._timed(i, record=record)
                 plain = Plain(picture, seconds, tuple(self.recorder.traces))
                 if record:
-                    Errors(plain.traces, _POINTS)  # so that the first edit tells what is unusable
+                    Errors(plain.traces)  # so that the first edit tells what is unusable
                 self.journal.keep_plain(i, plain)
             self.plain[i] = plain
 

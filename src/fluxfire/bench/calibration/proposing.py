@@ -13,32 +13,48 @@ from fluxfire.bench.calibration.recording import Trace
 from fluxfire.errors import BenchError
 from fluxfire.passes import Schedule
 
+POINTS = 3
+"""How many computed steps a prediction uses at most."""
 _SLACK = 1.5
 """A limit is this times the largest distance that any trace has at the skipped step."""
 _LEAST_LIMIT = 1e-4
 
 
-def weights(known: Tensor, sigma: Tensor) -> Tensor:
-    """Return Lagrange's weights: the polynomial through points at `known`, evaluated at `sigma`.
+def weights(known: Tensor, sigma: Tensor, products: Tensor) -> Tensor:
+    """Return the weights of computed residuals in the residual that the cache predicts.
 
-    One point is held, two make a line, three a parabola.
+    One residual is held. Two make a line. Three make the line through the last two with a damped
+    slope, as `FirstBlockCache(predict="damped")` does; the products tell how much of it is kept.
 
     Args:
-        known: (N, points), different in each row.
-        sigma: (N,).
+        known: (N, 1 to 3): noise levels of the last computed steps, in order; different in a row.
+        sigma: (N,): the noise level to predict for.
+        products: (N, 1 to 3, 1 to 3): inner products of the residuals.
 
     Returns:
-        (N, points).
+        (N, 1 to 3).
 
     Example: through 1.0 and 0.8 to 0.7, a line has the weights -0.5 and 1.5.
     """
-    points = known.shape[1]
-    found = torch.ones_like(known)
-    for i in range(points):
-        for j in range(points):
-            if j != i:
-                found[:, i] *= (sigma - known[:, j]) / (known[:, i] - known[:, j])
+    found = torch.zeros_like(known)
+    found[:, -1] = 1
+    if known.shape[1] == 1:
+        return found
+    reach = (sigma - known[:, -1]) / (known[:, -1] - known[:, -2])
+    if known.shape[1] == POINTS:
+        reach = reach * _damping(known, products)
+    found[:, -2] -= reach
+    found[:, -1] += reach
     return found
+
+
+def _damping(known: Tensor, products: Tensor) -> Tensor:
+    """Return the share of the slope that is kept, from 0 to 1: `FirstBlockCache` explains it."""
+    before, came = products.new_tensor([-1, 1, 0]), products.new_tensor([0, -1, 1])
+    reach = (known[:, 2] - known[:, 1]) / (known[:, 1] - known[:, 0])
+    along = torch.einsum("i,nij,j->n", came, products, before)
+    size = torch.einsum("i,nij,j->n", before, products, before)
+    return (along / (reach * size)).nan_to_num(1.0).clamp(0, 1)
 
 
 @dataclass(frozen=True)
@@ -63,22 +79,18 @@ class Errors:
     """The expected error of predicting a step, from the products of many traces.
 
     Attributes:
-        points: how many computed steps a prediction uses.
         steps: number of steps of the traces.
     """
 
-    def __init__(self, traces: Sequence[Trace], points: int) -> None:
+    def __init__(self, traces: Sequence[Trace]) -> None:
         """Prepare.
 
         Args:
             traces: of plain edits with equal numbers of steps.
-            points: how many computed steps a prediction uses: 1 to hold, 2 for a line, 3 for a
-                parabola.
 
         Raises:
             BenchError: a trace is not finite, or its noise levels do not fall.
         """
-        self.points = points
         self._sigmas = torch.stack([t.sigmas for t in traces])
         self.steps = self._sigmas.shape[1] - 1
         self._farthest = torch.stack([t.distances for t in traces]).amax(0)
@@ -111,15 +123,16 @@ class Errors:
         """Return the error that skipping a step adds to the picture, as a root mean square.
 
         Args:
-            computed: the last computed steps in order, at most `points`.
+            computed: the last computed steps in order, at most `POINTS`.
             step: the skipped step.
         """
         key = (*computed, step)
         if key not in self._known:
             levels = self._sigmas[:, list(key)]
             last = torch.full((len(levels), 1), -1.0, dtype=torch.float64)
-            w = torch.cat([weights(levels[:, :-1], levels[:, -1]), last], 1)
             products = self._products[:, list(key)][:, :, list(key)]
+            w = weights(levels[:, :-1], levels[:, -1], products[:, :-1, :-1])
+            w = torch.cat([w, last], 1)
             square = torch.einsum("ni,nij,nj->n", w, products, w).clamp_min(0)
             self._known[key] = float((self._strides[:, step] * square.sqrt()).mean())
         return self._known[key]
@@ -129,7 +142,7 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
     """Return the schedule of least expected error for each number of computed steps.
 
     The error of a schedule is the sum of its skipped steps' errors. Dynamic programming finds the
-    least sum: what a step costs depends only on the last `points` computed steps before it.
+    least sum: what a step costs depends only on the last `POINTS` computed steps before it.
 
     Returns:
         For each possible number of computed steps, the skipped steps in order.
@@ -138,9 +151,7 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
     first = tuple(range(bounds.warmup))
     end = steps - bounds.tail  # from here on all steps are computed
     # The best way to each state: the last computed steps -> (error, all computed steps).
-    layer: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {
-        first[-errors.points :]: (0.0, first)
-    }
+    layer: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {first[-POINTS:]: (0.0, first)}
     found: dict[int, tuple[int, ...]] = {}
     while layer:
         following: dict[tuple[int, ...], tuple[float, tuple[int, ...]]] = {}
@@ -149,7 +160,7 @@ def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
             added = 0.0
             for step in range(last + 1, min(last + bounds.cap + 2, steps)):
                 cost = error + added
-                key = (*state, step)[-errors.points :]
+                key = (*state, step)[-POINTS:]
                 if key not in following or cost < following[key][0]:
                     following[key] = cost, (*path, step)
                 if step >= end:
