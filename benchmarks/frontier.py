@@ -120,11 +120,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("-n", type=int, default=24, help="held-out edits")
     parser.add_argument("--only", nargs="*", help="families, with plain")
+    # RegionE's kernel needs two bytes a number.
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
 
     pipe = load("spark")
     pipe.set_progress_bar_config(disable=True)
-    pipe.to(dtype=torch.float32)
+    pipe.to(dtype=getattr(torch, arguments.dtype))
     wanted = arguments.only
     listed = [c for c in contenders() if not wanted or c[0] in (*wanted, "plain")]
     result: dict[str, Any] = {
@@ -132,6 +134,7 @@ def main() -> None:
         **stamp(),
         "examples": arguments.n,
         "steps": STEPS,
+        "dtype": arguments.dtype,
         "families": {contender.name: family for family, contender in listed},
         "notes": [],
         "rows": [],
