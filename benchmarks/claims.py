@@ -129,7 +129,7 @@ def _loss() -> str:
     near = row["quality"]["eager"]["psnr"]
     return (
         f"the cache is lossy: PSNR to the uncached picture {near['mean']:.1f} dB on average, "
-        f"{near['worst']:.1f} at worst, on the first Spark. Plain with {beside['steps']} steps, as "
+        f"{near['worst']:.1f} at worst, on Spark. Plain with {beside['steps']} steps, as "
         f"much work, has {plain['mean']:.1f} and {plain['worst']:.1f}. Each pass declares itself "
         f"bitwise, close or lossy"
     )
@@ -274,9 +274,9 @@ _H100 = "H100, random weights, 20 steps"
 CLAIMS = (
     Claim("2.63× (8.2 → 3.1 s), “512 × 512”, 20 steps, seed 42", _whole, _H100, _EDITS),
     Claim("ParaAttention caching saves 57% at threshold 0.12", _hit, f"{_H100}, edit 1024", _EDITS),
-    Claim("15 / 70 / 90% hits at 0.05 / 0.12 / 0.25", _hits, "the first Spark, as it decides",
+    Claim("15 / 70 / 90% hits at 0.05 / 0.12 / 0.25", _hits, "Spark, as it decides",
           _CACHES),
-    Claim("0% quality loss", _loss, "the first Spark, 28 steps, threshold 0.12",
+    Claim("0% quality loss", _loss, "Spark, 28 steps, threshold 0.12",
           "python benchmarks/frontier.py -n 24 --out frontier.json"),
     Claim("torch.compile 1.54×", _compile, f"{_H100}, edit 1024", _PASSES),
     Claim("its flags add 15, 20, 8 and 25%", _flags, "H100, random weights, edit 1024",

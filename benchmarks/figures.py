@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import claims
-from regions import compiling, edits, passes, realism, reference, serving, spark, steps
+from regions import compiling, edits, passes, realism, reference, schedules, serving, spark, steps
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*/*.md")))
@@ -49,6 +49,8 @@ REGIONS: dict[str, Callable[[], str]] = {
     ),
     "reference on spark": reference.reference_on_spark,
     "frontier": reference.frontier,
+    "predictors": schedules.predictors,
+    "schedules": schedules.schedules,
     "spark": spark.spark,
     "realism": realism.realism,
     "vocabulary": spark.vocabulary,

@@ -12,6 +12,8 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
+from regions.reference import frontier_rows
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 ASSETS = ROOT / "docs" / "pages" / "assets"
@@ -34,12 +36,13 @@ def loss() -> Any:
 def frontier() -> Any:
     """Quality against computed work on Spark: plain with fewer steps is the line to beat."""
     result = json.loads((RESULTS / "frontier.json").read_text())
-    rows = [row for row in result["rows"] if row["contender"] != "eager"]
+    families = {"RegionE": "RegionE", **result["families"]}
+    rows = [row for row, _ in frontier_rows() if row["contender"] != "eager"]
     figure, panels = plt.subplots(1, 2, figsize=(10, 4.4), layout="constrained")
     for axes, measure in zip(panels, ("psnr", "edited"), strict=True):
         points: dict[str, list[tuple[float, dict[str, Any]]]] = {}
         for row in rows:
-            family = result["families"].get(row["contender"], "plain, fewer steps")
+            family = families.get(row["contender"], "plain, fewer steps")
             points.setdefault(family, []).append((row["work"], row["quality"]["eager"][measure]))
         for number, (family, some) in enumerate(points.items()):
             some.sort(key=lambda point: point[0])
@@ -62,7 +65,7 @@ def frontier() -> Any:
         axes.grid(visible=True, alpha=0.3)
     panels[0].set(ylabel="PSNR to plain, dB: mean, 95% interval")
     panels[1].legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
-    figure.suptitle(f"{result['examples']} held-out edits by the first Spark", fontsize="medium")
+    figure.suptitle(f"{result['examples']} held-out edits by Spark", fontsize="medium")
     return figure
 
 

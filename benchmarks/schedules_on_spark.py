@@ -169,7 +169,7 @@ def methods(calibrated: Any, polynomial: tuple[float, ...]) -> Iterator[tuple[st
     careful: dict[str, Any] = {"warmup_steps": 8, "tail_steps": 2, "max_consecutive_hits": 2}
     bolder: dict[str, Any] = {"warmup_steps": 6, "tail_steps": 2, "max_consecutive_hits": 3}
     for predict in ("damped", "linear", "hold"):
-        settings = {"predict": predict}
+        settings: dict[str, Any] = {"predict": predict}
         yield (
             f"threshold 0.12, 8 + 2, cap 2, {predict}",
             FirstBlockCache(0.12, **careful, **settings),

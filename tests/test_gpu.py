@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch._inductor import config as inductor_config
 
 import fluxfire
-from fluxfire import kernels, presets
+from fluxfire import kernels, order, presets
 from fluxfire.kernels import float8
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.heads import Stream
@@ -67,7 +67,7 @@ def test_passes_conform_on_cuda(pass_):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "passes",
-    [presets.faithful, presets.balanced, (Float8(), *presets.faithful)],
+    [presets.faithful, presets.balanced, order([Float8(), *presets.faithful])],
     ids=["faithful", "balanced", "Float8"],
 )
 def test_whole_lists_compile_without_a_break(passes):

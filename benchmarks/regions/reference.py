@@ -72,9 +72,8 @@ def reference_on_spark() -> str:
 def frontier() -> str:
     """Each cache on Spark, beside plain with as many steps as it computed."""
     result = load("frontier.json")
-    rows = {row["contender"]: row for row in result["rows"]}
     table = []
-    for row in result["rows"]:
+    for row, rows in frontier_rows():
         if (beside := row["beside_fewer_steps"]) is None:
             continue
         mine, other = row["quality"]["eager"], rows[beside["contender"]]["quality"]["eager"]
@@ -94,6 +93,18 @@ def frontier() -> str:
         "plain steps", "their PSNR", "their inside", "difference [95%]", "than fewer steps",
     )  # fmt: skip
     return f"{markdown(head, table)}\n\n{result['examples']} held-out edits. {where(result)}."
+
+
+def frontier_rows() -> list[tuple[Row, dict[str, Row]]]:
+    """Return each row of the frontier, with the rows of its run by name.
+
+    RegionE runs in bfloat16 alone, so it has a run of its own.
+    """
+    found = []
+    for name in ("frontier.json", "regione.json"):
+        rows = {row["contender"]: row for row in load(name)["rows"] if not row["error"]}
+        found += [(row, rows) for row in rows.values()]
+    return found
 
 
 def difference(one: Row) -> str:
