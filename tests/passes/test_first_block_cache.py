@@ -231,7 +231,8 @@ def test_schedules_that_make_no_sense(make, words):
 def test_equal_schedules_are_equal_however_they_are_written():
     schedule = Schedule(28, {11: 0.25, 9: None})
     assert schedule == Schedule(28, [(9, None), (11, 0.25)])
-    assert eval(repr(schedule), {"Schedule": Schedule}) == schedule
+    for one in (schedule, Schedule(9, {3: 0.25, 5: 0.25}), Schedule(9, {3: None}), Schedule(9, {})):
+        assert eval(repr(one), {"Schedule": Schedule}) == one
     as_in_a_file = {"steps": 28, "limits": [[9, None], [11, 0.25]]}
     caches = [FirstBlockCache(schedule=s) for s in (schedule, [schedule], as_in_a_file)]
     assert len(set(caches)) == 1

@@ -59,6 +59,14 @@ class Schedule:
             found[step] = limit
         object.__setattr__(self, "limits", tuple(sorted(found.items())))
 
+    def __repr__(self) -> str:
+        """Show an expression that makes it, short where all limits are equal."""
+        limits = self.by_step
+        if len(set(limits.values())) != 1:
+            return f"Schedule({self.steps}, {limits})"
+        (limit,) = set(limits.values())
+        return f"Schedule({self.steps}, dict.fromkeys({tuple(limits)}, {limit}))"
+
     @property
     def by_step(self) -> dict[int, float | None]:
         """The limit of each skipped step."""
