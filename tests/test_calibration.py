@@ -14,11 +14,12 @@ import torch
 from accelerate import cpu_offload
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from peft import LoraConfig
 from PIL import Image
 
 import fluxfire
-from fluxfire.bench import Example, Workload
+from fluxfire.bench import Example, Workload, plots
 from fluxfire.bench.calibration import calibrating
 from fluxfire.bench.calibration.calibrating import calibrate, proposals
 from fluxfire.bench.calibration.proposing import Bounds, Errors, propose, weights
@@ -513,7 +514,10 @@ def test_the_command(tmp_path, capsys, monkeypatch, beats):
         "calibrate", "--examples", str(tmp_path / "edits.jsonl"), "--passes", "none", "-o",
         str(out), "--steps", "8", "--size", "32x32", "--folder", str(tmp_path / "kept"),
     ]  # fmt: skip
-    assert main([*command, "--computed", "7", "5"]) == (0 if beats else 1)
+    plot = tmp_path / "found.svg"
+    asked = [*command, "--computed", "7", "5", "--plot", str(plot)]
+    assert main(asked) == (0 if beats else 1)
+    assert plot.read_text().startswith("<?xml")
     shown = capsys.readouterr()
     assert "7 of 8" in shown.out
     assert "5 of 8" in shown.out
@@ -528,3 +532,33 @@ def test_the_command(tmp_path, capsys, monkeypatch, beats):
     (tmp_path / "edits.jsonl").write_text("\n".join(lines[:9]))
     assert main([*command, "--overwrite"]) == 2
     assert "has 9 examples; calibrate needs 10" in capsys.readouterr().err
+
+
+def test_the_plot_shows_schedules_beside_fewer_steps():
+    def measured(mean):
+        return {"psnr": {"mean": mean, "worst": mean - 9, "interval": [mean - 1, mean + 2]}}
+
+    found = [
+        {"work": 16.2, "quality": measured(48), "fewer_steps": {"steps": 17, **measured(42)}},
+        {"work": 13.3, "quality": measured(45), "fewer_steps": {"steps": 14, **measured(39)}},
+    ]
+    axes = Figure().subplots()
+    plots._schedules(axes, found)
+    drawn = [(list(line.get_xdata()), list(line.get_ydata())) for line in axes.lines]
+    for points in (
+        ([13.3, 16.2], [45, 48]), ([13.3, 16.2], [36, 39]),
+        ([14, 17], [39, 42]), ([14, 17], [30, 33]),
+    ):  # fmt: skip
+        assert points in drawn
+    result = {"workload": {"name": "edit"}, "confirming": 8, "found": found}
+    drawn = plots.draw_calibration(result)
+    assert drawn == plots.draw_calibration(result)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"), [("plot.png", "must end in .svg"), ("there.svg", "exists")]
+)
+def test_a_plot_that_cannot_be_written_is_refused_before_any_edit(tmp_path, capsys, name, words):
+    (tmp_path / "there.svg").touch()
+    assert main(["calibrate", "--plot", str(tmp_path / name)]) == 2
+    assert words in capsys.readouterr().err

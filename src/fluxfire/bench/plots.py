@@ -36,11 +36,26 @@ def draw(result: dict[str, Any]) -> dict[str, str]:
     return drawn
 
 
+def draw_calibration(calibrated: dict[str, Any]) -> str:
+    """Draw what `calibrate` found: quality against work, beside plain with fewer steps.
+
+    Args:
+        calibrated: the result's `to_dict()`.
+
+    Returns:
+        SVG. The same result gives the same bytes.
+    """
+    workload = calibrated["workload"]["name"]
+    title = f"{workload}, {calibrated['confirming']} examples that made no schedule"
+    return _svg(_schedules, calibrated["found"], title)
+
+
 def _svg(plot: Callable[[Any, list[Row]], None], rows: list[Row], title: str) -> str:
     from matplotlib.figure import Figure
 
     with _reproducible():
-        height = 1.2 + 0.32 * len(rows) if plot is not _tradeoff else 4.5
+        bars = plot in (_speed, _phases)
+        height = 1.2 + 0.32 * len(rows) if bars else 4.5
         figure = Figure(figsize=(9, height), layout="constrained", dpi=_DPI)
         axes = figure.subplots()
         axes.set_title(title, fontsize="medium")
@@ -109,6 +124,33 @@ def _tradeoff(axes: Any, rows: list[Row]) -> None:
     axes.set(
         xlabel="times as fast as plain",
         ylabel="PSNR to plain, dB: mean with 95% interval, triangle: worst",
+    )
+    axes.grid(visible=True, alpha=0.3)
+
+
+def _schedules(axes: Any, rows: list[Row]) -> None:
+    """Draw a point for each schedule and for plain with as many steps, and their worst pictures."""
+    schedules = [(row["work"], row["quality"]["psnr"]) for row in rows]
+    fewer = [(row["fewer_steps"]["steps"], row["fewer_steps"]["psnr"]) for row in rows]
+    for name, points, mark in (("schedules", schedules, "o"), ("plain, fewer steps", fewer, "s")):
+        work, psnrs = zip(*sorted(points, key=lambda point: point[0]), strict=True)
+        means = [one["mean"] for one in psnrs]
+        ends = [one["interval"] or (one["mean"], one["mean"]) for one in psnrs]
+        errors = [
+            [mean - low for mean, (low, _) in zip(means, ends, strict=True)],
+            [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
+        ]
+        plain = points is fewer
+        colour = "0.5" if plain else "tab:orange"
+        axes.errorbar(
+            work, means, yerr=errors, fmt=f"{mark}{':' if plain else '-'}", capsize=3,
+            color=colour, mfc="none" if plain else None, label=name,
+        )  # fmt: skip
+        axes.plot(work, [one["worst"] for one in psnrs], "v", color=colour, ms=4)
+    axes.legend(**_LEGEND)
+    axes.set(
+        xlabel="computed work of an edit, in steps",
+        ylabel="PSNR to all steps, dB: mean with 95% interval, triangle: worst",
     )
     axes.grid(visible=True, alpha=0.3)
 

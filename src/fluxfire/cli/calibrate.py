@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from importlib.util import find_spec
 from pathlib import Path
 
 from fluxfire.cli.console import UsageError, edits_bar, estimate_once, note, say
@@ -16,6 +17,7 @@ from fluxfire.cli.options import (
     add_passes,
     add_sampling,
     add_size,
+    check_outputs,
     load_model,
     selected_examples,
     selected_passes,
@@ -23,6 +25,7 @@ from fluxfire.cli.options import (
 from fluxfire.cli.values import positive_number
 from fluxfire.errors import BenchError
 from fluxfire.loading import RANDOM
+from fluxfire.text import extra_hint
 
 _EXAMPLES = 16
 _FEWEST = 5  # of an interval, twice: half of the examples confirm
@@ -53,12 +56,21 @@ def add(commands: Commands) -> None:
         parser, "calibrated.json",
         'the schedule of least work that beats plain with as much, for optimize(pipe, "…")',
     )  # fmt: skip
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="quality against work, as SVG (needs matplotlib)"
+    )
     add_check(parser, _check)
 
 
 def _check(arguments: argparse.Namespace) -> None:
     if arguments.output.suffix != ".json":
         raise UsageError(f"cannot write {arguments.output}: it must be a file ending in .json")
+    if arguments.plot is not None:
+        if arguments.plot.suffix != ".svg":
+            raise UsageError(f"cannot write {arguments.plot}: a plot's name must end in .svg")
+        check_outputs(arguments, arguments.plot)
+        if find_spec("matplotlib") is None:
+            raise BenchError(f"a plot needs matplotlib; {extra_hint('bench')}")
     if arguments.model in RANDOM:
         raise UsageError(
             f"{arguments.model} has random weights, whose steps say nothing about a trained "
@@ -99,6 +111,10 @@ def calibrate(arguments: argparse.Namespace) -> int:
             ),
         )  # fmt: skip
     say(found)
+    if arguments.plot is not None:
+        from fluxfire.bench.plots import draw_calibration
+
+        arguments.plot.write_text(draw_calibration(found.to_dict()), encoding="utf-8")
     if not any(one.wins for one in found.found):
         say(
             "No schedule clearly beats plain with fewer steps here, so nothing was saved. Try more "
