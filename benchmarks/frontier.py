@@ -37,7 +37,7 @@ STEPS = 28
 PLAIN = (24, 20, 18, 16, 14, 12, 10, 8, 6, 4, 3, 2, 1)
 WITHDRAWN = {"balanced": 0.27, "fast": 0.5}
 """Thresholds of version 0.1.0, from the first step on, without a limit. Its prediction was a
-parabola in the step's number, which the pass no longer has; this one does better."""
+parabola in the step's number, which the pass no longer has; they run with today's."""
 
 
 @dataclass(frozen=True)
@@ -69,15 +69,21 @@ class RegionE:
                 return super().__call__(*args, **{**call, "num_inference_steps": STEPS})
 
         pipe.__class__ = Both
-        yield
-        pipe.__class__ = SparkPipeline
+        try:
+            yield
+        finally:
+            pipe.__class__ = SparkPipeline
 
     def begin(self, run: Callable[[], object], workload: Workload) -> None:
         """Do nothing: it starts anew at each call."""
 
 
-def contenders() -> Iterator[tuple[str, Contender]]:
-    """List who is compared, by family."""
+def contenders(*, regions: bool) -> Iterator[tuple[str, Contender]]:
+    """List who is compared, by family.
+
+    Args:
+        regions: whether RegionE, too.
+    """
     plain = Contender("eager", (), "control")
     yield "plain", plain
     for steps in PLAIN:
@@ -110,7 +116,7 @@ def contenders() -> Iterator[tuple[str, Contender]]:
         yield "cache-dit", Contender(name, role="baseline", baseline=method)
     for contender in baselines.choose(["mag-cache"], steps=STEPS):
         yield "MagCache", contender
-    if find_spec("RegionE") is not None:  # pip install --no-deps regione
+    if regions:
         yield "RegionE", Contender("RegionE", role="baseline", baseline=RegionE())
 
 
@@ -120,7 +126,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("-n", type=int, default=24, help="held-out edits")
     parser.add_argument("--only", nargs="*", help="families, with plain")
-    # RegionE's kernel needs two bytes a number.
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     arguments = parser.parse_args()
 
@@ -128,7 +133,9 @@ def main() -> None:
     pipe.set_progress_bar_config(disable=True)
     pipe.to(dtype=getattr(torch, arguments.dtype))
     wanted = arguments.only
-    listed = [c for c in contenders() if not wanted or c[0] in (*wanted, "plain")]
+    # pip install --no-deps regione; its kernel needs two bytes a number.
+    regions = arguments.dtype == "bfloat16" and find_spec("RegionE") is not None
+    listed = [c for c in contenders(regions=regions) if not wanted or c[0] in (*wanted, "plain")]
     result: dict[str, Any] = {
         "benchmark": "frontier",
         **stamp(),

@@ -1,6 +1,7 @@
 """Schedules for the real FLUX.1 Kontext, from statistics of it that others published.
 
-    python benchmarks/kontext_schedule.py 28 20 50
+    python benchmarks/kontext_schedule.py --warmup 8 --cap 2    # `balanced`
+    python benchmarks/kontext_schedule.py --warmup 6 --cap 3    # `fast`
 
 We have no real weights to calibrate with. But the products that `fluxfire.calibrate` measures can
 be estimated from three published statistics of the real model, at 28 steps and a megapixel:
@@ -54,8 +55,6 @@ Source: the constant term of TeaCache's polynomial for Kontext
 """
 PUBLISHED_STEPS = 28
 _SHIFT = math.exp(1.15)
-COMPUTED = {28: (18, 16, 14), 20: (13, 12, 10), 50: (31, 27, 23)}
-"""Numbers of computed steps that are shown."""
 
 
 def sigmas(steps: int) -> Tensor:

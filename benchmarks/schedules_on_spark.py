@@ -1,6 +1,6 @@
 """Which steps to skip on Spark: thresholds, published masks, and schedules, beside fewer steps.
 
-    python benchmarks/schedules_on_spark.py -n 256 --batch 128 --calibrating 32 \
+    python benchmarks/schedules_on_spark.py -n 256 --batch 128 --calibrating 24 --eight-bits \
         --out benchmarks/results/schedules_on_spark.json
     python benchmarks/schedules_on_spark.py -n 4 --calibrating 4 --computed 14 --out /tmp/s.json
 
@@ -247,10 +247,12 @@ class Bench:
 
     def _make(self, passes: tuple[Pass, ...], steps: int) -> Measured:
         with fluxfire.optimized(self._pipe, passes):
-            scores = spark.score(self._pipe, self._edits, steps=steps, batch=self._batch)
-            decisions = [d for run in fluxfire.report(self._pipe).runs for d in run.decisions]
-        hits = sum(sum(d.hits) for d in decisions) / len(self._edits)
-        return Measured(scores, steps - hits * (1 - 1 / BLOCKS))
+            scores, hits = [], 0
+            for first in range(0, len(self._edits), self._batch):
+                some = self._edits[first : first + self._batch]
+                scores += spark.score(self._pipe, some, steps=steps, seed=first, batch=self._batch)
+                hits += sum(sum(d.hits) for d in fluxfire.report(self._pipe).runs[-1].decisions)
+        return Measured(scores, steps - hits / len(self._edits) * (1 - 1 / BLOCKS))
 
     def _similarities(self, scores: list[Score]) -> list[Any]:
         return [

@@ -27,7 +27,7 @@ class Work:
     Attributes:
         steps: work in full steps. A step that runs only the first of FLUX's 57 blocks counts 1/57;
             a step that skips the reference counts its share of the tokens.
-        skipped: number of steps that did not run all blocks.
+        skipped: number of steps that did not run all blocks on all tokens.
     """
 
     steps: float
@@ -110,7 +110,7 @@ class BlockCounter:
         Args:
             steps: number of steps of the edit.
         """
-        full = [max(runs, default=1) for runs in self._tokens]
+        full = [max(runs, default=0) or 1 for runs in self._tokens]
         shares = [sum(runs) / most for runs, most in zip(self._tokens, full, strict=True)]
         whole = [runs.count(most) for runs, most in zip(self._tokens, full, strict=True)]
         return Work(sum(shares) / len(shares), max(0, steps - min(whole)))
@@ -150,4 +150,4 @@ def _count_tokens(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
     """
     named = [kwargs.get(name) for name in ("hidden_states", "encoder_hidden_states")]
     streams = [s for s in (*args[:2], *named) if getattr(s, "ndim", 0) == _STREAM]
-    return sum(s.shape[1] for s in streams)
+    return sum(s.shape[1] for s in streams) or 1  # a call that shows no stream counts as a run

@@ -291,10 +291,10 @@ class _ResidualHistory:
         if len(self.residuals) < _POINTS["damped"]:
             return 1.0
         (r0, r1, r2), (s0, s1, s2) = self.residuals, self.sigmas
-        came, before = r0 - r1, r1 - r2
+        # In float32, because float16 overflows at the square of 256.
+        came, before = (r0 - r1).float(), (r1 - r2).float()
         reach = (s0 - s1) / _nonzero_difference(s1, s2)
-        size = before.square().sum((1, 2), dtype=torch.float32)
-        share = (came * before).sum((1, 2), dtype=torch.float32) / (reach * size)
+        share = (came * before).sum((1, 2)) / (reach * before.square().sum((1, 2)))
         # A residual that did not change says nothing: 0 / 0 keeps the line.
         return self._if_known(3, share.nan_to_num(1.0).clamp(0, 1), otherwise=1.0)
 
@@ -454,8 +454,7 @@ def _push(old: list[Tensor], new: Tensor, keep: int, hit: Tensor | None) -> list
 def _nonzero_difference(one: Tensor, other: Tensor) -> Tensor:
     """Return the difference of two sigmas, with 1 in place of 0.
 
-    A difference is 0 where a sample's entry repeats its oldest one. The factor has no use there,
-    but a division by 0 would warn of nothing and give NaN.
+    A difference is 0 where a sample's entry repeats its oldest one. Dividing by it would give NaN.
     """
     difference = one - other
     return difference.where(difference != 0, 1)

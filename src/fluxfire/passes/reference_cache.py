@@ -62,7 +62,7 @@ class ReferenceCache:
 
     Measured on an H100 (docs, "Passes"): a computed step of `faithful` 274 → 277 ms, a step that
     reuses 150 ms. It is in no preset: on Spark, at equal computed work, plain with fewer steps is
-    10 to 18 dB nearer to the plain picture (docs, "Keeping the reference image").
+    11 to 21 dB nearer to the plain picture (docs, "Keeping the reference image").
 
     Attributes:
         spacing: refresh when the sigma, which falls from 1 to 0, has fallen by this much since the

@@ -222,7 +222,7 @@ def calibrate(
     """Find the best steps to skip for one model.
 
     Half of the examples make the schedules. Their plain edits give the inner products of what the
-    blocks add at each step. From these follows the error of every prediction, so dynamic
+    blocks add at each step. From these follows the error of every damped line, so dynamic
     programming finds the schedule of least expected error for each number of computed steps, under
     several bounds. Whole edits decide between these candidates: the best worst picture wins. The
     other half of the examples confirms: all figures of the result are from there.

@@ -31,7 +31,7 @@ class Trace:
     """What the blocks added at each step of one plain edit.
 
     A residual is what the blocks after the first add to the noise tokens. The squared error of any
-    linear prediction of a residual follows from the inner products of residuals alone.
+    line through residuals, damped or not, follows from their inner products alone.
 
     Attributes:
         sigmas: (steps + 1,) float64: the noise level of each step, and 0 at the end.

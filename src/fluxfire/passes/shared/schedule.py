@@ -56,7 +56,7 @@ class Schedule:
                     f"step {step} has the limit {limit!r}; it must be a number above 0, or None to "
                     f"skip the step at any distance"
                 )
-            found[step] = limit
+            found[step] = None if limit is None else float(limit)
         object.__setattr__(self, "limits", tuple(sorted(found.items())))
 
     def __repr__(self) -> str:
