@@ -12,6 +12,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib import pyplot as plt
 
+from fluxfire.bench.plots import error_bars
 from regions.reference import frontier_rows
 
 ROOT = Path(__file__).parent.parent
@@ -49,11 +50,7 @@ def frontier() -> Any:
         for number, (family, some) in enumerate(points.items()):
             some.sort(key=lambda point: point[0])
             x, y = [work for work, _ in some], [one["mean"] for _, one in some]
-            ends = [one["interval"] or (one["mean"], one["mean"]) for _, one in some]
-            errors = [
-                [mean - low for mean, (low, _) in zip(y, ends, strict=True)],
-                [high - mean for mean, (_, high) in zip(y, ends, strict=True)],
-            ]
+            errors = error_bars([one for _, one in some])
             plain = family == "plain, fewer steps"
             axes.errorbar(
                 x, y, yerr=errors, label=family, color="0.35" if plain else f"C{number}",

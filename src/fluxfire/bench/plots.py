@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,12 @@ def draw_calibration(calibrated: dict[str, Any]) -> str:
     workload = calibrated["workload"]["name"]
     title = f"{workload}, {calibrated['confirming']} examples that made no schedule"
     return _svg(_schedules, calibrated["found"], title)
+
+
+def error_bars(measures: Sequence[dict[str, Any]]) -> list[list[float]]:
+    """Return how far each interval reaches below and above its mean; 0 without an interval."""
+    ends = [(one["mean"], one["interval"] or [one["mean"]] * 2) for one in measures]
+    return [[mean - low for mean, (low, _) in ends], [high - mean for mean, (_, high) in ends]]
 
 
 def _svg(plot: Callable[[Any, list[Row]], None], rows: list[Row], title: str) -> str:
@@ -105,12 +111,11 @@ def _tradeoff(axes: Any, rows: list[Row]) -> None:
     for row in _rows_with_quality(rows):
         psnr = row["quality"][EAGER]["psnr"]
         speed = speedup(rows, row, EAGER)
-        low, high = psnr["interval"] or (psnr["mean"], psnr["mean"])
         fewer = row["role"] == "fewer steps"
         axes.errorbar(
             speed,
             psnr["mean"],
-            yerr=[[psnr["mean"] - low], [high - psnr["mean"]]],
+            yerr=error_bars([psnr]),
             fmt="s" if fewer else "o",
             mfc="none" if fewer else None,
             capsize=3,
@@ -135,15 +140,10 @@ def _schedules(axes: Any, rows: list[Row]) -> None:
     for name, points, mark in (("schedules", schedules, "o"), ("plain, fewer steps", fewer, "s")):
         work, psnrs = zip(*sorted(points, key=lambda point: point[0]), strict=True)
         means = [one["mean"] for one in psnrs]
-        ends = [one["interval"] or (one["mean"], one["mean"]) for one in psnrs]
-        errors = [
-            [mean - low for mean, (low, _) in zip(means, ends, strict=True)],
-            [high - mean for mean, (_, high) in zip(means, ends, strict=True)],
-        ]
         plain = points is fewer
         colour = "0.5" if plain else "tab:orange"
         axes.errorbar(
-            work, means, yerr=errors, fmt=f"{mark}{':' if plain else '-'}", capsize=3,
+            work, means, yerr=error_bars(psnrs), fmt=f"{mark}{':' if plain else '-'}", capsize=3,
             color=colour, mfc="none" if plain else None, label=name,
         )  # fmt: skip
         axes.plot(work, [one["worst"] for one in psnrs], "v", color=colour, ms=4)

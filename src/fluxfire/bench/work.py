@@ -110,7 +110,7 @@ class BlockCounter:
         Args:
             steps: number of steps of the edit.
         """
-        full = [max(runs, default=0) or 1 for runs in self._tokens]
+        full = [max(runs, default=1) for runs in self._tokens]
         shares = [sum(runs) / most for runs, most in zip(self._tokens, full, strict=True)]
         whole = [runs.count(most) for runs, most in zip(self._tokens, full, strict=True)]
         return Work(sum(shares) / len(shares), max(0, steps - min(whole)))
