@@ -32,6 +32,7 @@ from fluxfire.passes.mega_cache import machine
 from fluxfire.passes.shared import artifact_file
 from fluxfire.pictures import read_picture
 from fluxfire.planning import registry
+from fluxfire.testing import tiny_kontext
 
 HAS_SERVE = importlib.util.find_spec("uvicorn") is not None
 
@@ -283,6 +284,36 @@ def test_the_seed_decides(capsys, photo, tmp_path):
     assert not np.array_equal(pictures[0], pictures[2])
 
 
+def test_guidance_and_true_cfg_reach_the_pipeline(capsys, photo, tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("fluxfire.cli.run.load_model", lambda _: recording(tiny_kontext(), calls))
+    edit = ["run", "--image", photo, "--prompt", "x", "--passes", "none", "--steps", 1]
+    edit += ["--size", "32x32", "-o", tmp_path / "out.png", "--overwrite"]
+    names = ("guidance_scale", "true_cfg_scale", "negative_prompt")
+    for options, given in (
+        ([], {}),
+        (["--guidance", 2.5], {"guidance_scale": 2.5}),
+        (
+            ["--true-cfg", 3, "--negative-prompt", "blurry"],
+            {"true_cfg_scale": 3.0, "negative_prompt": "blurry"},
+        ),
+    ):
+        assert run(capsys, *edit, *options)[0] == 0
+        assert {name: value for name, value in calls[-1].items() if name in names} == given
+
+
+def recording(pipe, calls):
+    """Return a pipeline that notes the arguments of its calls."""
+    kind = type(pipe)
+
+    def call(self, *args, **kwargs):
+        calls.append(kwargs)
+        return kind.__call__(self, *args, **kwargs)
+
+    pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call})
+    return pipe
+
+
 @pytest.mark.parametrize(
     ("changed", "words"),
     [
@@ -319,6 +350,8 @@ def test_bad_input_gets_one_line_and_a_status(capsys, photo, tmp_path, changed, 
         ["run", "--image", "a", "--prompt", "b", "--size", "big"],
         ["dance"],
         ["run", "--image", "a", "--prompt", "b", "--size", "100x64"],
+        ["run", "--image", "a", "--prompt", "b", "--guidance", "0"],
+        ["run", "--image", "a", "--prompt", "b", "--guidance", "nan"],
         ["run", "--image", "a", "--prompt", "b", "--size", "160000x160000"],
         ["run", "--image", "a", "--prompt", "\udcff"],
         ["run", "--image", "a", "--prompt", ""],
@@ -458,6 +491,12 @@ def test_threads_do_not_spin_while_they_wait(monkeypatch):
             "'faithful' is a preset, not a pass; write --preset faithful",
         ),
         (["calibrate", "-n", "9"], "calibrate needs 10 examples or more"),
+        (["calibrate", "--true-cfg", "2"], "--true-cfg and --negative-prompt go together"),
+        (["tune", "--min-psnr", "30", "--negative-prompt", "x"], "go together"),
+        (
+            ["bench", "--true-cfg", "1", "--negative-prompt", "x"],
+            "--true-cfg 1 changes nothing: give a scale above 1",
+        ),
         (["calibrate", "-o", "x.txt"], "must be a file ending in .json"),
         (["calibrate", "--model", "random-tiny"], "whose steps say nothing"),
         (["tune", "-n", "9"], "one or more of --min-psnr, --mean-psnr, --min-ssim, --max-flip, --"),

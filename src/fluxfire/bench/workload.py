@@ -43,16 +43,31 @@ class Workload:
 
     @classmethod
     def for_pipeline(
-        cls, pipe: DiffusersPipeline, *, steps: int = 28, size: tuple[int, int] | None = None
+        cls,
+        pipe: DiffusersPipeline,
+        *,
+        steps: int = 28,
+        size: tuple[int, int] | None = None,
+        call: Mapping[str, Any] | None = None,
     ) -> Workload:
-        """Return a pipeline's default workload: its own size, or a small size if it is tiny."""
+        """Return a pipeline's default workload: its own size, or a small size if it is tiny.
+
+        Args:
+            pipe: the pipeline.
+            steps: number of denoising steps.
+            size: exact output width and height in pixels.
+            call: other arguments of the pipeline's call.
+        """
         name = f"{f'{size[0]} x {size[1]}' if size else 'edit'}{_in_steps(steps)}"
+        call = call or {}
         if model_of(pipe).is_tiny(
             pipe
         ):  # its patches are small: a megapixel has so many of them that an edit takes minutes
             size = size or _TINY_SIZE
-            return cls(name=name, steps=steps, size=size, auto_resize=False, text_tokens=32)
-        return cls(name=name, steps=steps, size=size)
+            return cls(
+                name=name, steps=steps, size=size, auto_resize=False, text_tokens=32, call=call
+            )
+        return cls(name=name, steps=steps, size=size, call=call)
 
     @property
     def name_without_steps(self) -> str:

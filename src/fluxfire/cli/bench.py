@@ -21,6 +21,7 @@ from fluxfire.cli.options import (
     add_check,
     add_command,
     add_examples,
+    add_guidance,
     add_model,
     add_output,
     add_passes,
@@ -30,6 +31,7 @@ from fluxfire.cli.options import (
     load_model,
     selected_examples,
     selected_passes,
+    selected_workload,
 )
 from fluxfire.cli.values import positive_number, positive_numbers, whole_number
 from fluxfire.errors import BenchError
@@ -61,6 +63,7 @@ def add(commands: Commands) -> None:
     add_passes(parser)
     add_examples(parser, 8)
     add_sampling(parser)
+    add_guidance(parser)
     add_size(parser)
     parser.add_argument(
         "--rounds", type=positive_number, default=2, metavar="N",
@@ -99,12 +102,12 @@ def bench(arguments: argparse.Namespace) -> int:
     _check_device(arguments.model)
     passes = selected_passes(arguments)
     examples = selected_examples(arguments)
-    from fluxfire.bench import Workload, measure, row_saver, tables
+    from fluxfire.bench import measure, row_saver, tables
     from fluxfire.bench.contenders import with_twins
 
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
-    load = Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
+    load = selected_workload(arguments, pipe)
     contenders, notes = _contenders(arguments, passes, examples)
     result = _empty_result(arguments, len(examples), notes)
     edits = arguments.rounds * len(with_twins(contenders)) * len(examples)

@@ -12,6 +12,7 @@ from fluxfire.cli.options import (
     add_check,
     add_command,
     add_examples,
+    add_guidance,
     add_model,
     add_output,
     add_passes,
@@ -21,6 +22,7 @@ from fluxfire.cli.options import (
     load_model,
     selected_examples,
     selected_passes,
+    selected_workload,
 )
 from fluxfire.cli.values import positive_number
 from fluxfire.errors import BenchError
@@ -42,6 +44,7 @@ def add(commands: Commands) -> None:
     add_passes(parser)
     add_examples(parser, _EXAMPLES)
     add_sampling(parser)
+    add_guidance(parser)
     add_size(parser)
     parser.add_argument(
         "--computed", type=positive_number, nargs="+", metavar="STEPS",
@@ -100,7 +103,7 @@ def calibrate(arguments: argparse.Namespace) -> int:
     passes = selected_passes(arguments)
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
-    load = bench.Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
+    load = selected_workload(arguments, pipe)
     with edits_bar(compiles=any(p.stage == "compile" for p in passes)) as show:
         found = bench.calibrate(
             pipe, examples, passes=passes, computed=arguments.computed, workload=load,

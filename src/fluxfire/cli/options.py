@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from fluxfire.cli import catalog
 from fluxfire.cli.console import UsageError, note, usage_errors
 from fluxfire.cli.files import check_output, check_picture_format, free_path
-from fluxfire.cli.values import positive_number, prompt, seed, size
+from fluxfire.cli.values import positive_decimal, positive_number, prompt, seed, size
 from fluxfire.loading import KONTEXT, RANDOM, SPARK, model_folder
 from fluxfire.planning import recipes
 from fluxfire.protocol import Pass
@@ -22,7 +22,7 @@ from fluxfire.protocol import Pass
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded
     from PIL import Image
 
-    from fluxfire.bench import Example
+    from fluxfire.bench import Example, Workload
     from fluxfire.diffusers_types import DiffusersPipeline
 
 MAX_EXAMPLES = 5000
@@ -100,6 +100,20 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive_number, default=28, help="denoising steps (default: %(default)s)"
     )
+
+
+def add_guidance(parser: argparse.ArgumentParser) -> None:
+    """Add `--guidance`, and `--true-cfg` with `--negative-prompt`."""
+    parser.add_argument(
+        "--guidance", type=positive_decimal, metavar="SCALE",
+        help="guidance scale (default: the model's, 3.5 for Kontext)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--true-cfg", type=positive_decimal, metavar="SCALE",
+        help="scale of true CFG, above 1; each step then runs twice. Needs --negative-prompt",
+    )  # fmt: skip
+    parser.add_argument("--negative-prompt", metavar="TEXT", help="what true CFG leads away from")
+    add_check(parser, _check_guidance)
 
 
 def add_size(parser: argparse.ArgumentParser) -> None:
@@ -233,6 +247,28 @@ def selected_passes(arguments: argparse.Namespace, *, dry_run: bool = False) -> 
     return passes
 
 
+def selected_workload(arguments: argparse.Namespace, pipe: DiffusersPipeline) -> Workload:
+    """Return the workload that a parser with `add_sampling` asks for.
+
+    Args:
+        arguments: with `size`, and with what `add_guidance` adds, if the parser has them.
+        pipe: the pipeline that makes the edits.
+    """
+    from fluxfire.bench import Workload
+
+    options = {
+        "guidance_scale": "guidance", "true_cfg_scale": "true_cfg",
+        "negative_prompt": "negative_prompt",
+    }  # fmt: skip
+    asked = {name: getattr(arguments, option, None) for name, option in options.items()}
+    return Workload.for_pipeline(
+        pipe,
+        steps=arguments.steps,
+        size=getattr(arguments, "size", None),
+        call={name: value for name, value in asked.items() if value is not None},
+    )
+
+
 def load_model(model: str) -> DiffusersPipeline:
     """Load the pipeline that `--model` names."""
     from fluxfire import loading
@@ -291,6 +327,16 @@ def _check_examples(arguments: argparse.Namespace) -> None:
             raise UsageError(
                 f"cannot read examples from {arguments.examples}: {error.strerror}"
             ) from None
+
+
+def _check_guidance(arguments: argparse.Namespace) -> None:
+    if (arguments.true_cfg is None) != (arguments.negative_prompt is None):
+        raise UsageError("--true-cfg and --negative-prompt go together: give both, or neither")
+    if arguments.true_cfg is not None and arguments.true_cfg <= 1:
+        raise UsageError(
+            f"--true-cfg {arguments.true_cfg:g} changes nothing: give a scale above 1, or leave it "
+            f"out"
+        )
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

@@ -10,6 +10,7 @@ from fluxfire.cli.console import announce_compilation, note, say, say_json
 from fluxfire.cli.options import (
     Commands,
     add_command,
+    add_guidance,
     add_model,
     add_output,
     add_passes,
@@ -19,6 +20,7 @@ from fluxfire.cli.options import (
     load_model,
     note_spark_limits,
     selected_passes,
+    selected_workload,
 )
 from fluxfire.errors import FluxfireError
 from fluxfire.loading import SPARK
@@ -44,6 +46,7 @@ def add(commands: Commands) -> None:
     add_picture(parser, required=True)
     add_output(parser, "out.png", "the edited picture", picture=True)
     add_sampling(parser)
+    add_guidance(parser)
     add_size(parser)
     report = parser.add_mutually_exclusive_group()
     report.add_argument(
@@ -87,10 +90,10 @@ def _edit(pipe: DiffusersPipeline, arguments: argparse.Namespace) -> Image.Image
     """Return the edited picture."""
     import torch
 
-    from fluxfire.bench import Example, Workload
+    from fluxfire.bench import Example
 
     pipe.set_progress_bar_config(disable=False)
-    load = Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
+    load = selected_workload(arguments, pipe)
     example = Example(arguments.prompt, arguments.picture)
     try:
         with announce_compilation():

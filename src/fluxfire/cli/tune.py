@@ -10,12 +10,14 @@ from fluxfire.cli.options import (
     add_check,
     add_command,
     add_examples,
+    add_guidance,
     add_model,
     add_output,
     add_sampling,
     add_size,
     load_model,
     selected_examples,
+    selected_workload,
 )
 from fluxfire.cli.values import fraction, prices, psnr
 from fluxfire.loading import RANDOM
@@ -35,6 +37,7 @@ def add(commands: Commands) -> None:
     add_model(parser)
     add_examples(parser, _EXAMPLES)
     add_sampling(parser)
+    add_guidance(parser)
     add_size(parser)
     budget = parser.add_argument_group("the budget (at least one limit)")
     budget.add_argument(
@@ -101,7 +104,7 @@ def tune(arguments: argparse.Namespace) -> int:
     budget = bench.Budget(**{name: getattr(arguments, name) for name in _BUDGET})
     pipe = load_model(arguments.model)
     pipe.set_progress_bar_config(disable=True)
-    load = bench.Workload.for_pipeline(pipe, steps=arguments.steps, size=arguments.size)
+    load = selected_workload(arguments, pipe)
     costs = bench.Prices(**arguments.prices) if arguments.prices else None
     with edits_bar(compiles=costs is None) as show:
         tuned = bench.tune(

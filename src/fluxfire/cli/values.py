@@ -43,6 +43,17 @@ def positive_number(text: str) -> int:
     return number
 
 
+def positive_decimal(text: str) -> float:
+    """Read a finite number above 0."""
+    try:
+        number = float(text)
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is not a number") from None
+    if not (isfinite(number) and number > 0):
+        raise ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
 def positive_numbers(text: str) -> list[int]:
     """Read whole numbers above 0, separated by commas; each once."""
     return list(dict.fromkeys(positive_number(part) for part in text.split(",")))

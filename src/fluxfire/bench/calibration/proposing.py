@@ -137,6 +137,14 @@ class Errors:
             self._known[key] = float((self._strides[:, step] * square.sqrt()).mean())
         return self._known[key]
 
+    def of(self, schedule: Schedule) -> float:
+        """Return the error that a schedule's skipped steps add to the picture."""
+        computed = [s for s in range(self.steps) if s not in schedule.by_step]
+        return sum(
+            self(tuple(s for s in computed if s < step)[-POINTS:], step)
+            for step in schedule.by_step
+        )
+
 
 def propose(errors: Errors, bounds: Bounds) -> dict[int, tuple[int, ...]]:
     """Return the schedule of least expected error for each number of computed steps.
