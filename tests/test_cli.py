@@ -290,7 +290,7 @@ def test_guidance_and_true_cfg_reach_the_pipeline(capsys, photo, tmp_path, monke
     edit = ["run", "--image", photo, "--prompt", "x", "--passes", "none", "--steps", 1]
     edit += ["--size", "32x32", "-o", tmp_path / "out.png", "--overwrite"]
     names = ("guidance_scale", "true_cfg_scale", "negative_prompt")
-    for options, given in (
+    for options, expected in (
         ([], {}),
         (["--guidance", 2.5], {"guidance_scale": 2.5}),
         (
@@ -299,7 +299,7 @@ def test_guidance_and_true_cfg_reach_the_pipeline(capsys, photo, tmp_path, monke
         ),
     ):
         assert run(capsys, *edit, *options)[0] == 0
-        assert {name: value for name, value in calls[-1].items() if name in names} == given
+        assert {name: value for name, value in calls[-1].items() if name in names} == expected
 
 
 def recording(pipe, calls):
