@@ -44,8 +44,6 @@ STEPS = 28
 BLOCKS = 12  # of Spark
 EIGHT_BITS = 0.72
 """Seconds of an H100's step with `Float8`, beside one without (199 and 275 ms)."""
-FEWER = (17, 19, 14, 15, 16, 18, 13, 12, 11, 10, 21, 9, 8, 24)
-"""Plain with fewer steps, those that stand beside a preset first."""
 PUBLISHED = {
     "MagCache's mask for Kontext": "CCCCCC.C..CC....C....C..C.CC",
     "RegionE's velocity mask for Kontext": "CCCCCCC.C.CC.C.C.......C..CC",
@@ -224,12 +222,6 @@ class Bench:
         self.rows: list[dict[str, Any]] = []
         self._plain = self._make((), STEPS).scores
 
-    def fewer(self, steps: int) -> None:
-        """Measure plain with fewer steps."""
-        made = self._make((), steps)
-        self._fewer[steps] = self._similarities(made.scores)
-        self._add(f"plain, {steps} steps", made, self._fewer[steps])
-
     def method(self, name: str, passes: tuple[Pass, ...]) -> None:
         """Measure a list of passes beside plain with as much work."""
         made = self._make(passes, STEPS)
@@ -239,15 +231,18 @@ class Bench:
         cheaper = any(isinstance(p, Float8) for p in passes)
         for label, cost in (("steps", 1.0), *([("seconds", EIGHT_BITS)] if cheaper else [])):
             steps = equal_steps(made.work, cost)
-            if (beside := self._fewer.get(steps)) is not None:
-                gains = [a.psnr - b.psnr for a, b in zip(near, beside, strict=True)]
-                interval = bootstrap(gains)
-                row[f"beside as many {label}"] = {
-                    "steps": steps,
-                    "worst": min(a.psnr for a in near) - min(b.psnr for b in beside),
-                    "worst of an edit": min(gains),
-                    **(asdict(interval) if interval else {"mean": fmean(gains)}),
-                }
+            if steps >= STEPS:
+                continue
+            beside = self._fewer_steps(steps)
+            gains = [a.psnr - b.psnr for a, b in zip(near, beside, strict=True)]
+            interval = bootstrap(gains)
+            row[f"beside as many {label}"] = {
+                "steps": steps,
+                "worst": min(a.psnr for a in near) - min(b.psnr for b in beside),
+                "worst of an edit": min(gains),
+                **(asdict(interval) if interval else {"mean": fmean(gains)}),
+            }
+        print(_line(row), flush=True)
 
     def _make(self, passes: tuple[Pass, ...], steps: int) -> Measured:
         with fluxfire.optimized(self._pipe, passes):
@@ -257,6 +252,14 @@ class Bench:
                 scores += spark.score(self._pipe, some, steps=steps, seed=first, batch=self._batch)
                 hits += sum(sum(d.hits) for d in fluxfire.report(self._pipe).runs[-1].decisions)
         return Measured(scores, steps - hits / len(self._edits) * (1 - 1 / BLOCKS))
+
+    def _fewer_steps(self, steps: int) -> list[Any]:
+        """Return the similarities of plain with fewer steps, measured once."""
+        if steps not in self._fewer:
+            made = self._make((), steps)
+            self._fewer[steps] = self._similarities(made.scores)
+            print(_line(self._add(f"plain, {steps} steps", made, self._fewer[steps])), flush=True)
+        return self._fewer[steps]
 
     def _similarities(self, scores: list[Score]) -> list[Any]:
         return [
@@ -286,7 +289,6 @@ class Bench:
             "each": [round(v, 2) for v in values],
         }
         self.rows.append(row)
-        print(_line(row), flush=True)
         return row
 
 
@@ -317,6 +319,7 @@ def main() -> None:
     parser.add_argument("--calibrating", type=int, default=32, help="edits to calibrate with")
     parser.add_argument("--computed", type=int, nargs="*", default=[18, 16, 14, 13, 12])
     parser.add_argument("--eight-bits", action="store_true", help="measure Float8 too (a GPU)")
+    parser.add_argument("--only", nargs="*", help="parts of the names of what to measure")
     arguments = parser.parse_args()
 
     pipe = spark.load()
@@ -339,18 +342,20 @@ def main() -> None:
     bench = Bench(pipe, spark.examples(split="test", n=arguments.n), arguments.batch)
     result["success"] = fmean(s.passed for s in bench._plain)  # noqa: SLF001 - of this file
     result["rows"] = bench.rows
-    for steps in FEWER:
-        bench.fewer(steps)
     listed: list[tuple[str, tuple[Pass, ...]]] = [
         (name, (cache,)) for name, cache in methods(calibrated, polynomial)
     ]
     if arguments.eight_bits:
-        bench.method("Float8", (Float8(),))
-        cheap = ("balanced", "fast")
-        eight: list[tuple[str, tuple[Pass, ...]]] = [
-            (f"Float8, {name}", (Float8(), *caches)) for name, caches in listed if name in cheap
+        listed += [
+            ("Float8", (Float8(),)),
+            *(
+                (f"Float8, {name}", (Float8(), *caches))
+                for name, caches in listed
+                if name in ("balanced", "fast")
+            ),
         ]
-        listed = [*listed, *eight]
+    if arguments.only:
+        listed = [one for one in listed if any(part in one[0] for part in arguments.only)]
     for name, passes in listed:
         try:
             bench.method(name, passes)

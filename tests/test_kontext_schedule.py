@@ -12,7 +12,7 @@ import kontext_schedule
 from fluxfire import presets
 from fluxfire.passes import FirstBlockCache
 
-BOUNDS = {"balanced": (8, 2, 2), "fast": (6, 2, 3)}
+BOUNDS = {"balanced": (8, 2, 2), "fast": (6, 2, 2)}
 """First and last steps of 28 that are computed, and most skipped in a row."""
 
 

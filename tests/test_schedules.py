@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fluxfire.bench import Contender
 from fluxfire.bench.schedules import most_frequent_steps, schedule_contender, schedule_passes
-from fluxfire.passes import FirstBlockCache, QKVFusion, ReferenceCache
+from fluxfire.passes import FirstBlockCache, QKVFusion, ReferenceCache, Schedule
 
 EVERYTHING = FirstBlockCache(1e9, warmup_steps=0, tail_steps=0, max_consecutive_hits=None)
 
@@ -44,6 +44,16 @@ def test_two_caches_are_tried_together():
     assert 1 < len(refreshes.schedule) < 6
     (alone,) = schedule_passes([ReferenceCache(1)], 8)
     assert alone.schedule == (0,)
+
+
+def test_limits_do_not_overrule_a_schedule_that_is_timed():
+    cache = replace(EVERYTHING, schedule=[Schedule(28, {9: 0.1, 11: 0.2}), Schedule(3, {2: 0.1})])
+    (found,) = schedule_passes([cache], 28)
+    assert found.limits(28) == {9: None, 11: None}
+    (found,) = schedule_passes([cache], 3)
+    assert found.limits(3) == {2: None}
+    (found,) = schedule_passes([cache], 4)  # Spark decides, by the threshold
+    assert found.schedule == (1, 2, 3)
 
 
 def test_what_decides_nothing_is_left_alone():

@@ -32,13 +32,15 @@ def schedule_passes(passes: Sequence[Pass], steps: int, *, edits: bool = True) -
 
     With random weights a step changes everything or nothing, so a cache's decisions mean nothing.
     With Spark's trained weights they do. All caches of a list run together on Spark, since one
-    cache's decisions change the input of another.
+    cache's decisions change the input of another. A cache that has a schedule for so many steps
+    keeps its steps, but not their limits, which are decisions too.
 
     Args:
         passes: a list. Only its caches run on Spark, without the other passes.
         steps: number of denoising steps.
         edits: True for edits of a reference, False for text to image.
     """
+    passes = [_without_limits(p, steps) if isinstance(p, FirstBlockCache) else p for p in passes]
     caches = tuple(filter(_needs_schedule, passes))
     if not caches:
         return tuple(passes)
@@ -63,6 +65,12 @@ def schedule_passes(passes: Sequence[Pass], steps: int, *, edits: bool = True) -
 def schedule_contender(contender: Contender, steps: int, *, edits: bool = True) -> Contender:
     """Return the contender with Spark's schedules in its caches."""
     return replace(contender, passes=schedule_passes(contender.passes, steps, edits=edits))
+
+
+def _without_limits(cache: FirstBlockCache, steps: int) -> FirstBlockCache:
+    """Return a cache that skips all steps of its schedule, or has none for so many steps."""
+    limits = cache.limits(steps)
+    return replace(cache, schedule=None if limits is None else list(limits))
 
 
 def _needs_schedule(pass_: Pass) -> bool:
