@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from itertools import product
 
 import numpy as np
 import pytest
@@ -13,8 +14,9 @@ from PIL import Image
 import fluxfire
 from doubles import Listen
 from fluxfire.errors import PlanError
+from fluxfire.passes import Compile, FusedBlocks
 from fluxfire.supported import model_of
-from fluxfire.testing import tiny_kontext
+from fluxfire.testing import edit, tiny_kontext
 
 TINY = {"max_sequence_length": 24, "_auto_resize": False}
 PAIRS = [(32, 32), (64, 48)]
@@ -176,3 +178,67 @@ def test_warmup_of_an_inpainting_pipeline_runs_each_reference(listen):
     pipe = fluxfire.optimize(tiny_kontext("inpaint"), [listen])
     fluxfire.warmup(pipe, iter(PAIRS), np.array([(32, 32), (401, 7)]), **TINY)
     assert tokens(listen) == [(64, 64), (64, 100), (192, 64), (192, 100)]
+
+
+def shapes(listen):
+    """Tell the pictures, text tokens and noise tokens of each generation, which had two steps."""
+    return [(len(c.timestep), c.tokens.text, c.tokens.noise) for c in listen.tallies[-1].calls[::2]]
+
+
+def test_warmup_runs_each_size_with_each_batch_and_text(pipe, listen):
+    fluxfire.warmup(
+        pipe, sizes=PAIRS, batch=iter((1, 3, 1)), text=np.array([8, 24]), _auto_resize=False
+    )
+    made = shapes(listen)
+    assert sorted(made) == sorted(product((1, 3), (8, 24), (64, 192)))
+    # The second shape differs from the first in all but the number of pictures, which rises last.
+    assert made[:2] == [(1, 8, 64), (1, 24, 192)]
+    assert [n for n, _, _ in made] == [1] * 4 + [3] * 4
+
+
+@pytest.mark.parametrize("kind", ["edit", "inpaint"])
+def test_one_number_is_one_number(kind, listen):
+    pipe = fluxfire.optimize(tiny_kontext(kind), [listen])
+    fluxfire.warmup(pipe, sizes=[(32, 32)], batch=2, text=16, _auto_resize=False)
+    assert {shape[:2] for shape in shapes(listen)} == {(2, 16)}
+
+
+NO_COUNTS = {
+    "none": ({"batch": ()}, "found nothing in batch=()"),
+    "zero": ({"batch": (1, 0)}, "cannot use 0 in batch=(1, 0): .* each a whole number, 1 or more"),
+    "a float": ({"batch": [1.5]}, "cannot use 1.5 in batch=[1.5]"),
+    "a bool": ({"text": [True]}, "cannot use True in text=[True]"),
+    "words": ({"text": "512"}, "cannot use '512' in text='512'"),
+    "too long": ({"text": (128, 513)}, "cannot use 513 in text=(128, 513): .* from 1 to 512"),
+    "numbers twice": ({"batch": 2, "num_images_per_prompt": 2}, "instead of num_images_per_"),
+    "several prompts": ({"batch": 2, "prompt": ["a", "b"]}, "batch=(1, 4) instead of prompt;"),
+    "lengths twice": ({"text": 8, "max_sequence_length": 8}, "instead of max_sequence_length"),
+    "encoded": ({"text": 8, "prompt_embeds": torch.zeros(1, 8, 40)}, "instead of prompt_embeds"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "named"), NO_COUNTS.values(), ids=NO_COUNTS)
+def test_warmup_refuses_what_are_no_numbers_of_pictures_or_tokens(pipe, given, named):
+    with pytest.raises(PlanError, match=literal(named)):
+        fluxfire.warmup(pipe, sizes=PAIRS, _auto_resize=False, **given)
+    assert fluxfire.report(pipe).runs == ()
+
+
+@pytest.mark.slow
+def test_after_warmup_no_batch_and_no_text_compiles():
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    fluxfire.optimize(pipe, [FusedBlocks(), Compile()])
+    fluxfire.warmup(pipe, [(32, 32), (64, 48)], batch=(1, 4), text=(16, 24), _auto_resize=False)
+    warm = [run.compiles for run in fluxfire.report(pipe).runs]
+    assert warm == [2, 2, 0, 0, 2, 0, 0, 0]  # the first shape; any size and text; several pictures
+    guided = {"negative_prompt": "blurry", "true_cfg_scale": 2.0}
+    for batch, text, size, more in (
+        (3, 24, (32, 32), {}),
+        (4, 20, (48, 32), guided),
+        (2, 16, (64, 64), {}),
+        (1, 21, (48, 48), guided),
+        (1, 17, (32, 48), {}),
+    ):
+        call = {"num_images_per_prompt": batch, "max_sequence_length": text, **more}
+        edit(pipe, size, steps=1, **call)
+    assert [run.compiles for run in fluxfire.report(pipe).runs[len(warm) :]] == [0] * 5

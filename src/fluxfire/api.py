@@ -28,11 +28,15 @@ from fluxfire.reporting.applications import Applications
 from fluxfire.reporting.report import Report
 from fluxfire.runtime.conductor import conductor_of_transformer, warmup_run
 from fluxfire.warming import (
+    Counts,
     Progress,
     Sizes,
     blank_calls,
+    combinations,
+    read_batches,
     read_output_sizes,
     read_reference_sizes,
+    read_text_lengths,
     refuse_size_arguments,
 )
 
@@ -199,7 +203,15 @@ def report(pipe: object) -> Report:
     return Report(passes, record.warmup_seconds, tuple(record.statistics.runs))
 
 
-def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) -> P:
+def warmup(
+    pipe: P,
+    sizes: Sizes,
+    references: Sizes | None = None,
+    *,
+    batch: Counts | None = None,
+    text: Counts | None = None,
+    **call: Any,
+) -> P:
     """Run the pipeline once for each output size, so that later calls need not compile.
 
     Each run has two denoising steps, unless `call` says otherwise. The runs do not change the
@@ -216,15 +228,21 @@ def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) 
             Each output size runs with each reference size. None means one blank reference with the
             output's aspect ratio, in the size to which the pipeline resizes it. An empty list means
             text-to-image.
-        **call: more arguments of the pipeline call. Arguments that change shapes, such as the
-            number of prompts or `max_sequence_length`, must have the values of later calls.
+        batch: numbers of pictures in a call (`num_images_per_prompt`), such as `(1, 4)`, or one
+            number: whole, 1 or more. Each size runs with each number. None means one picture.
+        text: values of `max_sequence_length`, such as `(128, 512)`, or one value: whole numbers of
+            text tokens from 1 to 512. Each size runs with each value. None means the pipeline's own
+            default.
+        **call: more arguments of the pipeline call. Arguments that change shapes, such as
+            `prompt_embeds`, must have the values of later calls.
 
     Returns:
         The same pipeline.
 
     Raises:
         PlanError: the pipeline is not optimized, there is no size, the pipeline cannot run a size,
-            or an argument in `call` contradicts sizes or references. Nothing was run.
+            a number in `batch` or `text` is not allowed, or an argument in `call` contradicts
+            sizes, references, `batch` or `text`. Nothing was run.
         PassError: a pass's `after_warmup` failed. Its edits were rolled back.
         BusyError: the pipeline is generating.
     """
@@ -235,9 +253,14 @@ def warmup(pipe: P, sizes: Sizes, references: Sizes | None = None, **call: Any) 
     outputs = read_output_sizes(known, sizes)
     pictures = read_reference_sizes(known, references)
     refuse_size_arguments(known, call, pictures)
+    shapes = list(combinations(read_batches(batch, call), read_text_lengths(text, call), outputs))
     record = Applications.of(conductor)
     began = time.perf_counter()
-    calls = [(size, a) for size in outputs for a in blank_calls(known, size, pictures, call)]
+    calls = [
+        (size, arguments)
+        for size, shape in shapes
+        for arguments in blank_calls(known, size, pictures, shape | call)
+    ]
     progress = Progress(known, len(calls))
     with progress.show(conductor), warmup_run(pipe):
         for size, arguments in calls:

@@ -21,7 +21,9 @@ from fluxfire.supported import model_of
 
 Size = tuple[int, int]
 Sizes = Iterable[tuple[SupportsIndex, SupportsIndex]]
+Counts = SupportsIndex | Iterable[SupportsIndex]
 _REFERENCE_ARGUMENTS = {"image", "image_reference"}  # arguments of a pipeline call
+_MOST_TEXT = 512  # diffusers refuses a longer `max_sequence_length`
 
 
 def read_output_sizes(pipe: Pipeline, sizes: Sizes) -> list[Size]:
@@ -62,6 +64,81 @@ def read_reference_sizes(pipe: Pipeline, references: Sizes | None) -> list[Size]
         references, "a reference", lambda n: n >= multiple, f"whole numbers of {multiple} or more"
     )
     return [(w // multiple * multiple, h // multiple * multiple) for w, h in read]
+
+
+def read_batches(batch: Counts | None, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Validate numbers of pictures in a call. Iterates over `batch` once.
+
+    Returns:
+        The arguments of a pipeline call for each number; one without arguments for None.
+
+    Raises:
+        PlanError: an item is no whole number of 1 or more, there is no item, or `call` says how
+            many pictures there are, too.
+    """
+    if batch is None:
+        return [{}]
+    counts = _read_counts(batch, "batch", "numbers of pictures in a call, such as (1, 4)", None)
+    several = [n for n in ("prompt", "prompt_2") if isinstance(call.get(n), list | tuple)]
+    if given := [*(call.keys() & {"num_images_per_prompt"}), *several]:
+        raise PlanError(
+            f"warmup takes batch=(1, 4) instead of {' and '.join(given)}; leave one of them out"
+        )
+    return [{"num_images_per_prompt": count} for count in counts]
+
+
+def read_text_lengths(text: Counts | None, call: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Validate numbers of text tokens. Iterates over `text` once.
+
+    Returns:
+        The arguments of a pipeline call for each number; one without arguments for None.
+
+    Raises:
+        PlanError: an item is no whole number from 1 to 512, there is no item, or `call` has an
+            argument that determines the number, too.
+    """
+    if text is None:
+        return [{}]
+    lengths = _read_counts(text, "text", "numbers of text tokens, such as (128, 512)", _MOST_TEXT)
+    if given := sorted(call.keys() & {"max_sequence_length", "prompt_embeds"}):
+        raise PlanError(
+            f"warmup takes text=(128, 512) instead of {' and '.join(given)}; leave one of them out"
+        )
+    return [{"max_sequence_length": length} for length in lengths]
+
+
+def _read_counts(given: Any, name: str, what: str, most: int | None) -> list[int]:
+    read = []
+    for item in _items(given):
+        try:
+            count = None if isinstance(item, bool) else operator.index(item)
+        except TypeError:
+            count = None
+        if count is None or count < 1 or (most is not None and count > most):
+            allowed = "1 or more" if most is None else f"from 1 to {most}"
+            raise PlanError(
+                f"warmup cannot use {item!r} in {name}={given!r}: "
+                f"give {what}, each a whole number, {allowed}"
+            )
+        read.append(count)
+    if not read:
+        raise PlanError(f"warmup found nothing in {name}={given!r}: give {what}, or leave it out")
+    return list(dict.fromkeys(read))
+
+
+def combinations(
+    batches: list[dict[str, Any]], texts: list[dict[str, Any]], sizes: list[Size]
+) -> Iterator[tuple[Size, dict[str, Any]]]:
+    """Yield every size with every number of pictures and of text tokens.
+
+    The order needs few compilations. torch compiles the first shape for itself, and makes dynamic
+    what differs in the next one. So the second shape differs from the first in size and text at
+    once. torch treats one picture apart from several, so the number of pictures changes last.
+    """
+    for batch in batches:
+        first, *others = [(size, {**batch, **text}) for text in texts for size in sizes]
+        yield first
+        yield from reversed(others)
 
 
 def refuse_size_arguments(

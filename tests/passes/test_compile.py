@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers.loaders.ip_adapter import FluxIPAdapterMixin
+from peft import LoraConfig
 
 import fluxfire
 from fluxfire import presets
@@ -237,3 +238,37 @@ def test_the_text_encoders_too():
     assert (first.compiles, first.graph_breaks, second.compiles) == (2 + 3, 0, 0)
     fluxfire.restore(pipe)
     assert np.array_equal(edit(pipe), plain)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_dora_runs_without_its_graph(when, monkeypatch):
+    """torch cannot compile PEFT's DoRA. The other blocks keep their graphs."""
+    graphs = []
+
+    def compile_nothing(call, **_):
+        def graph(*args, **kwargs):
+            graphs.append(call.__self__)
+            return call(*args, **kwargs)
+
+        return graph
+
+    def load(pipe):
+        config = LoraConfig(r=2, use_dora=True, target_modules=["proj_mlp"])
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            pipe.transformer.add_adapter(config)
+        return pipe
+
+    monkeypatch.setattr(torch, "compile", compile_nothing)
+    pipe = smallest()
+    if when == "before":
+        plan = fluxfire.plan(load(pipe), [Compile()])
+        assert "such as a DoRA: what has one runs without its graph" in str(plan)
+    fluxfire.optimize(pipe, [Compile()])
+    if when == "after":
+        edit(pipe, steps=1)
+        assert len(graphs) == 2
+        graphs.clear()
+        load(pipe)
+    assert np.abs(edit(pipe, steps=1) - edit(load(smallest()), steps=1)).max() < CLOSE
+    assert graphs == [pipe.transformer.transformer_blocks[0]]

@@ -17,7 +17,7 @@ from torch.compiler._cache import CacheArtifactManager
 import fluxfire
 from fluxfire import presets
 from fluxfire.errors import MegaCacheWarning, PlanError
-from fluxfire.passes import Compile, FirstBlockCache, InductorPatch, MegaCache
+from fluxfire.passes import Compile, FirstBlockCache, FoldedLora, InductorPatch, MegaCache
 from fluxfire.passes.mega_cache import fingerprint
 from fluxfire.passes.shared import artifact_file
 from fluxfire.passes.shared.artifact_file import Payload
@@ -25,6 +25,7 @@ from fluxfire.passes.shared.artifact_recorder import recording
 from fluxfire.protocol import configured
 from fluxfire.runtime.conductor import conductor_of
 from fluxfire.testing import edit, tiny_kontext
+from passes.test_folded_lora import load
 from thinned import exhaustive
 
 FRESH = """
@@ -424,3 +425,34 @@ def test_a_loras_scale_does_not_go_stale_in_the_cache(tmp_path, monkeypatch):
     for guidance in (1.5, 4.0):
         far = scaled(pipe, 0.9, guidance_scale=guidance)
         assert np.abs(far - scaled(plain, 0.9, guidance_scale=guidance)).max() < 1e-5
+
+
+@pytest.mark.slow
+def test_a_folded_lora_is_no_part_of_the_compiled_code(tmp_path, monkeypatch):
+    """In another process, another LoRA on the same layers finds its code in the file."""
+    counts = {}
+    for name, rank in (("one", 3), ("two", 5)):
+        torch.compiler.reset()
+        monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / name))
+        pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+        load(pipe, name, ["to_q", "proj_mlp"], rank=rank)
+        with fluxfire.optimized(pipe, [FoldedLora(), MegaCache(tmp_path / "file"), Compile()]):
+            fluxfire.warmup(pipe, [(32, 32)], _auto_resize=False, max_sequence_length=24)
+            plain = tiny_kontext(double_blocks=1, single_blocks=1)
+            load(plain, name, ["to_q", "proj_mlp"], rank=rank)
+            assert np.abs(edit(pipe) - edit(plain)).max() < 1e-4
+            facts = fluxfire.report(pipe).passes[1].facts
+            counts[name] = facts["hits"] > 0, facts["misses"] > 0
+    assert counts == {"one": (False, True), "two": (True, False)}
+
+
+def test_the_fingerprint_names_the_adapters_that_peft_computes():
+    pipe = tiny_kontext(double_blocks=1, single_blocks=1)
+    assert fingerprint(pipe, ())["adapters"] == ""
+    fluxfire.optimize(pipe, [FoldedLora()])
+    load(pipe, "one", ["to_q"], rank=3)
+    edit(pipe, steps=1)
+    assert fingerprint(pipe, ())["adapters"] == ""
+    load(pipe, "two", ["norm.linear"], rank=2)
+    edit(pipe, steps=1)
+    assert fingerprint(pipe, ())["adapters"] == "one (rank 3), two (rank 2)"

@@ -76,7 +76,9 @@ def loaded_pipeline() -> None:
 
 
 def warm_up(pipe: Pipeline) -> Pipeline:
-    """Sizes are pairs of integers."""
+    """Sizes are pairs of integers; the pictures in a call and the text tokens are integers."""
+    fluxfire.warmup(pipe, [(1024, 1024)], batch=(1, 4), text=512)
+    fluxfire.warmup(pipe, [(1024, 1024)], batch=1.5)  # type: ignore[arg-type]
     fluxfire.warmup(pipe, [(1024, 1024)], references=[(1360, 768)], prompt=["a", "b"])
     fluxfire.warmup(pipe, [(1024, 1024, 3)])  # type: ignore[list-item]
     fluxfire.warmup(pipe, [1024])  # type: ignore[list-item]

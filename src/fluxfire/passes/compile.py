@@ -53,6 +53,8 @@ class Compile:
     `FusedBlocks`, which leaves little to fuse, 277 → 274 ms. Inductor's autotuning gained nothing
     beyond noise (docs, "What the figures say").
 
+    A block with a hook that breaks its graph, or with a DoRA, runs without the graph.
+
     Needs triton on a GPU, a C++ compiler and Python's headers on a CPU.
 
     Attributes:
@@ -119,6 +121,12 @@ class Compile:
                 "error",
                 f"the hooks of {', '.join(sorted(hooked))} break the graph",
                 "remove them, or use Compile(fullgraph=False)",
+            )
+        if self.fullgraph and _has_variant(cast("nn.Module", target.pipe.transformer)):
+            yield Finding(
+                "info",
+                "torch cannot compile an adapter that is a variant of a LoRA, such as a DoRA: what "
+                "has one runs without its graph",
             )
         if self.vae and target.pipe.vae is None:
             yield Finding(
@@ -275,7 +283,7 @@ class _CompiledCall:
 
 
 class _HookChecker(Listener):
-    """Bypasses graphs that hooks would break, since the user may add hooks at any time."""
+    """Bypasses graphs that hooks or adapters would break, which may come at any time."""
 
     def __init__(self, pipe: Pipeline, compiled: list[_CompiledCall]) -> None:
         self._pipe, self._compiled = pipe, compiled
@@ -284,13 +292,19 @@ class _HookChecker(Listener):
 
     @override
     def prepare(self) -> None:
-        """Run modules with such hooks without their graphs."""
+        """Run modules with such hooks or adapters without their graphs."""
         cached = not _GRAPH_BREAKING.isdisjoint(modules.cache_traits(self._pipe.transformer))
         if self._structure.changed() or cached != self._cached:
             for one in self._compiled:
-                one.bypass = cached or bool(modules.swapping_traits(one.module))
+                hooked = bool(modules.swapping_traits(one.module))
+                one.bypass = cached or hooked or _has_variant(one.module)
             self._cached = cached
             self._structure.accept()
+
+
+def _has_variant(module: nn.Module) -> bool:
+    """Whether PEFT computes a variant of a LoRA in a module; that of a DoRA breaks the graph."""
+    return any(vars(part).get("lora_variant") for part in modules.submodules(module))
 
 
 def _compile_group(

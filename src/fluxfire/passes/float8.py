@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import KW_ONLY, dataclass, field
-from typing import Any, ClassVar, Literal, cast
+from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,16 +26,14 @@ from fluxfire.passes.shared.adapters import (
     AdaptersOff,
     adapter_gradients,
     base_of,
-    call_scale,
     folded_weight,
-    read_scalings,
+    move_adapters_to_weights,
     why_not_foldable,
 )
+from fluxfire.passes.shared.folding import Folder
 from fluxfire.passes.shared.fused_projection import install_products
 from fluxfire.passes.shared.host_weights import MOVED_ELSEWHERE, DroppedWeight, HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
-from fluxfire.runtime.freshness import Watch
-from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 
@@ -163,9 +161,9 @@ class Float8:
         """Quantize layer by layer, so that at most one layer is in memory twice."""
         transformer, freed = tx.pipe.transformer, 0
         model = model_of(tx.pipe)
-        host, off = HostWeights(), AdaptersOff(cast("nn.Module", transformer))
-        tx.on_undo(off.switch_on)  # undone last: adapters follow the weights to the device
-        tx.on_undo(host.bring_back)
+        off = AdaptersOff()
+        tx.on_undo(off.switch_on)
+        host = HostWeights.of(tx)
         keeps = self.originals == "host"
         # A block may stand twice.
         layers = list(dict.fromkeys(_linears(model, transformer, below_adapters=keeps)))
@@ -190,6 +188,7 @@ class Float8:
             tx.setattr(linear, "product", products[-1])
             tx.set_class(linear, Float8Linear)
             freed += host.offload(linear)
+        move_adapters_to_weights(host.model)
         watch = _WeightWatch(tx, fused, layers, stacked, products, host, off, drop=not keeps)
         tx.listen(watch)
         gained = sum(product.nbytes for product in products)
@@ -406,7 +405,7 @@ class Float8Linear(StandIn, nn.Linear):
 
 
 @dataclass(eq=False)
-class _WeightWatch(Listener):
+class _WeightWatch(Folder):
     """Checks the layers before each generation, since the user may change them at any time.
 
     Attributes:
@@ -428,16 +427,12 @@ class _WeightWatch(Listener):
     host: HostWeights
     off: AdaptersOff
     drop: bool
-    _layers: dict[nn.Linear, nn.Module] = field(default_factory=dict)
-    _scale: float = 1.0
-    _quantized_scale: float = 1.0
-    _scalings: list[str] = field(default_factory=list)
-    _watch: Watch | None = None
+    ignored = ("product",)
 
     def __post_init__(self) -> None:
-        self._layers = self._current_layers()
+        self.take(self._current_layers())
         if not self._adapted():  # else the first generation quantizes with the adapters
-            self._watch = self._make_watch()
+            self.accept()
 
     @override
     def prepare(self) -> None:
@@ -450,29 +445,20 @@ class _WeightWatch(Listener):
         """
         self._refuse_replaced_or_hooked_layers()
         self.host.prepare()
-        layers = self._current_layers()
-        if not _same(layers.values(), self._layers.values()):
-            self._layers, self._watch = layers, None
-        if (
-            self._watch is None
-            or self._watch.changed()
-            or read_scalings(self._layers.values()) != self._scalings
-        ):
-            self._quantize_again()
-        elif self.off.have_moved():
-            self.off.follow_weights()
+        self.take(self._current_layers())
+        self.fold_if_changed()
         if self.drop:
             self._drop_originals()
 
     @override
-    def before_call(self, inputs: dict[str, Any]) -> None:
-        """Quantize again if the call scales the adapters by another factor than the last call."""
-        self._scale = call_scale(inputs)
-        # The scale that was quantized counts: an interrupt may have come before that.
-        if self._adapted() and (self._watch is None or self._scale != self._quantized_scale):
-            self._quantize_again()
+    def fold(self, layers: Sequence[nn.Module], scale: float) -> None:
+        """Quantize the weights with the adapters."""
+        by_linear = {base_of(layer): layer for layer in layers}
+        for product in self.products:
+            _quantize_again(product, [by_linear[one] for one in product.linears], scale)
+        self.off.switch_off(self._adapted())
 
-    def _current_layers(self) -> dict[nn.Linear, nn.Module]:
+    def _current_layers(self) -> list[nn.Module]:
         """Return what stands in each layer's place now: the layer itself, or PEFT's around it."""
         found: dict[nn.Linear, Any] = {}
         for owner, name, layer in self.places:
@@ -482,27 +468,10 @@ class _WeightWatch(Listener):
                     f"{self._path(owner)}.{name} stands in two places of the transformer, and has "
                     f"an adapter in one of them alone; give both the adapter, or leave Float8 out"
                 )
-        return found
+        return list(found.values())
 
     def _adapted(self) -> list[nn.Module]:
-        return [layer for layer in self._layers.values() if modules.has_adapter(layer)]
-
-    def _make_watch(self) -> Watch:
-        return Watch(self._layers.values(), apart_from=("product", "scaling"))
-
-    def _quantize_again(self) -> None:
-        watch, self._watch = self._watch, None  # so that an interrupt leaves nothing believed
-        for product in self.products:
-            layers = [self._layers[linear] for linear in product.linears]
-            _quantize_again(product, layers, self._scale)
-        self.off.switch_off(self._adapted())
-        if watch is None:
-            watch = self._make_watch()
-        else:
-            watch.changed()
-            watch.accept()
-        self._quantized_scale = self._scale
-        self._scalings, self._watch = read_scalings(self._layers.values()), watch
+        return [layer for layer in self.layers if modules.has_adapter(layer)]
 
     def _refuse_replaced_or_hooked_layers(self) -> None:
         for owner, name, layer in (*self.fused, *self.places):
@@ -549,13 +518,7 @@ class _WeightWatch(Listener):
         if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
             self.tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
             self.host.drop()
-            if self._watch is not None:
-                self._watch.changed()
-                self._watch.accept()  # the drop itself needs no new quantization
-
-
-def _same(some: Iterable[object], others: Iterable[object]) -> bool:
-    return list(map(id, some)) == list(map(id, others))
+            self.accept()  # the drop itself needs no new quantization
 
 
 def _quantize_again(product: Float8Product, layers: Sequence[nn.Module], scale: float) -> None:

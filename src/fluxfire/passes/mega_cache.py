@@ -13,16 +13,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
+from torch import nn
 from typing_extensions import override
 
+from fluxfire import modules
 from fluxfire.diffusers_types import Pipeline, Transformer
 from fluxfire.environment import environment
 from fluxfire.errors import MegaCacheWarning
 from fluxfire.model import Call
 from fluxfire.passes.shared import artifact_file
+from fluxfire.passes.shared.adapters import FoldedAdapter
 from fluxfire.passes.shared.artifact_file import ArchiveError, Payload
 from fluxfire.passes.shared.artifact_recorder import Key, Recording, give_to_torch, recording
 from fluxfire.protocol import Change, Configured, Exactness, Finding, Stage, Target
@@ -109,7 +112,8 @@ class MegaCache:
         except Exception as error:  # noqa: BLE001 - loading the file treats all errors alike, too
             yield Finding("warning", f"{file} will not be used: {_error_text(error)}")
         else:
-            if not any(p.fingerprint == wanted for p in payloads):
+            # A pass of the list may fold the adapters before anything compiles.
+            if not any(_differences(wanted, p, {"adapters"}) == [] for p in payloads):
                 why = _mismatch(wanted, payloads)
                 yield Finding("info", f"{file} has nothing for this pipeline yet: {why}")
 
@@ -169,7 +173,13 @@ def _digest(config: Mapping[str, object]) -> str:
 
 
 def _adapters(transformer: Transformer) -> str:
-    """Describe LoRAs and similar adapters, since they change the graphs."""
+    """Describe the LoRAs and similar adapters that PEFT computes, since they change the graphs.
+
+    A folded LoRA is a weight: its graphs fit another of any name and rank on the same layers.
+    """
+    parts = modules.submodules(cast("nn.Module", transformer))
+    if not any(modules.has_adapter(p) and not isinstance(p, FoldedAdapter) for p in parts):
+        return ""
     found = getattr(transformer, "peft_config", None) or {}
     return ", ".join(f"{name} (rank {getattr(c, 'r', '?')})" for name, c in sorted(found.items()))
 
@@ -195,8 +205,10 @@ def _mismatch(wanted: dict[str, str], payloads: Sequence[Payload]) -> str:
     return "; ".join(changes)
 
 
-def _differences(wanted: dict[str, str], payload: Payload) -> list[tuple[str, str, str]]:
-    names = sorted({*wanted, *payload.fingerprint})
+def _differences(
+    wanted: dict[str, str], payload: Payload, apart_from: set[str] | None = None
+) -> list[tuple[str, str, str]]:
+    names = sorted({*wanted, *payload.fingerprint} - (apart_from or set()))
     pairs = [(name, payload.fingerprint.get(name, ""), wanted.get(name, "")) for name in names]
     return [(name, was, now) for name, was, now in pairs if was != now]
 

@@ -17,6 +17,7 @@ from fluxfire.diffusers_types import Pipeline
 from fluxfire.edits.stand_in import StandIn
 from fluxfire.kontext.modulation import COLUMNS, ModulatedNorm, modulations
 from fluxfire.model import Call, Run, Streams
+from fluxfire.passes.shared.adapters import move_adapters_to_weights
 from fluxfire.passes.shared.host_weights import HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.freshness import Watch, has_foreign_hooks
@@ -100,9 +101,9 @@ class ModulationTable:
         linears = list(dict.fromkeys(norm.linear for of_block in norms for norm in of_block))
         freed = 0
         if self.host:
-            host = HostWeights()
-            tx.on_undo(host.bring_back)
+            host = HostWeights.of(tx)
             freed = sum(map(host.offload, linears))
+            move_adapters_to_weights(host.model)
             tx.listen(host)
         tables = _Tables(tx.pipe)
         embed = transformer.time_text_embed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -19,16 +19,15 @@ from fluxfire.passes.shared.adapters import (
     FoldedAdapter,
     FoldedLinear,
     base_of,
-    call_scale,
     folded_weight,
-    read_scalings,
+    move_adapters_to_weights,
     why_not_foldable,
 )
+from fluxfire.passes.shared.folding import Folder
 from fluxfire.passes.shared.fused_projection import FusedAttention
 from fluxfire.passes.shared.host_weights import HostWeights
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
-from fluxfire.runtime.freshness import Structure, Watch
-from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.freshness import Structure
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 
@@ -87,7 +86,7 @@ class FoldedLora:
     def apply(self, tx: Transaction) -> Change:
         """Fold before each generation, when all passes are in place."""
         transformer: Any = tx.pipe.transformer
-        folds = _Folds(AdaptersOff(transformer))
+        folds = _Folds(HostWeights.of(tx))
         tx.on_undo(folds.unfold)
         folder = _Folder(transformer, model_of(tx.pipe), folds)
         tx.listen(folder)
@@ -100,16 +99,16 @@ class _Folds:
     """The folded layers, and how to give them back.
 
     Attributes:
-        off: PEFT's layers above the folded ones.
         host: keeps the original weights.
+        off: PEFT's layers above the folded ones.
         bases: the folded layers.
     """
 
-    off: AdaptersOff
-    host: HostWeights = field(default_factory=HostWeights)
+    host: HostWeights
+    off: AdaptersOff = field(default_factory=AdaptersOff)
     bases: list[nn.Linear] = field(default_factory=list)
 
-    def fold(self, layers: list[nn.Module], scale: float) -> None:
+    def fold(self, layers: Sequence[nn.Module], scale: float) -> None:
         """Fold these layers of PEFT's, and give all others back."""
         self.keep(layers)
         wanted: list[Any] = [base_of(layer) for layer in layers]
@@ -117,6 +116,7 @@ class _Folds:
         for layer, base in zip(layers, wanted, strict=True):
             self._fold(layer, base, scale)
         self.off.switch_off(layers)
+        move_adapters_to_weights(self.host.model)
 
     def _fold(self, layer: nn.Module, base: Any, scale: float) -> None:
         weight = base.weight
@@ -136,7 +136,7 @@ class _Folds:
         if all(one is not base for one in self.host.linears):
             self.host.offload(base)
 
-    def keep(self, layers: list[nn.Module]) -> None:
+    def keep(self, layers: Sequence[nn.Module]) -> None:
         """Give the layers back that are below none of these layers of PEFT's."""
         wanted = {id(base_of(layer)) for layer in layers}
         for base in [base for base in self.bases if id(base) not in wanted]:
@@ -159,16 +159,14 @@ class _Folds:
         self.off.switch_on()
 
 
-class _Folder(Listener):
+class _Folder(Folder):
     """Folds before each generation what somebody loaded, changed or took off since the last."""
+
+    ignored = ("folded",)
 
     def __init__(self, transformer: Any, model: Model, folds: _Folds) -> None:
         self._transformer, self._model, self._folds = transformer, model, folds
         self._structure = Structure([transformer])
-        self._watch: Watch | None = None
-        self._layers: list[nn.Module] = []
-        self._scalings: list[str] = []
-        self._scale = self._folded_scale = 1.0
         self._left = 0
 
     def places(self) -> Iterator[tuple[nn.Module, nn.Module]]:
@@ -187,44 +185,22 @@ class _Folder(Listener):
         restructured = self._structure.changed()
         if restructured:
             layers, self._left = self._find()
-            if list(map(id, layers)) != list(map(id, self._layers)):
-                self._layers, self._watch = layers, None
-                self._folds.keep(layers)
+            self.take(layers)
+            self._folds.keep(layers)
         self._folds.host.prepare()  # after that, since offloading may have taken weights away
-        if (
-            self._watch is None
-            or self._watch.changed()
-            or read_scalings(self._layers) != self._scalings
-        ):
-            self._fold()
-        elif self._folds.off.have_moved():
-            self._folds.off.follow_weights()
+        self.fold_if_changed()
         if restructured:
             self._structure.changed()  # folding changes classes
             self._structure.accept()
 
     @override
-    def before_call(self, inputs: dict[str, Any]) -> None:
-        """Fold again if the call scales the adapters by another factor than the last call."""
-        self._scale = call_scale(inputs)
-        # The scale that was folded counts: an interrupt may have come before the last folding.
-        if self._layers and (self._watch is None or self._scale != self._folded_scale):
-            self._fold()
+    def fold(self, layers: Sequence[nn.Module], scale: float) -> None:
+        """Fold into the weights of the layers below."""
+        self._folds.fold(layers, scale)
 
     def facts(self) -> dict[str, object]:
         """Report how many adapters are folded, and how many PEFT computes."""
-        return {"folded": len(self._layers), "left to PEFT": self._left}
-
-    def _fold(self) -> None:
-        watch, self._watch = self._watch, None  # so that an interrupt leaves nothing believed
-        self._folds.fold(self._layers, self._scale)
-        if watch is None:
-            watch = Watch(self._layers, apart_from=("folded", "scaling"))
-        else:
-            watch.changed()
-            watch.accept()
-        self._folded_scale = self._scale
-        self._scalings, self._watch = read_scalings(self._layers), watch
+        return {"folded": len(self.layers), "left to PEFT": self._left}
 
     def _find(self) -> tuple[list[nn.Module], int]:
         """Return the layers to fold, and the number of other layers with an adapter."""

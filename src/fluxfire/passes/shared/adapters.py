@@ -32,6 +32,7 @@ __all__ = [
     "call_scale",
     "dense",
     "folded_weight",
+    "move_adapters_to_weights",
     "read_scalings",
     "why_not_foldable",
 ]
@@ -255,16 +256,10 @@ def _folded_class(cls: type) -> type:
 class AdaptersOff:
     """Turns PEFT's layers into `FoldedAdapter`s, and back.
 
-    PEFT's operations need an adapter where the weight of the layer below is: `fuse_lora` adds the
-    one to the other, and a call multiplies by both. A pass moves such weights to host memory and
-    back, so this class moves the adapters after them.
-
     Attributes:
-        transformer: the model. Somebody may put other layers into it at any time.
         layers: PEFT's layers that are `FoldedAdapter`s now.
     """
 
-    transformer: nn.Module
     layers: list[nn.Module] = field(default_factory=list)
 
     def switch_off(self, layers: Iterable[nn.Module]) -> None:
@@ -279,47 +274,29 @@ class AdaptersOff:
                 cls: Any = type(layer)
                 layer.__class__ = _folded_class(cls)
         self.layers = wanted
-        self.follow_weights()
 
     def switch_on(self) -> None:
-        """Give all layers their own class back, and all adapters the device of their weights."""
+        """Give all layers their own class back."""
         _switch_on(self.layers)
         self.layers = []
-        self.follow_weights()
-
-    def follow_weights(self) -> None:
-        """Move every adapter of the model to the device of the weight below it.
-
-        PEFT creates an adapter where that weight is. So a LoRA that was loaded while the weight was
-        in host memory is there too, and has to leave with the weight.
-        """
-        for module in dict.fromkeys(modules.submodules(self.transformer)):
-            if modules.has_adapter(module):
-                _move_adapters(module)
-
-    def have_moved(self) -> bool:
-        """Whether some layer's adapters are elsewhere than the weight below it.
-
-        `.to("cuda")` moves both, and a pass that keeps the weight in host memory takes only that
-        one back.
-        """
-        layers: list[Any] = self.layers
-        return any(_first_of(layer).device != base_of(layer).weight.device for layer in layers)
-
-
-def _first_of(layer: Any) -> Tensor:
-    """Return the first weight of a LoRA; the weight below if there is no adapter any more."""
-    for linear in layer.lora_A.values():
-        first: Tensor = linear.weight
-        return first
-    weight: Any = base_of(layer).weight
-    return weight  # type: ignore[no-any-return]
 
 
 def _switch_on(layers: Iterable[nn.Module]) -> None:
     for layer in layers:
         if isinstance(layer, FoldedAdapter):
             layer.__class__ = own_class(layer)
+
+
+def move_adapters_to_weights(model: nn.Module) -> None:
+    """Move every adapter of a model to the device of the weight below it.
+
+    PEFT needs both in one place: `fuse_lora` adds the one to the other, and a call multiplies by
+    both. PEFT creates an adapter where the weight is. So after a pass has moved weights to host
+    memory, or back, the adapters have to follow, whenever somebody loaded them.
+    """
+    for module in dict.fromkeys(modules.submodules(model)):
+        if modules.has_adapter(module):
+            _move_adapters(module)
 
 
 def _move_adapters(layer: nn.Module) -> None:

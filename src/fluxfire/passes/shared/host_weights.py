@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from operator import attrgetter
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from typing_extensions import override
 
 from fluxfire import modules
 from fluxfire.errors import FluxfireError
+from fluxfire.passes.shared.adapters import move_adapters_to_weights
 from fluxfire.runtime.generation import Listener
+from fluxfire.runtime.transaction import Transaction
 
 MOVED_ELSEWHERE = (
     "weights that fluxfire keeps in host memory are moved by something else, too "
@@ -30,18 +32,37 @@ class HostWeights(Listener):
     """Keeps the weights of some layers in pinned host memory.
 
     The parameters stay in the model, so state dicts still contain them. A weight on the CPU stays
-    as it is.
+    as it is. PEFT's adapters are always on the device of the weight that they add to.
 
     Attributes:
+        model: the model. Somebody may put adapters into it at any time.
         linears: the layers whose weights are in host memory.
         device: the device from which the weights came; None if no weight was moved.
     """
 
+    model: nn.Module
     linears: list[nn.Linear] = field(default_factory=list)
     device: torch.device | None = None
 
+    @classmethod
+    def of(cls, tx: Transaction) -> HostWeights:
+        """Create the keeper of the transformer's weights; undo brings all weights back."""
+        host = cls(cast("nn.Module", tx.pipe.transformer))
+        tx.on_undo(host.bring_back)
+        # These move adapters, and leave weights in host memory.
+        tx.override(host.model, "_apply", host._then_move_adapters)  # of `.to()`
+        tx.override(tx.pipe, "set_lora_device", host._then_move_adapters)
+        return host
+
+    def _then_move_adapters(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        made = plain(*args, **kwargs)
+        move_adapters_to_weights(self.model)
+        return made
+
     def offload(self, linear: nn.Linear) -> int:
         """Move one more layer's weight to host memory.
+
+        After the last one, call `move_adapters_to_weights`.
 
         Returns:
             The number of bytes freed on the device.
@@ -66,6 +87,7 @@ class HostWeights(Listener):
         if not all(map(_IS_ON_CPU, weights)) or self._lost_pins(weights):
             for linear in self.linears:
                 self._move_to_host(linear)
+            move_adapters_to_weights(self.model)
 
     def _lost_pins(self, weights: Sequence[Tensor | None]) -> bool:
         """Whether some weights are no longer pinned, after a cast or an assignment."""
@@ -80,9 +102,13 @@ class HostWeights(Listener):
         """
         for linear in self.linears:
             self._bring_back(linear)
+        move_adapters_to_weights(self.model)
 
     def release(self, linear: nn.Linear) -> None:
-        """Bring one layer's weight back, and keep it in host memory no longer."""
+        """Bring one layer's weight back, and keep it in host memory no longer.
+
+        After the last one, call `move_adapters_to_weights`.
+        """
         self._bring_back(linear)
         self.linears = [one for one in self.linears if one is not linear]
 
