@@ -2,35 +2,80 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+from fluxfire.bench.intervals import bootstrap
 from fluxfire.bench.tables import format_measure
 from regions.results import Row, load, markdown, where
+
+_RUNS = ("schedules_on_spark.json", "schedules_on_spark_2.json")
+"""Two runs on the same edits and noise; each row stands beside plain rows of its own run."""
+_RENAMED = {"fast": "published statistics, 6 + 2, cap 3, 13 computed"}
+"""What the first run's `fast` is called, since the preset has changed."""
+_AGAINST = {
+    "calibrated, 16 computed": "threshold 0.12, 8 + 2, cap 2, damped",
+    "calibrated, 13 computed": "threshold 0.15, 6 + 2, cap 3, damped",
+}
+"""Schedules, and thresholds that compute as many steps."""
 
 
 def schedules() -> str:
     """Caches and schedules on many edits, beside plain with as many steps or seconds."""
-    result = load("schedules_on_spark.json")
-    plain = {row["name"]: row for row in result["rows"]}
+    first, second = map(load, _RUNS)
+    again = {row["name"] for row in second["rows"]} - set(_RENAMED)
     table = []
-    for row in result["rows"]:
-        for what in ("as many steps", "as many seconds"):
-            if (beside := row.get(f"beside {what}")) is None:
+    for result in (second, first):
+        plain = {row["name"]: row for row in result["rows"]}
+        for row in result["rows"]:
+            if result is first and row["name"] in again:
                 continue
-            fewer = plain[f"plain, {beside['steps']} steps"]
-            table.append(
-                (
-                    row["name"],
-                    f"{row['work']:.1f}",
-                    _measure(row),
-                    f"{beside['steps']}, {what}",
-                    _measure(fewer),
-                    "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**beside),
+            name = _RENAMED.get(row["name"], row["name"]) if result is first else row["name"]
+            for what in ("as many steps", "as many seconds"):
+                if (beside := row.get(f"beside {what}")) is None:
+                    continue
+                fewer = plain[f"plain, {beside['steps']} steps"]
+                table.append(
+                    (
+                        name,
+                        f"{row['work']:.1f}",
+                        _measure(row),
+                        f"{beside['steps']}, {what}",
+                        _measure(fewer),
+                        _difference(beside),
+                    )
                 )
-            )
+    table.sort(key=lambda cells: _KINDS.index(next(k for k in _KINDS if cells[0].startswith(k))))
     head = (
-        "", f"work, of {result['steps']} steps", "PSNR, dB: mean [95%] (worst)",
+        "", f"work, of {first['steps']} steps", "PSNR, dB: mean [95%] (worst)",
         "plain steps", "their PSNR", "difference [95%]",
     )  # fmt: skip
-    return f"{markdown(head, table)}\n\n{result['examples']} held-out edits. {where(result)}."
+    commits = f"{where(first)} and, for the rows that it lacks, {second['commit']}"
+    return (
+        f"{markdown(head, table)}\n\n{first['examples']} held-out edits. {commits}.\n\n"
+        f"{_schedules_against_thresholds(first)}"
+    )
+
+
+_KINDS = (
+    "balanced", "fast", "calibrated", "published statistics", "threshold", "MagCache", "RegionE",
+    "TeaCache", "Float8",
+)  # fmt: skip
+"""The order of the table, by how a name starts."""
+
+
+def _schedules_against_thresholds(result: Row) -> str:
+    rows = {row["name"]: row for row in result["rows"]}
+    lines = []
+    for schedule, threshold in _AGAINST.items():
+        pairs = zip(rows[schedule]["each"], rows[threshold]["each"], strict=True)
+        interval = bootstrap([a - b for a, b in pairs])
+        if interval is not None:
+            lines.append((schedule, threshold, _difference(asdict(interval))))
+    return markdown(("a schedule", "a threshold with as much work", "difference [95%]"), lines)
+
+
+def _difference(interval: Row) -> str:
+    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
 
 
 def _measure(row: Row) -> str:
@@ -39,21 +84,16 @@ def _measure(row: Row) -> str:
 
 
 def predictors() -> str:
-    """Ways to predict a skipped step, at three schedules."""
-    result = load("predictors.json")
-    found = {(row["way"], row["schedule"]): row for row in result["rows"]}
-    ways = list(dict.fromkeys(row["way"] for row in result["rows"]))
-    cells = [
-        (way, *(_cell(found.get((way, name))) for name in result["schedules"])) for way in ways
-    ]
-    head = ("", *(f"{name} of {result['steps']} computed" for name in result["schedules"]))
-    masks = "\n".join(f"    {name}  {mask}" for name, mask in result["schedules"].items())
+    """Ways to predict a skipped step, at three schedules: two by one run, the third by another."""
+    result, third = load("predictors.json"), load("predictors_10.json")
+    masks = result["schedules"] | third["schedules"]
+    rows = {(row["way"], row["schedule"]): row for row in result["rows"] + third["rows"]}
+    ways = list(dict.fromkeys(way for way, _ in rows))
+    cells = [(way, *(format_measure(rows[way, n]["psnr"]) for n in masks)) for way in ways]
+    head = ("", *(f"{n} of {result['steps']} computed" for n in masks))
+    drawn = "\n".join(f"    {n}  {mask}" for n, mask in masks.items())
     return (
         f"{markdown(head, cells)}\n\nPSNR to plain in dB: mean [95%] (worst). The schedules "
-        f"(C computed, . skipped):\n\n{masks}\n\n{result['examples']} held-out edits. "
-        f"{where(result)}."
+        f"(C computed, . skipped):\n\n{drawn}\n\n{result['examples']} held-out edits. "
+        f"{where(result)}; the last column commit {third['commit']}."
     )
-
-
-def _cell(row: Row | None) -> str:
-    return "-" if row is None else format_measure(row["psnr"])

@@ -77,8 +77,8 @@ At 28, 20 and 50 steps a schedule says which, and skips none whose first block's
 more than a quarter. At other lengths the threshold decides. Either way it computes the first 8 and
 the last 2 of 28 steps, and skips at most 2 in a row.
 
-Measured on an H100, random weights, with all 12 skipped, before the line was damped: 2.32 times as
-fast as eager. That is the work of 16.2 steps. `faithful` with 17 steps is 2.22 times as fast.
+Measured on an H100, random weights, with all 12 skipped: 2.31 times as fast as eager. That is the
+work of 16.2 steps. `faithful` with 17 steps is 2.21 times as fast.
 
 Measured on Spark, the small model in the package, on 256 edits: 48.8 dB to the pictures of all
 steps, 31.9 at worst. Plain with 17 steps, as much work: 42.5, 19.6 at worst; the difference is 6.3
@@ -103,8 +103,8 @@ fast: tuple[Pass, ...] = _cached(
 A schedule and a threshold as in `balanced`, with the first 6 and the last 2 of 28 steps computed,
 and at most 2 skipped in a row.
 
-Measured on an H100, random weights, with all 15 skipped, before the line was damped: 2.80 times as
-fast as eager. That is the work of 13.3 steps. `faithful` with 14 steps is 2.66 times as fast.
+Measured on an H100, random weights, with all 14 skipped: 2.60 times as fast as eager. That is the
+work of 14.2 steps. `faithful` with 15 steps is 2.49 times as fast.
 
 Measured on Spark on 256 edits: 43.8 dB to the pictures of all steps, 20.0 at worst. Plain with 15
 steps, as much work there: 40.4, 19.6 at worst; the difference is 3.4 [2.8, 3.9] dB. In 49
