@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 
 from fluxfire.bench.plots import error_bars
 from regions.reference import frontier_rows
+from regions.results import FORMER_FAST, load
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -36,7 +37,7 @@ def loss() -> Any:
 
 def frontier() -> Any:
     """Quality against computed work on Spark: plain with fewer steps is the line to beat."""
-    result = json.loads((RESULTS / "frontier.json").read_text())
+    result = load("frontier.json")
     families = {"RegionE": "RegionE", **result["families"]}
     # The first of a name: RegionE's run repeats plain rows in bfloat16.
     named = {row["contender"]: row for row, _ in reversed(frontier_rows())}
@@ -68,9 +69,11 @@ def frontier() -> Any:
     return figure
 
 
-_STARS = ("balanced", "fast")
+_STARS = ("balanced", FORMER_FAST)
 _OURS = (*_STARS, "FirstBlockCache", "ReferenceCache", "0.1.0's presets")
-_MARKS = {"balanced": "*", "fast": "*", "para-attn": "s", "MagCache": "D", "0.1.0's presets": "x"}
+_MARKS = {
+    "balanced": "*", FORMER_FAST: "*", "para-attn": "s", "MagCache": "D", "0.1.0's presets": "x",
+}  # fmt: skip
 
 
 def main() -> None:

@@ -10,8 +10,6 @@ from regions.results import Row, load, markdown, where
 
 _RUNS = ("schedules_on_spark.json", "schedules_on_spark_2.json")
 """Two runs on the same edits and noise; each row stands beside plain rows of its own run."""
-_RENAMED = {"fast": "published statistics, 6 + 2, cap 3, 13 computed"}
-"""What the first run's `fast` is called, since the preset has changed."""
 _AGAINST = {
     "calibrated, 16 computed": "threshold 0.12, 8 + 2, cap 2, damped",
     "calibrated, 13 computed": "threshold 0.15, 6 + 2, cap 3, damped",
@@ -22,21 +20,20 @@ _AGAINST = {
 def schedules() -> str:
     """Caches and schedules on many edits, beside plain with as many steps or seconds."""
     first, second = map(load, _RUNS)
-    again = {row["name"] for row in second["rows"]} - set(_RENAMED)
+    again = {row["name"] for row in second["rows"]}
     table = []
     for result in (second, first):
         plain = {row["name"]: row for row in result["rows"]}
         for row in result["rows"]:
             if result is first and row["name"] in again:
                 continue
-            name = _RENAMED.get(row["name"], row["name"]) if result is first else row["name"]
             for what in ("as many steps", "as many seconds"):
                 if (beside := row.get(f"beside {what}")) is None:
                     continue
                 fewer = plain[f"plain, {beside['steps']} steps"]
                 table.append(
                     (
-                        name,
+                        row["name"],
                         f"{row['work']:.1f}",
                         _measure(row),
                         f"{beside['steps']}, {what}",

@@ -81,7 +81,7 @@ Measured on an H100, random weights, with all 12 skipped: 2.31 times as fast as 
 work of 16.2 steps. `faithful` with 17 steps is 2.21 times as fast.
 
 Measured on Spark, the small model in the package, on 256 edits: 48.8 dB to the pictures of all
-steps, 31.9 at worst. Plain with 17 steps, as much work: 42.5, 19.6 at worst; the difference is 6.3
+steps, 32.1 at worst. Plain with 17 steps, as much work: 42.5, 19.6 at worst; the difference is 6.3
 [5.8, 6.9] dB. In 19 edits plain is nearer, once by 15 dB.
 
 Evidence from the real model, by others: cache-dit's F1B0 at these limits, holding the last value
@@ -106,10 +106,10 @@ and at most 2 skipped in a row.
 Measured on an H100, random weights, with all 14 skipped: 2.60 times as fast as eager. That is the
 work of 14.2 steps. `faithful` with 15 steps is 2.49 times as fast.
 
-Measured on Spark on 256 edits: 43.8 dB to the pictures of all steps, 20.0 at worst. Plain with 15
-steps, as much work there: 40.4, 19.6 at worst; the difference is 3.4 [2.8, 3.9] dB. In 49
-edits plain is nearer, once by 12 dB. `fluxfire calibrate` found better steps for Spark: with 13
-computed steps 45.6 dB, 28.0 at worst.
+Measured on Spark on 256 edits: 46.6 dB to the pictures of all steps, 24.5 at worst. Plain with 16
+steps, as much work there: 41.1, 19.3 at worst; the difference is 5.5 [5.0, 6.1] dB. In 18 edits
+plain is nearer, once by 13 dB. `fluxfire calibrate` found better steps for Spark: with 14 computed
+47.8 dB, 28.1 at worst.
 
 Evidence from the real model, by others: cache-dit's F1B0 at 0.15 with 2 warm-up steps and at most 2
 hits in a row computed 13 of 28 steps of one FLUX.1 Kontext edit and kept 32.5 dB to the plain
