@@ -15,7 +15,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import claims
-from regions import compiling, edits, passes, realism, reference, schedules, serving, spark, steps
+from regions import (
+    compiling,
+    edits,
+    lora,
+    passes,
+    realism,
+    reference,
+    schedules,
+    serving,
+    spark,
+    steps,
+)
 
 ROOT = Path(__file__).parent.parent
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs" / "pages").glob("*/*.md")))
@@ -29,6 +40,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "article hits": lambda: edits.hits("article.json"),
     "every pass": passes.every_pass,
     "passes": lambda: edits.edits_detail("passes.json"),
+    "lora": lora.lora_speed,
     "ladder": edits.ladder,
     "phases": edits.phases,
     "main job": edits.main_job,
