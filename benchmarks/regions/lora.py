@@ -25,7 +25,7 @@ def lora_speed() -> str:
     head = ("", "a step without", "with a LoRA", *_EVENTS.values())
     return (
         f"{markdown(head, rows)}\n\nA LoRA of rank {result['rank']} on all projections, outputs "
-        f"and MLPs of the blocks. The last columns say how much longer the first edit after a change "
-        f"takes than the second, and how many graphs it compiles. Random weights of FLUX's size, "
-        f"1024 x 1024. {where(result)}."
+        f"and MLPs of the blocks. The last columns say how much longer the first edit after a "
+        f"change takes than the second, and how many graphs it compiles. Random weights of FLUX's "
+        f"size, 1024 x 1024. {where(result)}."
     )
