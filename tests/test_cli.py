@@ -110,7 +110,7 @@ def test_plan(capsys):
     _, out, err = run(capsys, "plan", "--passes", "compile,qkv-fusion")
     assert "On the command line: --passes qkv-fusion,compile" in err
     _, out, _ = run(capsys, "plan", "--preset", "fast")
-    own = "threshold=0.15, warmup_steps=6, max_consecutive_hits=3, schedule=(Schedule(20, "
+    own = "threshold=0.15, warmup_steps=6, schedule=(Schedule(20, "
     assert f"settings: FirstBlockCache({own}" in out
 
 

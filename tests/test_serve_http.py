@@ -339,6 +339,7 @@ def raw(client, head):
             b"Content-Type: application/json\r\nExpect: 100-continue\r\nContent-Length: 99999999",
             b" 413 ",
         ),
+        (b"Content-Length: 5\r\nTransfer-Encoding: chunked", b" 400 "),
     ],
 )
 def test_a_refused_body_is_not_read_on(client, head, status):
@@ -411,6 +412,30 @@ def test_jobs_are_counted_as_other_edits_are(client):
     with client.stream("GET", f"/jobs/{job['id']}/events") as stream:
         stream.read()
     assert computed() == before + 3
+
+
+def test_an_idempotent_edit_is_made_once(client):
+    def made():
+        return re.findall(r'fluxfire_edits_total{key="",outcome="done"} (.*)', text())
+
+    def text():
+        return client.get("/metrics").text
+
+    sent = body(seed=None)
+    headers = {"Idempotency-Key": "one"}
+    first = client.post("/inference", json=sent, headers=headers).raise_for_status().json()
+    before = made()
+    again = client.post("/inference", json=sent, headers=headers)
+    assert again.json() == first
+    job = client.post("/jobs", json=sent, headers=headers).json()
+    assert (job["status"], job["result"]) == ("done", first)
+    assert made() == before
+    response = client.post("/inference", json=sent | {"steps": 3}, headers=headers)
+    problem(response, 422, "idempotency-key-reused", "came with another request before")
+    wrong = {"prompt": "x", "image": "aGVsbG8="}
+    for _ in range(2):
+        response = client.post("/inference", json=wrong, headers={"Idempotency-Key": "two"})
+        problem(response, 415, "image-format-unsupported", "neither PNG nor JPEG nor WebP")
 
 
 def test_a_job_can_be_cancelled_and_a_failed_one_says_why(client, held):
@@ -525,7 +550,10 @@ def test_keys_storage_and_a_deadline(tmp_path, held):
     (ann, of_ann), (bob, of_bob) = new_key("ann"), new_key("bob")
     keys = tmp_path / "keys"
     keys.write_text(f"{of_ann}\n{of_bob}\n")
-    with running(keys_file=keys, passes="none", storage=str(tmp_path / "made")) as client:
+    outside = "https://example.org/edit/"
+    with running(
+        keys_file=keys, passes="none", storage=str(tmp_path / "made"), public_url=outside
+    ) as client:
         assert client.get("/health").status_code == 200
         assert client.get("/").status_code == 200
         for headers, code, said in (
@@ -544,8 +572,11 @@ def test_keys_storage_and_a_deadline(tmp_path, held):
         assert client.post("/inference", files=text).status_code == 200
         (image,) = edit(client)["images"]
         assert image["data_url"] is None
-        assert client.get(image["url"]).content[:4] == b"\x89PNG"
-        link = image["url"]
+        assert image["url"].startswith("https://example.org/edit/files/")
+        link = image["url"].removeprefix("https://example.org/edit")
+        assert client.get(link).content[:4] == b"\x89PNG"
+        counted = client.get("/metrics").text
+        assert 'fluxfire_edits_total{key="ann",outcome="done"} 2.0' in counted
         wrong = link[:-1] + ("0" if link[-1] != "0" else "1")
         problem(client.get(wrong), 403, "link-invalid", "")
         response = client.post("/inference", json=body(quality="fast"))
@@ -632,6 +663,33 @@ def ended(process):
     _, said = process.communicate(timeout=PATIENCE)
     assert "Traceback" not in said
     return said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_a_job_survives_a_restart(tmp_path, held, how):
+    options = ["--jobs-file", str(tmp_path / "jobs"), "--drain", "1"]
+    with command(*options) as (process, url), held(worker_of(process)):
+        first, second = (
+            httpx.post(f"{url}/jobs", json=body(seed=seed, steps=1), timeout=PATIENCE).json()["id"]
+            for seed in (1, 2)
+        )
+        until(
+            lambda: (
+                httpx.get(f"{url}/jobs/{first}", timeout=PATIENCE).json()["status"] == "running"
+            ),
+            "it is with the worker",
+        )
+        process.send_signal(how)
+        process.wait(PATIENCE)
+    with command(*options) as (process, url):
+
+        def shown(name):
+            return httpx.get(f"{url}/jobs/{name}", timeout=PATIENCE).json()
+
+        for name, seed in ((first, 1), (second, 2)):
+            until(lambda name=name: shown(name)["status"] == "done", "it is made after all")
+            assert shown(name)["result"]["seed"] == seed
 
 
 def test_told_to_stop_it_answers_what_it_has_begun(held):

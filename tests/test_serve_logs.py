@@ -11,10 +11,18 @@ import pytest
 pytest.importorskip("fastapi")
 
 from fluxfire.serve import logs
-from fluxfire.serve.logs import RequestLogMiddleware, request_id
+from fluxfire.serve.logs import RequestLogMiddleware, request_id, trace_id
 
 
-def ask(path="/files/a.png", query=b"signature=secret", sent_id=None, fails=False):
+def ask(
+    path="/files/a.png",
+    *,
+    query=b"signature=secret",
+    sent_id=None,
+    fails=False,
+    trace=None,
+    on_end=lambda route, status: None,
+):
     """Send a request through the middleware; return the id in the response."""
     seen = []
 
@@ -28,9 +36,11 @@ def ask(path="/files/a.png", query=b"signature=secret", sent_id=None, fails=Fals
         seen.append(dict(message["headers"])[b"x-request-id"].decode())
 
     headers = [] if sent_id is None else [(b"x-request-id", sent_id)]
+    if trace is not None:
+        headers.append((b"traceparent", trace))
     scope = {"type": "http", "method": "GET", "path": path, "query_string": query}
-    asyncio.run(RequestLogMiddleware(app)({**scope, "headers": headers}, None, send))
-    assert request_id.get() is None
+    asyncio.run(RequestLogMiddleware(app, on_end)({**scope, "headers": headers}, None, send))
+    assert (request_id.get(), trace_id.get()) == (None, None)
     return seen[0]
 
 
@@ -91,3 +101,33 @@ def test_lines_are_one_line_of_json_with_a_traceback(lines):
     assert "ValueError" in told["traceback"]
     assert "\n" in told["traceback"]
     assert told["request"] is None
+
+
+TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+
+
+@pytest.mark.parametrize("formatter", [logs.JsonFormatter, logs.TextFormatter])
+def test_a_clients_trace_is_in_its_lines(lines, formatter):
+    made = lines(formatter)
+    ask(sent_id=b"a", trace=f"00-{TRACE}-00f067aa0ba902b7-01".encode())
+    assert len(made) == 2
+    for line in made:
+        if formatter is logs.JsonFormatter:
+            assert json.loads(line)["trace"] == TRACE
+        else:
+            assert line.split()[2] == f"a/{TRACE}"
+
+
+def test_odd_traces_are_left_out(lines):
+    made = lines(logs.JsonFormatter)
+    for odd in (b"", b"00-xyz-00f067aa0ba902b7-01", TRACE.encode(), b"\xff" * 55):
+        ask(trace=odd)
+    assert {json.loads(line)["trace"] for line in made} == {None}
+
+
+def test_each_end_is_reported_with_its_status():
+    ends = []
+    ask("/health", on_end=lambda *end: ends.append(end))
+    with pytest.raises(OSError, match="broken"):
+        ask(fails=True, on_end=lambda *end: ends.append(end))
+    assert ends == [("other", 418), ("other", 500)]

@@ -228,3 +228,24 @@ def test_what_is_raised_in_a_step_ends_the_run_and_leaves_nothing(editor):
     (after,) = edit(editor, ask(0, level="faithful", steps=2))
     (again,) = edit(editor, ask(0, level="faithful", steps=2))
     assert np.array_equal(pixels(after), pixels(again))
+
+
+def test_words_that_clip_cuts_are_told_and_not_logged(caplog):
+    pipe = spark.load(device="cpu", dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    passes = ()
+    fluxfire.optimize(pipe, passes)
+    editor = PipelineEditor(pipe, passes, "spark")
+    words = "make the background purple " * 30
+    long, short = (
+        PipelineRequest(prompt=text, steps=1, true_cfg_scale=2.0, negative_prompt=negative)
+        for text, negative in ((words, words), ("make the background purple", "red"))
+    )
+    made = editor.edit({1: long, 2: short}, 2, lambda *_: None)
+    assert made[2].warnings == ()
+    first, second = made[1].warnings
+    most = pipe.tokenizer_max_length
+    n = len(pipe.tokenizer(words).input_ids)
+    assert f"the prompt has {n} tokens, and CLIP reads the first {most} of them" in first
+    assert second.startswith("the negative_prompt has")
+    assert "purple" not in first + second + caplog.text

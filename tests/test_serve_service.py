@@ -130,7 +130,9 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
 
     async def story():
         settings = Settings(request_seconds=300)
-        service = Service(settings, Engine(), None, on_failure=failures.append)
+        service = Service(
+            settings, Engine(), None, on_failure=lambda code, owner: failures.append(code)
+        )
         editing = asyncio.create_task(edit(service))
         ticket = await submitted(service)
         assert watched[0]() is not None

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import sys
 from pathlib import Path
 
+from fluxfire.cli import catalog, serve_options
 from fluxfire.cli.console import note, say, usage_errors
-from fluxfire.cli.options import Commands, add_command, add_model, add_passes
-from fluxfire.cli.values import port, positive_number, size
+from fluxfire.cli.options import Commands, add_check, add_command
 from fluxfire.errors import FluxfireError
-from fluxfire.serve.settings import Settings
+from fluxfire.loading import SPARK, model_folder
+from fluxfire.planning import recipes
 from fluxfire.text import extra_hint
 
 
@@ -22,55 +22,8 @@ def add(commands: Commands) -> None:
         commands, "serve", serve, "run an HTTP editing service, with a page to try it on",
         example="fluxfire serve --model black-forest-labs/FLUX.1-Kontext-dev",
     )  # fmt: skip
-    add_model(parser)
-    add_passes(parser, default="faithful; a request may ask for balanced or fast")
-    parser.add_argument(
-        "--host", default=Settings.host, help="address to listen on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--port", type=port, default=Settings.port,
-        help="port to listen on; 0 for any free port (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--keys", type=Path, metavar="FILE",
-        help="file of API keys (required unless --host is a loopback address)",
-    )  # fmt: skip
-    parser.add_argument("--new-key", metavar="NAME", help="make an API key, print it, and exit")
-    parser.add_argument(
-        "--image-host", action="append", default=[], metavar="HOST",
-        help="host that a request's image_url may name, such as *.example.org (repeatable)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--origin", action="append", default=[], metavar="URL",
-        help="allowed CORS origin (repeatable)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--storage", metavar="PLACE",
-        help="store results in a folder or in s3://bucket/prefix?endpoint=…, and answer with "
-        "links (FLUXFIRE_SECRET in the environment signs a folder's links)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-queue", type=positive_number, default=Settings.max_queue, metavar="N",
-        help="most requests that may wait (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--max-batch", type=positive_number, metavar="N",
-        help="most pictures to make at once (default: 4 with a small model, else 1)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--drain", type=positive_number, default=Settings.drain_seconds, metavar="SECONDS",
-        help="seconds to finish requests on shutdown (default: %(default)g)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--log-format",
-        choices=("text", "json"),
-        default=Settings.log_format,
-        help="how a line of the log is written (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--warm-up", type=size, action="append", metavar="WIDTHxHEIGHT",
-        help="size to run before the service is ready (repeatable)",
-    )  # fmt: skip
+    serve_options.add(parser)
+    add_check(parser, _check_arguments)
 
 
 def serve(arguments: argparse.Namespace) -> int:
@@ -81,6 +34,7 @@ def serve(arguments: argparse.Namespace) -> int:
     try:
         from fluxfire.serve import create_app
         from fluxfire.serve.server import Server, bind_socket
+        from fluxfire.serve.sources import read_settings
         from fluxfire.serve.wire import Facts
     except ImportError as error:
         raise FluxfireError(f"{error.name} is missing: {extra_hint('serve')}") from error
@@ -99,7 +53,8 @@ def serve(arguments: argparse.Namespace) -> int:
             note(text)
 
     with usage_errors():
-        settings = _settings(arguments)
+        settings = read_settings(serve_options.given(arguments), arguments.config)
+        _check_names(settings.model, settings.preset, settings.passes)
         app = create_app(settings, on_ready=announce, on_trouble=end)
     server = Server(app, settings.drain_seconds)
     with bind_socket(settings) as listener:
@@ -112,6 +67,24 @@ def serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    """Check the names on the command line, before the service's own libraries are needed."""
+    given = serve_options.given(arguments)
+    with usage_errors():
+        _check_names(given.get("model", SPARK), given.get("preset"), given.get("passes"))
+
+
+def _check_names(model: str, preset: str | None, passes: str | None) -> None:
+    """Refuse names that mean nothing, before anything is loaded."""
+    model_folder(model)
+    if passes is not None:
+        catalog.check_passes(passes)
+    elif preset is not None and preset.endswith(".json"):
+        recipes.read_entries(Path(preset))
+    elif preset is not None:
+        catalog.check_preset(preset)
+
+
 def _print_new_key(name: str) -> None:
     from fluxfire.serve.keys import new_key
 
@@ -121,23 +94,3 @@ def _print_new_key(name: str) -> None:
     note(f"the key (fluxfire will not show it again): {key}")
     if sys.stdout.isatty():
         note("append the line above to the file that --keys names")
-
-
-def _settings(arguments: argparse.Namespace) -> Settings:
-    return Settings(
-        model=arguments.model,
-        preset=arguments.preset,
-        passes=arguments.passes,
-        host=arguments.host,
-        port=arguments.port,
-        keys_file=arguments.keys,
-        image_hosts=tuple(arguments.image_host),
-        origins=tuple(arguments.origin),
-        storage=arguments.storage,
-        secret=os.environ.get("FLUXFIRE_SECRET"),
-        max_queue=arguments.max_queue,
-        max_batch=arguments.max_batch,
-        drain_seconds=arguments.drain,
-        log_format=arguments.log_format,
-        warm_up=tuple(arguments.warm_up) if arguments.warm_up else None,
-    )

@@ -8,62 +8,41 @@ import logging
 import secrets
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Annotated, TypeVar
+from urllib.parse import urlsplit
 
-from fastapi import Depends, FastAPI, Request, Response
-from fastapi.responses import FileResponse, StreamingResponse
-from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import FastAPI, Response
+from fastapi.responses import FileResponse
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 import fluxfire
+from fluxfire.errors import FluxfireError
+from fluxfire.loading import model_folder
+from fluxfire.serve.authentication import Owner
+from fluxfire.serve.edit_routes import add_edit_routes
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.fetching import read_allow_list
+from fluxfire.serve.job_store import JobStore
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.keys import Keys
 from fluxfire.serve.logs import RequestLogMiddleware
 from fluxfire.serve.loopback_only import LoopbackOnlyMiddleware
 from fluxfire.serve.max_body_size import MaxBodySizeMiddleware
-from fluxfire.serve.metrics import Metrics, MetricsMiddleware
+from fluxfire.serve.metrics import Metrics
 from fluxfire.serve.problems import add_handlers, problems
-from fluxfire.serve.request_body import SentRequest, race, read_request, wait_for_disconnect
-from fluxfire.serve.schema import (
-    About,
-    EditAnswer,
-    EditRequest,
-    Health,
-    JobAnswer,
-    Quality,
-    form_schema,
-)
+from fluxfire.serve.schema import About, Health, Quality
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
-from fluxfire.serve.storage import LocalStorage, Storage, StorageError, open_storage
+from fluxfire.serve.storage import LocalStorage, Storage, StorageError, fresh_name, open_storage
+from fluxfire.serve.webhooks import Webhooks, read_secret
 from fluxfire.serve.wire import STEPS, Facts
 
-T = TypeVar("T")
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "page"
 _PAGE_FILES = {"style.css": "text/css", "app.js": "text/javascript", "scene.png": "image/png"}
-_CONTENT_POLICY = (
-    "default-src 'self'; img-src 'self' data: blob: https:; style-src 'self'; script-src 'self'; "
-    "connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'self'"
-)
 _SWEEP_INTERVAL = 600.0  # seconds between deletions of old pictures
-
-_bearer = HTTPBearer(auto_error=False, description="An API key, if the service needs one.")
-_header = APIKeyHeader(name="X-API-Key", auto_error=False)
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": EditRequest.model_json_schema()},
-            "multipart/form-data": {"schema": form_schema()},
-        },
-    }
-}
 
 
 def create_app(
@@ -80,10 +59,13 @@ def create_app(
         on_trouble: callback with the reason, if no worker can load the pipeline.
 
     Raises:
-        FluxfireError: the keys, the allow-list or the storage cannot be used.
+        FluxfireError: the model, the keys, an allow-list, the storage, the file of jobs or the
+            webhooks' secret cannot be used.
     """
+    model_folder(settings.model)
     keys = Keys.read(settings.keys_file) if settings.keys_file else None
-    read_allow_list(settings.image_hosts)
+    for hosts in (settings.image_hosts, settings.webhook_hosts):
+        read_allow_list(hosts)
     storage = None
     if settings.storage is not None:
         storage = open_storage(
@@ -93,32 +75,52 @@ def create_app(
             link_seconds=settings.link_seconds,
         )
         storage.check()
+    if settings.webhook_secret is not None:
+        read_secret(settings.webhook_secret)
+    if settings.jobs_file is not None:
+        JobStore(settings.jobs_file).close()
     metrics = Metrics()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        store = JobStore(settings.jobs_file)
         engine = Engine(
             settings,
             on_batch=metrics.count_batch,
             on_ready=on_ready,
             on_restart=metrics.count_restart,
             on_trouble=on_trouble,
+            queue_of=lambda owner: (
+                (keys and keys.limits(owner).max_queue) or settings.queue_per_key
+            ),
         )
         engine.start()
         service = Service(settings, engine, storage, metrics.count_edit, metrics.count_failure)
-        app.state.engine, app.state.service, app.state.jobs = engine, service, Jobs(service)
-        sweeper = asyncio.create_task(_sweep(storage)) if storage else None
+        webhooks = Webhooks(settings, store, on_end=metrics.count_webhook)
+        jobs = Jobs(service, store, webhooks, keys)
+        app.state.engine, app.state.service, app.state.jobs = engine, service, jobs
+        background = [
+            asyncio.create_task(task)
+            for task in (
+                _sweep(storage, jobs, metrics),
+                jobs.resume(),
+                jobs.suspend(),
+                webhooks.run(jobs.webhook_body),
+            )
+        ]
         try:
             yield
             await engine.drain(settings.drain_seconds)
         finally:
-            if sweeper is not None:
-                sweeper.cancel()
-            await app.state.jobs.close()
+            for task in background:
+                task.cancel()
+            await jobs.close()
             service.close()
             engine.close()
             # A process that ended leaves nobody to kill a worker that hangs.
             await engine.until_worker_ended()
+            await asyncio.gather(*background, return_exceptions=True)
+            store.close()
 
     app = FastAPIOffline(  # so that /docs works without internet access
         redoc_url=None,
@@ -128,8 +130,12 @@ def create_app(
         summary="Edits pictures by instruction.",
         lifespan=lifespan,
     )
+    # Behind a proxy that strips a prefix, /docs needs it to find the description.
+    app.root_path = urlsplit(settings.public_url or "").path.rstrip("/")
     app.state.settings, app.state.keys = settings, keys
     app.state.metrics, app.state.storage = metrics, storage
+    app.state.content_policy = _content_policy(storage)
+    add_edit_routes(app)
     _add_routes(app)
     add_handlers(app)
     app.add_middleware(MaxBodySizeMiddleware, most=_largest_body(settings))
@@ -138,114 +144,22 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(settings.origins),
             allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["Authorization", "Content-Type", "X-API-Key"],
+            allow_headers=["Authorization", "Content-Type", "Idempotency-Key", "X-API-Key"],
         )
     if keys is None:
         app.add_middleware(LoopbackOnlyMiddleware, host=settings.host, origins=settings.origins)
-    app.add_middleware(MetricsMiddleware, metrics=metrics)
-    app.add_middleware(RequestLogMiddleware)
+    app.add_middleware(RequestLogMiddleware, on_end=metrics.count_response)
     return app
 
 
-async def key_owner(
-    request: Request,
-    bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
-    header: Annotated[str | None, Depends(_header)],
-) -> str | None:
-    """Return the name of the request's key; None if the service has no keys.
-
-    Raises:
-        RefusedError: the service has keys, and the request has none or a wrong one.
-    """
-    keys: Keys | None = request.app.state.keys
-    if keys is None:
-        return None
-    key = bearer.credentials if bearer else header or ""
-    name = keys.owner(key)
-    if name is None and key:
-        raise RefusedError("this key is unknown", status=401, code="key-unknown")
-    if name is None:
-        raise RefusedError(
-            "this service needs a key: send it as Authorization: Bearer KEY, or X-API-Key",
-            status=401,
-            code="key-wanted",
-        )
-    return name
-
-
-Owner = Annotated[str | None, Depends(key_owner)]
-
-
-def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
+def _add_routes(app: FastAPI) -> None:
     settings: Settings = app.state.settings
 
     def engine() -> Engine:
         running: Engine = app.state.engine
         return running
 
-    async def sent(request: Request) -> SentRequest:
-        body = read_request(request, settings.request_seconds)
-        return await race(body, engine().until_stopping())
-
-    @app.post(
-        "/inference",
-        response_model=EditAnswer,
-        openapi_extra=_BODY,
-        responses=problems(401, 408, 413, 415, 422, 424, 429, 503, 504, 507),
-        summary="Edit a picture, and wait for the result",
-    )
-    async def inference(request: Request, owner: Owner) -> Response:
-        edited = app.state.service.edit(await sent(request), owner=owner)
-        return await _json(
-            await race(edited, wait_for_disconnect(request), engine().until_closed())
-        )
-
-    @app.post(
-        "/jobs",
-        response_model=JobAnswer,
-        status_code=202,
-        openapi_extra=_BODY,
-        responses=problems(401, 408, 413, 415, 422, 429, 503, 507),
-        summary="Begin an edit",
-    )
-    async def begin_job(request: Request, owner: Owner) -> JobAnswer:
-        job = app.state.jobs.begin(await sent(request), owner)
-        shown: JobAnswer = job.shown(engine())
-        return shown
-
-    known = problems(401, 404, 422)
-
-    @app.get("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="See a job")
-    async def see_job(job_id: str, owner: Owner) -> Response:
-        return await _json(app.state.jobs.find(job_id, owner).shown(engine()))
-
-    @app.delete("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="Cancel a job")
-    async def cancel_job(job_id: str, owner: Owner) -> JobAnswer:
-        job = app.state.jobs.find(job_id, owner)
-        await app.state.jobs.cancel(job)
-        shown: JobAnswer = job.shown(engine())
-        return shown
-
-    @app.get(
-        "/jobs/{job_id}/events",
-        responses=known,
-        response_class=StreamingResponse,
-        summary="Follow a job by server-sent events",
-    )
-    async def follow_job(job_id: str, owner: Owner) -> StreamingResponse:
-        job = app.state.jobs.find(job_id, owner)
-
-        async def events() -> AsyncIterator[str]:
-            async for shown in app.state.jobs.watch(job):
-                if shown is None:
-                    yield ": still here\n\n"  # else a proxy would close a silent connection
-                    continue
-                text = await asyncio.to_thread(shown.model_dump_json)
-                yield f"event: {shown.status}\ndata: {text}\n\n"
-
-        quiet = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(), media_type="text/event-stream", headers=quiet)
-
+    @app.head("/files/{name}", include_in_schema=False)
     @app.get(
         "/files/{name}",
         responses=problems(404, 410, 422, 503),
@@ -257,8 +171,16 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
             raise RefusedError(
                 "this service stores no pictures in a folder", status=404, code="file-gone"
             )
-        data, kind = await asyncio.to_thread(storage.read, name, expires, signature)
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private"}
+        try:
+            data, kind = await asyncio.to_thread(storage.read, name, expires, signature)
+        except StorageError:
+            app.state.metrics.count_store_failure("read")
+            raise
+        headers = {
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "private",
+            "Content-Disposition": f'inline; filename="{name}"',
+        }
         return Response(data, media_type=kind, headers=headers)
 
     @app.get("/about", response_model=About, responses=problems(401), summary="The service")
@@ -324,7 +246,10 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
     @app.head("/", include_in_schema=False)
     @app.get("/", include_in_schema=False)
     async def page() -> FileResponse:
-        headers = {"Content-Security-Policy": _CONTENT_POLICY, "X-Content-Type-Options": "nosniff"}
+        headers = {
+            "Content-Security-Policy": app.state.content_policy,
+            "X-Content-Type-Options": "nosniff",
+        }
         return FileResponse(_PAGE / "index.html", media_type="text/html", headers=headers)
 
     @app.get("/page/{name}", include_in_schema=False)
@@ -334,20 +259,17 @@ def _add_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
         return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name])
 
 
-async def _json(answer: EditAnswer | JobAnswer) -> Response:
-    """Serialize an answer in a thread, because its pictures may have megabytes."""
-    text = await asyncio.to_thread(answer.model_dump_json)
-    return Response(text, media_type="application/json")
-
-
-async def _sweep(storage: Storage) -> None:
-    """Delete old pictures every ten minutes."""
+async def _sweep(storage: Storage | None, jobs: Jobs, metrics: Metrics) -> None:
+    """Delete old pictures and jobs every ten minutes."""
     while True:
+        with contextlib.suppress(FluxfireError):  # the next request tells and logs it
+            await jobs.forget_old()
         try:
-            deleted = await asyncio.to_thread(storage.sweep)
+            deleted = await asyncio.to_thread(storage.sweep) if storage else 0
             if deleted:
                 _log.info("deleted %d stored pictures", deleted)
         except StorageError as error:
+            metrics.count_store_failure("sweep")
             _log.warning("%s", error)
         await asyncio.sleep(_SWEEP_INTERVAL)
 
@@ -355,3 +277,14 @@ async def _sweep(storage: Storage) -> None:
 def _largest_body(settings: Settings) -> int:
     """Return the size limit of a body in bytes: a picture in base64, and 1 MiB of other fields."""
     return 4 * -(-settings.max_bytes // 3) + 2**20
+
+
+def _content_policy(storage: Storage | None) -> str:
+    """Return what the page may load: its own files, and pictures from the store's address."""
+    parts = urlsplit(storage.url(fresh_name("PNG"))) if storage else urlsplit("")
+    store = f" {parts.scheme}://{parts.netloc}" if parts.netloc else ""
+    return (
+        f"default-src 'self'; img-src 'self' data: blob: https:{store}; style-src 'self'; "
+        f"script-src 'self'; connect-src 'self'{store}; frame-ancestors 'none'; base-uri 'none'; "
+        f"form-action 'self'"
+    )

@@ -121,6 +121,27 @@ def decode(data: bytes, *, max_pixels: int) -> Image.Image:
     return picture if turn is None else picture.transpose(turn)
 
 
+def pixels_of(data: bytes, *, max_pixels: int) -> int:
+    """Read from a file's header how many pixels its picture has.
+
+    Args:
+        data: the whole file.
+        max_pixels: the most pixels that the picture may have.
+
+    Raises:
+        PictureRefusedError: for the reasons of `decode` that show in the header.
+    """
+    try:
+        if _is_webp(data):
+            size = _webp_size(data)  # opening it would allocate memory for all pixels
+            _check_size(size, max_pixels)
+        else:
+            size = _open_within_limits(data, max_pixels).size
+    except _DAMAGE_ERRORS as error:
+        raise _damaged_error(str(error)) from None
+    return size[0] * size[1]
+
+
 def scale_down(picture: Image.Image, pixels: int = KEPT_PIXELS) -> Image.Image:
     """Scale a picture down to a number of pixels if it has more, and keep its aspect ratio.
 
@@ -217,7 +238,7 @@ def _open_within_limits(data: bytes, max_pixels: int) -> Image.Image:
         if scans > MOST_SCANS:
             raise _too_many_scans_error(scans)
         file = _JpegFile(io.BytesIO(data))
-    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+    elif _is_webp(data):
         # Pillow's decoder allocates memory for all pixels in its constructor.
         _check_size(_webp_size(data), max_pixels)
         file = WebPImageFile(io.BytesIO(data))
@@ -231,6 +252,10 @@ def _open_within_limits(data: bytes, max_pixels: int) -> Image.Image:
     if scans > 1 and scans * file.width * file.height > MOST_SCANNED:
         raise _too_many_scans_error(scans)
     return file
+
+
+def _is_webp(data: bytes) -> bool:
+    return data.startswith(b"RIFF") and data[8:12] == b"WEBP"
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

@@ -12,18 +12,18 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Literal, Never
 
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.fair_turns import FairTurns
 from fluxfire.serve.logs import request_id
-from fluxfire.serve.pace import Pace
+from fluxfire.serve.places import Places
 from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.settings import Settings
+from fluxfire.serve.tickets import QueueSlot, Ticket
+from fluxfire.serve.watchdog import Watchdog
 from fluxfire.serve.wire import (
-    HEARTBEAT,
     Alive,
     Batch,
     Cancel,
@@ -43,68 +43,8 @@ _log = logging.getLogger(__name__)
 _MOST_FAILED_STARTS = 3
 _LONGEST_PAUSE = 30.0
 _USUAL_SECONDS = 5.0  # assumed for an edit until the first one is measured
-_LONGEST_SILENCE = 5 * HEARTBEAT  # of a process that runs
 State = Literal["starting", "ready", "stalled", "draining", "failed"]
 _STATUS = {"out-of-memory": 507, "edit-refused": 422, "edit-failed": 500}
-
-
-@dataclass(eq=False)
-class Ticket:
-    """A request in the queue or with the worker.
-
-    Attributes:
-        number: unique number of the ticket, counted up.
-        request: the request to the pipeline.
-        done: future of the result, or of the error.
-        owner: name of the key that sent it; None without keys.
-        request_id: the id that the log has of it.
-        began: loop time of the last send to the worker; None before the first.
-        inference: seconds that the pipeline took for the batch.
-        step: number of denoising steps done.
-        steps: total number of denoising steps.
-        tries: how many times the engine sent the request to the worker.
-        changed: event that `notify` sets and replaces whenever the ticket changes.
-    """
-
-    number: int
-    request: PipelineRequest
-    done: asyncio.Future[Result]
-    owner: str | None = None
-    request_id: str | None = None
-    began: float | None = None
-    inference: float = 0.0
-    step: int = 0
-    steps: int = 0
-    tries: int = 0
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def notify(self) -> None:
-        """Wake every task that waits for a change."""
-        self.changed.set()
-        self.changed = asyncio.Event()
-
-    @property
-    def alone(self) -> bool:
-        """Whether it must run in a batch of its own, because its first batch failed."""
-        return self.tries > 0
-
-    @property
-    def cost(self) -> int:
-        """The work that it asks for: denoising steps of single pictures."""
-        return self.request.steps * len(self.request.seeds)
-
-
-@dataclass(eq=False)
-class QueueSlot:
-    """A reserved queue slot, held until the response is sent.
-
-    Attributes:
-        owner: name of the key that sent the request; None without keys.
-        early: whether the request has no ticket yet, because its picture is still being read.
-    """
-
-    owner: str | None = None
-    early: bool = True
 
 
 class Engine:
@@ -113,6 +53,7 @@ class Engine:
     Attributes:
         facts: the worker's description of its pipeline; None until the first worker is ready.
         trouble: why no worker can run; None while one can.
+        gpu_bytes: the worker's last count of the GPU's memory, by kind; empty without a GPU.
     """
 
     def __init__(
@@ -123,6 +64,7 @@ class Engine:
         on_ready: Callable[[Facts], None] = lambda facts: None,  # noqa: ARG005
         on_restart: Callable[[], None] = lambda: None,
         on_trouble: Callable[[str], None] = lambda why: None,  # noqa: ARG005
+        queue_of: Callable[[str], int] | None = None,
     ) -> None:
         """Create an engine. It does nothing before `start`.
 
@@ -132,18 +74,20 @@ class Engine:
             on_ready: callback with the pipeline's facts, whenever a worker has loaded it.
             on_restart: callback after each death of a worker.
             on_trouble: callback with the reason, if the engine cannot start a worker.
+            queue_of: most requests of a key in the queue, by the key's name; None for the
+                settings' own limit.
         """
         self.facts: Facts | None = None
         self.trouble: str | None = None
+        self.gpu_bytes: Mapping[str, int] = {}
         self._on_batch, self._on_ready = on_batch, on_ready
         self._on_restart, self._on_trouble = on_restart, on_trouble
         self._settings = settings
         self._waiting: deque[Ticket] = deque()
         self._turns = FairTurns()
-        self._pace = Pace()
-        self._loop: asyncio.AbstractEventLoop  # set by `start`
-        self._heard = 0.0  # loop time of the worker's last message
-        self._slots: set[QueueSlot] = set()
+        self._watchdog = Watchdog(
+            settings.hang_seconds, lambda: list(self._running.values()), self._kill_worker
+        )
         self._running: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._seconds: deque[float] = deque(maxlen=20)
@@ -152,10 +96,9 @@ class Engine:
         self._failed_starts = 0
         self._stopping = asyncio.Event()
         self._closed = asyncio.Event()
-        self._all_answered = asyncio.Event()
-        self._all_answered.set()
+        most_of = queue_of or (lambda owner: settings.queue_per_key)  # noqa: ARG005
+        self._places = Places(settings.max_queue, most_of)
         self._restart: asyncio.TimerHandle | None = None
-        self._watchdog: asyncio.TimerHandle | None = None
         self._ending: list[WorkerProcess] = []
 
     @property
@@ -171,7 +114,7 @@ class Engine:
             return "draining"
         if not self._ready:
             return "starting"
-        return "stalled" if self._stalled(self._loop.time()) else "ready"
+        return "stalled" if self._watchdog.stalled else "ready"
 
     @property
     def waiting(self) -> int:
@@ -186,7 +129,7 @@ class Engine:
     def start(self) -> None:
         """Start a worker process, which then loads the pipeline."""
         self._restart = None
-        loop = self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
 
         def on_message(message: FromWorker | None) -> None:
             loop.call_soon_threadsafe(self._on_message, worker, message)
@@ -198,12 +141,16 @@ class Engine:
             _log.exception("the worker cannot be started")
             self._on_worker_death()
 
-    def reserve(self, level: Level | None, owner: str | None = None) -> QueueSlot:
+    def reserve(
+        self, level: Level | None, owner: str | None = None, *, accepted: bool = False
+    ) -> QueueSlot:
         """Reserve a queue slot before reading the request's picture.
 
         Args:
             level: the requested quality; None for the service's own.
             owner: name of the key that sent the request; None without keys.
+            accepted: whether the service took the request before it was restarted, so that a full
+                queue does not refuse it.
 
         Returns:
             The slot for `submit`. Pass it to `release` after the response is sent; `drain` waits
@@ -217,34 +164,14 @@ class Engine:
             raise _no_pipeline_error(self.trouble)
         if self._stopping.is_set():
             raise _stopping_error()
-        # An idle worker takes the next request at once, so that request needs no room.
-        room = self._settings.max_queue + (1 if self._ready and not self._running else 0)
-        waiting = len(self._waiting) + sum(slot.early for slot in self._slots)
-        if waiting >= room:
-            raise RefusedError(
-                f"{waiting} requests wait already; try again later", status=429, code="queue-full"
-            )
-        if owner is not None:
-            own = sum(t.owner == owner for t in self._waiting)
-            own += sum(slot.early and slot.owner == owner for slot in self._slots)
-            if own >= self._settings.queue_per_key:
-                raise RefusedError(
-                    f"{own} requests of your key wait already, as many as a key may have; try "
-                    f"again later",
-                    status=429,
-                    code="queue-full",
-                )
         self._check_level(level)
-        slot = QueueSlot(owner)
-        self._slots.add(slot)
-        self._all_answered.clear()
-        return slot
+        # An idle worker takes the next request at once, so that request needs no room.
+        spare = 1 if self._ready and not self._running else 0
+        return self._places.take(owner, self._waiting, spare, accepted=accepted)
 
     def release(self, slot: QueueSlot) -> None:
         """Give a slot back. A second call does nothing."""
-        self._slots.discard(slot)
-        if not self._slots:
-            self._all_answered.set()
+        self._places.release(slot)
 
     def submit(self, request: PipelineRequest, slot: QueueSlot) -> Ticket:
         """Put a request into the queue.
@@ -259,7 +186,7 @@ class Engine:
         """
         if self.trouble is not None:
             raise _no_pipeline_error(self.trouble)
-        if slot not in self._slots:
+        if slot not in self._places:
             raise _stopping_error()
         self._check_level(request.level)
         slot.early = False
@@ -289,7 +216,7 @@ class Engine:
             self._waiting.remove(ticket)
         elif ticket.number in self._running and self._worker is not None:
             self._worker.send(Cancel(ticket.number))
-            self._watch_worker()
+            self._watchdog.watch()
 
     def position(self, ticket: Ticket) -> int | None:
         """Number of requests ahead of this one in the queue; None if it is not in the queue."""
@@ -327,26 +254,25 @@ class Engine:
         self._stopping.set()
         try:
             async with asyncio.timeout(seconds):
-                await self._all_answered.wait()
+                await self._places.all_answered.wait()
         except TimeoutError:
-            _log.warning("refused %d unfinished requests after %g s", len(self._slots), seconds)
+            _log.warning("refused %d unfinished requests after %g s", len(self._places), seconds)
         self.close()
 
     def close(self) -> None:
         """Stop the worker now, and refuse all remaining requests."""
         self._stopping.set()
         self._closed.set()
-        for timer in (self._restart, self._watchdog):
-            if timer is not None:
-                timer.cancel()
+        self._watchdog.stop()
+        if self._restart is not None:
+            self._restart.cancel()
         for ticket in [*self._waiting, *self._running.values()]:
             if not ticket.done.done():
                 ticket.done.set_exception(_stopping_error())
             ticket.notify()
-        self._slots.clear()
+        self._places.clear()
         self._waiting.clear()
         self._running.clear()
-        self._all_answered.set()
         self._stop_worker()
 
     async def until_worker_ended(self) -> None:
@@ -402,9 +328,8 @@ class Engine:
         # A request that ran out of memory is retried with one picture at a time.
         at_once = 1 if first.tries > 1 else self._settings.at_once
         pictures = sum(len(t.request.seeds) for t in batch)
-        self._pace.begin((first.request.kind, pictures, at_once), now)
+        self._watchdog.begin((first.request.kind, pictures, at_once))
         self._worker.send(Batch({t.number: t.request for t in batch}, at_once))
-        self._watch_worker()
 
     def _in_order(self) -> list[Ticket]:
         """Return what waits in the order in which it is served."""
@@ -414,10 +339,11 @@ class Engine:
         """Handle a message from a worker; None means that the worker died."""
         if worker is not self._worker:
             return  # a late message from an earlier worker
-        now = self._heard = asyncio.get_running_loop().time()
+        self._watchdog.hear()
         if message is None:
             self._on_worker_death()
         elif isinstance(message, Alive):
+            self.gpu_bytes = message.gpu_bytes
             return
         elif isinstance(message, Ready):
             self.facts, self._ready = message.facts, True
@@ -425,13 +351,13 @@ class Engine:
         elif isinstance(message, CannotStart):
             self._give_up(message.message)
         elif isinstance(message, StepDone):
-            self._pace.step(now)
+            self._watchdog.step()
             for ticket in self._running.values():
                 ticket.step, ticket.steps = message.step, message.steps
                 ticket.notify()
         elif isinstance(message, Done):
             self._failed_starts = 0
-            self._pace.end(now)
+            self._watchdog.end()
             self._on_done(message.results, message.seconds)
         else:
             self._on_failure(message)
@@ -510,37 +436,9 @@ class Engine:
             ticket.notify()
         self._waiting.clear()
 
-    def _stalled(self, now: float) -> bool:
-        limit = self._pace.limit if self._running else None
-        late = limit is not None and self._pace.silence(now) > limit
-        return late or now - self._heard > _LONGEST_SILENCE
-
-    def _watch_worker(self) -> None:
-        """Start a timer that kills the worker if it hangs."""
-        if self._watchdog is None:
-            # Several looks, since a batch may be cancelled after the first.
-            seconds = self._settings.hang_seconds / 4
-            loop = asyncio.get_running_loop()
-            self._watchdog = loop.call_later(seconds, self._check_worker)
-
-    def _check_worker(self) -> None:
-        """Kill a worker whose process is silent, or whose batch is and should not be.
-
-        Only two batches should not be: one of a kind that was seen before, and one that nobody
-        waits for. Any other may compile. A kind whose steps take minutes gets minutes.
-        """
-        self._watchdog = None
-        if not self._running or self._worker is None:
-            return
-        now, most = asyncio.get_running_loop().time(), self._settings.hang_seconds
-        limit, cancelled = self._pace.limit, all(t.done.done() for t in self._running.values())
-        silent, stuck = now - self._heard, self._pace.silence(now)
-        may_compile = limit is None and not cancelled
-        if silent < most and (may_compile or stuck < max(most, limit or 0.0)):
-            self._watch_worker()
-            return
-        _log.error("the worker was silent for %.0f s: killed", max(silent, stuck))
-        self._worker.kill()  # then _on_message(None) restarts it
+    def _kill_worker(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()  # then _on_message(None) restarts it
 
     def _refuse_levels(self) -> None:
         """Refuse waiting requests whose level the loaded passes cannot give."""

@@ -11,9 +11,13 @@ class RefusedError(FluxfireError):
     Attributes:
         status: the HTTP status of the response.
         code: the reason as a short word for programs, such as "image-too-large".
+        retry_after: in how many seconds the client may try again, if that is known.
     """
 
-    def __init__(self, message: str, *, status: int, code: str) -> None:
+    def __init__(
+        self, message: str, *, status: int, code: str, retry_after: int | None = None
+    ) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.retry_after = retry_after

@@ -9,12 +9,13 @@ look-up could return another address (DNS rebinding).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import ipaddress
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import httpx
@@ -158,6 +159,74 @@ async def fetch(
     raise _failed_error(f"the image's URL redirects more than {MOST_REDIRECTS} times")
 
 
+async def post(
+    url: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    *,
+    allowed: Sequence[str],
+    seconds: float,
+    resolver: Resolver = look_up,
+    public: Callable[[Address], bool] = is_public,
+    tls: ssl.SSLContext | None = None,
+) -> int:
+    """Post a body to an allowed host, under the rules of `fetch`, but follow no redirect.
+
+    Args:
+        url: where to post.
+        body: what to post.
+        headers: further headers.
+        allowed: the allow-list, as `read_allow_list` reads it.
+        seconds: time limit for everything.
+        resolver: resolves names.
+        public: returns whether it may connect to an address.
+        tls: the trusted certificates; certifi's list by default.
+
+    Returns:
+        The status of the response.
+
+    Raises:
+        FetchRefusedError: the URL is not allowed, or its host cannot be reached.
+    """
+    parsed = check_url(url, allowed)
+    try:
+        async with asyncio.timeout(seconds):
+            addresses = await _look_up_public(parsed, resolver, public)
+            limits = httpx.Timeout(seconds, connect=seconds / len(addresses))
+            for address in addresses:
+                try:
+                    async with _exchange(
+                        "POST",
+                        parsed,
+                        address,
+                        limits=limits,
+                        tls=tls or _default_tls(),
+                        headers=headers,
+                        content=body,
+                    ) as response:
+                        return response.status_code
+                except (httpx.ConnectError, httpx.ConnectTimeout):
+                    continue
+    except TimeoutError:
+        raise _failed_error(f"the host took more than {seconds:g} seconds") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
+        raise _failed_error(f"the host failed to answer ({type(error).__name__})") from None
+    raise _failed_error("the host cannot be connected to")
+
+
+def check_url(text: str, allowed: Sequence[str]) -> httpx.URL:
+    """Parse a URL, and refuse it unless the allow-list has its host. It resolves no name.
+
+    Args:
+        text: the URL.
+        allowed: the allow-list, as `read_allow_list` reads it.
+
+    Raises:
+        FetchRefusedError: the URL is malformed or not allowed.
+    """
+    return _check_url(text, read_allow_list(allowed))
+
+
 def _read_entry(entry: str) -> Origin:
     scheme, mark, rest = entry.partition("://")
     if not mark:
@@ -243,26 +312,14 @@ async def _request(
     url: httpx.URL, addresses: list[Address], max_bytes: int, seconds: float, tls: ssl.SSLContext
 ) -> bytes | str:
     """Request the URL from the first reachable address; return the file, or a redirect's URL."""
-    timeout = httpx.Timeout(seconds, connect=seconds / len(addresses))
+    limits = httpx.Timeout(seconds, connect=seconds / len(addresses))
     host = url.raw_host.decode("ascii")
-    headers = {
-        "Host": url.netloc.decode("ascii"),
-        "Accept": "image/*",
-        "Accept-Encoding": "identity",
-        "User-Agent": f"fluxfire/{__version__}",
-    }
+    headers = {"Accept": "image/*", "Accept-Encoding": "identity"}
     for address in addresses:
-        # A new client for each request, so that no cookie goes from one host to another.
-        client = httpx.AsyncClient(verify=tls, trust_env=False, timeout=timeout)
-        # The URL has the address, so nothing resolves the name again. The Host header and TLS (SNI
-        # and the certificate check) use the name.
-        pinned = url.copy_with(host=str(address))
-        names = {"sni_hostname": host}
         try:
-            async with (
-                client,
-                client.stream("GET", pinned, headers=headers, extensions=names) as response,
-            ):
+            async with _exchange(
+                "GET", url, address, limits=limits, tls=tls, headers=headers
+            ) as response:
                 if response.status_code in _REDIRECTS:
                     return str(url.join(response.headers.get("Location", "")))
                 return await _body(response, max_bytes)
@@ -274,6 +331,33 @@ async def _request(
                 f"the image's host {host[:_QUOTED]} failed to answer ({reason})"
             ) from (None)
     raise _failed_error(f"the image's host {host[:_QUOTED]} cannot be connected to")
+
+
+@contextlib.asynccontextmanager
+async def _exchange(
+    method: str,
+    url: httpx.URL,
+    address: Address,
+    *,
+    limits: httpx.Timeout,
+    tls: ssl.SSLContext,
+    headers: Mapping[str, str],
+    content: bytes | None = None,
+) -> AsyncIterator[httpx.Response]:
+    """Send one request to one address, and yield the response."""
+    named = {"Host": url.netloc.decode("ascii"), "User-Agent": f"fluxfire/{__version__}"}
+    # The URL has the address, so nothing resolves the name again. The Host header and TLS (SNI and
+    # the certificate check) use the name.
+    pinned = url.copy_with(host=str(address))
+    names = {"sni_hostname": url.raw_host.decode("ascii")}
+    # A new client for each request, so that no cookie goes from one host to another.
+    async with (
+        httpx.AsyncClient(verify=tls, trust_env=False, timeout=limits) as client,
+        client.stream(
+            method, pinned, headers={**headers, **named}, content=content, extensions=names
+        ) as response,
+    ):
+        yield response
 
 
 async def _body(response: httpx.Response, max_bytes: int) -> bytes:

@@ -1,148 +1,208 @@
-"""Jobs: edits that run in the background, and that clients poll or watch."""
+"""Jobs: edits that run in the background, and that clients poll or watch.
+
+The database has every job; this module has the ones that run. With a database file, jobs survive a
+restart: those that waited run, and one that the worker had begun runs once more.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from fluxfire.serve.engine import Engine, QueueSlot, Ticket
+from fluxfire.errors import FluxfireError
 from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.idempotency import check_key, fingerprint_of, same_job
+from fluxfire.serve.job_store import JobStore, StoredJob
+from fluxfire.serve.keys import Keys
+from fluxfire.serve.logs import request_id
+from fluxfire.serve.quotas import Quotas
 from fluxfire.serve.request_body import SentRequest
-from fluxfire.serve.schema import EditAnswer, JobAnswer, Problem
+from fluxfire.serve.schema import EditAnswer, JobAnswer, JobRequest, Problem
 from fluxfire.serve.service import Service
 from fluxfire.serve.storage import StorageError
+from fluxfire.serve.tickets import QueueSlot, Ticket
+from fluxfire.serve.webhooks import Webhooks
 
 _log = logging.getLogger(__name__)
 _QUIET = 15.0  # seconds without a change after which `watch` yields None
+_MOST_TRIES = 2  # of a job that the service's end interrupts
+_POLL_SECONDS = 0.2
 
 
 @dataclass(eq=False)
-class Job:
-    """One job.
+class LiveJob:
+    """A job that waits or runs in this process.
 
     Attributes:
-        id: random, so that nobody can guess it.
-        owner: name of the key that began it; None without keys.
-        steps: total number of denoising steps.
-        step: number of denoising steps done; set when the job ends.
-        task: the asyncio task that runs it.
+        row: what the database has of it.
+        edit: the task that edits.
         ticket: its ticket in the engine, from submission to the end.
+        placed: event that is set when it has a ticket, or ends without one.
+        suspended: whether it is left for the next start of the service.
+        cancelled: whether a client cancelled it.
         result: the answer of a job that succeeded.
-        error: the reason why a job has no result.
-        cancelled: whether it was cancelled.
-        finished: when it ended, by the monotonic clock.
-        ended: event that is set when it ends.
+        error: the reason why it has no result, and the HTTP status of that reason.
+        ended: event that is set when the database has its end.
     """
 
-    id: str
-    owner: str | None
-    steps: int
-    step: int = 0
-    task: asyncio.Task[None] | None = None
+    row: StoredJob
+    edit: asyncio.Task[None] | None = None
     ticket: Ticket | None = None
-    result: EditAnswer | None = None
-    error: Problem | None = None
+    placed: asyncio.Event = field(default_factory=asyncio.Event)
+    suspended: bool = False
     cancelled: bool = False
-    finished: float | None = None
+    result: EditAnswer | None = None
+    error: tuple[Problem, int] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def shown(self, engine: Engine) -> JobAnswer:
-        """Return its current state as an answer."""
-        ticket = self.ticket
-        position = engine.position(ticket) if ticket and not self.ended.is_set() else None
-        if self.ended.is_set():
-            status = "cancelled" if self.cancelled else "failed" if self.error else "done"
-        else:
-            status = "running" if ticket and ticket.began and position is None else "queued"
-        return JobAnswer.model_validate(
-            {
-                "id": self.id,
-                "status": status,
-                "position": position,
-                "step": ticket.step if ticket else self.step,
-                "steps": ticket.steps if ticket else self.steps,
-                "result": self.result,
-                "error": self.error,
-            }
-        )
 
 
 class Jobs:
-    """The running jobs, and the jobs that ended recently."""
+    """All jobs of a service."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
-        self._jobs: dict[str, Job] = {}
+    def __init__(
+        self,
+        service: Service,
+        store: JobStore,
+        webhooks: Webhooks | None = None,
+        keys: Keys | None = None,
+    ) -> None:
+        """Create them; `resume` takes up those of an earlier process.
 
-    def begin(self, sent: SentRequest, owner: str | None) -> Job:
-        """Begin a job.
+        Args:
+            service: makes the edits.
+            store: the database.
+            webhooks: announce the end of jobs; None without.
+            keys: limits of each key; None without keys.
+        """
+        self._service, self._store, self._webhooks = service, store, webhooks
+        self._quotas = Quotas(service.settings, store, keys)
+        self._live: dict[str, LiveJob] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._beginning = asyncio.Lock()
+        self._durable = store.path is not None
+
+    async def reserve(self, sent: SentRequest, owner: str | None) -> QueueSlot:
+        """Reserve a place in the queue, and count the edit among the day's.
+
+        Raises:
+            RefusedError: the engine refuses the request, or the key has no edits left today.
+        """
+        slot = self._service.engine.reserve(sent.request.quality, owner)
+        try:
+            await self._quotas.count_edit(owner)
+        except BaseException:
+            self._service.engine.release(slot)
+            raise
+        return slot
+
+    async def begin(self, sent: SentRequest, owner: str | None, key: str | None = None) -> str:
+        """Begin a job, unless the same key has begun it already.
 
         Args:
             sent: the client's request.
             owner: name of the client's key; None without keys.
+            key: the client's idempotency key, if it sent one.
+
+        Returns:
+            The job's id.
 
         Raises:
-            RefusedError: too many jobs are running, or the engine refuses the request.
+            RefusedError: there are too many jobs, the engine refuses the request, or the
+                idempotency key belongs to another request.
         """
-        self._forget_old()
-        ended = self._ended(owner)
-        own = sum(job.owner == owner for job in self._jobs.values())
-        full = own >= self._service.settings.max_jobs
-        if full and not ended:
-            raise RefusedError(
-                f"{own} jobs are running already; try again later",
-                status=429,
-                code="queue-full",
+        check_key(key)
+        url = getattr(sent.request, "webhook_url", None)
+        if url is not None and self._webhooks is not None:
+            self._webhooks.check(url)
+        fingerprint = await asyncio.to_thread(fingerprint_of, sent)
+        async with self._beginning:
+            await self.forget_old()
+            if key is not None:
+                known = await asyncio.to_thread(self._store.by_key, owner or "", key)
+                if known is not None:
+                    return same_job(known, fingerprint)
+            await self._quotas.check_jobs(owner)
+            slot = await self.reserve(sent, owner)
+            row = StoredJob(
+                id=secrets.token_urlsafe(16),
+                owner=owner or "",
+                status="queued",
+                created=time.time(),
+                steps=sent.request.steps,
+                request_id=request_id.get(),
+                idempotency_key=key,
+                fingerprint=fingerprint,
+                webhook_url=url,
             )
-        slot = self._service.engine.reserve(sent.request.quality, owner)
-        if full:  # only now, because `reserve` may raise
-            del self._jobs[ended[0].id]
-        job = Job(secrets.token_urlsafe(16), owner, sent.request.steps)
-        self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._carry_out(job, sent, slot))
-        job.task.add_done_callback(lambda _: self._finish(job, slot))
-        return job
+            try:
+                await asyncio.to_thread(self._add, row, sent)
+            except BaseException:
+                self._service.engine.release(slot)
+                raise
+            self._start(row, sent, slot)
+        return row.id
 
-    def find(self, name: str, owner: str | None) -> Job:
-        """Find a job.
+    async def show(self, name: str, owner: str | None) -> JobAnswer:
+        """Return a job's current state.
 
         Raises:
             RefusedError: no job has this id, or another key began it.
         """
-        self._forget_old()
-        job = self._jobs.get(name)
-        if job is None or job.owner != owner:
-            raise RefusedError(
-                "there is no such job; the service deletes finished jobs after a while",
-                status=404,
-                code="job-unknown",
-            )
-        return job
+        return self._shown(await self._find(name, owner))
 
-    async def cancel(self, job: Job) -> None:
-        """Cancel a job that is still running."""
-        if job.task is not None and not job.ended.is_set():
-            job.task.cancel()
+    async def cancel(self, name: str, owner: str | None) -> JobAnswer:
+        """Cancel a job, unless it has ended, and return its state.
+
+        Raises:
+            RefusedError: as `show`.
+        """
+        row = await self._find(name, owner)
+        job = self._live.get(name)
+        if job is not None:
+            job.cancelled = True
+            if job.edit is not None:
+                job.edit.cancel()
             await job.ended.wait()
+        elif row.finished is None:  # it waits to be taken up after a restart
+            await self._record(LiveJob(row, cancelled=True))
+        return await self.show(name, owner)
 
-    async def watch(self, job: Job) -> AsyncIterator[JobAnswer | None]:
+    async def result(self, name: str, owner: str | None) -> str:
+        """Wait until a job ends, and return its answer in JSON.
+
+        Raises:
+            RefusedError: it has no result, for this reason; or as `show`.
+        """
+        while (row := await self._find(name, owner)).finished is None:
+            job = self._live.get(name)
+            await (job.ended.wait() if job else asyncio.sleep(_POLL_SECONDS))
+        if row.result is None:
+            error = json.loads(row.error or "{}")
+            raise RefusedError(error["message"], status=error["status"], code=error["code"])
+        return row.result
+
+    async def watch(self, name: str, owner: str | None) -> AsyncIterator[JobAnswer | None]:
         """Yield the job after each change until it ends; yield None after 15 s without one."""
         before, last_yield = None, time.monotonic()
         while True:
-            ended = job.ended.is_set()
-            changing = job.ticket.changed if job.ticket else None
-            now = job.shown(self._service.engine)
+            job = self._live.get(name)
+            changing = job.ticket.changed if job and job.ticket else None
+            now = await self.show(name, owner)
             if now != before or time.monotonic() - last_yield > _QUIET:
                 yield now if now != before else None
                 before, last_yield = now, time.monotonic()
-            if ended:
+            if now.status not in {"queued", "running"} or (job and job.suspended):
                 return
-            changed = changing.wait() if changing else asyncio.sleep(0.05)
-            waits = [asyncio.ensure_future(changed), asyncio.ensure_future(job.ended.wait())]
+            if job is None or changing is None:
+                await asyncio.sleep(_POLL_SECONDS)
+                continue
+            waits = [asyncio.ensure_future(one.wait()) for one in (changing, job.ended)]
             try:
                 # The position in the queue changes without an event, so look every second.
                 await asyncio.wait(waits, timeout=1.0, return_when=asyncio.FIRST_COMPLETED)
@@ -150,48 +210,191 @@ class Jobs:
                 for wait in waits:
                     wait.cancel()
 
-    async def close(self) -> None:
-        """Cancel all jobs."""
-        await asyncio.gather(*map(self.cancel, self._jobs.values()))
+    def webhook_body(self, row: StoredJob) -> bytes:
+        """Return what a webhook tells of a job that ended: the job, without its pictures' data."""
+        shown = self._shown(row)
+        for image in shown.result.images if shown.result else ():
+            image.data_url = None
+        return shown.model_dump_json().encode()
 
-    async def _carry_out(self, job: Job, sent: SentRequest, slot: QueueSlot) -> None:
+    async def resume(self) -> None:
+        """Take up the jobs of an earlier process, one after another: each may hold a picture."""
+        for row in await asyncio.to_thread(self._store.unfinished):
+            if row.id in self._live:
+                continue
+            text, picture = await asyncio.to_thread(self._store.request, row.id)
+            if text is None:  # a client cancelled it meanwhile
+                continue
+            job = LiveJob(row)
+            try:
+                if row.tries >= _MOST_TRIES:
+                    raise _interrupted_error()
+                sent = SentRequest(JobRequest.model_validate_json(text), picture)
+                owner = row.owner or None
+                slot = self._service.engine.reserve(sent.request.quality, owner, accepted=True)
+            except (RefusedError, ValueError) as refusal:
+                job.error = _problem(refusal)
+                await self._record(job)
+                continue
+            request_id.set(row.request_id)
+            job = self._start(row, sent, slot)
+            await job.placed.wait()
+
+    async def suspend(self) -> None:
+        """When the service begins to stop, leave the jobs that wait for its next start."""
+        with contextlib.suppress(RefusedError):
+            await self._service.engine.until_stopping()
+        if self._durable:
+            for job in list(self._live.values()):
+                if job.ticket is None or job.ticket.began is None:
+                    self._leave(job)
+
+    async def close(self) -> None:
+        """End all jobs of this process; without a database file they are cancelled."""
+        for job in list(self._live.values()):
+            if self._durable:
+                self._leave(job)
+            elif job.edit is not None:
+                job.cancelled = True
+                job.edit.cancel()
+        await asyncio.gather(*self._tasks)
+
+    async def forget_old(self) -> None:
+        """Delete jobs that ended more than `job_seconds` ago."""
+        before = time.time() - self._service.settings.job_seconds
+        await asyncio.to_thread(self._store.forget, before)
+
+    def _add(self, row: StoredJob, sent: SentRequest) -> None:
+        """Put a job into the database; only a file of it needs the request, for the next start."""
+        text = sent.request.model_dump_json(exclude_unset=True) if self._durable else None
+        self._store.add(row, text, sent.file if self._durable else None)
+
+    def _start(self, row: StoredJob, sent: SentRequest, slot: QueueSlot) -> LiveJob:
+        job = self._live[row.id] = LiveJob(row)
+        job.edit = asyncio.create_task(self._edit(job, sent, slot))
+        task = asyncio.create_task(self._live_through(job, job.edit, slot))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return job
+
+    async def _edit(self, job: LiveJob, sent: SentRequest, slot: QueueSlot) -> None:
         def put(ticket: Ticket) -> None:
             job.ticket = ticket
+            job.placed.set()
 
         try:
             job.result = await self._service.edit(sent, slot, put)
         except RefusedError as refusal:
-            job.error = Problem(code=refusal.code, message=str(refusal))
+            job.error = _problem(refusal)
+            # The next start of the service makes what this one could not.
+            job.suspended |= self._durable and refusal.code == "stopping"
         except StorageError as error:
             _log.error("storage: %s", error)
-            job.error = Problem(code="storage", message="the picture could not be stored")
+            job.error = Problem(code="storage", message="the picture could not be stored"), 503
         except Exception:  # noqa: BLE001 - nothing awaits the task, and the client needs an answer
             _log.exception("a job failed")
-            job.error = Problem(code="internal", message="the service failed")
+            job.error = Problem(code="internal", message="the service failed"), 500
 
-    def _finish(self, job: Job, slot: QueueSlot) -> None:
-        """Record the end of a job's task: success, failure, or cancellation before its start."""
+    async def _live_through(self, job: LiveJob, edit: asyncio.Task[None], slot: QueueSlot) -> None:
+        """Wait for a job's end, and record it."""
+        begun = asyncio.create_task(self._note_begin(job))
+        await asyncio.wait({edit})
         self._service.engine.release(slot)
-        if job.result is None and job.error is None:
-            job.cancelled = True
-            job.error = Problem(code="cancelled", message="the job was cancelled")
-        job.task = None  # a cancelled task holds its frames, and these hold pictures
-        if job.ticket is not None:  # the ticket holds the input and output pictures
-            job.step, job.steps, job.ticket = job.ticket.step, job.ticket.steps, None
-        job.finished = time.monotonic()
+        job.placed.set()
+        await begun  # so that its note does not follow the end's
+        if not job.suspended or job.cancelled:
+            await self._record(job)
+        job.edit = job.ticket = None  # they hold pictures
+        del self._live[job.row.id]
         job.ended.set()
+
+    async def _note_begin(self, job: LiveJob) -> None:
+        """Tell the database when the worker begins a job, so that no job can crash it for ever."""
+        await job.placed.wait()
+        ticket = job.ticket
+        while ticket is not None and ticket.began is None and job.edit and not job.edit.done():
+            waits = {job.edit, asyncio.ensure_future(ticket.changed.wait())}
+            _, pending = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            for wait in pending - {job.edit}:
+                wait.cancel()
+        if ticket is not None and ticket.began is not None:
+            await asyncio.to_thread(self._store.begin, job.row.id)
+
+    async def _record(self, job: LiveJob) -> None:
+        """Write a job's end into the database."""
+        if job.result is None and job.error is None:
+            job.error = Problem(code="cancelled", message="the job was cancelled"), 409
+            status = "cancelled"
+        else:
+            status = "failed" if job.error else "done"
+        try:
+            await asyncio.to_thread(self._write_end, job, status, time.time())
+        except FluxfireError:
+            _log.exception("the end of job %s is lost", job.row.id)
+
+    def _write_end(self, job: LiveJob, status: str, now: float) -> None:
+        row = job.row
+        error = None
+        if job.error is not None:
+            problem, http_status = job.error
+            error = json.dumps({**problem.model_dump(), "status": http_status})
+        self._store.finish(
+            row.id,
+            status=status,
+            finished=now,
+            step=job.ticket.step if job.ticket else 0,
+            steps=job.ticket.steps if job.ticket else row.steps,
+            result=job.result.model_dump_json() if job.result else None,
+            error=error,
+            webhook_due=now if row.webhook_url else None,
+        )
+
+    def _leave(self, job: LiveJob) -> None:
+        job.suspended = True
+        if job.edit is not None:
+            job.edit.cancel()
+
+    async def _find(self, name: str, owner: str | None) -> StoredJob:
+        row = await asyncio.to_thread(self._store.get, name)
         seconds = self._service.settings.job_seconds
-        asyncio.get_running_loop().call_later(seconds, self._forget_old)
+        old = row and row.finished is not None and time.time() - row.finished >= seconds
+        if row is None or row.owner != (owner or "") or old:
+            raise RefusedError(
+                "there is no such job; the service deletes finished jobs after a while",
+                status=404,
+                code="job-unknown",
+            )
+        return row
 
-    def _forget_old(self) -> None:
-        """Delete jobs that ended more than `job_seconds` ago."""
-        now, seconds = time.monotonic(), self._service.settings.job_seconds
-        for job in [job for job in self._jobs.values() if job.finished is not None]:
-            if job.finished is not None and now - job.finished >= seconds:
-                del self._jobs[job.id]
+    def _shown(self, row: StoredJob) -> JobAnswer:
+        job = self._live.get(row.id) if row.finished is None else None
+        ticket = job.ticket if job else None
+        position = self._service.engine.position(ticket) if ticket else None
+        status: str = row.status
+        if row.finished is None:
+            status = "running" if ticket and ticket.began and position is None else "queued"
+        return JobAnswer.model_validate(
+            {
+                "id": row.id,
+                "status": status,
+                "position": position,
+                "step": ticket.step if ticket else row.step,
+                "steps": ticket.steps if ticket else row.steps,
+                "result": json.loads(row.result) if row.result else None,
+                "error": json.loads(row.error) if row.error else None,
+            }
+        )
 
-    def _ended(self, owner: str | None) -> list[Job]:
-        """Return an owner's jobs that ended, oldest first: nobody else's makes room for its own."""
-        own = [job for job in self._jobs.values() if job.owner == owner]
-        ended = [job for job in own if job.finished is not None]
-        return sorted(ended, key=lambda job: job.finished or 0.0)
+
+def _problem(error: RefusedError | ValueError) -> tuple[Problem, int]:
+    if isinstance(error, RefusedError):
+        return Problem(code=error.code, message=str(error)), error.status
+    return Problem(code="internal", message="the request cannot be read any more"), 500
+
+
+def _interrupted_error() -> RefusedError:
+    return RefusedError(
+        "the service ended twice while it made this edit, so it does not try again",
+        status=500,
+        code="interrupted",
+    )

@@ -7,6 +7,7 @@ import logging
 import re
 import secrets
 import time
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -15,32 +16,49 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 LogFormat = Literal["text", "json"]
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that this task works for. A job's is that of the request that began it."""
+trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
+"""The trace that the client's traceparent names, if it sent one (W3C Trace Context)."""
 
 _log = logging.getLogger(__name__)
 _ID = re.compile(rb"[\w.:-]{1,64}")
 _HEADER = b"x-request-id"
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _PROBES = {"/health", "/ready", "/metrics"}  # they come every few seconds
 _FIELDS = ("method", "path", "status", "milliseconds")
 
 
 class RequestLogMiddleware:
-    """ASGI middleware that gives each request an id, and logs its end.
+    """ASGI middleware that gives each request an id, and logs and reports its end.
 
     A client may choose the id by the header X-Request-ID; each response has it. The line leaves the
     query out, since a stored picture's link is a secret.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
+    def __init__(
+        self,
+        app: ASGIApp,
+        on_end: Callable[[str, int], None] = lambda route, status: None,  # noqa: ARG005
+    ) -> None:
+        """Wrap an application.
+
+        Args:
+            app: the application.
+            on_end: callback with the route and the status of each request that ended. A route is
+                a path without ids, such as `/jobs/{job_id}`, or "other".
+        """
+        self._app, self._on_end = app, on_end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        wanted = dict(scope["headers"]).get(_HEADER, b"")
+        sent = dict(scope["headers"])
+        wanted = sent.get(_HEADER, b"")
+        trace = _TRACEPARENT.fullmatch(sent.get(b"traceparent", b""))
         name = wanted.decode() if _ID.fullmatch(wanted) else secrets.token_hex(8)
-        token, began, status = request_id.set(name), time.perf_counter(), 500
+        tokens = request_id.set(name), trace_id.set(trace[1].decode() if trace else None)
+        began, status = time.perf_counter(), 500
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -53,25 +71,31 @@ class RequestLogMiddleware:
         try:
             await self._app(scope, receive, send_with_id)
         finally:
+            self._on_end(getattr(scope.get("route"), "path", "other"), status)
             if scope["path"] not in _PROBES:
                 milliseconds = round(1000 * (time.perf_counter() - began))
                 facts = (scope["method"], scope["path"], status, milliseconds)
                 fields = dict(zip(_FIELDS, facts, strict=True))
                 _log.info("%s %r %d in %d ms", *facts, extra={"fields": fields})
-            request_id.reset(token)
+            request_id.reset(tokens[0])
+            trace_id.reset(tokens[1])
 
 
 class TextFormatter(logging.Formatter):
-    """Writes `2026-11-28T04:30:01.123 INFO 8f14e45fceea167a message`; a dash without a request."""
+    """Writes `2026-11-28T04:30:01.123Z INFO 8f14e45fceea167a message`.
+
+    A dash stands for the id where there is no request. A trace follows the id after a slash.
+    """
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as text."""
         text = super().format(record)
-        return f"{_time(record)} {record.levelname} {request_id.get() or '-'} {text}"
+        name, trace = request_id.get() or "-", trace_id.get()
+        return f"{_time(record)} {record.levelname} {name}{f'/{trace}' if trace else ''} {text}"
 
 
 class JsonFormatter(logging.Formatter):
-    """Writes a JSON object on one line: time, level, logger, request, message and their fields."""
+    """Writes a JSON object on one line: time, level, logger, request, trace, message, fields."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return a record as JSON."""
@@ -80,6 +104,7 @@ class JsonFormatter(logging.Formatter):
             "level": record.levelname,
             "logger": record.name,
             "request": request_id.get(),
+            "trace": trace_id.get(),
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
         }

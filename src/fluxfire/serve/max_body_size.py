@@ -5,6 +5,7 @@ from __future__ import annotations
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.problems import problem_response
 
 _MOST_UNREAD = 2**16  # bytes that a connection may go on with
 _MOST_AT_ONCE = 4
@@ -27,6 +28,17 @@ class MaxBodySizeMiddleware:
         """Handle a request."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if {b"transfer-encoding", b"content-length"} <= dict(scope["headers"]).keys():
+            # Two servers may see two different ends of this body, and take the rest of it for a
+            # request of somebody else (RFC 9112, 6.1).
+            answer = problem_response(
+                400,
+                "body-length-unclear",
+                "the request has both Content-Length and Transfer-Encoding; send one of them",
+                {"Connection": "close"},
+            )
+            await answer(scope, receive, send)
             return
         length = _content_length(scope)
         read, ended = 0, length == 0

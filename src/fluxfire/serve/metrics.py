@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.schema import EditAnswer
@@ -28,7 +27,10 @@ class Metrics:
             registry=registry,
         )
         self._edits = Counter(
-            "fluxfire_edits", "Edits that ended, jobs included", ("outcome",), registry=registry
+            "fluxfire_edits",
+            "Edits that ended, jobs included, by outcome and by the name of the key",
+            ("outcome", "key"),
+            registry=registry,
         )
         self._steps = Counter(
             "fluxfire_steps", "Denoising steps, by what was left out", ("kind",), registry=registry
@@ -43,19 +45,44 @@ class Metrics:
         self._running = Gauge(
             "fluxfire_requests_running", "Requests with the worker", registry=registry
         )
+        self._store = Counter(
+            "fluxfire_store_failures",
+            "Failures of the store, by what it should do",
+            ("action",),
+            registry=registry,
+        )
+        self._webhooks = Counter(
+            "fluxfire_webhooks", "Webhooks that ended", ("outcome",), registry=registry
+        )
+        self._gpu = Gauge(
+            "fluxfire_gpu_memory_bytes",
+            "Memory of the worker's GPU: allocated, reserved by torch, and total",
+            ("kind",),
+            registry=registry,
+        )
         self._ready = Gauge("fluxfire_ready", "Whether requests are taken", registry=registry)
 
     def count_response(self, route: str, status: int) -> None:
         """Count a response by route and status."""
         self._answers.labels(route, str(status)).inc()
 
-    def count_failure(self, code: str) -> None:
-        """Count an edit without a result, by the code of its error."""
-        self._edits.labels(code).inc()
+    def count_failure(self, code: str, owner: str | None) -> None:
+        """Count an edit without a result, by the code of its error and the name of its key."""
+        self._edits.labels(code, owner or "").inc()
+        if code == "storage":
+            self.count_store_failure("put")
 
-    def count_edit(self, answer: EditAnswer) -> None:
-        """Record the seconds and steps of an edit."""
-        self._edits.labels("done").inc()
+    def count_store_failure(self, action: str) -> None:
+        """Count a failure of the store to put, read or sweep pictures."""
+        self._store.labels(action).inc()
+
+    def count_webhook(self, outcome: str) -> None:
+        """Count a webhook that was delivered, or given up."""
+        self._webhooks.labels(outcome).inc()
+
+    def count_edit(self, answer: EditAnswer, owner: str | None) -> None:
+        """Record the seconds and steps of an edit, and the name of its key."""
+        self._edits.labels("done", owner or "").inc()
         for phase, seconds in answer.timings:
             self._phases.labels(phase).observe(seconds)
         for kind in answer.steps:
@@ -74,30 +101,6 @@ class Metrics:
         self._waiting.set(engine.waiting)
         self._running.set(engine.running)
         self._ready.set(engine.state == "ready")
+        for kind, n in engine.gpu_bytes.items():
+            self._gpu.labels(kind).set(n)
         return generate_latest(self._registry)
-
-
-class MetricsMiddleware:
-    """ASGI middleware that counts responses by route and status."""
-
-    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Handle a request."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        status = 500  # until a response starts
-
-        async def send_and_note(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
-        try:
-            await self._app(scope, receive, send_and_note)
-        finally:
-            route = scope.get("route")  # its path is a template without ids
-            self._metrics.count_response(getattr(route, "path", "other"), status)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -29,6 +30,8 @@ class PipelineEditor:
     def __init__(self, pipe: Pipeline, passes: tuple[Pass, ...], model: str) -> None:
         self._pipe = pipe
         self._levels = settings_by_level(passes)
+        for each in type(pipe).__mro__:  # diffusers logs in the module of the class
+            logging.getLogger(each.__module__).addFilter(_holds_no_words)
         self.facts = Facts(
             model,
             str(pipe.device),
@@ -41,7 +44,7 @@ class PipelineEditor:
         """Run every size at every batch size, with and without a reference."""
         usual = self._size(None, _SIDES)
         for n in sorted(batches):
-            many = {"prompt": ["warm-up"] * n} if n > 1 else {}
+            many: dict[str, Any] = {"prompt": ["warm-up"] * n} if n > 1 else {}
             references: list[tuple[int, int]] | None
             for references in (None, []):
                 api.warmup(self._pipe, sizes or (usual,), references, **many)
@@ -79,7 +82,26 @@ class PipelineEditor:
             run = api.report(self._pipe).runs[-1]
             for sample, ((ticket, *_), picture) in enumerate(zip(part, pictures, strict=True)):
                 made[ticket].append((RawPicture.of(picture), run.kinds_of(sample)))
-        return {ticket: _result(of) for ticket, of in made.items()}
+        return {
+            ticket: _result(of, self._warnings(requests[ticket])) for ticket, of in made.items()
+        }
+
+    def _warnings(self, request: PipelineRequest) -> tuple[str, ...]:
+        """Say which prompts are longer than CLIP can read, without repeating their words."""
+        prompts = {"prompt": request.prompt}
+        if request.guided and request.negative_prompt is not None:
+            prompts["negative_prompt"] = request.negative_prompt
+        pipe: Any = self._pipe  # the protocol leaves the tokenizers out
+        most = pipe.tokenizer_max_length
+        found = []
+        for name, text in prompts.items():
+            n = len(pipe.tokenizer(text, verbose=False).input_ids)
+            if n > most:
+                found.append(
+                    f"the {name} has {n} tokens, and CLIP reads the first {most} of them; put what "
+                    f"matters most at its beginning"
+                )
+        return tuple(found)
 
     def _using_level(self, level: Level | None) -> AbstractContextManager[object]:
         """Apply a level's settings in a `with` block; the engine refused unknown levels."""
@@ -141,7 +163,12 @@ class PipelineEditor:
         return wanted_size
 
 
-def _result(made: list[tuple[RawPicture, list[StepKind]]]) -> Result:
+def _holds_no_words(record: logging.LogRecord) -> bool:
+    """Whether a record is not the warning that quotes a client's words; `_warnings` counts them."""
+    return "was truncated because" not in record.getMessage()
+
+
+def _result(made: list[tuple[RawPicture, list[StepKind]]], warnings: tuple[str, ...]) -> Result:
     """Build a request's result. A step counts as skipped if all its pictures skipped it."""
     all_kinds = [kinds for _, kinds in made]
     steps: list[StepKind] = []
@@ -150,4 +177,4 @@ def _result(made: list[tuple[RawPicture, list[StepKind]]]) -> Result:
         steps.append("computed" if "computed" in kinds else kept)
     every = [kind for kinds in all_kinds for kind in kinds]
     rate = every.count("hit") / len(every) if every else 0.0
-    return Result(tuple(raw for raw, _ in made), tuple(steps), rate)
+    return Result(tuple(raw for raw, _ in made), tuple(steps), rate, warnings)

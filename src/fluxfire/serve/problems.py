@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.job_store import JobStoreError
 from fluxfire.serve.schema import ProblemAnswer
 from fluxfire.serve.storage import StorageError
 
@@ -30,9 +31,9 @@ _PROBLEMS = {
     415: "The service does not support the format of the body or of the picture.",
     422: "A field is wrong, or the quality is not offered.",
     424: "The service could not fetch the picture.",
-    429: "The queue is full: Retry-After says when to try again.",
+    429: "The queue is full, or a quota is used: Retry-After says when to try again.",
     500: "The service failed.",
-    503: "The service is starting or stopping, or its pipeline or store does not work.",
+    503: "The service is starting or stopping, or its pipeline, store or database does not work.",
     504: "The request took too long.",
     507: "The GPU has too little memory for the request, or the disk too little room.",
 }
@@ -61,7 +62,8 @@ def add_handlers(app: FastAPI) -> None:
     def refused(request: Request, error: Any) -> JSONResponse:
         headers = {}
         if error.status == _TOO_MANY:
-            headers["Retry-After"] = str(request.app.state.engine.retry_after())
+            seconds = error.retry_after or request.app.state.engine.retry_after()
+            headers["Retry-After"] = str(seconds)
         if error.status == _UNAUTHORIZED:
             headers["WWW-Authenticate"] = "Bearer"
         return problem_response(error.status, error.code, str(error), headers)
@@ -69,6 +71,12 @@ def add_handlers(app: FastAPI) -> None:
     def not_stored(_request: Request, error: object) -> JSONResponse:
         _log.error("storage: %s", error)
         return problem_response(_UNAVAILABLE, "storage", "the picture could not be stored")
+
+    def not_kept(_request: Request, error: object) -> JSONResponse:
+        _log.error("%s", error)
+        return problem_response(
+            _UNAVAILABLE, "jobs", "the service could not read or keep its jobs; try again later"
+        )
 
     def invalid(_request: Request, error: Any) -> JSONResponse:
         return problem_response(_INVALID, "invalid-request", describe_errors(error.errors()))
@@ -83,6 +91,7 @@ def add_handlers(app: FastAPI) -> None:
     for kind, handler in (
         (RefusedError, refused),
         (StorageError, not_stored),
+        (JobStoreError, not_kept),
         (RequestValidationError, invalid),
         (HTTPException, http),
         (Exception, failed),

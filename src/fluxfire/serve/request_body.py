@@ -43,12 +43,15 @@ class SentRequest:
         self.file = self.request.image = self.request.image_url = None
 
 
-async def read_request(request: Request, seconds: float) -> SentRequest:
+async def read_request(
+    request: Request, seconds: float, model: type[EditRequest] = EditRequest
+) -> SentRequest:
     """Read a request, in JSON or as a form.
 
     Args:
         request: the HTTP request.
         seconds: time limit for its body.
+        model: the fields that it may have.
 
     Raises:
         RefusedError: the body has another format or a wrong field, or did not arrive in time.
@@ -57,11 +60,11 @@ async def read_request(request: Request, seconds: float) -> SentRequest:
     try:
         async with asyncio.timeout(seconds):
             if kind == "multipart/form-data":
-                return await _read_form(request)
+                return await _read_form(request, model)
             if kind == "application/json":
                 # Not request.body(): starlette would keep those bytes until the response.
                 body = b"".join([part async for part in request.stream()])
-                return SentRequest(await asyncio.to_thread(_parse_json, body))
+                return SentRequest(await asyncio.to_thread(_parse_json, body, model))
     except TimeoutError:
         raise RefusedError(
             f"the body did not arrive within {seconds:g} s", status=408, code="body-late"
@@ -77,7 +80,7 @@ async def read_request(request: Request, seconds: float) -> SentRequest:
     )
 
 
-def _parse_json(body: bytes) -> EditRequest:
+def _parse_json(body: bytes, model: type[EditRequest]) -> EditRequest:
     # Parsing holds the interpreter lock, and millions of small parts would take seconds. A picture
     # in base64 has no comma or quote, and the longest prompts have fewer than this limit.
     if body.count(b",") + body.count(b'"') > _MOST_PARTS:
@@ -86,7 +89,7 @@ def _parse_json(body: bytes) -> EditRequest:
         fields = json.loads(body, object_pairs_hook=_build_object)
     except (ValueError, RecursionError):
         raise RefusedError("the body is not JSON", status=400, code="not-json") from None
-    return _validate(fields)
+    return _validate(fields, model)
 
 
 def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -99,9 +102,9 @@ def _build_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _validate(fields: Any) -> EditRequest:
+def _validate(fields: Any, model: type[EditRequest]) -> EditRequest:
     """Validate the fields; unknown names are refused first."""
-    known = EditRequest.model_fields
+    known = model.model_fields
     if isinstance(fields, dict) and (unknown := [name for name in fields if name not in known]):
         named = ", ".join(_shorten(name) for name in unknown[:_MOST_NAMED])
         more = f" and {len(unknown) - _MOST_NAMED} more" if len(unknown) > _MOST_NAMED else ""
@@ -111,7 +114,7 @@ def _validate(fields: Any) -> EditRequest:
             code="invalid-request",
         )
     try:
-        return EditRequest.model_validate(fields)
+        return model.model_validate(fields)
     except ValidationError as error:
         errors = error.errors(include_url=False, include_context=False, include_input=False)
         raise RefusedError(describe_errors(errors), status=422, code="invalid-request") from None
@@ -161,7 +164,7 @@ class _FormParser(MultiPartParser):
             )
 
 
-async def _read_form(request: Request) -> SentRequest:
+async def _read_form(request: Request, model: type[EditRequest]) -> SentRequest:
     try:
         form = await _FormParser(request).parse()
     except MultiPartException as error:
@@ -176,7 +179,7 @@ async def _read_form(request: Request) -> SentRequest:
         ) from None
     try:
         fields, file = await _read_fields(form)
-        return SentRequest(_validate(fields), file)
+        return SentRequest(_validate(fields, model), file)
     finally:
         await form.close()
 

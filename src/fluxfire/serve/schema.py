@@ -126,13 +126,29 @@ class EditRequest(BaseModel):
         return (self.width, self.height) if "width" in self.model_fields_set else None
 
 
+class JobRequest(EditRequest):
+    """An edit in the background."""
+
+    webhook_url: str | None = Field(
+        None,
+        min_length=1,
+        max_length=2000,
+        description="Where the service posts the job when it has ended. Its host must be one that "
+        "the service allows.",
+    )
+
+
 class ImageMade(BaseModel):
     """One picture."""
 
     data_url: str | None = Field(
         description="The picture itself, if the service stores no pictures."
     )
-    url: str | None = Field(description="A link to the stored picture; it expires.")
+    url: str | None = Field(
+        description="A link to the stored picture; it expires. It is an absolute URL if the "
+        "service stores pictures in a bucket, or knows its own public URL. Otherwise it is a path "
+        "of this service, such as /files/…."
+    )
     filename: str
     filepath: str | None = Field(description="Name of the stored picture.")
     seed: int
@@ -163,6 +179,10 @@ class EditAnswer(BaseModel):
         "or all blocks but the first (hit)."
     )
     hit_rate: float = Field(description="Share of steps that were hits.")
+    warnings: list[str] = Field(
+        description="What did not go as the request may expect, such as words that the model "
+        "could not read."
+    )
     inference_time: float = Field(description="Seconds in the pipeline.")
     processing_time: float = Field(description="Seconds to read and write pictures.")
     total_time: float = Field(description="Total seconds, including waiting.")
@@ -232,9 +252,9 @@ class Health(BaseModel):
     message: str | None = None
 
 
-def form_schema() -> dict[str, Any]:
-    """Return the schema of `EditRequest` as a form, where the picture is a file."""
-    schema = EditRequest.model_json_schema()
+def form_schema(model: type[EditRequest]) -> dict[str, Any]:
+    """Return the schema of a request as a form, where the picture is a file."""
+    schema = model.model_json_schema()
     schema.pop("examples", None)
     file = {"type": "string", "contentMediaType": "image/*", "description": "The picture."}
     schema["properties"] = {**schema["properties"], "image": file}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import Callable
@@ -12,18 +13,19 @@ from functools import partial
 from typing import ParamSpec, TypeVar
 
 from fluxfire.serve import decoding, fetching
-from fluxfire.serve.engine import Engine, QueueSlot, Ticket
+from fluxfire.serve.decoding_process import decode_apart
+from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.request_body import SentRequest
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import Storage, StorageError, fresh_name
+from fluxfire.serve.tickets import QueueSlot, Ticket
 from fluxfire.serve.wire import PipelineRequest, RawPicture, Result
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
+_log = logging.getLogger(__name__)
 _PICTURE_THREADS = (
     2  # each decodes or encodes one picture, and needs a core and memory for its pixels
 )
@@ -41,19 +43,22 @@ class Service:
         settings: the service's settings.
         engine: the request queue and its worker.
         storage: where pictures go; None puts them into the answers.
-        on_answer: callback with each answer.
-        on_failure: callback with the code of each error that ends an edit without an answer.
+        on_answer: callback with each answer, and the owner of its request.
+        on_failure: callback with the code of each error that ends an edit without an answer, and
+            the owner of its request.
     """
 
     settings: Settings
     engine: Engine
     storage: Storage | None
-    on_answer: Callable[[EditAnswer], None] = lambda answer: None  # noqa: ARG005
-    on_failure: Callable[[str], None] = lambda code: None  # noqa: ARG005
+    on_answer: Callable[[EditAnswer, str | None], None] = lambda answer, owner: None  # noqa: ARG005
+    on_failure: Callable[[str, str | None], None] = lambda code, owner: None  # noqa: ARG005
 
     def __post_init__(self) -> None:
         self._pictures = ThreadPoolExecutor(_PICTURE_THREADS, "pictures")
         self._storing = ThreadPoolExecutor(_STORING_THREADS, "storing")
+        # One at a time, because a large picture may need more than a gigabyte.
+        self._large = asyncio.Semaphore(1)
 
     def close(self) -> None:
         """Shut the thread pools down; running work finishes, waiting work is dropped."""
@@ -92,7 +97,7 @@ class Service:
                 on_ticket(ticket)
                 result = await asyncio.shield(ticket.done)
                 answer = await self._answer(request, ticket, result, began, decoded)
-                self.on_answer(answer)
+                self.on_answer(answer, slot.owner)
                 failure = None
                 return answer
         except TimeoutError:
@@ -113,9 +118,9 @@ class Service:
             failure = "storage"
             raise
         finally:
-            if failure is not None:
-                self.on_failure(failure)
             self.engine.release(slot)
+            if failure is not None:
+                self.on_failure(failure, slot.owner)
             del ticket  # an error holds this frame, and the frame would hold all pixels
 
     async def _pipeline_request(self, sent: SentRequest) -> PipelineRequest:
@@ -161,7 +166,12 @@ class Service:
             )
         if file is None:
             return None
-        return await _run_in(self._pictures, _decode, file, self.settings.max_pixels)
+        most_pixels = self.settings.max_pixels
+        pixels = await _run_in(self._pictures, decoding.pixels_of, file, max_pixels=most_pixels)
+        if pixels <= decoding.KEPT_PIXELS:
+            return await _run_in(self._pictures, _decode, file, most_pixels)
+        async with self._large:
+            return await decode_apart(file, most_pixels)
 
     async def _answer(
         self, request: EditRequest, ticket: Ticket, result: Result, began: float, decoded: float
@@ -176,6 +186,8 @@ class Service:
             *(self._image(data, raw, seed, request) for data, raw, seed in pictures)
         )
         ended = time.perf_counter()
+        for warning in result.warnings:
+            _log.warning("%s", warning)
         facts = self.engine.facts
         assert facts is not None  # noqa: S101 - a worker gave the result, so it was ready
         return EditAnswer(
@@ -184,6 +196,7 @@ class Service:
             quality=request.quality or facts.level,
             steps=list(result.steps),
             hit_rate=result.hit_rate,
+            warnings=list(result.warnings),
             inference_time=ticket.inference,
             processing_time=decoded - began + ended - made,
             total_time=ended - began,
@@ -205,7 +218,7 @@ class Service:
         if self.storage is not None:
             kind = decoding.media_type(request.output_format)
             await _run_in(self._storing, self.storage.put, name, data, kind)
-            link = await _run_in(self._storing, self.storage.url, name)
+            link = self._public(await _run_in(self._storing, self.storage.url, name))
         return ImageMade(
             data_url=None if link else decoding.data_url(data, request.output_format),
             url=link,
@@ -215,6 +228,11 @@ class Service:
             width=raw.width,
             height=raw.height,
         )
+
+    def _public(self, link: str) -> str:
+        """Return a link as clients can follow it: the store may know only the service's path."""
+        base = self.settings.public_url
+        return base.rstrip("/") + link if base and link.startswith("/") else link
 
 
 def _deadline_error(seconds: float) -> RefusedError:
@@ -226,8 +244,7 @@ def _deadline_error(seconds: float) -> RefusedError:
 
 
 def _decode(file: bytes, max_pixels: int) -> RawPicture:
-    """Decode a picture and scale it down, because many requests may wait with their pixels."""
-    return RawPicture.of(decoding.scale_down(decoding.decode(file, max_pixels=max_pixels)))
+    return RawPicture.of(decoding.decode(file, max_pixels=max_pixels))
 
 
 def _encode(raw: RawPicture, request: EditRequest) -> bytes:

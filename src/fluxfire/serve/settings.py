@@ -12,6 +12,7 @@ from fluxfire.errors import FluxfireError
 
 _HOUR, _DAY = 3600.0, 86400.0
 _LARGEST_PORT = 65535
+_MULTIPLE, _LONGEST_SIDE = 16, 4096
 _DURATIONS = (
     "retention_seconds",
     "link_seconds",
@@ -50,10 +51,17 @@ class Settings:
             or `http://images.example.org:8080`; none by default.
         origins: other sites whose pages may send requests, such as `https://example.org`; none by
             default (CORS).
+        public_url: the service's address as clients see it, such as
+            `https://example.org/fluxfire`. Links to stored pictures begin with it. With None, links
+            to a folder's pictures are paths, such as `/files/…`.
         storage: a folder, or `s3://bucket/prefix?endpoint=…&region=…`: answers then contain links.
             With None they contain the pictures themselves.
         secret: signs links to a folder. None creates a random secret at each start, so a restart
             makes earlier links invalid.
+        jobs_file: file of the database of jobs, so that jobs survive a restart. With None they end
+            with the process.
+        webhook_hosts: allowed hosts of `webhook_url`, written as in `image_hosts`; none by default.
+        webhook_secret: signs webhooks: `whsec_` and 24 to 64 bytes in base64.
         retention_seconds: how long the service keeps stored pictures.
         link_seconds: how long a link to a stored picture is valid.
         max_queue: most requests in the queue.
@@ -63,7 +71,7 @@ class Settings:
         max_bytes: most bytes of an uploaded or fetched picture.
         max_pixels: most pixels of an uploaded or fetched picture.
         max_jobs: most jobs of one key that the service keeps, including finished ones.
-        job_seconds: how long the service keeps a finished job and its pictures.
+        job_seconds: how long the service keeps a finished job, its answer and its idempotency key.
         head_seconds: how long a connection may be open without a request.
         request_seconds: time limit of a request.
         fetch_seconds: time limit for fetching an `image_url`.
@@ -88,8 +96,12 @@ class Settings:
     keys_file: Path | None = None
     image_hosts: tuple[str, ...] = ()
     origins: tuple[str, ...] = ()
+    public_url: str | None = None
     storage: str | None = None
     secret: str | None = None
+    jobs_file: Path | None = None
+    webhook_hosts: tuple[str, ...] = ()
+    webhook_secret: str | None = None
     retention_seconds: float = _DAY
     link_seconds: float = _HOUR
     max_queue: int = 32
@@ -97,8 +109,8 @@ class Settings:
     max_batch: int | None = None
     max_bytes: int = 20_000_000
     max_pixels: int = 50_000_000
-    max_jobs: int = 64
-    job_seconds: float = 600.0
+    max_jobs: int = 256
+    job_seconds: float = _HOUR
     head_seconds: float = 20.0
     request_seconds: float = 300.0
     fetch_seconds: float = 20.0
@@ -120,6 +132,10 @@ class Settings:
             raise FluxfireError("preset and passes exclude each other; give one of them")
         if self.log_format not in ("text", "json"):
             raise FluxfireError(f"log_format={self.log_format!r}; it must be text or json")
+        for size in self.warm_up or ():
+            _check_size(size)
+        if self.public_url is not None:
+            _check_public_url(self.public_url)
         for origin in self.origins:
             _check_origin(origin)
         if self.keys_file is None and not self.on_loopback:
@@ -148,6 +164,26 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _check_size(size: tuple[int, int]) -> None:
+    """Refuse a size that the pipeline would refuse only after it is loaded."""
+    if len(size) != 2 or any(  # noqa: PLR2004 - a width and a height
+        side < _MULTIPLE or side % _MULTIPLE or side > _LONGEST_SIDE for side in size
+    ):
+        raise FluxfireError(
+            f"warm_up has the size {'x'.join(map(str, size))}; it must be a width and a height, "
+            f"both multiples of {_MULTIPLE} up to {_LONGEST_SIDE}"
+        )
+
+
+def _check_public_url(url: str) -> None:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise FluxfireError(
+            f"public_url={url!r}; write the address that clients use, such as "
+            f"https://example.org/fluxfire"
+        )
 
 
 def _check_origin(origin: str) -> None:

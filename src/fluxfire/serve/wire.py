@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from PIL import Image
@@ -90,11 +90,13 @@ class Result:
         pictures: one for each seed.
         steps: for each step, what all of these pictures skipped in it.
         hit_rate: share of steps that were hits, over all pictures.
+        warnings: what the client should know, without its own words.
     """
 
     pictures: tuple[RawPicture, ...]
     steps: tuple[StepKind, ...]
     hit_rate: float
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +147,14 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """The worker's process runs. It says so every `HEARTBEAT` seconds once it is ready."""
+    """The worker's process runs. It says so every `HEARTBEAT` seconds once it is ready.
+
+    Attributes:
+        gpu_bytes: the GPU's memory in bytes: `allocated` to tensors, `reserved` by torch, and the
+            `total`. Empty without a GPU.
+    """
+
+    gpu_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

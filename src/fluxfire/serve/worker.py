@@ -83,7 +83,20 @@ def _beat_loop(outbox: _Outbox) -> None:
     """Tell the server again and again that this process runs."""
     while True:
         time.sleep(HEARTBEAT)
-        outbox.send(Alive())
+        outbox.send(Alive(_gpu_bytes()))
+
+
+def _gpu_bytes() -> dict[str, int]:
+    """Return the GPU's memory; torch counts it itself, so this waits for no kernel."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {
+        "allocated": torch.cuda.memory_allocated(),
+        "reserved": torch.cuda.memory_reserved(),
+        "total": torch.cuda.get_device_properties(0).total_memory,
+    }
 
 
 def _load_editor(settings: Settings) -> PipelineEditor:
