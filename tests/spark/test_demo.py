@@ -44,7 +44,7 @@ def test_demo_shows_a_cache_unless_told_otherwise(capsys, tmp_path):
     assert cached.startswith("first-block-cache")
     assert main([*arguments, "--preset", "fast", "--overwrite"]) == 0
     told = capsys.readouterr().out
-    own = "threshold=0.15, warmup_steps=6, max_consecutive_hits=3"
+    own = "threshold=0.15, warmup_steps=6"
     assert f"settings: FirstBlockCache({own}, schedule=(Schedule(20, " in told
     assert main([*arguments, "--preset", "nope"]) == 2
     assert "nope" in capsys.readouterr().err
