@@ -256,6 +256,9 @@ def test_a_cache_of_the_list_gives_way_to_the_schedule():
         ({"computed": ["6"]}, "'6' computed steps of 10 are not possible"),
         ({"computed": []}, "computed is empty"),
         ({"workload": replace(LOAD, steps=3)}, "nothing to skip in 3 steps"),
+        ({"examples": [None] * 4}, "calibrate edits examples, such as"),
+        ({"examples": [replace(EXAMPLES[0], instruction=["a", "b"])] * 4}, "one instruction each"),
+        ({"seed": "a"}, "seed='a'; it must be a whole number of 0 or more"),
     ],
 )
 def test_bad_input_is_refused_before_anything_changes(arguments, words):
@@ -433,6 +436,22 @@ def test_a_damaged_edit_is_made_again(tmp_path, file):
     assert found().found == whole.found
 
 
+def test_a_folder_in_use_is_left_to_who_uses_it(tmp_path):
+    """One calibration at a time: a second would write the same files, and slow the first down."""
+    held = []
+
+    def begin_another(what):
+        if what.startswith("all steps, 2"):
+            with pytest.raises(BenchError, match="another calibration uses"):
+                calibrate(tiny_kontext(), EXAMPLES, workload=LOAD, folder=tmp_path)
+            held.append(what)
+
+    given = {"computed": [7], "workload": LOAD, "folder": tmp_path}
+    calibrate(tiny_kontext(), EXAMPLES[:4], **given, on_edit=begin_another)
+    assert held
+    calibrate(tiny_kontext(), EXAMPLES[:4], **given)
+
+
 def test_a_folder_that_is_a_file_is_told_by_name(tmp_path):
     (tmp_path / "kept").write_text("")
     with pytest.raises(BenchError, match="kept is a file"):
@@ -448,6 +467,30 @@ def test_true_cfg_is_calibrated_with_both_branches():
     seen.clear()
     calibrate(pipe, EXAMPLES[:4], computed=[6], workload=LOAD)
     assert both >= 1.9 * len(seen)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        ({"sigmas": [1.0, 0.5]}, "cannot have sigmas: they would fix the number of steps"),
+        ({"num_inference_steps": 4}, r"cannot have num_inference_steps: use Workload\(steps=…\)"),
+        ({"generator": None}, "cannot have generator: each example has a seed of its own"),
+        ({"width": 64, "height": 64}, r"cannot have height: use Workload\(size="),
+        ({"num_images_per_prompt": 2}, "each edit makes one picture"),
+        ({"callback_on_step_end": print}, "which no result could hold"),
+        ({"mask_image": EXAMPLES[0].picture}, "cannot have mask_image=Image"),
+    ],
+)
+def test_an_argument_that_a_workload_sets_or_no_result_can_hold_is_refused(call, words):
+    with pytest.raises(BenchError, match=words):
+        Workload(name="x", call=call)
+
+
+def test_references_of_two_shapes_are_warmed_up_both():
+    pipe, sized = tiny_kontext(), replace(LOAD, size=(32, 32), auto_resize=True)
+    wide, tall = (Example("x", Image.new("RGB", size)) for size in ((64, 32), (32, 64)))
+    assert sized.of_each_size(pipe, [wide, tall, wide]) == [wide, tall]
+    assert replace(sized, auto_resize=False).of_each_size(pipe, [wide, tall]) == [wide]
 
 
 def test_what_is_unusable_is_told_after_one_edit():

@@ -75,7 +75,7 @@ def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> 
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.
         passes: the name of a preset (`"faithful"`, `"balanced"`, `"fast"`, `"article"`); or a list
             of passes in order, where a string is the name of a pass or of its class, with default
-            settings; or a file ending in `.json` that `fluxfire tune` wrote.
+            settings; or a file ending in `.json` that `fluxfire tune` or `calibrate` wrote.
         replace: first undo the passes that the pipeline carries. If the new list cannot be applied,
             the old passes are applied again.
 

@@ -23,6 +23,8 @@ Size = tuple[int, int]
 Sizes = Iterable[tuple[SupportsIndex, SupportsIndex]]
 Counts = SupportsIndex | Iterable[SupportsIndex]
 _REFERENCE_ARGUMENTS = {"image", "image_reference"}  # arguments of a pipeline call
+_ONE_A_PICTURE = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "generator")
+"""Arguments of a call that may be lists, with one item for each prompt or picture."""
 _MOST_TEXT = 512  # diffusers refuses a longer `max_sequence_length`
 
 
@@ -79,8 +81,8 @@ def read_batches(batch: Counts | None, call: Mapping[str, Any]) -> list[dict[str
     if batch is None:
         return [{}]
     counts = _read_counts(batch, "batch", "numbers of pictures in a call, such as (1, 4)", None)
-    several = [n for n in ("prompt", "prompt_2") if isinstance(call.get(n), list | tuple)]
-    if given := [*(call.keys() & {"num_images_per_prompt"}), *several]:
+    several = [n for n in _ONE_A_PICTURE if isinstance(call.get(n), list | tuple)]
+    if given := [*sorted(call.keys() & {"num_images_per_prompt", "latents"}), *several]:
         raise PlanError(
             f"warmup takes batch=(1, 4) instead of {' and '.join(given)}; leave one of them out"
         )
@@ -100,7 +102,8 @@ def read_text_lengths(text: Counts | None, call: Mapping[str, Any]) -> list[dict
     if text is None:
         return [{}]
     lengths = _read_counts(text, "text", "numbers of text tokens, such as (128, 512)", _MOST_TEXT)
-    if given := sorted(call.keys() & {"max_sequence_length", "prompt_embeds"}):
+    fixing = {"max_sequence_length", "prompt_embeds", "negative_prompt_embeds"}
+    if given := sorted(call.keys() & fixing):
         raise PlanError(
             f"warmup takes text=(128, 512) instead of {' and '.join(given)}; leave one of them out"
         )
@@ -109,7 +112,8 @@ def read_text_lengths(text: Counts | None, call: Mapping[str, Any]) -> list[dict
 
 def _read_counts(given: Any, name: str, what: str, most: int | None) -> list[int]:
     read = []
-    for item in _items(given):
+    items: Iterable[Any] = [given] if isinstance(given, Mapping) else _items(given)
+    for item in items:
         try:
             count = None if isinstance(item, bool) else operator.index(item)
         except TypeError:

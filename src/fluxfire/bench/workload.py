@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +12,33 @@ from PIL import Image
 
 from fluxfire.bench.examples import Example
 from fluxfire.diffusers_types import DiffusersPipeline
+from fluxfire.errors import BenchError
 from fluxfire.supported import model_of
 
 _TINY_SIZE = (128, 128)
+_OF_EXAMPLE, _OF_SIZE = "it comes from each example", "use Workload(size=(width, height))"
+_ONE_PICTURE = "each edit makes one picture"
+_SET_ELSEWHERE = {
+    "prompt": _OF_EXAMPLE,
+    "prompt_2": _OF_EXAMPLE,
+    "prompt_embeds": _OF_EXAMPLE,
+    "pooled_prompt_embeds": _OF_EXAMPLE,
+    "image": _OF_EXAMPLE,
+    "num_inference_steps": "use Workload(steps=…)",
+    "sigmas": "they would fix the number of steps, and fewer steps are measured too",
+    "timesteps": "they would fix the number of steps, and fewer steps are measured too",
+    "generator": "each example has a seed of its own",
+    "latents": "each example has a seed of its own",
+    "width": _OF_SIZE,
+    "height": _OF_SIZE,
+    "max_area": _OF_SIZE,
+    "_auto_resize": "use Workload(auto_resize=…)",
+    "max_sequence_length": "use Workload(text_tokens=…)",
+    "num_images_per_prompt": _ONE_PICTURE,
+    "output_type": _ONE_PICTURE,
+    "return_dict": _ONE_PICTURE,
+}
+"""Arguments of a call that a workload sets or fixes, and what to do instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +55,12 @@ class Workload:
         text_tokens: padded length of the prompt; None for the pipeline's default.
         reference: True to edit the example's picture, False for text to image.
         call: other arguments of the pipeline's call, such as `{"true_cfg_scale": 2.0,
-            "negative_prompt": "blurry"}`.
+            "negative_prompt": "blurry"}`. They are written into results, so JSON must be able to
+            hold them.
+
+    Raises:
+        BenchError: `call` has an argument that the workload sets itself, or one that JSON cannot
+            hold.
     """
 
     name: str
@@ -40,6 +70,21 @@ class Workload:
     text_tokens: int | None = None
     reference: bool = True
     call: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        call = dict(self.call)
+        if taken := sorted(call.keys() & _SET_ELSEWHERE.keys()):
+            name = taken[0]
+            raise BenchError(f"Workload(call=…) cannot have {name}: {_SET_ELSEWHERE[name]}")
+        for name, value in call.items():
+            try:
+                json.dumps(value)
+            except (TypeError, ValueError) as error:
+                raise BenchError(
+                    f"Workload(call=…) cannot have {name}={type(value).__name__}(…), which no "
+                    f"result could hold: {error}"
+                ) from None
+        object.__setattr__(self, "call", call)
 
     @classmethod
     def for_pipeline(
@@ -81,10 +126,18 @@ class Workload:
         return model_of(pipe).reference_size(pipe, *example.picture.size)
 
     def of_each_size(self, pipe: DiffusersPipeline, examples: Sequence[Example]) -> list[Example]:
-        """Return the first example of each output size, because each size may compile."""
+        """Return the first example of each size of output and reference, as each may compile."""
         first: dict[object, Example] = {}
         for example in examples:
-            first.setdefault((self.output_size(pipe, example), example.picture is None), example)
+            reference = example.picture
+            resized = reference and self.reference and self.auto_resize
+            key = (
+                self.output_size(pipe, example),
+                model_of(pipe).reference_size(pipe, *reference.size)
+                if reference is not None and resized
+                else reference is None,
+            )
+            first.setdefault(key, example)
         return list(first.values())
 
     def run(

@@ -121,7 +121,8 @@ def calibrate(arguments: argparse.Namespace) -> int:
     if not any(one.wins for one in found.found):
         say(
             "No schedule clearly beats plain with fewer steps here, so nothing was saved. Try more "
-            "examples or more computed steps; with --folder, edits that exist are not made again."
+            "examples or more computed steps; with --folder, edits that exist are not made again. "
+            "In Python, fluxfire.calibrate(…).save(path, computed=14) saves any schedule."
         )
         return 1
     found.save(arguments.output)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from fluxfire.cli import catalog
 from fluxfire.cli.console import UsageError, note, usage_errors
 from fluxfire.cli.files import check_output, check_picture_format, free_path
-from fluxfire.cli.values import positive_decimal, positive_number, prompt, seed, size
+from fluxfire.cli.values import positive_decimal, positive_number, prompt, seed, size, words
 from fluxfire.loading import KONTEXT, RANDOM, SPARK, model_folder
 from fluxfire.planning import recipes
 from fluxfire.protocol import Pass
@@ -106,13 +106,15 @@ def add_guidance(parser: argparse.ArgumentParser) -> None:
     """Add `--guidance`, and `--true-cfg` with `--negative-prompt`."""
     parser.add_argument(
         "--guidance", type=positive_decimal, metavar="SCALE",
-        help="guidance scale (default: the model's, 3.5 for Kontext)",
+        help="guidance scale (default: the model's; 5 for Spark, 3.5 for Kontext)",
     )  # fmt: skip
     parser.add_argument(
         "--true-cfg", type=positive_decimal, metavar="SCALE",
         help="scale of true CFG, above 1; each step then runs twice. Needs --negative-prompt",
     )  # fmt: skip
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what true CFG leads away from")
+    parser.add_argument(
+        "--negative-prompt", type=words, metavar="TEXT", help="what true CFG leads away from"
+    )
     add_check(parser, _check_guidance)
 
 

@@ -13,13 +13,18 @@ _LARGEST_PORT = 65535
 _LONGEST_SIDE = 4096
 
 
-def prompt(text: str) -> str:
-    """Read a prompt: some words in valid UTF-8."""
+def words(text: str) -> str:
+    """Read words in valid UTF-8, or none."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise ArgumentTypeError(f"{text!r} is not valid UTF-8") from None
-    if not text.strip():
+    return text
+
+
+def prompt(text: str) -> str:
+    """Read a prompt: some words in valid UTF-8."""
+    if not words(text).strip():
         raise ArgumentTypeError("the prompt is empty")
     return text
 

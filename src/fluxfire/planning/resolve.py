@@ -139,8 +139,8 @@ def passes_from_options(preset: str | None, names: str | None) -> list[Pass]:
     """Return the passes that the options `--preset` and `--passes` ask for.
 
     Args:
-        preset: the name of a preset, or a file that `fluxfire tune` wrote. It overrides `names`,
-            which may be a default. If both are None, the preset is `faithful`.
+        preset: the name of a preset, or a file that `fluxfire tune` or `calibrate` wrote. It
+            overrides `names`, which may be a default. If both are None, the preset is `faithful`.
         names: names of passes in order, separated by commas; or `none`.
 
     Raises:
@@ -173,7 +173,7 @@ def passes_from_options(preset: str | None, names: str | None) -> list[Pass]:
 
 
 def preset_or_file(name: str | Path) -> tuple[Pass, ...]:
-    """Return the passes of a preset, or of a file that `fluxfire tune` wrote.
+    """Return the passes of a preset, or of a file that `fluxfire tune` or `calibrate` wrote.
 
     Args:
         name: a preset's name or a file. A `Path`, or a string that ends in `.json`, is a file.

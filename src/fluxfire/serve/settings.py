@@ -40,8 +40,9 @@ class Settings:
 
     Attributes:
         model: as in `fluxfire run --model`: spark, a folder, a hub id, random-tiny or random-full.
-        preset: a preset's name, or a file that `fluxfire tune` wrote. None means `faithful`, and
-            each request may ask for `balanced` or `fast`, which are lossy. A CPU compiles nothing.
+        preset: a preset's name, or a file that `fluxfire tune` or `calibrate` wrote. None means
+            `faithful`, and each request may ask for `balanced` or `fast`, which are lossy. A CPU
+            compiles nothing.
         passes: names of passes in order, separated by commas, or none; instead of a preset.
         host: address to listen on.
         port: port to listen on; 0 for any free port.

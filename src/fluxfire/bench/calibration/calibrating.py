@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -248,11 +249,19 @@ def calibrate(
         on_edit: callback before each edit, with a description of it.
 
     Raises:
-        BenchError: there are fewer than four examples, a number of computed steps is impossible, or
-            the folder holds another calibration.
+        BenchError: there are fewer than four examples, an example or the seed is none, a number of
+            computed steps is impossible, or the folder holds another calibration or is in use.
         PlanError: the pipeline is not plain, or the passes cannot be applied to it.
     """
     examples = list(examples)
+    for example in examples:
+        if not (isinstance(example, Example) and isinstance(example.instruction, str)):
+            raise BenchError(
+                f"calibrate edits examples, such as Example('make it night', picture), with one "
+                f"instruction each; there is {example!r}"
+            )
+    if not is_whole_number(seed, 0):
+        raise BenchError(f"seed={seed!r}; it must be a whole number of 0 or more")
     if len(examples) < _FEWEST:
         raise BenchError(
             f"calibrate needs {_FEWEST} examples or more, half of them to make the schedules and "
@@ -271,7 +280,7 @@ def calibrate(
     listed = order([recorder, *timed, FirstBlockCache().off()])
     api.plan(pipe, listed).raise_if_bad()
     journal = Journal.open(folder, partial(fingerprint, pipe, examples, others, load, seed))
-    with on_device(pipe), api.optimized(pipe, listed):
+    with closing(journal), on_device(pipe), api.optimized(pipe, listed):
         bench = _Bench(pipe, examples, load, seed, on_edit, recorder, journal)
         half = len(examples) // 2
         bench.edit_plainly(range(half), record=True)

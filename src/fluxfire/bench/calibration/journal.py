@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import diffusers
 import torch
+from filelock import FileLock, Timeout
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -66,9 +67,14 @@ class Plain:
 class Journal:
     """The measured edits, in memory, and in a folder if there is one."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path | None = None, lock: FileLock | None = None) -> None:
+        self._folder, self._lock = folder, lock
         self._edits: dict[tuple[str, int], Edit] = {}
+
+    def close(self) -> None:
+        """Let another calibration use the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     @classmethod
     def open(cls, folder: str | Path | None, fingerprint: Callable[[], str]) -> Journal:
@@ -80,7 +86,8 @@ class Journal:
                 all weights takes a while, so it is called only for a folder.
 
         Raises:
-            BenchError: the folder holds something else, or its files are damaged.
+            BenchError: the folder holds something else, its files are damaged, or another
+                calibration uses it now.
             OSError: the folder cannot be made or read.
         """
         if folder is None:
@@ -89,6 +96,25 @@ class Journal:
         if folder.exists() and not folder.is_dir():
             raise BenchError(f"{folder} is a file; give a folder to keep the edits in")
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BenchError(
+                f"another calibration uses {folder} now; wait for its end, or choose another folder"
+            ) from None
+        made = cls(folder, lock)
+        try:
+            cls._check_folder(folder, fingerprint)
+            made._read_edits()
+        except BaseException:
+            made.close()
+            Path(lock.lock_file).unlink(missing_ok=True)  # the folder may be somebody's own
+            raise
+        return made
+
+    @staticmethod
+    def _check_folder(folder: Path, fingerprint: Callable[[], str]) -> None:
         identity = folder / "calibration.json"
         if identity.exists():
             try:
@@ -105,9 +131,6 @@ class Journal:
             raise BenchError(f"{folder} holds other files; choose an empty folder")
         else:
             write_atomically(identity, json.dumps({"fingerprint": fingerprint()}) + "\n")
-        made = cls(folder)
-        made._read_edits()
-        return made
 
     def plain(self, number: int) -> Plain | None:
         """Return an example's edit with all steps, if it was made and its files are whole."""
@@ -195,8 +218,8 @@ def fingerprint(
 ) -> str:
     """Identify a calibration by all that its measurements depend on.
 
-    Of the models it reads the names, shapes and dtypes of all weights, and their checksums. A
-    weight without data (offloaded layer by layer) counts by its shape alone.
+    Of the models it reads the names, shapes, dtypes and checksums of all weights and buffers. One
+    without data (offloaded layer by layer) counts by its shape alone.
     """
     digest = hashlib.blake2b(digest_size=16)
     parts: list[object] = [
@@ -213,15 +236,17 @@ def fingerprint(
                 adapted: Any = module
                 scaling = repr(vars(module).get("scaling"))
                 parts.append((where, adapted.active_adapters, adapted.disable_adapters, scaling))
-        for where, weight in component.named_parameters():
+        for where, weight in (*component.named_parameters(), *component.named_buffers()):
             summed = [] if weight.is_meta else checksum.of([weight.detach()])
             parts.append((where, tuple(weight.shape), str(weight.dtype), summed))
     for part in parts:
         digest.update(repr(part).encode())
     for example in examples:
-        digest.update(example.instruction.encode())
-        if example.picture is not None:
-            digest.update(repr(example.picture.size).encode() + example.picture.tobytes())
+        picture = example.picture
+        shape = picture and (picture.mode, picture.size)
+        digest.update(repr((example.instruction, shape)).encode())
+        if picture is not None:
+            digest.update(picture.tobytes())
     return digest.hexdigest()
 
 
