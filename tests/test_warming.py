@@ -215,7 +215,7 @@ NO_COUNTS = {
     "a generator each": ({"batch": 2, "generator": [None]}, "instead of generator"),
     "negative prompts": ({"batch": 2, "negative_prompt": ["a", "b"]}, "instead of negative_prompt"),
     "a mapping": ({"batch": {1: 2}}, "cannot use {1: 2} in batch"),
-    "encoded negative": ({"text": 16, "negative_prompt_embeds": None}, "instead of negative_prompt_embeds"),
+    "encoded negative": ({"text": 8, "negative_prompt_embeds": 0}, "instead of negative_prompt_em"),
     "several prompts": ({"batch": 2, "prompt": ["a", "b"]}, "batch=(1, 4) instead of prompt;"),
     "lengths twice": ({"text": 8, "max_sequence_length": 8}, "instead of max_sequence_length"),
     "encoded": ({"text": 8, "prompt_embeds": torch.zeros(1, 8, 40)}, "instead of prompt_embeds"),
