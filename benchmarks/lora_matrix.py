@@ -201,7 +201,7 @@ COLUMNS = (
         slow=True,
     ),
     Column(
-        "model offloading", lambda _: [FoldedLora(), FusedBlocks()],
+        "model offloading", lambda _: [FoldedLora()],  # FusedBlocks would ask for triton
         first=lambda p: accelerate.cpu_offload_with_hook(p.transformer, torch.device("cpu")),
     ),
     Column("files of `save_pretrained`", lambda _: [FoldedLora(), FusedBlocks()], files, bound=0),
