@@ -19,13 +19,10 @@ def summary() -> str:
 
 def lossy() -> str:
     """Whole edits of what is lossy, each beside `faithful` at as many steps as it computed."""
-    big, small = ({name_of(r): _twin(r, rows) for r in rows if r["lossy"]} for rows in _rows())
+    runs = [load(name)["rows"] for name in _SIZES]
+    big, small = ({name_of(r): _twin(r, rows) for r in rows if r["lossy"]} for rows in runs)
     listed = [[(name, name), (big[name], small[name])] for name in big]
     return _both_sizes("steps computed (1024 / 512)", _computed, listed)
-
-
-def _rows() -> list[list[Row]]:
-    return [load(name)["rows"] for name in _SIZES]
 
 
 def _twin(row: Row, rows: Sequence[Row]) -> str:

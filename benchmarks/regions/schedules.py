@@ -6,6 +6,7 @@ from dataclasses import asdict
 
 from fluxfire.bench.intervals import bootstrap
 from fluxfire.bench.tables import format_measure
+from regions.reference import difference
 from regions.results import Row, load, markdown, where
 
 _RUNS = ("schedules_on_spark.json", "schedules_on_spark_2.json")
@@ -38,7 +39,7 @@ def schedules() -> str:
                         _measure(row),
                         f"{beside['steps']}, {what}",
                         _measure(fewer),
-                        _difference(beside),
+                        difference(beside),
                     )
                 )
     table.sort(key=lambda cells: _KINDS.index(next(k for k in _KINDS if cells[0].startswith(k))))
@@ -67,12 +68,8 @@ def _schedules_against_thresholds(result: Row) -> str:
         pairs = zip(rows[schedule]["each"], rows[threshold]["each"], strict=True)
         interval = bootstrap([a - b for a, b in pairs])
         if interval is not None:
-            lines.append((schedule, threshold, _difference(asdict(interval))))
+            lines.append((schedule, threshold, difference(asdict(interval))))
     return markdown(("a schedule", "a threshold with as much work", "difference [95%]"), lines)
-
-
-def _difference(interval: Row) -> str:
-    return "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**interval)
 
 
 def _measure(row: Row) -> str:

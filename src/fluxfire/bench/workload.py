@@ -129,14 +129,10 @@ class Workload:
         """Return the first example of each size of output and reference, as each may compile."""
         first: dict[object, Example] = {}
         for example in examples:
-            reference = example.picture
-            resized = reference and self.reference and self.auto_resize
-            key = (
-                self.output_size(pipe, example),
-                model_of(pipe).reference_size(pipe, *reference.size)
-                if reference is not None and resized
-                else reference is None,
-            )
+            picture, resized = example.picture, None
+            if picture is not None and self.reference and self.auto_resize:
+                resized = model_of(pipe).reference_size(pipe, *picture.size)
+            key = self.output_size(pipe, example), picture is None, resized
             first.setdefault(key, example)
         return list(first.values())
 

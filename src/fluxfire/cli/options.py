@@ -250,23 +250,18 @@ def selected_passes(arguments: argparse.Namespace, *, dry_run: bool = False) -> 
 
 
 def selected_workload(arguments: argparse.Namespace, pipe: DiffusersPipeline) -> Workload:
-    """Return the workload that a parser with `add_sampling` asks for.
-
-    Args:
-        arguments: with `size`, and with what `add_guidance` adds, if the parser has them.
-        pipe: the pipeline that makes the edits.
-    """
+    """Return the workload that `add_sampling`, `add_guidance` and `add_size` ask for."""
     from fluxfire.bench import Workload
 
-    options = {
-        "guidance_scale": "guidance", "true_cfg_scale": "true_cfg",
-        "negative_prompt": "negative_prompt",
-    }  # fmt: skip
-    asked = {name: getattr(arguments, option, None) for name, option in options.items()}
+    asked = {
+        "guidance_scale": arguments.guidance,
+        "true_cfg_scale": arguments.true_cfg,
+        "negative_prompt": arguments.negative_prompt,
+    }
     return Workload.for_pipeline(
         pipe,
         steps=arguments.steps,
-        size=getattr(arguments, "size", None),
+        size=arguments.size,
         call={name: value for name, value in asked.items() if value is not None},
     )
 
