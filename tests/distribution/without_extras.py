@@ -12,7 +12,16 @@ import tempfile
 from pathlib import Path
 
 PACKAGE = "fluxfire"
-OF_EXTRAS = {"fastapi", "httpx", "multipart", "prometheus_client", "starlette", "uvicorn"}
+OF_EXTRAS = {
+    "fastapi",
+    "httpx",
+    "multipart",
+    "prometheus_client",
+    "pydantic",
+    "pydantic_settings",
+    "starlette",
+    "uvicorn",
+}
 OF_TORCH = {"triton"}  # which comes with torch for CUDA
 
 
