@@ -7,6 +7,7 @@ import pytest
 
 import lora_matrix
 from lora_matrix import BEFORE, COLUMNS, EVENTS, LOSS, ROWS
+from thinned import exhaustive
 
 
 @pytest.fixture(scope="module")
@@ -25,13 +26,19 @@ def test_the_table_has_every_column_and_row(committed):
     assert all(list(of) == list(ROWS) for of in cells.values())
 
 
-SLOW = [
-    pytest.param(column, marks=[pytest.mark.slow] if column.slow else [], id=column.name.strip("`"))
+SLOW = {"`Compile`": [pytest.mark.slow, exhaustive], "`MegaCache`": [pytest.mark.slow]}
+"""Columns that compile. `MegaCache` compiles the same, and is tried for every change."""
+CASES = [
+    pytest.param(column, marks=SLOW.get(column.name, []), id=column.name.strip("`"))
     for column in COLUMNS
 ]
 
 
-@pytest.mark.parametrize("column", SLOW)
+def test_what_compiles_is_marked_slow():
+    assert {column.name for column in COLUMNS if column.slow} == {*SLOW}
+
+
+@pytest.mark.parametrize("column", CASES)
 def test_a_column_says_what_happens(column, committed):
     cells, reasons = committed
     made = dict(lora_matrix.column(column))

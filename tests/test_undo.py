@@ -169,3 +169,19 @@ def test_compiled_lists_with_a_failure_at_each_third_edit(shared, passes):
             apply_passes(pipe, passes, functools.partial(FaultyTransaction, fail_at=fail_at))
         assert differences(before, fingerprint(pipe)) == []
     assert np.array_equal(edit(pipe, steps=1), picture)
+
+
+def test_a_setting_that_is_a_set_has_no_order(pipe, monkeypatch):
+    from torch._dynamo import config
+
+    names = ["repro_level", "repro_after", "constant_functions", "one_more"]
+    monkeypatch.setattr(config, "_save_config_ignore", {*names})
+    before = fingerprint(pipe)
+    # The same elements after others that were dropped: CPython may list them differently.
+    for extra in range(1, 60):
+        refilled = {*map(str, range(extra)), *reversed(names)}
+        refilled.difference_update(map(str, range(extra)))
+        config._save_config_ignore = refilled
+        assert differences(before, fingerprint(pipe)) == []
+    config._save_config_ignore = {*names[1:]}
+    assert differences(before, fingerprint(pipe)) != []

@@ -131,6 +131,7 @@ def test_it_can_be_undone_and_redone_more_often_than_dynamos_limit():
     assert np.array_equal(edit(pipe), reference)
 
 
+@exhaustive
 @pytest.mark.slow
 def test_dynamic_graphs_fit_every_size():
     plain = smallest()

@@ -152,7 +152,9 @@ def _settings() -> Iterator[tuple[str, object]]:
     for name in ("torch._inductor.config", "torch._dynamo.config", "torch._functorch.config"):
         if name in sys.modules:
             for key, value in sys.modules[name].get_config_copy().items():
-                yield f"{_LOADED}{name}.{key}", repr(value)
+                # Equal sets may list their elements in another order.
+                ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+                yield f"{_LOADED}{name}.{key}", repr(ordered)
     if (callbacks := sys.modules.get("torch._dynamo.callback")) is not None:
         handler = callbacks.callback_handler
         counts = (len(handler.start_callbacks), len(handler.end_callbacks))
