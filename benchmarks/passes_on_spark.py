@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 import fluxfire
-from fluxfire import spark
+from fluxfire import presets, spark
 from fluxfire.bench import compare, save_result, stamp
-from fluxfire.passes import Attention, Float8, FusedBlocks, ModulationTable
+from fluxfire.passes import Attention, Float8, Float8TextEncoder, FusedBlocks, ModulationTable
 from fluxfire.protocol import Pass
 from fluxfire.text import table
 
@@ -29,6 +29,9 @@ STACKS: dict[str, tuple[Pass, ...]] = {
     "FusedBlocks": (FusedBlocks(),),
     "ModulationTable": (ModulationTable(),),
     "Float8": (Float8(),),
+    "Float8, weights alone": (Float8(activations="plain"),),
+    "Float8TextEncoder": (Float8TextEncoder(),),
+    "low_memory": presets.low_memory[:-1],
     "Float8 + exact passes": (Float8(), *EXACT),
     "float8 attention": (Attention("fa3-fp8"),),
     "Float8 + float8 attention + exact passes": (Float8(), Attention("fa3-fp8"), *EXACT),
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=28)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--only", nargs="*", help="stacks to measure; plain is always measured")
     arguments = parser.parse_args()
 
     pipe = spark.load(dtype=getattr(torch, arguments.dtype))
@@ -56,7 +60,10 @@ def main() -> None:
     plain = None
     listed = [(name, passes, arguments.steps) for name, passes in STACKS.items()]
     listed += [(f"plain, {n} steps", (), n) for n in FEWER]
+    only = arguments.only
     for name, passes, steps in listed:
+        if only is not None and name not in ("plain", *only):
+            continue
         row: dict[str, Any] = {"stack": name, "passes": [repr(p) for p in passes]}
         try:
             with fluxfire.optimized(pipe, passes):

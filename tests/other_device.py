@@ -16,6 +16,7 @@ from fluxfire.kernels import checksum
 DEVICE = torch.device("xpu", 0)
 _TAKES_BOTH = {
     "copy_", "__set__", "__getitem__", "__setitem__", "_has_compatible_shallow_copy_type",
+    "__deepcopy__",
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ They come from the registry, so that a new pass comes under these tests by itsel
 
 from __future__ import annotations
 
-from fluxfire.passes import Attention, FirstBlockCache, QKVFusion, ReferenceCache
+from fluxfire.passes import Attention, FirstBlockCache, Placement, QKVFusion, ReferenceCache
 from fluxfire.planning import registry
 
 SETTINGS = {
@@ -15,6 +15,7 @@ SETTINGS = {
         FirstBlockCache(0),
         FirstBlockCache(schedule=[1], predict="linear"),
     ],
+    "placement": [Placement(tiling=False)],  # tiles need a larger picture than these tests make
     "qkv-fusion": [QKVFusion(), QKVFusion(vae=False), QKVFusion(transformer=False)],
     "reference-cache": [ReferenceCache(2.0), ReferenceCache(0)],
 }
@@ -22,6 +23,7 @@ SETTINGS = {
 
 ELSEWHERE = {
     "compile": "tests/test_conformance.py",  # takes minutes
+    "context-parallel": "tests/passes/test_context_parallel.py",  # needs several processes
     "mega-cache": "tests/passes/test_mega_cache.py",  # writes files, and needs compiled graphs
     "para-attention": "tests/passes/test_para_attention.py",  # needs another package
 }

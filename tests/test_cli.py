@@ -179,7 +179,7 @@ def test_doctor(capsys):
     assert status == 0
     assert "torch " in out
     assert "GPU " in out
-    assert "memory-layout      applies" in out
+    assert "memory-layout        applies" in out
     facts = json.loads(run(capsys, "doctor", "--json")[1])
     assert facts["environment"]["packages"]["torch"] == torch.__version__
     assert facts["passes"]["memory-layout"]["ok"] is True
@@ -286,7 +286,8 @@ def test_the_seed_decides(capsys, photo, tmp_path):
 
 def test_guidance_and_true_cfg_reach_the_pipeline(capsys, photo, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("fluxfire.cli.run.load_model", lambda _: recording(tiny_kontext(), calls))
+    load = lambda _, **__: recording(tiny_kontext(), calls)  # noqa: E731
+    monkeypatch.setattr("fluxfire.cli.run.load_model", load)
     edit = ["run", "--image", photo, "--prompt", "x", "--passes", "none", "--steps", 1]
     edit += ["--size", "32x32", "-o", tmp_path / "out.png", "--overwrite"]
     names = ("guidance_scale", "true_cfg_scale", "negative_prompt")
@@ -328,7 +329,7 @@ def recording(pipe, calls):
         ({"-o": "x.psd"}, "cannot write x.psd: .psd is no picture format"),
         (
             {"--preset": "quick"},
-            "there is no preset 'quick'; there are faithful, balanced, fast, article",
+            "there is no preset 'quick'; there are faithful, balanced, fast, low_memory, article",
         ),
         ({"--model": "./nowhere"}, "there is no folder ./nowhere, and it is no hub id"),
     ],

@@ -12,9 +12,8 @@ from fluxfire._version import __version__ as __version__
 
 if TYPE_CHECKING:
     from fluxfire import bench, errors, extend, passes, presets, spark, testing
-    from fluxfire.api import optimize, optimized, plan, report, restore, using, warmup
+    from fluxfire.api import load, optimize, optimized, plan, report, restore, using, warmup
     from fluxfire.bench import Budget, Calibrated, Tuned, bisect, calibrate, tune
-    from fluxfire.loading import load
     from fluxfire.planning.plan import Plan
     from fluxfire.planning.resolve import order
     from fluxfire.protocol import Change, Finding, Pass, Target
@@ -53,13 +52,12 @@ __all__ = [
 
 _HOME = {
     **dict.fromkeys(
-        ("optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
+        ("load", "optimize", "optimized", "plan", "report", "restore", "using", "warmup"), "api"
     ),
     **dict.fromkeys(("Budget", "Calibrated", "Tuned", "bisect", "calibrate", "tune"), "bench"),
     **dict.fromkeys(("Change", "Finding", "Pass", "Target"), "protocol"),
     "Plan": "planning.plan",
     "Report": "reporting.report",
-    "load": "loading",
     "order": "planning.resolve",
     # For the authors of passes, whom `fluxfire.extend` gives everything in one place.
     **dict.fromkeys(("Call", "Generation", "Listener", "Transaction"), "extend"),

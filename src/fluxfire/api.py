@@ -1,4 +1,4 @@
-"""The functions of the library: plan, optimize, restore, optimized, using, report, warmup."""
+"""The functions of the library: load, plan, optimize, restore, optimized, using, report, warmup."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from fluxfire import loading, presets
 from fluxfire.applying import (
     applied_passes,
     apply_passes,
@@ -16,9 +17,11 @@ from fluxfire.applying import (
     replace_passes,
     undo,
 )
-from fluxfire.diffusers_types import Pipeline
+from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.errors import PlanError
+from fluxfire.passes.placement import Placement, default_device
 from fluxfire.planning.check import make_plan
+from fluxfire.planning.memory import fit
 from fluxfire.planning.plan import Plan
 from fluxfire.planning.resolve import Passes
 from fluxfire.planning.retune import pair_live_settings
@@ -40,28 +43,72 @@ from fluxfire.warming import (
     refuse_size_arguments,
 )
 
-__all__ = ["optimize", "optimized", "plan", "report", "restore", "using", "warmup"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["load", "optimize", "optimized", "plan", "report", "restore", "using", "warmup"]
 
 P = TypeVar("P")
 
 
-def plan(pipe: object, passes: Passes = "faithful") -> Plan:
+def load(
+    model: str,
+    *,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+    memory: str | int | None = None,
+) -> DiffusersPipeline:
+    """Load a Kontext pipeline.
+
+    Args:
+        model: a folder that `save_pretrained` wrote; or a hub id such as
+            `black-forest-labs/FLUX.1-Kontext-dev`; or `spark`, the small trained Kontext that ships
+            with fluxfire; or `random-tiny` or `random-full`, a Kontext with random weights.
+        device: by default `"cuda"` if there is a CUDA device, else `"cpu"`.
+        dtype: by default bfloat16 on CUDA, else float32.
+        memory: load into host memory, and return what `optimize(pipe, memory=memory)` makes of it.
+            The weights there are the checkpoint's own files, mapped into memory. So neither the
+            host nor the GPU ever holds the whole model in bfloat16. By default the pipeline is
+            plain, and as a whole on the device.
+
+    Raises:
+        LoadError: the pipeline cannot be loaded. The message says why, and what to do.
+        PlanError: `memory` is no amount of memory, or `optimize` refuses the pipeline.
+    """
+    if memory is None:
+        return loading.load(model, device=device, dtype=dtype)
+    where = default_device(device)
+    made = loading.load(model, device="cpu", dtype=dtype or loading.default_dtype(where.type))
+    return optimize(made, [Placement(device=device), *presets.faithful], memory=memory)
+
+
+def plan(pipe: object, passes: Passes = "faithful", *, memory: str | int | None = None) -> Plan:
     """Return what `optimize` would do. Changes nothing.
 
     Args:
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.
         passes: as for `optimize`.
+        memory: as for `optimize`.
 
     Returns:
         The plan. It prints as a table. `plan.ok` is True if `optimize` would go ahead.
 
     Raises:
-        PlanError: there is no such preset, a file cannot be read, or `passes` is no list.
+        PlanError: there is no such preset, a file cannot be read, `passes` is no list, or `memory`
+            is no amount of memory.
     """
+    if memory is not None:
+        passes = fit(pipe, passes, memory)
     return make_plan(pipe, passes, applied_passes(pipe))
 
 
-def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> P:
+def optimize(
+    pipe: P,
+    passes: Passes = "faithful",
+    *,
+    memory: str | int | None = None,
+    replace: bool = False,
+) -> P:
     """Apply passes to a pipeline, in place.
 
     All passes check the pipeline before fluxfire applies the first. A second call adds its passes
@@ -73,9 +120,14 @@ def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> 
 
     Args:
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.
-        passes: the name of a preset (`"faithful"`, `"balanced"`, `"fast"`, `"article"`); or a list
-            of passes in order, where a string is the name of a pass or of its class, with default
-            settings; or a file ending in `.json` that `fluxfire tune` or `calibrate` wrote.
+        passes: the name of a preset (`"faithful"`, `"balanced"`, `"fast"`, `"low_memory"`,
+            `"article"`); or a list of passes in order, where a string is the name of a pass or of
+            its class, with default settings; or a file ending in `.json` that `fluxfire tune` or
+            `calibrate` wrote.
+        memory: for a pipeline in host memory, as `from_pretrained` returns it: put it on the GPU so
+            that it needs no more memory than this. Bytes, text such as `"16GiB"`, or `"auto"` for
+            what the GPU has. fluxfire adds `Placement`; if the weights need it,
+            `ModulationTable(host=True)`; and if that is not enough, `Float8`, which is lossy.
         replace: first undo the passes that the pipeline carries. If the new list cannot be applied,
             the old passes are applied again.
 
@@ -88,6 +140,8 @@ def optimize(pipe: P, passes: Passes = "faithful", *, replace: bool = False) -> 
         PassError: a pass failed. Everything that this call did was rolled back.
         BusyError: the pipeline is generating.
     """
+    if memory is not None:
+        passes = fit(pipe, passes, memory)
     (replace_passes if replace else apply_passes)(pipe, passes)
     return pipe
 

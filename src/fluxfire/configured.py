@@ -23,8 +23,13 @@ Trait = Literal[
     "layerwise-casting",
     "context-parallel",
     "wraps-blocks",
+    "on-gpu",
 ]
-"""A fact about a pipeline. Passes add facts, too (`Pass.provides`)."""
+"""A fact about a pipeline. Passes add facts, too (`Pass.provides`).
+
+`on-gpu` is such a fact: a pass moved the parts that compute to a CUDA device, though the pipeline
+lay in host memory when the list was checked.
+"""
 TRAITS: frozenset[str] = frozenset(get_args(Trait))
 
 

@@ -40,18 +40,7 @@ _KNOWS_DTYPE = (0, 40)
 def load(
     model: str, *, device: str | None = None, dtype: torch.dtype | None = None
 ) -> DiffusersPipeline:
-    """Load a Kontext pipeline.
-
-    Args:
-        model: a folder that `save_pretrained` wrote; or a hub id such as
-            `black-forest-labs/FLUX.1-Kontext-dev`; or `spark`, the small trained Kontext that ships
-            with fluxfire; or `random-tiny` or `random-full`, a Kontext with random weights.
-        device: by default `"cuda"` if there is a CUDA device, else `"cpu"`.
-        dtype: by default bfloat16 on CUDA, else float32.
-
-    Raises:
-        LoadError: the pipeline cannot be loaded. The message says why, and what to do.
-    """
+    """Load a plain Kontext pipeline onto a device; see `fluxfire.load`."""
     import torch
 
     from fluxfire import spark
@@ -59,7 +48,7 @@ def load(
     from fluxfire.supported import refusal
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+    dtype = dtype or default_dtype(device)
     if model == SPARK:
         return spark.load(device=device, dtype=dtype)
     if model in RANDOM:
@@ -77,6 +66,13 @@ def load(
     if (why := refusal(pipe)) is not None:
         raise LoadError(f"{model} is not a Kontext pipeline: {why}")
     return pipe.to(device)
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """Return bfloat16 for a CUDA device, else float32."""
+    import torch
+
+    return torch.bfloat16 if device.startswith("cuda") else torch.float32
 
 
 def model_folder(model: str) -> Path | None:

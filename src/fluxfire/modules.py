@@ -87,6 +87,17 @@ def traits(pipe: Pipeline) -> frozenset[Trait]:
     return frozenset(found)
 
 
+def is_moved(component: nn.Module) -> bool:
+    """Whether hooks of accelerate or diffusers place a component's weights while it runs."""
+    for part in submodules(component):
+        own = part.__dict__
+        if "_hf_hook" in own:
+            return True
+        if "_diffusers_hook" in own and not SWAPPED.isdisjoint(module_traits(part)):
+            return True
+    return False
+
+
 def swapping_traits(component: nn.Module) -> frozenset[Trait]:
     """Return the traits in `SWAPPED` that a component has now; they can come at any time."""
     owns = ((module, module.__dict__) for module in submodules(component))
@@ -223,6 +234,20 @@ def matching_inference_mode(weight: torch.Tensor) -> AbstractContextManager[None
     both inference tensors and normal ones cannot run.
     """
     return torch.inference_mode(mode=weight.is_inference())
+
+
+def usable_bytes(device: torch.device) -> float:
+    """Return how many bytes of a device this process may use, with those that it uses already.
+
+    Other processes and `torch.cuda.set_per_process_memory_fraction` leave that much. Infinite for a
+    device that is no CUDA device.
+    """
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return float("inf")
+    free, total = torch.cuda.mem_get_info(device)
+    read_fraction = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    fraction = 1.0 if read_fraction is None else float(read_fraction(device))
+    return min(free + torch.cuda.memory_reserved(device), total * fraction)
 
 
 def storage_bytes(pipe: Pipeline) -> int:

@@ -121,6 +121,15 @@ class Target:
         """Make a misspelt trait raise an error; a plain set would only answer False."""
         object.__setattr__(self, "traits", Traits(self.traits))
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the transformer will compute on a CUDA device when this pass is applied.
+
+        It may lie in host memory now: model offloading or an earlier pass moves it.
+        """
+        moved = self.traits & {"on-gpu", "model-offload"}
+        return self.pipe.transformer.device.type == "cuda" or bool(moved)
+
 
 @runtime_checkable
 class Pass(Protocol):

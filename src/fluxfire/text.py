@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
@@ -106,6 +107,25 @@ def human_bytes(count: int) -> str:
         units.pop(0)
     digits = 0 if units[0] == "B" else 1
     return f"{'+' if count > 0 else '-'}{size:.{digits}f} {units[0]}"
+
+
+def read_bytes(size: str | int) -> int:
+    """Read an amount of memory: a number of bytes, or text such as `"16GiB"`, `"16 GB"`, `"512M"`.
+
+    GiB, MiB and KiB are powers of 1024; GB, MB and KB are powers of 1000; a single letter counts as
+    a power of 1024.
+
+    Raises:
+        ValueError: the text is no amount of memory, or it is not above 0.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)(b?)\s*", str(size), re.IGNORECASE)
+    if isinstance(size, bool) or found is None or (found[3] and not found[2]):
+        raise ValueError(f"{size!r} is no amount of memory; write such as '16GiB'")
+    base = 1000 if found[2] and found[4] and not found[3] else 1024
+    number: int = round(float(found[1]) * base ** " kmgt".index(found[2].lower() or " "))
+    if number <= 0:
+        raise ValueError(f"{size!r} is no amount of memory; it must be above 0")
+    return number
 
 
 def human_seconds(seconds: float) -> str:

@@ -312,17 +312,22 @@ def test_offloading_that_comes_later_is_refused(pipe):
         edit(pipe)
 
 
-def refusals(pass_, pipe, traits=frozenset(), device="cpu", **facts):
+def refusals(*args, **kwargs):
+    return [str(finding) for finding in found(*args, **kwargs) if finding.level == "error"]
+
+
+def found(pass_, pipe, traits=frozenset(), **facts):
     environment = Environment(
         "3.12", {}, "13.0", **{"gpu": "NVIDIA A100", "capability": (8, 0), "gpu_bytes": 1, **facts}
     )
-    found = pass_.check(Target(pipe, environment, traits=frozenset(traits)))
-    return [str(finding) for finding in found if finding.level == "error"]
+    return list(pass_.check(Target(pipe, environment, traits=frozenset(traits))))
 
 
 def test_refusals(pipe):
     with pytest.raises(ValueError, match="originals='keep'; it must be one of host, drop"):
         Float8("keep")
+    with pytest.raises(ValueError, match="activations=None; it must be one of auto, float8, plain"):
+        Float8(activations=None)
     assert refusals(Float8(), pipe, ["fused-qkv", "quantized", "sequential-offload"]) == [
         "the projections are fused already; leave the fusion out: Float8 fuses",
         "the weights are quantized already; use one quantization",
@@ -335,12 +340,40 @@ def test_refusals(pipe):
         fluxfire.optimize(pipe, [QKVFusion(), Float8()])
 
 
-def test_a_gpu_without_float8_is_refused(pipe, monkeypatch):
+def test_on_a_gpu_without_float8_only_the_weights_are(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe.transformer), "device", torch.device("cuda"))
-    assert refusals(Float8(), pipe) == [
-        "NVIDIA A100 has compute capability 8.0, and float8 products need 8.9; leave Float8 out"
-    ]
-    assert refusals(Float8(), pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
+    why = "NVIDIA A100 has compute capability 8.0, and float8 products need 8.9"
+    both = Float8(activations="float8")
+    assert refusals(both, pipe) == [f"{why}; leave activations out"]
+    assert refusals(Float8(), pipe) == []
+    assert refusals(both, pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
+    (told,) = (f for f in found(Float8(), pipe) if f.level == "info")
+    assert str(told) == f"{why}; only the weights are in float8, to save memory"
+    device = torch.device("cuda")
+    for capability, rounds in (((8, 0), False), ((8, 9), True), ((12, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert Float8()._rounds_input(device) is rounds
+        assert Float8(activations="plain")._rounds_input(device) is False
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_activations_can_stay_as_they_are(fused, reference):
+    """Each product is that of the rounded weights, and the picture is nearer to the plain one."""
+    pipe, both = tiny_kontext(), tiny_kontext()
+    linear = pipe.transformer.single_transformer_blocks[0].proj_mlp
+    others = [FusedBlocks()] if fused else []
+    fluxfire.optimize(pipe, [Float8(activations="plain"), *others])
+    fluxfire.optimize(both, [Float8(), *others])
+    x, product = torch.randn(2, 7, 48), linear.product
+    exact = torch.nn.functional.linear(
+        x.double(), product.weight.double() * product.scale.double(), linear.bias.double()
+    )
+    with torch.no_grad():
+        assert (linear(x) - exact).norm() < 1e-6 * exact.norm()
+    made, rounded = edit(pipe), edit(both)
+    assert 0 < np.abs(made - reference).mean() < np.abs(rounded - reference).mean()
+    fluxfire.restore(pipe)
+    assert np.array_equal(edit(pipe), reference)
 
 
 def test_casts_leave_float8_alone(pipe):

@@ -15,9 +15,11 @@ from fluxfire.cli.options import (
     add_check,
     add_command,
     add_json,
+    add_memory,
     add_model,
     add_passes,
     load_model,
+    needs_placing,
     selected_passes,
 )
 from fluxfire.errors import FluxfireError
@@ -48,6 +50,7 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_model(parser)
     add_passes(parser)
+    add_memory(parser)
     add_json(parser)
 
     parser = add_command(
@@ -143,7 +146,8 @@ def print_plan(arguments: argparse.Namespace) -> int:
     passes = selected_passes(arguments, dry_run=True)
     from fluxfire import api
 
-    plan = api.plan(load_model(arguments.model), passes)
+    pipe = load_model(arguments.model, placed=needs_placing(arguments, passes))
+    plan = api.plan(pipe, passes, memory=arguments.memory)
     if arguments.json:
         say_json(_plan_as_data(plan))
     else:

@@ -6,6 +6,8 @@ import re
 from argparse import ArgumentTypeError
 from math import isfinite
 
+from fluxfire.text import read_bytes
+
 HIGHEST_PSNR = 100.0
 """What the PSNR of equal pictures counts as, in dB."""
 _LARGEST_SEED = 2**63 - 1
@@ -26,6 +28,16 @@ def prompt(text: str) -> str:
     """Read a prompt: some words in valid UTF-8."""
     if not words(text).strip():
         raise ArgumentTypeError("the prompt is empty")
+    return text
+
+
+def memory(text: str) -> str:
+    """Read an amount of memory, or `auto`."""
+    if text != "auto":
+        try:
+            read_bytes(text)
+        except ValueError as error:
+            raise ArgumentTypeError(f"{error}, or auto") from None
     return text
 
 

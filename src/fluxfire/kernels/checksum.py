@@ -28,13 +28,29 @@ from fluxfire.errors import FluxfireError
 SAMPLES = 32768
 """The checksum reads at least this many words of a larger tensor, the same number in each row."""
 HOST_SAMPLES = 32
-"""Words read of a pinned tensor in host memory: each needs its own transfer over the bus."""
+"""Words read of a pinned tensor in host memory: each needs its own transfer over the bus. Also of
+a tensor that `read_lightly` marks."""
 MIX = (0x9E3779B97F4A7C1, 0x3F58476D1CE4E5B9)
 """Multipliers of the hash that turns a position into the factor of its word."""
 STEP = 2654435761
 """A prime: how far the position within a piece moves from row to row."""
 _KIND = attrgetter("dtype", "shape")
 _ENOUGH_ROWS = 256  # with fewer rows, too few positions within a piece would be sampled
+
+
+_LIGHTLY = "_fluxfire_reads_lightly"
+
+
+def read_lightly(tensor: Tensor, lightly: bool) -> None:
+    """Read only `HOST_SAMPLES` words of a tensor from now on, or as many as of others again.
+
+    A weight in host memory may be a checkpoint's file, mapped into memory. Reading words of all its
+    pages would read the whole file from the disk.
+    """
+    if lightly:
+        setattr(tensor, _LIGHTLY, True)
+    elif hasattr(tensor, _LIGHTLY):
+        delattr(tensor, _LIGHTLY)
 
 
 class Plan(NamedTuple):
@@ -67,7 +83,7 @@ class Sums:
         """Return values that identify the tensors' contents. Waits for their devices.
 
         The addresses do not count; shape, strides and dtype do. The same numbers have the same
-        checksum on every device, except in pinned memory.
+        checksum on every device, except in pinned memory or after `read_lightly`.
 
         Args:
             tensors: any tensors. A tensor without accessible data (on the meta device, or of a
@@ -126,7 +142,9 @@ def of(tensors: Sequence[Tensor]) -> list[int]:
 def plan(tensor: Tensor) -> Plan:
     """Return how many words a tensor has, and how many of them the checksum reads."""
     planned = _plan(tensor.shape, tensor.stride(), tensor.itemsize)
-    if not tensor.is_cuda and _cuda_is_initialized() and tensor.is_pinned():
+    if hasattr(tensor, _LIGHTLY) or (
+        not tensor.is_cuda and _cuda_is_initialized() and tensor.is_pinned()
+    ):
         return Plan(planned.words, min(planned.words, HOST_SAMPLES), 1)
     return planned
 

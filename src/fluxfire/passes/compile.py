@@ -234,10 +234,9 @@ def _layers(encoder: nn.Module) -> list[nn.Module]:
 
 def _check_compiler(target: Target) -> Iterator[Finding]:
     """Check for the tools that inductor needs to generate code for the pipeline's device."""
-    on_gpu = target.pipe.transformer.device.type == "cuda" or "model-offload" in target.traits
-    if on_gpu and importlib.util.find_spec("triton") is None:
+    if target.on_gpu and importlib.util.find_spec("triton") is None:
         yield Finding("error", "compiling for CUDA needs triton", "pip install triton")
-    if on_gpu:
+    if target.on_gpu:
         return
     if not any(map(shutil.which, ("g++", "clang++", "cl"))):
         yield Finding(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from fluxfire.kernels.float8 import (
     E4M3,
     QuantizedRows,
     float8_linear,
+    float8_weight_linear,
     quantize_rows,
     quantize_weight,
 )
@@ -32,13 +33,20 @@ from fluxfire.passes.shared.adapters import (
 )
 from fluxfire.passes.shared.folding import Folder
 from fluxfire.passes.shared.fused_projection import install_products
-from fluxfire.passes.shared.host_weights import MOVED_ELSEWHERE, DroppedWeight, HostWeights
+from fluxfire.passes.shared.host_weights import (
+    MOVED_ELSEWHERE,
+    DroppedWeight,
+    HostWeights,
+    computing_device,
+)
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 
 Originals = Literal["host", "drop"]
-_ORIGINALS = ("host", "drop")
+Activations = Literal["auto", "float8", "plain"]
+_ORIGINALS: tuple[Originals, ...] = get_args(Originals)
+_ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 _MIN_CAPABILITY = (8, 9)
 _APPLY_AGAIN = "call restore(pipe), then optimize(pipe, …) with the same passes"
 _TAKE_BACK = "take that change back, because originals='drop' let go of the original weights"
@@ -64,7 +72,9 @@ class Float8:
     model. So it is in no preset. Plain with 21 steps takes as long on an H100. On 256 edits by
     Spark it keeps 46.5 dB to the pictures of 28 steps (worst 19.5), and `Float8` 37.4 (worst 16.8).
 
-    Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU.
+    Float8 products need compute capability 8.9 (H100, RTX 40) or higher. On an older GPU (RTX 20
+    and 30, A100) only the weights are in float8: they take half the memory, and a step is no
+    faster. Nobody ran this on such a GPU yet.
 
     A LoRA costs nothing: the pass quantizes `weight + scaling · B · A`, summed in float32. Load,
     scale, exchange, fuse or unload it at any time; the pass quantizes again before the next step.
@@ -82,13 +92,18 @@ class Float8:
         originals: `"host"` keeps the original weights in host memory; `restore` brings them back
             bit for bit, and `save_pretrained` works. `"drop"` frees them. Then `restore` raises an
             error, and so does everything else that needs them: saving, copying, fusing a LoRA.
+        activations: `"float8"` rounds the products' inputs to float8, too, and multiplies in
+            float8. `"plain"` keeps them, and casts each weight to the plain dtype before its
+            product: that saves as much memory, no time, and rounds less. `"auto"` is `"float8"`
+            where the GPU can, and `"plain"` on older ones.
 
     Raises:
-        ValueError: `originals` is neither `"host"` nor `"drop"`.
+        ValueError: `originals` or `activations` is none of these.
     """
 
     originals: Originals = "host"
     _: KW_ONLY
+    activations: Activations = "auto"
 
     name: ClassVar[str] = "float8"
     stage: ClassVar[Stage] = "weights"
@@ -97,28 +112,15 @@ class Float8:
     provides: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
 
     def __post_init__(self) -> None:
-        if self.originals not in _ORIGINALS:
-            raise ValueError(
-                f"originals={self.originals!r}; it must be one of {', '.join(_ORIGINALS)}"
-            )
+        for name, known in (("originals", _ORIGINALS), ("activations", _ACTIVATIONS)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"{name}={value!r}; it must be one of {', '.join(known)}")
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse devices without float8, and weights that are fused, offloaded or quantized."""
-        transformer, environment = target.pipe.transformer, target.environment
+        transformer = target.pipe.transformer
         model = model_of(target.pipe)
-        if transformer.device.type != "cuda":
-            yield Finding(
-                "warning",
-                "float8 is emulated without a GPU: slow, and only useful to judge quality",
-            )
-        elif environment.capability is not None and environment.capability < _MIN_CAPABILITY:
-            capability = ".".join(map(str, environment.capability))
-            yield Finding(
-                "error",
-                f"{environment.gpu} has compute capability {capability}, "
-                f"and float8 products need 8.9",
-                "leave Float8 out",
-            )
+        yield from self._check_device(target)
         for trait, why, remedy in (
             (
                 "fused-qkv",
@@ -147,6 +149,30 @@ class Float8:
                 "leave Float8 out",
             )
 
+    def _check_device(self, target: Target) -> Iterator[Finding]:
+        environment = target.environment
+        if not target.on_gpu:
+            yield Finding(
+                "warning",
+                "float8 is emulated without a GPU: slow, and only useful to judge quality",
+            )
+        elif environment.capability is not None and environment.capability < _MIN_CAPABILITY:
+            capability = ".".join(map(str, environment.capability))
+            why = (
+                f"{environment.gpu} has compute capability {capability}, "
+                f"and float8 products need 8.9"
+            )
+            if self.activations == "float8":
+                yield Finding("error", why, "leave activations out", Float8(self.originals))
+            else:
+                yield Finding("info", f"{why}; only the weights are in float8, to save memory")
+
+    def _rounds_input(self, device: torch.device) -> bool:
+        """Whether the products on a device round their input to float8, too."""
+        if self.activations != "auto":
+            return self.activations == "float8"
+        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
+
     def _left(self, model: Model, transformer: Transformer) -> str:
         """Return why layers with an adapter are not quantized; empty if all are."""
         if self.originals == "drop":
@@ -165,6 +191,11 @@ class Float8:
         tx.on_undo(off.switch_on)
         host = HostWeights.of(tx)
         keeps = self.originals == "host"
+
+        def product_of(linears: list[nn.Linear]) -> Float8Product:
+            device = computing_device(linears[0], host.model)
+            return Float8Product(linears, device, rounds_input=self._rounds_input(device))
+
         # A block may stand twice.
         layers = list(dict.fromkeys(_linears(model, transformer, below_adapters=keeps)))
         plain = {linear for *_, linear in layers}
@@ -176,7 +207,7 @@ class Float8:
                 continue
             made: dict[str, nn.Module] = {}
             for stack, parts in groups:
-                products.append(Float8Product(parts))
+                products.append(product_of(parts))
                 made[stack] = products[-1]
                 stacked += parts
                 fused.append((attention, stack, products[-1]))
@@ -184,7 +215,7 @@ class Float8:
             install_products(tx, attention, made)
         alone = plain.difference(stacked)
         for linear in (linear for *_, linear in layers if linear in alone):
-            products.append(Float8Product([linear]))
+            products.append(product_of([linear]))
             tx.setattr(linear, "product", products[-1])
             tx.set_class(linear, Float8Linear)
             freed += host.offload(linear)
@@ -199,6 +230,7 @@ class Float8Product(nn.Module):
     """A float8 matrix product with the weights of one layer, or of several concatenated layers.
 
     Attributes:
+        takes_float8: whether the input is rounded to float8, too.
         weight: (width out, width), float8.
         scale: (width out, 1), float32.
         bias: (width out,), or None.
@@ -207,18 +239,20 @@ class Float8Product(nn.Module):
         layers: what stands in their places: the same, or PEFT's layers around them.
     """
 
-    takes_float8 = True
     weight: Tensor
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, linears: list[nn.Linear]) -> None:
+    def __init__(
+        self, linears: list[nn.Linear], device: torch.device, *, rounds_input: bool = True
+    ) -> None:
         super().__init__()
+        self.takes_float8 = rounds_input
         self.linears = tuple(linears)
         self.layers: tuple[nn.Module, ...] = self.linears
         for name in ("weight", "scale", "bias"):
             self.register_buffer(name, None, persistent=False)
-        self.quantize(linears[0].weight.device)
+        self.quantize(device)
 
     def quantize(
         self, device: torch.device, layers: Sequence[nn.Module] = (), scale: float = 1.0
@@ -284,7 +318,7 @@ class Float8Product(nn.Module):
 
     def _multiply_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         if not modules.computes_derivatives():
-            return self.multiply(QuantizedRows(*quantize_rows(x)), dtype)
+            return self._multiply_plain_tensor(x, dtype)
         apply: Any = _WithGradients.apply
         made: Tensor = apply(
             self,
@@ -297,6 +331,11 @@ class Float8Product(nn.Module):
             parts = [adapter_gradients(layer, x).to(made) for layer in self.layers]
             made = made + torch.cat(parts, dim=-1)
         return made
+
+    def _multiply_plain_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        if self.takes_float8:
+            return self.multiply(QuantizedRows(*quantize_rows(x)), dtype)
+        return float8_weight_linear(x, self.weight, self.scale, self.bias).to(dtype)
 
     def multiply(self, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
         """Multiply quantized rows; return (batch, tokens, width out)."""
@@ -338,7 +377,7 @@ class _WithGradients(torch.autograd.Function):
 
         The parameters are arguments only so that autograd asks for their derivatives.
         """
-        return product.multiply(QuantizedRows(*quantize_rows(x.detach())), dtype)
+        return product._multiply_plain_tensor(x.detach(), dtype)  # noqa: SLF001 - its own half
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
@@ -393,9 +432,13 @@ class _WithGradients(torch.autograd.Function):
 class Float8Linear(StandIn, nn.Linear):
     """A linear layer that calls a `Float8Product`; its own weight is in host memory or dropped."""
 
-    takes_float8 = True
     of_ours = ("product",)
     product: Float8Product
+
+    @property
+    def takes_float8(self) -> bool:
+        """Whether the input may be in float8 already."""
+        return self.product.takes_float8
 
     @override
     def forward(self, input: Tensor | QuantizedRows) -> Tensor:

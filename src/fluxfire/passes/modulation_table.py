@@ -101,7 +101,7 @@ class ModulationTable:
         linears = list(dict.fromkeys(norm.linear for of_block in norms for norm in of_block))
         freed = 0
         if self.host:
-            host = HostWeights.of(tx)
+            host = HostWeights.of(tx, pin=True)
             freed = sum(map(host.offload, linears))
             move_adapters_to_weights(host.model)
             tx.listen(host)

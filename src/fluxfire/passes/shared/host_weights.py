@@ -15,7 +15,9 @@ from typing_extensions import override
 
 from fluxfire import modules
 from fluxfire.errors import FluxfireError
+from fluxfire.kernels.checksum import read_lightly
 from fluxfire.passes.shared.adapters import move_adapters_to_weights
+from fluxfire.passes.shared.streaming import place
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 
@@ -29,25 +31,40 @@ _Module: Any = nn.Module  # torch leaves the overridden methods untyped
 
 @dataclass(eq=False)
 class HostWeights(Listener):
-    """Keeps the weights of some layers in pinned host memory.
+    """Keeps the weights of some layers in host memory.
 
-    The parameters stay in the model, so state dicts still contain them. A weight on the CPU stays
-    as it is. PEFT's adapters are always on the device of the weight that they add to.
+    The parameters stay in the model, so state dicts still contain them. A weight that comes from a
+    GPU is pinned. A weight on the CPU stays as it is: in a pipeline on the CPU, and where
+    `Placement` left it in host memory. PEFT's adapters are always on the device of the weight that
+    they add to.
 
     Attributes:
         model: the model. Somebody may put adapters into it at any time.
+        pin: whether to pin weights that lay in host memory already, because a pass copies them to
+            the GPU again and again.
         linears: the layers whose weights are in host memory.
+        stay: the layers of `linears` whose weights lay in host memory before.
         device: the device from which the weights came; None if no weight was moved.
     """
 
     model: nn.Module
+    pin: bool = False
     linears: list[nn.Linear] = field(default_factory=list)
+    stay: set[nn.Linear] = field(default_factory=set)
     device: torch.device | None = None
 
     @classmethod
-    def of(cls, tx: Transaction) -> HostWeights:
-        """Create the keeper of the transformer's weights; undo brings all weights back."""
-        host = cls(cast("nn.Module", tx.pipe.transformer))
+    def of(
+        cls, tx: Transaction, model: nn.Module | None = None, *, pin: bool = False
+    ) -> HostWeights:
+        """Create the keeper of a model's weights; undo brings all weights back.
+
+        Args:
+            tx: the transaction of the pass.
+            model: by default the transformer.
+            pin: see the attribute.
+        """
+        host = cls(model or cast("nn.Module", tx.pipe.transformer), pin)
         tx.on_undo(host.bring_back)
         # These move adapters, and leave weights in host memory.
         tx.override(host.model, "_apply", host._then_move_adapters)  # of `.to()`
@@ -68,6 +85,13 @@ class HostWeights(Listener):
             The number of bytes freed on the device.
         """
         self.linears.append(linear)
+        device = computing_device(linear, self.model)
+        if linear.weight.is_cpu and device.type != "cpu":
+            self.stay.add(linear)
+            read_lightly(linear.weight, True)
+            if self.pin and device.type == "cuda":
+                place(linear.weight, linear.weight.device, pin=True)
+            return 0
         return self._move_to_host(linear)
 
     @override
@@ -98,7 +122,8 @@ class HostWeights(Listener):
     def bring_back(self) -> None:
         """Move all weights to the device of their layer's bias, with the same bits.
 
-        Without a bias, a weight goes back to the device that it came from.
+        Without a bias, a weight goes back to the device that it came from. A weight that lay in
+        host memory before stays there.
         """
         for linear in self.linears:
             self._bring_back(linear)
@@ -113,6 +138,9 @@ class HostWeights(Listener):
         self.linears = [one for one in self.linears if one is not linear]
 
     def _bring_back(self, linear: nn.Linear) -> None:
+        if linear in self.stay:
+            read_lightly(linear.weight, False)
+            return
         device = self.device if linear.bias is None else linear.bias.device
         for weight in linear.parameters():  # its own, or those it was pruned to
             if device is not None and weight.device != device and not weight.is_meta:
@@ -143,6 +171,24 @@ class HostWeights(Listener):
         with modules.matching_inference_mode(weight):
             weight.data = weight.data.cpu().pin_memory()
         return int(weight.nbytes)
+
+
+def computing_device(linear: nn.Linear, model: nn.Module) -> torch.device:
+    """Return the device on which a layer computes, wherever its weight lies.
+
+    That is its bias's device. A layer without a bias computes where the model's first parameter is.
+    """
+    like = linear.bias if linear.bias is not None else next(model.parameters())
+    return like.device
+
+
+def kept_in_host_memory(tx: Transaction) -> set[nn.Linear]:
+    """Return the layers whose weights any pass keeps in host memory.
+
+    The keeper is a listener of the pipeline, or the attribute `host` of one.
+    """
+    keepers = (getattr(one, "host", one) for one in tx.find_listeners(Listener))
+    return {x for keeper in keepers if isinstance(keeper, HostWeights) for x in keeper.linears}
 
 
 def _is_own_weight(linear: nn.Linear, weight: Tensor | None) -> bool:

@@ -1,0 +1,58 @@
+"""Linear layers whose weights may lie in host memory: each call copies them to the device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from typing_extensions import override
+
+from fluxfire import modules
+from fluxfire.edits.stand_in import StandIn
+
+
+class Streaming(StandIn):
+    """A layer that works wherever its large tensors lie.
+
+    `Placement` decides where they lie, and moves them with `place`.
+    """
+
+    def streamed(self) -> Sequence[Tensor]:
+        """Return the tensors that a call copies to the input's device if they lie elsewhere."""
+        raise NotImplementedError
+
+
+class StreamedLinear(Streaming, nn.Linear):
+    """A linear layer that copies its weight to the input's device for each call."""
+
+    @override
+    def streamed(self) -> Sequence[Tensor]:
+        return (self.weight,)
+
+    @override
+    def forward(self, input: Tensor) -> Tensor:
+        """Multiply (..., width). The result's bits are those of a layer on the input's device."""
+        return functional.linear(input, beside(self.weight, input), self.bias)
+
+
+def beside(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor, or a copy of it on another tensor's device."""
+    return tensor if tensor.device == like.device else tensor.to(like.device, non_blocking=True)
+
+
+def place(tensor: Tensor, device: torch.device, *, pin: bool = False) -> None:
+    """Move a tensor's data in place, so that everybody who holds the tensor still does.
+
+    Args:
+        tensor: a parameter or a buffer.
+        device: where to.
+        pin: pin it if it lies in host memory. A GPU copies from pinned memory about three times as
+            fast. torch rounds each pinned tensor up to a power of two bytes.
+    """
+    with modules.matching_inference_mode(tensor), torch.no_grad():
+        data = tensor.data if tensor.device == device else tensor.data.to(device)
+        if pin and data.is_cpu and not data.is_pinned():
+            data = data.pin_memory()
+        tensor.data = data
