@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 import fluxfire
-from fluxfire import presets, spark
+from fluxfire import spark
 from fluxfire.bench import compare, save_result, stamp
 from fluxfire.passes import Attention, Float8, Float8TextEncoder, FusedBlocks, ModulationTable
 from fluxfire.protocol import Pass
@@ -31,7 +31,7 @@ STACKS: dict[str, tuple[Pass, ...]] = {
     "Float8": (Float8(),),
     "Float8, weights alone": (Float8(activations="plain"),),
     "Float8TextEncoder": (Float8TextEncoder(),),
-    "low_memory": presets.low_memory[:-1],
+    "Float8 + Float8TextEncoder": (Float8(), Float8TextEncoder()),
     "Float8 + exact passes": (Float8(), *EXACT),
     "float8 attention": (Attention("fa3-fp8"),),
     "Float8 + float8 attention + exact passes": (Float8(), Attention("fa3-fp8"), *EXACT),

@@ -329,7 +329,7 @@ def recording(pipe, calls):
         ({"-o": "x.psd"}, "cannot write x.psd: .psd is no picture format"),
         (
             {"--preset": "quick"},
-            "there is no preset 'quick'; there are faithful, balanced, fast, low_memory, article",
+            "there is no preset 'quick'; there are faithful, balanced, fast, article",
         ),
         ({"--model": "./nowhere"}, "there is no folder ./nowhere, and it is no hub id"),
     ],

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
 import fluxfire
 from fluxfire.errors import PlanError
+from fluxfire.kontext.random_weights import full_kontext
 from fluxfire.passes import Float8, FusedBlocks, ModulationTable, Placement, QKVFusion
-from fluxfire.passes.placement import ROOM
-from fluxfire.planning.memory import fit, measure
+from fluxfire.passes.contrib.placement import ROOM
+from fluxfire.planning.memory import advise, fit, measure
 from fluxfire.testing import edit, tiny_kontext
 from other_device import DEVICE, OtherDevice
 
@@ -54,7 +56,9 @@ def test_what_the_list_says_is_kept(pipe):
     given = [Placement(tiling=False), Float8("drop"), ModulationTable()]
     made = fit(pipe, given, ROOM)
     assert made == [Placement(tiling=False, memory=ROOM), *given[1:]]
-    assert names(fit(pipe, "low_memory", "12GiB")) == names(fluxfire.presets.low_memory)
+    assert names(fit(pipe, "faithful", ROOM)) == [
+        *("placement", "inductor-patch", "float8", "modulation-table", "fused-blocks", "compile")
+    ]
 
 
 def test_a_slot_that_is_filled_is_left(pipe):
@@ -108,3 +112,28 @@ def test_load_places_what_it_loads(tmp_path):
     pipe = fluxfire.load(str(tmp_path), memory="auto")
     assert "placement" in names(fluxfire.report(pipe).passes)
     fluxfire.restore(pipe)
+
+
+@pytest.mark.parametrize(("gib", "words"), [
+    (80, "fits as a whole"),
+    (31.5, "adds Placement(): nothing lossy"),
+    (23.5, "adds Placement(), ModulationTable(host=True): nothing lossy"),
+    (15.5, "adds Placement(), Float8(), ModulationTable(host=True): lossy"),
+    (11.5, "adds Placement(), Float8(), ModulationTable(host=True): lossy"),
+    (8, "does not fit: fluxfire needs 10.0 GiB"),
+])  # fmt: skip
+def test_the_advice_for_a_card_is_that_of_kontexts_sizes(gib, words):
+    assert words in advise(full_kontext(device="meta"), gib * 2**30)
+
+
+def test_out_of_memory_names_what_would_fit(pipe):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    fluxfire.optimize(pipe, [FusedBlocks()])
+    pipe.vae.decode = out_of_memory
+    with pytest.raises(torch.OutOfMemoryError) as caught:
+        edit(pipe)
+    assert 'optimize(pipe, memory="auto")' in caught.value.__notes__[0]
+    del pipe.vae.decode
+    edit(pipe)

@@ -24,7 +24,7 @@ def test_every_preset_is_a_tuple_in_order_that_applies(name, tmp_path, monkeypat
 
 def test_only_faithful_loses_nothing():
     lossy = {n for n in presets.NAMES if any(p.exactness == "lossy" for p in presets.named(n))}
-    assert lossy == {"balanced", "fast", "low_memory", "article"}
+    assert lossy == {"balanced", "fast", "article"}
 
 
 def cache_of(name):

@@ -19,7 +19,7 @@ from fluxfire.applying import (
 )
 from fluxfire.diffusers_types import DiffusersPipeline, Pipeline
 from fluxfire.errors import PlanError
-from fluxfire.passes.placement import Placement, default_device
+from fluxfire.passes.contrib.placement import Placement, default_device
 from fluxfire.planning.check import make_plan
 from fluxfire.planning.memory import fit
 from fluxfire.planning.plan import Plan
@@ -120,10 +120,9 @@ def optimize(
 
     Args:
         pipe: a `FluxKontextPipeline` or `FluxKontextInpaintPipeline`.
-        passes: the name of a preset (`"faithful"`, `"balanced"`, `"fast"`, `"low_memory"`,
-            `"article"`); or a list of passes in order, where a string is the name of a pass or of
-            its class, with default settings; or a file ending in `.json` that `fluxfire tune` or
-            `calibrate` wrote.
+        passes: the name of a preset (`"faithful"`, `"balanced"`, `"fast"`, `"article"`); or a list
+            of passes in order, where a string is the name of a pass or of its class, with default
+            settings; or a file ending in `.json` that `fluxfire tune` or `calibrate` wrote.
         memory: for a pipeline in host memory, as `from_pretrained` returns it: put it on the GPU so
             that it needs no more memory than this. Bytes, text such as `"16GiB"`, or `"auto"` for
             what the GPU has. fluxfire adds `Placement`; if the weights need it,

@@ -136,7 +136,10 @@ def module_traits(module: nn.Module) -> Iterator[Trait]:
         yield "fused-qkv"
     if has_adapter(module):
         yield "lora"
-    if any(is_quantized(p) for p in own["_parameters"].values() if p is not None):
+    # A float8 checkpoint's layers are no foreign quantization: `Float8` takes them as they are.
+    if not hasattr(module, "streamed") and any(
+        is_quantized(p) for p in own["_parameters"].values() if p is not None
+    ):
         yield "quantized"
     if (hook := own.get("_hf_hook")) is not None:  # accelerate
         if getattr(hook, "offload", False):

@@ -8,21 +8,17 @@ from fluxfire.errors import PlanError
 from fluxfire.passes import (
     Compile,
     FirstBlockCache,
-    Float8,
-    Float8TextEncoder,
     FusedBlocks,
     InductorPatch,
     MegaCache,
     MemoryLayout,
-    ModulationTable,
-    Placement,
     QKVFusion,
     Schedule,
 )
 from fluxfire.protocol import Pass
 from fluxfire.text import did_you_mean
 
-__all__ = ["PresetName", "article", "balanced", "faithful", "fast", "low_memory", "named"]
+__all__ = ["PresetName", "article", "balanced", "faithful", "fast", "named"]
 
 faithful: tuple[Pass, ...] = (InductorPatch(), FusedBlocks(), Compile())
 """Nothing lossy: all steps, all tokens, the plain precision. What `optimize(pipe)` applies.
@@ -122,26 +118,6 @@ with about 11 of 28 steps kept 28.3 dB on average over the 1026 edits of Kontext
 arXiv:2510.25590). We measured no quality on the real model.
 """
 
-low_memory: tuple[Pass, ...] = (
-    InductorPatch(),
-    Placement(),
-    Float8(),
-    Float8TextEncoder(),
-    ModulationTable(host=True),
-    FusedBlocks(),
-    Compile(),
-)
-"""For cards with 12 to 24 GB: eight-bit weights, and on the host what the loop does not need.
-
-Give it a pipeline as `from_pretrained` returns it, in host memory, without `.to("cuda")`. By the
-sizes of the weights the GPU holds 8.2 GiB of the transformer, 0.9 GiB of CLIP, the VAE and T5's
-embeddings, and up to 4.4 GiB of T5's layers where there is room. The bfloat16 weights take 31 GiB.
-`optimize(pipe, "low_memory", memory="12GiB")` leaves the rest of a larger card free.
-
-Lossy: see `Float8`, which rounds weights and activations to eight bits. Where the VAE would not
-fit, it works in tiles. Not measured yet on a GPU.
-"""
-
 article: tuple[Pass, ...] = (
     InductorPatch(),
     QKVFusion(),
@@ -172,7 +148,7 @@ FLUX.1-dev that para-attn and cache-dit publish have 19 to 22 dB to the plain on
 `warmup` takes minutes for autotuning, and saves the compiled code in the user's cache folder.
 """
 
-PresetName = Literal["faithful", "balanced", "fast", "low_memory", "article"]
+PresetName = Literal["faithful", "balanced", "fast", "article"]
 NAMES: tuple[PresetName, ...] = get_args(PresetName)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -35,13 +36,13 @@ from fluxfire.passes.shared.folding import Folder
 from fluxfire.passes.shared.fused_projection import install_products
 from fluxfire.passes.shared.host_weights import (
     MOVED_ELSEWHERE,
-    DroppedWeight,
     HostWeights,
     computing_device,
 )
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
+from fluxfire.weights import DroppedWeight, StoredLinear
 
 Originals = Literal["host", "drop"]
 Activations = Literal["auto", "float8", "plain"]
@@ -217,7 +218,7 @@ class Float8:
         for linear in (linear for *_, linear in layers if linear in alone):
             products.append(product_of([linear]))
             tx.setattr(linear, "product", products[-1])
-            tx.set_class(linear, Float8Linear)
+            tx.set_class(linear, _float8_class(own_class(linear)))
             freed += host.offload(linear)
         move_adapters_to_weights(host.model)
         watch = _WeightWatch(tx, fused, layers, stacked, products, host, off, drop=not keeps)
@@ -267,7 +268,7 @@ class Float8Product(nn.Module):
         """
         self.layers = tuple(layers) or self.linears
         with modules.matching_inference_mode(self.linears[0].weight), torch.no_grad():
-            made = [quantize_weight(folded_weight(x, scale, device)) for x in self.layers]
+            made = [_quantized(layer, scale, device) for layer in self.layers]
             self.weight = torch.cat([w for w, _ in made])
             self.scale = torch.cat([s for _, s in made])
         self.copy_biases(device)
@@ -360,6 +361,16 @@ class Float8Product(nn.Module):
         self.weight = self.weight.view(E4M3)
 
 
+def _quantized(layer: nn.Module, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return a layer's weight with its adapters in float8, and its scales.
+
+    A float8 checkpoint's weight is taken as it is.
+    """
+    if isinstance(layer, StoredLinear):
+        return layer.stored.data.to(device), layer.stored.scale.to(device)
+    return quantize_weight(folded_weight(layer, scale, device))
+
+
 def _unless_dropped(weight: Tensor) -> Tensor | None:
     """Return a weight, or None for a dropped one, which has no derivative."""
     return None if isinstance(weight, DroppedWeight) else weight
@@ -445,6 +456,14 @@ class Float8Linear(StandIn, nn.Linear):
         """Multiply (batch, tokens, width), which may be quantized already."""
         out: Tensor = self.product(input)
         return out
+
+
+@cache
+def _float8_class(plain: type) -> type:
+    """Return `Float8Linear`, or for a float8 checkpoint's layer both classes in one."""
+    if plain is nn.Linear:
+        return Float8Linear
+    return type(Float8Linear.__name__, (Float8Linear, plain), {})
 
 
 @dataclass(eq=False)
@@ -577,8 +596,9 @@ def _quantize_again(product: Float8Product, layers: Sequence[nn.Module], scale: 
             offloading has taken the weights away.
     """
     weights = [linear.weight for linear in product.linears]
-    if not any(isinstance(weight, DroppedWeight) for weight in weights):
-        if any(weight.is_meta for weight in weights) and not product.weight.is_meta:
+    stored = any(isinstance(linear, StoredLinear) for linear in product.linears)
+    if stored or not any(isinstance(weight, DroppedWeight) for weight in weights):
+        if not stored and any(weight.is_meta for weight in weights) and not product.weight.is_meta:
             raise FluxfireError(MOVED_ELSEWHERE)
         product.quantize(product.weight.device, layers, scale)
         return
@@ -622,5 +642,5 @@ def _linears(
             linear: Any = getattr(owner, name)
             if below_adapters and modules.has_adapter(linear) and why_not_foldable(linear) is None:
                 linear = base_of(linear)
-            if type(linear) is nn.Linear and not modules.is_hooked(linear):
+            if type(linear) in (nn.Linear, StoredLinear) and not modules.is_hooked(linear):
                 yield owner, name, linear

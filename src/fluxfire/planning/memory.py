@@ -11,12 +11,12 @@ from fluxfire import modules
 from fluxfire.diffusers_types import Pipeline
 from fluxfire.errors import PlanError
 from fluxfire.passes import Float8, ModulationTable, Placement
-from fluxfire.passes.placement import ROOM, default_device
+from fluxfire.passes.contrib.placement import ROOM, default_device
 from fluxfire.planning.resolve import Passes, resolve
 from fluxfire.planning.rules import sort_by_stage
 from fluxfire.protocol import Pass
 from fluxfire.supported import model_of, refusal
-from fluxfire.text import read_bytes
+from fluxfire.text import human_bytes, read_bytes, spell
 
 AUTO = "auto"
 
@@ -71,6 +71,26 @@ def fit(pipe: object, passes: Passes, memory: str | int) -> Passes:
     kept = [placement if isinstance(p, Placement) else p for p in given]
     first = [] if placement in kept else [placement]
     return sort_by_stage([*first, *added, *kept])
+
+
+def advise(pipe: Pipeline, capacity: float) -> str:
+    """Say in a line how a pipeline fits into an amount of GPU memory, by the sizes of its weights.
+
+    Args:
+        pipe: a Kontext pipeline; its weights may be on the meta device.
+        capacity: bytes.
+    """
+    sizes = measure(pipe)
+    if sum(sizes) + ROOM <= capacity:
+        return "fits as a whole"
+    needed = _passes_needed(sizes, capacity)
+    least = sizes.rest + sizes.blocks // 2 + ROOM
+    if any(isinstance(p, Float8) for p in needed) and least > capacity:
+        wanted = human_bytes(least).lstrip("+")
+        return f"does not fit: fluxfire needs {wanted} for an edit of one megapixel"
+    added = ", ".join(spell(p) for p in (Placement(), *needed))
+    lossy = "lossy" if any(p.exactness == "lossy" for p in needed) else "nothing lossy"
+    return f'fits with optimize(pipe, memory="auto"), which adds {added}: {lossy}'
 
 
 def measure(pipe: Pipeline) -> Sizes:

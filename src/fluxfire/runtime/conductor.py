@@ -37,6 +37,10 @@ from fluxfire.runtime.record import Record
 from fluxfire.runtime.turns import Turns
 
 _CONDUCTOR = "_fluxfire_conductor"
+_TO_FIT = (
+    'fluxfire: a pipeline in host memory (without .to("cuda")) needs less GPU memory with '
+    'optimize(pipe, memory="auto"); smaller pictures or fewer at once need less, too'
+)
 _KNOWN = ("diffusers.", "fluxfire.")
 _NAMES = ("__module__", "__name__", "__qualname__", "__doc__")
 
@@ -168,6 +172,9 @@ class Conductor:
                 for listener in self.listeners:
                     entered.enter_context(listener.on_generation(generation))
                 yield
+        except torch.OutOfMemoryError as error:
+            error.add_note(_TO_FIT)
+            raise
         finally:
             self._turns.leave(generation)
 

@@ -22,6 +22,7 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.errors import FluxfireError
+from fluxfire.weights import StoredLinear
 
 __all__ = [
     "AdaptersOff",
@@ -102,9 +103,9 @@ def why_not_foldable(layer: Any) -> str | None:
     cls = own_class(layer)
     if (cls.__module__, cls.__name__) != _FOLDABLE:
         return f"its adapter is not a plain LoRA ({cls.__module__}.{cls.__name__})"
-    if own_class(base := layer.base_layer) is not nn.Linear:
+    if own_class(base := layer.base_layer) not in (nn.Linear, StoredLinear):
         return f"the layer below the adapter is a {own_class(base).__name__}"
-    if modules.is_quantized(base.weight):
+    if own_class(base) is nn.Linear and modules.is_quantized(base.weight):
         return "the layer below the adapter is quantized"
     if any(map(modules.is_hooked, modules.submodules(layer))):
         return "the adapter or the layer below has a hook (offloading was enabled?)"
@@ -144,10 +145,14 @@ def folded_weight(layer: nn.Module, scale: float, device: torch.device) -> Tenso
     Returns:
         The weight itself, moved to the device, if no adapter is active; else the sum in float32.
     """
-    weight: Any = base_of(layer).weight
+    below: Any = base_of(layer)
     adapters = list(_active(layer)) if modules.has_adapter(layer) else []
     with torch.no_grad():
-        base: Tensor = weight.detach().to(device, non_blocking=True)
+        base: Tensor
+        if isinstance(below, StoredLinear):
+            base = below.stored.dequantized(device)
+        else:
+            base = below.weight.detach().to(device, non_blocking=True)
         if not adapters:
             return base
         total = base.to(torch.float32, copy=True)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from operator import attrgetter
 from typing import Any, cast
 
@@ -20,13 +18,13 @@ from fluxfire.passes.shared.adapters import move_adapters_to_weights
 from fluxfire.passes.shared.streaming import place
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
+from fluxfire.weights import DroppedWeight, LayerWithoutWeight, class_without_weight
 
 MOVED_ELSEWHERE = (
     "weights that fluxfire keeps in host memory are moved by something else, too "
     "(offloading was enabled?); disable that, or restore(pipe) before you enable it"
 )
 _IS_ON_CPU = attrgetter("is_cpu")
-_Module: Any = nn.Module  # torch leaves the overridden methods untyped
 
 
 @dataclass(eq=False)
@@ -154,7 +152,7 @@ class HostWeights(Listener):
                 linear.weight = DroppedWeight.like(linear.weight, linear)
             if not isinstance(linear, LayerWithoutWeight):
                 cls: Any = type(linear)
-                linear.__class__ = _class_without_weight(cls)
+                linear.__class__ = class_without_weight(cls)
 
     def _move_to_host(self, linear: nn.Linear) -> int:
         weight = linear.weight
@@ -197,114 +195,3 @@ def _is_own_weight(linear: nn.Linear, weight: Tensor | None) -> bool:
     Pruning and parametrizing put a computed tensor in the weight's place, which is not registered.
     """
     return isinstance(weight, nn.Parameter) or "weight" in vars(linear)["_parameters"]
-
-
-class DroppedWeight(nn.Parameter):
-    """A weight whose memory was freed: it has a shape and a dtype, but no data.
-
-    Torch silently accepts writes to a tensor without data, for example when a LoRA is merged. This
-    class raises instead, for writes and for every other operation that needs the data.
-
-    Attributes:
-        layer: weak reference to the layer that owned the weight.
-    """
-
-    layer: weakref.ref[nn.Module]
-
-    @classmethod
-    def like(
-        cls, weight: Tensor, layer: nn.Module, dtype: torch.dtype | None = None
-    ) -> DroppedWeight:
-        """Create the placeholder of a weight."""
-        empty = torch.empty(weight.shape, dtype=dtype or weight.dtype, device="meta")
-        made: DroppedWeight = Tensor._make_subclass(cls, empty, False)  # noqa: SLF001
-        made.layer = weakref.ref(layer)
-        return made
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        """Show shape and dtype; there is no data to show."""
-        return f"DroppedWeight(shape={tuple(self.shape)}, dtype={self.dtype})"
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        """Allow operations on metadata (shape, dtype, strides).
-
-        Raises:
-            FluxfireError: the operation reads or writes the data.
-        """
-        name = getattr(getattr(func, "__self__", None), "__name__", "")  # the property's name
-        reads_metadata = func.__name__ == "__get__" and name not in _DATA_PROPERTIES
-        reads_metadata = reads_metadata or func.__name__ in _METADATA_METHODS
-        clears = func.__name__ == "requires_grad_" or name in ("requires_grad", "grad")
-        if not (reads_metadata or (clears and args[1:] in ((False,), (None,)))):
-            raise FluxfireError(
-                "a weight that Float8(originals='drop') let go of was read or written (is a LoRA "
-                "fused, are weights edited or offloaded?); do that before optimize(), or keep them "
-                "(originals='host')"
-            )
-        function: Any = super().__torch_function__  # untyped
-        return function(func, types, args, kwargs or {})
-
-
-_DATA_PROPERTIES = {"data", "T", "mT", "H", "mH", "real", "imag", "__cuda_array_interface__"}
-_METADATA_METHODS = {
-    "size",
-    "dim",
-    "numel",
-    "nelement",
-    "stride",
-    "element_size",
-    "is_floating_point",
-    "is_complex",
-    "is_contiguous",
-    "is_inference",
-    "storage_offset",
-    "__len__",
-    "__hash__",
-}
-
-
-class LayerWithoutWeight(_Module):  # type: ignore[misc]
-    """A layer with a `DroppedWeight`, while a pass computes its product from a substitute."""
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Apply `.to()` to the other parameters; the dropped weight only takes the dtype."""
-        weight = self._parameters["weight"]
-        if not isinstance(weight, DroppedWeight):
-            return super()._apply(fn, recurse)
-        try:
-            self._parameters["weight"] = None
-            super()._apply(fn, recurse)
-        finally:
-            dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
-            self._parameters["weight"] = DroppedWeight.like(weight, self, dtype)
-        return self
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        """Refuse to save a weight that was dropped.
-
-        Raises:
-            FluxfireError: the weight was dropped.
-        """
-        if isinstance(self._parameters["weight"], DroppedWeight):
-            raise FluxfireError(
-                f"{prefix}weight was let go of (originals='drop'), so there is nothing to save; "
-                f"save the pipeline before optimize(), or keep the weights (originals='host')"
-            )
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, local: Any, *rest: Any) -> None:
-        """Load a weight in the dropped one's place; torch would silently ignore it."""
-        weight = self._parameters["weight"]
-        given = state_dict.get(f"{prefix}weight")
-        if isinstance(weight, DroppedWeight) and given is not None and given.shape == weight.shape:
-            made = torch.empty(weight.shape, dtype=weight.dtype)
-            self._parameters["weight"] = nn.Parameter(made, requires_grad=False)
-        super()._load_from_state_dict(state_dict, prefix, local, *rest)
-
-
-@cache
-def _class_without_weight(cls: type) -> type:
-    return type(cls.__name__, (LayerWithoutWeight, cls), {})

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from fluxfire import modules
 from fluxfire.edits.stand_in import StandIn
+from fluxfire.weights import StoredLinear, beside
 
 
 class Streaming(StandIn):
@@ -37,9 +38,9 @@ class StreamedLinear(Streaming, nn.Linear):
         return functional.linear(input, beside(self.weight, input), self.bias)
 
 
-def beside(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a tensor, or a copy of it on another tensor's device."""
-    return tensor if tensor.device == like.device else tensor.to(like.device, non_blocking=True)
+def streamed(layer: nn.Module) -> Sequence[Tensor]:
+    """Return the tensors that a layer copies to its input's device; none of a plain layer."""
+    return layer.streamed() if isinstance(layer, Streaming | StoredLinear) else ()
 
 
 def place(tensor: Tensor, device: torch.device, *, pin: bool = False) -> None:

@@ -13,14 +13,15 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.edits.stand_in import own_class
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import E4M3, float8_weight_linear, quantize_weight
+from fluxfire.kernels.float8 import float8_weight_linear, quantize_weight
 from fluxfire.passes.shared.host_weights import HostWeights, computing_device
-from fluxfire.passes.shared.streaming import Streaming, beside
+from fluxfire.passes.shared.streaming import Streaming
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.runtime.freshness import Watch
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
+from fluxfire.weights import StoredLinear, StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +35,7 @@ class Float8TextEncoder:
     The original weights stay in host memory; `restore` brings them back bit for bit. If they
     change, the pass quantizes them again before the next generation.
 
-    Not measured yet on a GPU.
+    Not measured yet.
     """
 
     name: ClassVar[str] = "float8-text-encoder"
@@ -48,7 +49,7 @@ class Float8TextEncoder:
         if encoder is None:
             yield Finding("info", "the pipeline has no text encoder")
             return
-        if any(isinstance(part, _StoredLinear) for part in encoder.modules()):
+        if any(isinstance(part, _Float8Linear) for part in encoder.modules()):
             yield Finding(
                 "error",
                 "a pass on another pipeline that shares the text encoder has quantized it",
@@ -60,7 +61,9 @@ class Float8TextEncoder:
                 "offloading moves the text encoder's weights",
                 "use Placement() in place of offloading",
             )
-        if any(map(modules.is_quantized, encoder.parameters())):
+        if any(isinstance(part, StoredLinear) for part in encoder.modules()):
+            yield Finding("info", "the checkpoint has the text encoder in float8 already")
+        elif any(map(modules.is_quantized, encoder.parameters())):
             yield Finding("error", "the text encoder is quantized already", "leave it out")
         if any(map(modules.has_adapter, encoder.modules())):
             yield Finding("info", "layers of the text encoder with an adapter are not quantized")
@@ -68,14 +71,14 @@ class Float8TextEncoder:
     def apply(self, tx: Transaction) -> Change:
         """Quantize layer by layer, so that at most one layer is in memory twice."""
         encoder = _largest(tx.pipe)
-        if encoder is None:
+        linears = [] if encoder is None else list(dict.fromkeys(_linears(encoder)))
+        if encoder is None or not linears:
             return Change(0, "linear layers of T5 in float8")
         host = HostWeights.of(tx, encoder)
-        linears = list(dict.fromkeys(_linears(encoder)))
         freed = 0
         for linear in linears:
-            tx.setattr(linear, "stored", StoredWeight(linear, computing_device(linear, encoder)))
-            tx.set_class(linear, _StoredLinear)
+            tx.setattr(linear, "stored", _store(linear, computing_device(linear, encoder)))
+            tx.set_class(linear, _Float8Linear)
             freed += host.offload(linear)
         tx.listen(_Watch(host, linears))
         gained = sum(linear.stored.nbytes for linear in linears)
@@ -99,57 +102,18 @@ def _linears(encoder: nn.Module) -> Iterator[Any]:
             yield module
 
 
-class StoredWeight(nn.Module):
-    """The float8 weight of one layer.
+def _store(linear: nn.Linear, device: torch.device) -> StoredWeight:
+    """Quantize a layer's weight on a device, and keep the result beside the weight.
 
-    Attributes:
-        data: (width out, width), float8.
-        scale: (width out, 1), float32.
+    If `Placement` left the weight in host memory, the result waits there for its place, too.
     """
-
-    data: Tensor
-    scale: Tensor
-
-    def __init__(self, linear: nn.Linear, device: torch.device) -> None:
-        super().__init__()
-        for name in ("data", "scale"):
-            self.register_buffer(name, None, persistent=False)
-        self.quantize(linear, device)
-        self.train(linear.training)
-
-    def quantize(self, linear: nn.Linear, device: torch.device) -> None:
-        """Quantize a layer's current weight on a device, and keep the result beside the weight.
-
-        If `Placement` left the weight in host memory, the result waits there for its place, too.
-        """
-        keep = linear.weight.device if self.data is None else self.data.device
-        with modules.matching_inference_mode(linear.weight), torch.no_grad():
-            made = quantize_weight(linear.weight.detach().to(device))
-            self.data, self.scale = (tensor.to(keep) for tensor in made)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of both tensors in bytes."""
-        return self.data.nbytes + self.scale.nbytes
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ARG002 - torch's signature
-        """Apply `.to()`: the device alone, since the dtype is the point."""
-        device = fn(torch.empty(0, device=self.data.device)).device
-        self.data, self.scale = self.data.to(device), self.scale.to(device)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the weight as plain bytes: torch 2.13 cannot unpickle float8."""
-        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        state["_buffers"] = {**state["_buffers"], "data": self.data.view(torch.uint8)}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.data = self.data.view(E4M3)
+    weight = linear.weight
+    with modules.matching_inference_mode(weight), torch.no_grad():
+        data, scale = quantize_weight(weight.detach().to(device))
+        return StoredWeight(data.to(weight.device), scale.to(weight.device))
 
 
-class _StoredLinear(Streaming, nn.Linear):
+class _Float8Linear(Streaming, nn.Linear):
     """A linear layer that multiplies by its weight in float8, wherever that lies."""
 
     of_ours = ("stored",)
@@ -162,8 +126,7 @@ class _StoredLinear(Streaming, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., width)."""
-        data, scale = (beside(tensor, input) for tensor in self.streamed())
-        return float8_weight_linear(input, data, scale, self.bias)
+        return float8_weight_linear(input, *self.stored.tensors(input), self.bias)
 
 
 class _Watch(Listener):
@@ -190,5 +153,6 @@ class _Watch(Listener):
         self.host.prepare()
         if self._watch.changed():
             for linear in self._linears:
-                linear.stored.quantize(linear, computing_device(linear, self.host.model))
+                device = computing_device(linear, self.host.model)
+                linear.stored.quantize(linear.weight, device)
             self._watch.accept()

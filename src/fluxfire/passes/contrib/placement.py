@@ -14,12 +14,13 @@ from fluxfire import modules
 from fluxfire.errors import FluxfireError
 from fluxfire.passes.shared.adapters import base_of, move_adapters_to_weights
 from fluxfire.passes.shared.host_weights import kept_in_host_memory
-from fluxfire.passes.shared.streaming import StreamedLinear, Streaming, place
+from fluxfire.passes.shared.streaming import StreamedLinear, Streaming, place, streamed
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
 from fluxfire.supported import model_of
 from fluxfire.text import human_bytes, read_bytes
+from fluxfire.weights import StoredLinear
 
 ROOM = 1536 * 2**20
 """Bytes to leave free for a step's activations: one megapixel with a reference of one megapixel."""
@@ -53,7 +54,7 @@ class Placement:
     It takes the place of `pipe.to("cuda")` and of diffusers' offloading. Calling one of these on
     the optimized pipeline raises an error. `restore` moves everything back to where it was.
 
-    Not measured yet on a GPU.
+    Not measured yet.
 
     Attributes:
         device: where the pipeline computes; by default `"cuda"` if there is a CUDA device, else
@@ -112,11 +113,12 @@ class Placement:
         pipe, device = tx.pipe, default_device(self.device)
         model = model_of(pipe)
         encoder = max(model.text_encoders(pipe), key=_size, default=None)
-        later = list(_plain_linears(encoder))
+        later = list(_streamable(encoder))
         blocks = model.blocks(pipe.transformer)
         large = [base_of(getattr(*at)) for block in blocks for at in model.linears(block)]
         large += [base_of(norm.linear) for b in blocks for norm in model.modulated_norms(b)]  # type: ignore[arg-type]
         waiting = {id(layer.weight) for layer in (*large, *later)}
+        waiting |= {id(t) for layer in (*large, *later) for t in streamed(layer)}
         moves = _Moves(device)
         tx.on_undo(moves.take_back)
         keeper = _Keeper(tx, self, moves, list(dict.fromkeys(large)), later)
@@ -124,7 +126,8 @@ class Placement:
             for module in component.modules():
                 moves.move(t for t in _tensors(module) if id(t) not in waiting)
         for linear in later:
-            tx.set_class(linear, StreamedLinear)
+            if type(linear) is nn.Linear:
+                tx.set_class(linear, StreamedLinear)
         for name in _MOVERS:
             if hasattr(pipe, name):
                 tx.override(pipe, name, _Refusal(name, device))
@@ -156,10 +159,11 @@ def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (b for b in vars(module)["_buffers"].values() if b is not None)
 
 
-def _plain_linears(encoder: nn.Module | None) -> Iterator[nn.Linear]:
+def _streamable(encoder: nn.Module | None) -> Iterator[nn.Linear]:
+    """Yield plain linear layers, and those that a checkpoint has in float8."""
     for module in encoder.modules() if encoder is not None else ():
-        if type(module) is nn.Linear and not modules.is_hooked(module):
-            yield module
+        if type(module) in (nn.Linear, StoredLinear) and not modules.is_hooked(module):
+            yield cast("nn.Linear", module)
 
 
 @dataclass(eq=False)
@@ -228,12 +232,12 @@ class _Keeper(Listener):
         if self.placed:
             return
         kept = kept_in_host_memory(self.tx)
-        self.moves.move(t for layer in self.large if layer not in kept for t in _tensors(layer))
+        large = [layer for layer in self.large if layer not in kept]
+        self.moves.move(t for layer in large for t in (*_tensors(layer), *streamed(layer)))
         move_adapters_to_weights(cast("nn.Module", self.tx.pipe.transformer))
         room = self._room()
         for layer in self.streamed:
-            assert isinstance(layer, Streaming)  # noqa: S101 - this pass or a later one made it so
-            tensors = [t for t in layer.streamed() if not t.is_meta]
+            tensors = [t for t in streamed(layer) if not t.is_meta]
             room -= sum(t.nbytes for t in tensors if t.device != self.device)
             if room >= 0:
                 self.moves.move(tensors)
@@ -286,10 +290,8 @@ class _Keeper(Listener):
 
     def facts(self) -> dict[str, object]:
         """Report where the weights lie."""
-        on_host = [
-            t for layer in self.streamed if isinstance(layer, Streaming) for t in layer.streamed()
-        ]
-        on_host = [t for t in on_host if t.device != self.device]
+        tensors = [streamed(layer)[0] for layer in self.streamed if streamed(layer)]
+        on_host = [t for t in tensors if t.device != self.device]
         return {
             "device": str(self.device),
             "on_device": human_bytes(self._on_device()).lstrip("+"),

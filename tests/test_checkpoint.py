@@ -1,0 +1,241 @@
+"""Float8 checkpoints: written shard by shard, read without the plain weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxKontextPipeline
+
+import fluxfire
+from fluxfire.cli import main
+from fluxfire.errors import FluxfireError, LoadError
+from fluxfire.kontext import checkpoint
+from fluxfire.passes import Float8, Float8TextEncoder, FusedBlocks, ModulationTable
+from fluxfire.passes.float8 import Float8Product
+from fluxfire.testing import edit, tiny_kontext
+from fluxfire.weights import StoredLinear
+from passes.test_folded_lora import load as load_lora
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A plain checkpoint in bfloat16, and its float8 twin."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    tiny_kontext(dtype=torch.bfloat16).save_pretrained(folder / "plain", max_shard_size="50KB")
+    checkpoint.quantize(folder / "plain", folder / "float8", dtype=torch.bfloat16)
+    return folder / "plain", folder / "float8"
+
+
+@pytest.fixture
+def stored(folders):
+    pipe = fluxfire.load(str(folders[1]), dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def dequantized(folders):
+    """The plain pipeline, its weights rounded here as the checkpoint's are."""
+    pipe = FluxKontextPipeline.from_pretrained(folders[0], dtype=torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    for part, model in (("transformer", pipe.transformer), ("t5", pipe.text_encoder_2)):
+        for name, linear in model.named_modules():
+            blocks = "block" in name and "norm" not in name.rpartition("attn")[0][-12:]
+            modulation = ".norm1" in name or name.split(".")[-2:-1] == ["norm"]
+            if isinstance(linear, torch.nn.Linear) and (
+                part == "t5" or (blocks and not modulation and "norm1_context" not in name)
+            ):
+                weight = linear.weight.detach().double()
+                scale = weight.abs().amax(1, keepdim=True) / 448
+                rounded = (weight / scale).float().to(torch.float8_e4m3fn).double() * scale
+                linear.weight.data = rounded.float()
+    return pipe
+
+
+def test_it_computes_with_the_rounded_weights(folders, stored):
+    plain = FluxKontextPipeline.from_pretrained(folders[0], dtype=torch.float32)
+    plain.set_progress_bar_config(disable=True)
+    made, wanted = edit(stored), edit(dequantized(folders))
+    assert np.abs(made - wanted).max() < 2e-5
+    assert np.abs(made - edit(plain)).max() > 1e-3
+    layers = [m for m in stored.transformer.modules() if isinstance(m, StoredLinear)]
+    assert len(layers) == 2 * 12 + 3 * 5
+
+
+def test_it_is_half_as_large_and_says_what_it_is(folders):
+    plain, made = folders
+    facts = json.loads((made / checkpoint.MARK).read_text())
+    assert facts["format"] == checkpoint.FORMAT
+    assert checkpoint.is_float8(made)
+    assert not checkpoint.is_float8(plain)
+    sizes = [
+        sum(f.stat().st_size for f in (folder / "text_encoder_2").glob("*.safetensors"))
+        for folder in folders
+    ]
+    assert sizes[1] < 0.9 * sizes[0]  # the tiny T5 is mostly embeddings
+
+
+def test_diffusers_refuses_the_folder(folders):
+    with pytest.raises(Exception, match="no file named|model.safetensors"):
+        FluxKontextPipeline.from_pretrained(folders[1])
+
+
+PASSES = {
+    "none": [],
+    "float8": [Float8(activations="plain")],
+    "float8 products": [Float8()],
+    "fused": [Float8(), Float8TextEncoder(), ModulationTable(host=True), FusedBlocks()],
+    "fused alone": [FusedBlocks()],
+}
+
+
+@pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
+def test_passes_make_of_it_what_they_make_of_the_plain_weights(folders, stored, passes):
+    """The same float8 weights, whether they were quantized before or now."""
+    twin = FluxKontextPipeline.from_pretrained(folders[0], dtype=torch.float32)
+    twin.set_progress_bar_config(disable=True)
+    before = edit(stored)
+    rounds = any(isinstance(p, Float8) and p.activations == "auto" for p in passes)
+    fluxfire.optimize(stored, passes)
+    fluxfire.optimize(twin, [Float8(activations="auto" if rounds else "plain")])
+    fluxfire.optimize(twin, [p for p in passes if not isinstance(p, Float8 | Float8TextEncoder)])
+    fluxfire.restore(twin)
+    fluxfire.optimize(
+        twin,
+        fluxfire.order(
+            [
+                Float8(activations="auto" if rounds else "plain"),
+                Float8TextEncoder(),
+                *(p for p in passes if not isinstance(p, Float8 | Float8TextEncoder)),
+            ]
+        ),
+    )
+    made = edit(stored)
+    assert np.abs(made - edit(twin)).max() < 2e-5
+    fluxfire.restore(stored)
+    assert np.array_equal(edit(stored), before)
+
+
+@pytest.mark.parametrize("passes", [[], [Float8()]], ids=["plain", "float8"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_lora_is_added(folders, stored, passes, when):
+    twin = dequantized(folders)
+    for pipe in (stored, twin):
+        if when == "after":
+            fluxfire.optimize(pipe, passes)
+        load_lora(pipe)
+        if when == "before":
+            fluxfire.optimize(pipe, passes)
+    without = fluxfire.load(str(folders[1]), dtype=torch.float32)
+    made, wanted = edit(stored), edit(twin)
+    if not passes:
+        assert np.abs(made - wanted).max() < 2e-5
+    assert np.abs(made - wanted).mean() < 0.05 * np.abs(made - edit(without)).mean()
+    products, others = (
+        {name: m for name, m in p.transformer.named_modules() if isinstance(m, Float8Product)}
+        for p in (stored, twin)
+    )
+    assert products.keys() == others.keys()
+    for name, one in products.items():  # a number on the edge may be rounded either way
+        same = one.weight.float() == others[name].weight.float()
+        assert same.float().mean() > 0.999, name
+        assert torch.allclose(one.scale, others[name].scale, rtol=1e-5), name
+
+
+def test_copies_and_casts(stored):
+    made = edit(stored)
+    twin = copy.deepcopy(stored)
+    assert np.array_equal(edit(twin), made)
+    twin.to(torch.bfloat16)
+    layer = twin.transformer.transformer_blocks[0].attn.to_q
+    assert (layer.weight.dtype, layer.bias.dtype) == (torch.bfloat16, torch.bfloat16)
+    assert layer.stored.data.dtype is torch.float8_e4m3fn
+    assert edit(twin).shape == made.shape
+    assert np.array_equal(edit(stored), made)
+
+
+def test_what_needs_the_plain_weights_is_refused(stored, tmp_path):
+    with pytest.raises(FluxfireError, match="exists in float8 alone.*copy the checkpoint's folder"):
+        stored.save_pretrained(tmp_path)
+    with pytest.raises(FluxfireError, match="holds in float8 alone.*fluxfire.quantize again"):
+        stored.transformer.transformer_blocks[0].attn.to_q.weight.mul_(2)
+
+
+def test_weights_that_are_loaded_are_quantized(folders, stored):
+    """As after `Float8`: a state dict of plain weights counts."""
+    plain = FluxKontextPipeline.from_pretrained(folders[0], dtype=torch.float32)
+    other = tiny_kontext(seed=1)
+    stored.transformer.load_state_dict(other.transformer.state_dict())
+    plain.transformer.load_state_dict(other.transformer.state_dict())
+    layer = stored.transformer.transformer_blocks[0].attn.to_q
+    wanted = other.transformer.transformer_blocks[0].attn.to_q.weight
+    near = layer.stored.dequantized(torch.device("cpu"))
+    assert (near - wanted).norm() < 0.04 * wanted.norm()
+
+
+def test_memory_is_kept_with_it(folders):
+    pipe = fluxfire.load(str(folders[1]), memory="12GiB")
+    names = [p.name for p in fluxfire.report(pipe).passes]
+    assert "placement" in names
+    fluxfire.restore(pipe)
+
+
+@pytest.mark.parametrize("spoil", ["format", "tensor"])
+def test_a_spoilt_folder_is_refused(folders, tmp_path, spoil):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path / "spoilt"
+    shutil.copytree(folders[1], folder)
+    if spoil == "format":
+        (folder / checkpoint.MARK).write_text('{"format": "float8-rows-9"}')
+        words = "format 'float8-rows-9'.*reads 'float8-rows-1'"
+    else:
+        file = folder / "transformer" / "float8-00001.safetensors"
+        tensors = load_file(file)
+        tensors.pop("x_embedder.bias")
+        save_file(tensors, file)
+        words = "lacks x_embedder.bias"
+    with pytest.raises(LoadError, match=words):
+        fluxfire.load(str(folder))
+
+
+def test_bad_sources_and_targets_are_refused(folders, tmp_path):
+    plain, made = folders
+    for source, target, words in (
+        (plain, made, "exists already"),
+        (made, tmp_path / "new", "is a float8 checkpoint already"),
+        (tmp_path, tmp_path / "new", "no transformer/config.json"),
+    ):
+        with pytest.raises(LoadError, match=words):
+            checkpoint.quantize(source, target)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(LoadError, match="is a single file.*from_single_file"):
+        fluxfire.load("flux1-kontext-dev.safetensors")
+
+
+def test_an_interrupt_leaves_no_half_folder(folders, tmp_path):
+    def interrupt(part, done, total):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.quantize(folders[0], tmp_path / "new", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command(folders, tmp_path, capsys):
+    target = tmp_path / "new"
+    assert main(["quantize", str(folders[0]), str(target)]) == 0
+    printed = capsys.readouterr()
+    assert f"wrote {target}" in printed.out
+    assert "transformer: " in printed.err
+    same = [p.relative_to(folders[1]) for p in folders[1].rglob("*") if p.is_file()]
+    assert all((target / name).read_bytes() == (folders[1] / name).read_bytes() for name in same)
+    assert main(["quantize", str(folders[0]), str(target)]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert main(["quantize", "spark", str(tmp_path / "other")]) == 1
+    assert "spark is no checkpoint" in capsys.readouterr().err
