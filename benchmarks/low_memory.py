@@ -30,12 +30,12 @@ import full_or_tiny
 from fluxfire import presets
 from fluxfire.bench import save_result, stamp
 from fluxfire.bench.timing import time_call
-from fluxfire.passes import Float8, Float8TextEncoder, ModulationTable, Placement
+from fluxfire.passes import Float8, Int8, Int8TextEncoder, ModulationTable, Placement
 from fluxfire.text import table
 
 GIB = 2**30
 WIDE = (1360, 768)
-LOW_MEMORY = (Placement(), Float8(), Float8TextEncoder(), ModulationTable(host=True))
+LOW_MEMORY = (Placement(), Int8(), Int8TextEncoder(), ModulationTable(host=True))
 PROMPTS = (full_or_tiny.INSTRUCTION, "remove the person on the left, keep everything else")
 
 

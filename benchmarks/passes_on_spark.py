@@ -19,7 +19,7 @@ import torch
 import fluxfire
 from fluxfire import spark
 from fluxfire.bench import compare, save_result, stamp
-from fluxfire.passes import Attention, Float8, Float8TextEncoder, FusedBlocks, ModulationTable
+from fluxfire.passes import Attention, Float8, FusedBlocks, Int8, Int8TextEncoder, ModulationTable
 from fluxfire.protocol import Pass
 from fluxfire.text import table
 
@@ -29,9 +29,10 @@ STACKS: dict[str, tuple[Pass, ...]] = {
     "FusedBlocks": (FusedBlocks(),),
     "ModulationTable": (ModulationTable(),),
     "Float8": (Float8(),),
-    "Float8, weights alone": (Float8(activations="plain"),),
-    "Float8TextEncoder": (Float8TextEncoder(),),
-    "Float8 + Float8TextEncoder": (Float8(), Float8TextEncoder()),
+    "Int8": (Int8(),),
+    "Int8, weights alone": (Int8(activations="plain"),),
+    "Int8TextEncoder": (Int8TextEncoder(),),
+    "Int8 + Int8TextEncoder": (Int8(), Int8TextEncoder()),
     "Float8 + exact passes": (Float8(), *EXACT),
     "float8 attention": (Attention("fa3-fp8"),),
     "Float8 + float8 attention + exact passes": (Float8(), Attention("fa3-fp8"), *EXACT),

@@ -9,7 +9,7 @@ import torch
 import fluxfire
 from fluxfire.errors import PlanError
 from fluxfire.kontext.random_weights import full_kontext
-from fluxfire.passes import Float8, FusedBlocks, ModulationTable, Placement, QKVFusion
+from fluxfire.passes import FusedBlocks, Int8, ModulationTable, Placement, QKVFusion
 from fluxfire.passes.contrib.placement import ROOM
 from fluxfire.planning.memory import advise, fit, measure
 from fluxfire.testing import edit, tiny_kontext
@@ -43,7 +43,7 @@ def test_as_little_as_possible_is_added(pipe, sizes):
         enough: ["placement", "fused-blocks"],
         enough - 1: ["placement", "modulation-table", "fused-blocks"],
         less: ["placement", "modulation-table", "fused-blocks"],
-        less - 1: ["placement", "float8", "modulation-table", "fused-blocks"],
+        less - 1: ["placement", "int8", "modulation-table", "fused-blocks"],
     }
     for memory, passes in wanted.items():
         assert names(fit(pipe, [FusedBlocks()], memory)) == passes
@@ -53,11 +53,11 @@ def test_as_little_as_possible_is_added(pipe, sizes):
 
 
 def test_what_the_list_says_is_kept(pipe):
-    given = [Placement(tiling=False), Float8("drop"), ModulationTable()]
+    given = [Placement(tiling=False), Int8("drop"), ModulationTable()]
     made = fit(pipe, given, ROOM)
     assert made == [Placement(tiling=False, memory=ROOM), *given[1:]]
     assert names(fit(pipe, "faithful", ROOM)) == [
-        *("placement", "inductor-patch", "float8", "modulation-table", "fused-blocks", "compile")
+        *("placement", "inductor-patch", "int8", "modulation-table", "fused-blocks", "compile")
     ]
 
 
@@ -71,7 +71,7 @@ def test_a_slot_that_is_filled_is_left(pipe):
         def apply(self, tx):
             raise NotImplementedError
 
-    assert "float8" not in names(fit(pipe, [Quantizes()], ROOM))
+    assert "int8" not in names(fit(pipe, [Quantizes()], ROOM))
 
 
 @pytest.mark.parametrize("memory", ["much", "-1GiB", 0, "12 gib b"])
@@ -118,8 +118,8 @@ def test_load_places_what_it_loads(tmp_path):
     (80, "fits as a whole"),
     (31.5, "adds Placement(): nothing lossy"),
     (23.5, "adds Placement(), ModulationTable(host=True): nothing lossy"),
-    (15.5, "adds Placement(), Float8(), ModulationTable(host=True): lossy"),
-    (11.5, "adds Placement(), Float8(), ModulationTable(host=True): lossy"),
+    (15.5, "adds Placement(), Int8(), ModulationTable(host=True): lossy"),
+    (11.5, "adds Placement(), Int8(), ModulationTable(host=True): lossy"),
     (8, "does not fit: fluxfire needs 10.0 GiB"),
 ])  # fmt: skip
 def test_the_advice_for_a_card_is_that_of_kontexts_sizes(gib, words):

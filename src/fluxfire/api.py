@@ -126,7 +126,7 @@ def optimize(
         memory: for a pipeline in host memory, as `from_pretrained` returns it: put it on the GPU so
             that it needs no more memory than this. Bytes, text such as `"16GiB"`, or `"auto"` for
             what the GPU has. fluxfire adds `Placement`; if the weights need it,
-            `ModulationTable(host=True)`; and if that is not enough, `Float8`, which is lossy.
+            `ModulationTable(host=True)`; and if that is not enough, `Int8`, which is lossy.
         replace: first undo the passes that the pipeline carries. If the new list cannot be applied,
             the old passes are applied again.
 

@@ -63,7 +63,7 @@ def load(
 
     precision = {_dtype_argument(): dtype}
     parts = {}
-    if folder is not None and checkpoint.is_float8(folder):
+    if folder is not None and checkpoint.is_int8(folder):
         parts = checkpoint.read(folder, dtype)
     try:
         pipe = DiffusionPipeline.from_pretrained(folder or model, token=token, **parts, **precision)
@@ -82,12 +82,12 @@ def quantize(
     device: str | None = None,
     progress: Callable[[str, int, int], object] | None = None,
 ) -> int:
-    """Write a float8 checkpoint, which `fluxfire.load` reads: half the size of bfloat16.
+    """Write an int8 checkpoint, which `fluxfire.load` reads: half the size of bfloat16.
 
-    The linear layers of the transformer's blocks and of T5 are in float8 with one scale for each
-    output channel, as `Float8` and `Float8TextEncoder` make them. At most 2 GiB are in memory at
+    The linear layers of the transformer's blocks and of T5 are in int8 with one scale for each
+    output channel, as `Int8` and `Int8TextEncoder` make them. At most 2 GiB are in memory at
     once. diffusers cannot read the folder. A pipeline loaded from it has no other weights:
-    `restore` brings back the float8 ones.
+    `restore` brings back the int8 ones.
 
     Args:
         model: a folder that `save_pretrained` wrote, or a hub id.

@@ -136,7 +136,7 @@ def module_traits(module: nn.Module) -> Iterator[Trait]:
         yield "fused-qkv"
     if has_adapter(module):
         yield "lora"
-    # A float8 checkpoint's layers are no foreign quantization: `Float8` takes them as they are.
+    # An int8 checkpoint's layers are no foreign quantization: `Int8` takes them as they are.
     if not hasattr(module, "streamed") and any(
         is_quantized(p) for p in own["_parameters"].values() if p is not None
     ):

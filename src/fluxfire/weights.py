@@ -1,4 +1,4 @@
-"""Linear layers without their plain weight: a pass dropped it, or a file has it in float8."""
+"""Linear layers without their plain weight: a pass dropped it, or a file has it in int8."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from typing_extensions import override
 
 from fluxfire import modules
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import E4M3, float8_weight_linear, quantize_weight
+from fluxfire.kernels.float8 import eight_bit_linear
+from fluxfire.kernels.int8 import quantize_int8
 
 _DROPPED = (
     "a weight that Float8(originals='drop') let go of was read or written (is a LoRA fused, are "
     "weights edited or offloaded?); do that before optimize(), or keep them (originals='host')"
 )
-_IN_FLOAT8 = (
-    "a weight that this checkpoint holds in float8 alone was read or written (is a LoRA fused, are "
+_IN_INT8 = (
+    "a weight that this checkpoint holds in int8 alone was read or written (is a LoRA fused, are "
     "weights edited?); do that with the original checkpoint, and call fluxfire.quantize again"
 )
 _Module: Any = nn.Module  # torch leaves the overridden methods untyped
@@ -143,10 +144,10 @@ def class_without_weight(cls: type) -> type:
 
 
 class StoredWeight(nn.Module):
-    """The float8 weight of one linear layer.
+    """The int8 weight of one linear layer.
 
     Attributes:
-        data: (width out, width), float8.
+        data: (width out, width), int8.
         scale: (width out, 1), float32: the factor of each output channel.
     """
 
@@ -162,7 +163,7 @@ class StoredWeight(nn.Module):
     def quantize(self, weight: Tensor, device: torch.device) -> None:
         """Take another weight: quantize it on a device, and keep the result where it was."""
         with modules.matching_inference_mode(weight), torch.no_grad():
-            made = quantize_weight(weight.detach().to(device))
+            made = quantize_int8(weight.detach().to(device))
             self.data, self.scale = (tensor.to(self.data.device) for tensor in made)
 
     @property
@@ -184,16 +185,6 @@ class StoredWeight(nn.Module):
         self.data, self.scale = self.data.to(device), self.scale.to(device)
         return self
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the weight as plain bytes: torch 2.13 cannot unpickle float8."""
-        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        state["_buffers"] = {**state["_buffers"], "data": self.data.view(torch.uint8)}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.data = self.data.view(E4M3)
-
 
 def beside(tensor: Tensor, like: Tensor) -> Tensor:
     """Return a tensor, or a copy of it on another tensor's device."""
@@ -201,7 +192,7 @@ def beside(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 class _NowhereWeight(DroppedWeight):
-    """The placeholder of a weight that exists in float8 alone."""
+    """The placeholder of a weight that exists in int8 alone."""
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -212,9 +203,9 @@ class _NowhereWeight(DroppedWeight):
 
 
 class StoredLinear(LayerWithoutWeight, nn.Linear):
-    """A linear layer of a float8 checkpoint. Its plain weight exists nowhere.
+    """A linear layer of an int8 checkpoint. Its plain weight exists nowhere.
 
-    It casts the float8 weight for each product. The weight may lie on another device than the
+    It casts the int8 weight for each product. The weight may lie on another device than the
     input: then each call copies it.
     """
 
@@ -227,14 +218,14 @@ class StoredLinear(LayerWithoutWeight, nn.Linear):
         """Create a layer from tensors of a file.
 
         Args:
-            data: (width out, width), float8.
+            data: (width out, width), int8.
             scale: (width out, 1), float32.
             bias: (width out,), or None.
             dtype: dtype of the bias and of the weight that the layer stands for.
         """
         width_out, width = data.shape
         made = cls(width, width_out, bias=False, device="meta", dtype=dtype)
-        made.weight = _NowhereWeight.like(made.weight, made, why=_IN_FLOAT8)
+        made.weight = _NowhereWeight.like(made.weight, made, why=_IN_INT8)
         if bias is not None:
             made.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
         made.stored = StoredWeight(data, scale)
@@ -247,12 +238,12 @@ class StoredLinear(LayerWithoutWeight, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., width)."""
-        return float8_weight_linear(input, *self.stored.tensors(input), self.bias)
+        return eight_bit_linear(input, *self.stored.tensors(input), self.bias)
 
     def _save_to_state_dict(self, _destination: Any, prefix: str, _keep_vars: bool) -> None:
         """Refuse to save: diffusers could not load the file."""
         raise FluxfireError(
-            f"{prefix}weight exists in float8 alone, which diffusers cannot load; copy the "
+            f"{prefix}weight exists in int8 alone, which diffusers cannot load; copy the "
             f"checkpoint's folder instead of saving the pipeline"
         )
 

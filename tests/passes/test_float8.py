@@ -20,7 +20,7 @@ from fluxfire.environment import Environment
 from fluxfire.errors import FluxfireError, PlanError
 from fluxfire.kernels.float8 import E4M3
 from fluxfire.passes import Compile, Float8, FusedBlocks, QKVFusion
-from fluxfire.passes.float8 import Float8Linear, Float8Product
+from fluxfire.passes.shared.eight_bits import QuantizedLinear, QuantizedProduct
 from fluxfire.protocol import Target
 from fluxfire.testing import differences, edit, fingerprint, tiny_kontext
 from passes.test_qkv_fusion import with_lora
@@ -31,7 +31,7 @@ def quantized(pipe):
     return {
         name
         for name, module in pipe.transformer.named_modules()
-        if isinstance(module, Float8Linear) or name.endswith(("to_qkv", "to_added_qkv"))
+        if isinstance(module, QuantizedLinear) or name.endswith(("to_qkv", "to_added_qkv"))
     }
 
 
@@ -44,7 +44,7 @@ def test_the_rule_which_layers(pipe):
     expected |= {f"single_transformer_blocks.{i}.{name}" for i in range(3) for name in single}
     assert quantized(pipe) == expected
     for module in pipe.transformer.modules():
-        if isinstance(module, Float8Product):
+        if isinstance(module, QuantizedProduct):
             assert module.weight.dtype is E4M3
 
 
@@ -79,7 +79,7 @@ def test_bytes_are_told_truly(pipe):
     fluxfire.optimize(pipe, [Float8()])
     (done,) = fluxfire.report(pipe).passes
     weights = sum(
-        m.weight.nbytes for m in pipe.transformer.modules() if isinstance(m, Float8Product)
+        m.weight.nbytes for m in pipe.transformer.modules() if isinstance(m, QuantizedProduct)
     )
     assert modules.storage_bytes(pipe) - before == done.change.bytes > weights > 0
     assert done.change.host_bytes == 0  # a CPU's memory is the host's
@@ -132,7 +132,7 @@ def test_dropped_weights_move_and_cast(dropped):
     dropped.to(torch.bfloat16)
     cast = fluxfire.optimize(tiny_kontext(), [Float8()])
     cast.to(torch.bfloat16)
-    products = (m for m in dropped.transformer.modules() if isinstance(m, Float8Product))
+    products = (m for m in dropped.transformer.modules() if isinstance(m, QuantizedProduct))
     assert all(product.dtype is torch.bfloat16 for product in products)
     assert {p.dtype for p in dropped.transformer.parameters()} == {torch.bfloat16}
     assert np.abs(edit(dropped) - edit(cast)).max() < 0.02
@@ -326,54 +326,23 @@ def found(pass_, pipe, traits=frozenset(), **facts):
 def test_refusals(pipe):
     with pytest.raises(ValueError, match="originals='keep'; it must be one of host, drop"):
         Float8("keep")
-    with pytest.raises(ValueError, match="activations=None; it must be one of auto, float8, plain"):
-        Float8(activations=None)
     assert refusals(Float8(), pipe, ["fused-qkv", "quantized", "sequential-offload"]) == [
         "the projections are fused already; leave the fusion out: Float8 fuses",
         "the weights are quantized already; use one quantization",
         (
             "offloading moves the weights while the pipeline runs (sequential-offload); "
-            "float8 halves them: take the offloading off"
+            "Float8 halves them, and Placement() places the rest: take the offloading off"
         ),
     ]
     with pytest.raises(PlanError, match="float8: the projections are fused already"):
         fluxfire.optimize(pipe, [QKVFusion(), Float8()])
 
 
-def test_on_a_gpu_without_float8_only_the_weights_are(pipe, monkeypatch):
+def test_a_gpu_without_float8_is_refused(pipe, monkeypatch):
     monkeypatch.setattr(type(pipe.transformer), "device", torch.device("cuda"))
     why = "NVIDIA A100 has compute capability 8.0, and float8 products need 8.9"
-    both = Float8(activations="float8")
-    assert refusals(both, pipe) == [f"{why}; leave activations out"]
-    assert refusals(Float8(), pipe) == []
-    assert refusals(both, pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
-    (told,) = (f for f in found(Float8(), pipe) if f.level == "info")
-    assert str(told) == f"{why}; only the weights are in float8, to save memory"
-    device = torch.device("cuda")
-    for capability, rounds in (((8, 0), False), ((8, 9), True), ((12, 0), True)):
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
-        assert Float8()._rounds_input(device) is rounds
-        assert Float8(activations="plain")._rounds_input(device) is False
-
-
-@pytest.mark.parametrize("fused", [False, True])
-def test_activations_can_stay_as_they_are(fused, reference):
-    """Each product is that of the rounded weights, and the picture is nearer to the plain one."""
-    pipe, both = tiny_kontext(), tiny_kontext()
-    linear = pipe.transformer.single_transformer_blocks[0].proj_mlp
-    others = [FusedBlocks()] if fused else []
-    fluxfire.optimize(pipe, [Float8(activations="plain"), *others])
-    fluxfire.optimize(both, [Float8(), *others])
-    x, product = torch.randn(2, 7, 48), linear.product
-    exact = torch.nn.functional.linear(
-        x.double(), product.weight.double() * product.scale.double(), linear.bias.double()
-    )
-    with torch.no_grad():
-        assert (linear(x) - exact).norm() < 1e-6 * exact.norm()
-    made, rounded = edit(pipe), edit(both)
-    assert 0 < np.abs(made - reference).mean() < np.abs(rounded - reference).mean()
-    fluxfire.restore(pipe)
-    assert np.array_equal(edit(pipe), reference)
+    assert refusals(Float8(), pipe) == [f"{why}; use Int8() in its place"]
+    assert refusals(Float8(), pipe, gpu="NVIDIA H100", capability=(9, 0)) == []
 
 
 def test_casts_leave_float8_alone(pipe):

@@ -14,14 +14,14 @@ from fluxfire import modules
 from fluxfire.errors import FluxfireError, PassError, PlanError
 from fluxfire.passes import (
     EncodingCache,
-    Float8,
-    Float8TextEncoder,
     FoldedLora,
     FusedBlocks,
+    Int8,
+    Int8TextEncoder,
     ModulationTable,
     Placement,
 )
-from fluxfire.passes.placement import ROOM
+from fluxfire.passes.contrib.placement import ROOM
 from fluxfire.supported import model_of
 from fluxfire.testing import edit, tiny_kontext
 from fluxfire.text import read_bytes
@@ -29,7 +29,7 @@ from other_device import DEVICE, OtherDevice
 from passes.test_folded_lora import load
 
 THERE = Placement(device=str(DEVICE))
-LOW_MEMORY = (THERE, Float8(), Float8TextEncoder(), ModulationTable(host=True), FusedBlocks())
+LOW_MEMORY = (THERE, Int8(), Int8TextEncoder(), ModulationTable(host=True), FusedBlocks())
 
 
 @pytest.fixture(autouse=True)
@@ -95,7 +95,7 @@ def test_restore_moves_everything_back(pipe, reference, passes, edits):
     assert np.array_equal(edit(pipe), reference)
 
 
-@pytest.mark.parametrize("encoder", [(), (Float8TextEncoder(),)], ids=["plain", "float8"])
+@pytest.mark.parametrize("encoder", [(), (Int8TextEncoder(),)], ids=["plain", "int8"])
 def test_the_text_encoder_moves_layer_by_layer_as_far_as_there_is_room(encoder):
     pictures, streamed = [], []
     whole = tiny_kontext()
@@ -180,7 +180,7 @@ def test_the_vae_works_in_tiles_where_it_would_not_fit(pipe, tiling, memory, til
 
 def test_known_prompts_and_pictures_are_still_cached(pipe, reference):
     memory = Placement(device=str(DEVICE), memory=ROOM, tiling=False)
-    fluxfire.optimize(pipe, [memory, Float8TextEncoder(), EncodingCache()])
+    fluxfire.optimize(pipe, [memory, Int8TextEncoder(), EncodingCache()])
     first = edit(pipe)
     assert np.array_equal(edit(pipe), first)
     facts = fluxfire.report(pipe).passes[2].facts
@@ -213,7 +213,7 @@ def test_a_copy_is_plain_and_lies_where_the_pipeline_lay(pipe, reference):
 
 
 @pytest.mark.parametrize("passes", [
-    [THERE], [THERE, FoldedLora()], [THERE, Float8(), ModulationTable(host=True)],
+    [THERE], [THERE, FoldedLora()], [THERE, Int8(), ModulationTable(host=True)],
 ], ids=len)  # fmt: skip
 @pytest.mark.parametrize("first", ["load", "optimize", "edit"])
 def test_a_lora_lies_beside_the_weights(passes, first):

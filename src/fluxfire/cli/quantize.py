@@ -1,4 +1,4 @@
-"""The command `quantize`: write a float8 checkpoint."""
+"""The command `quantize`: write an int8 checkpoint."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _NOTABLE = 2 * 2**30  # bytes between two lines of progress
 def add(commands: Commands) -> None:
     """Add `quantize`."""
     parser = add_command(
-        commands, "quantize", quantize, "write a checkpoint in float8, half the size",
-        example="fluxfire quantize ./kontext ./kontext-float8",
+        commands, "quantize", quantize, "write a checkpoint in int8, half the size",
+        example="fluxfire quantize ./kontext ./kontext-int8",
     )  # fmt: skip
     parser.add_argument("model", help="a folder that save_pretrained wrote, or a hub id")
     parser.add_argument("folder", type=Path, help="the new folder; it must not exist")

@@ -123,24 +123,27 @@ def float8_linear(
     return made.view(shape)
 
 
-def float8_weight_linear(
+def eight_bit_linear(
     x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
 ) -> Tensor:
-    """Compute `x · weightᵀ + bias` with a float8 weight, in the dtype of `x`.
+    """Compute `x · weightᵀ + bias` with an eight-bit weight, in the dtype of `x`.
 
     It rounds no activation, and runs on every device: it casts the weight, and scales the result's
     columns. In float16 it scales the weight instead, since 448 · x could exceed float16's range.
 
     Args:
         x: (batch, tokens, width).
-        weight: (width out, width), float8.
+        weight: (width out, width), float8 or int8.
         weight_scale: (width out, 1), float32.
         bias: (width out,), or None.
 
     Returns:
         (batch, tokens, width out).
     """
-    dense = cast_float8(weight, x.dtype) if weight.is_cuda else weight.to(x.dtype)
+    if weight.is_cuda and weight.dtype is E4M3:
+        dense = cast_float8(weight, x.dtype)
+    else:
+        dense = weight.to(x.dtype)
     if x.dtype is torch.float16:
         return F.linear(x, (dense * weight_scale).to(x.dtype), bias)
     made = F.linear(x, dense) * weight_scale.view(-1)

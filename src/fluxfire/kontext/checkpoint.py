@@ -1,10 +1,10 @@
-"""Float8 checkpoints of FLUX.1 Kontext: half the disk and host memory of bfloat16.
+"""Int8 checkpoints of FLUX.1 Kontext: half the disk and host memory of bfloat16.
 
 A checkpoint is a folder as `save_pretrained` writes it, except for the transformer and T5. Their
-files `float8-*.safetensors` hold the linear layers' weights in float8 (`NAME.weight`) with one
+files `int8-*.safetensors` hold the linear layers' weights in int8 (`NAME.weight`) with one
 scale for each output channel (`NAME.weight.scale`), and all other tensors in bfloat16. The file
 `fluxfire.json` says so. Since the files have names of their own, diffusers refuses the folder
-instead of reading float8 numbers without their scales.
+instead of reading int8 numbers without their scales.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from transformers import T5Config, T5EncoderModel
 
 from fluxfire._version import __version__
 from fluxfire.errors import LoadError
-from fluxfire.kernels.float8 import quantize_weight
+from fluxfire.kernels.int8 import quantize_int8
 from fluxfire.kontext.pipeline import KONTEXT
 from fluxfire.weights import StoredLinear
 
 MARK = "fluxfire.json"
-"""The file that makes a folder a float8 checkpoint."""
-FORMAT = "float8-rows-1"
+"""The file that makes a folder an int8 checkpoint."""
+FORMAT = "int8-rows-1"
 _SCALE = ".scale"  # after the name of a weight
 _SHARD = 2 * 2**30
 _PARTS = ("transformer", "text_encoder_2")
@@ -40,8 +40,8 @@ Progress = Callable[[str, int, int], object]
 """Called with a part, the bytes read of it so far, and its bytes in all."""
 
 
-def is_float8(folder: Path) -> bool:
-    """Whether a folder is a float8 checkpoint."""
+def is_int8(folder: Path) -> bool:
+    """Whether a folder is an int8 checkpoint."""
     return (folder / MARK).is_file()
 
 
@@ -53,7 +53,7 @@ def quantize(
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> int:
-    """Write a float8 checkpoint. At most one shard of 2 GiB is in memory.
+    """Write an int8 checkpoint. At most one shard of 2 GiB is in memory.
 
     Args:
         source: a folder that `save_pretrained` wrote.
@@ -85,7 +85,7 @@ def quantize(
 
 
 def read(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Read the parts of a float8 checkpoint that diffusers cannot.
+    """Read the parts of an int8 checkpoint that diffusers cannot.
 
     The tensors are the files, mapped into memory: the system reads what is used.
 
@@ -111,8 +111,8 @@ def read(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
 def _check_source(source: Path, folder: Path) -> None:
     if folder.exists():
         raise LoadError(f"{folder} exists already; give another folder, or remove it")
-    if is_float8(source):
-        raise LoadError(f"{source} is a float8 checkpoint already")
+    if is_int8(source):
+        raise LoadError(f"{source} is an int8 checkpoint already")
     for part in _PARTS:
         if not (source / part / "config.json").is_file():
             raise LoadError(f"{source} has no {part}/config.json: it is no FLUX.1 Kontext pipeline")
@@ -147,7 +147,7 @@ def _on_meta(part: str, folder: Path) -> nn.Module:
 
 
 def _quantized_names(model: Any) -> set[str]:
-    """Return the names of the linear layers that a checkpoint has in float8."""
+    """Return the names of the linear layers that a checkpoint has in int8."""
     if not isinstance(model, FluxTransformer2DModel):
         return {name for name, part in model.named_modules() if isinstance(part, nn.Linear)}
     places = [at for block in KONTEXT.blocks(model) for at in KONTEXT.linears(block)]
@@ -170,7 +170,7 @@ class _Writer:
         total, done = sum(file.stat().st_size for file in files), 0
         for name, tensor in _tensors(files):
             if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
-                data, scale = quantize_weight(tensor.to(self._device))
+                data, scale = quantize_int8(tensor.to(self._device))
                 self._add(name, data)
                 self._add(name + _SCALE, scale)
             else:
@@ -189,7 +189,7 @@ class _Writer:
     def _flush(self) -> None:
         if self._shard:
             self._count += 1
-            file = self._folder / f"float8-{self._count:05}.safetensors"
+            file = self._folder / f"int8-{self._count:05}.safetensors"
             save_file(self._shard, file, metadata={"format": "pt"})
             self._shard = {}
 

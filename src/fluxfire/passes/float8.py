@@ -2,55 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass
-from functools import cache
-from typing import Any, ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
-from typing_extensions import override
+from torch import Tensor
 
-from fluxfire import modules
-from fluxfire.diffusers_types import AttentionModule, Transformer
-from fluxfire.edits.stand_in import StandIn, own_class
-from fluxfire.errors import FluxfireError
 from fluxfire.kernels.float8 import (
     E4M3,
     QuantizedRows,
     float8_linear,
-    float8_weight_linear,
     quantize_rows,
     quantize_weight,
 )
-from fluxfire.model import Model
-from fluxfire.passes.shared.adapters import (
-    AdaptersOff,
-    adapter_gradients,
-    base_of,
-    folded_weight,
-    move_adapters_to_weights,
-    why_not_foldable,
-)
-from fluxfire.passes.shared.folding import Folder
-from fluxfire.passes.shared.fused_projection import install_products
-from fluxfire.passes.shared.host_weights import (
-    MOVED_ELSEWHERE,
-    HostWeights,
-    computing_device,
-)
+from fluxfire.passes.shared import eight_bits
+from fluxfire.passes.shared.eight_bits import Format, Input, Originals, check_originals
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.transaction import Transaction
-from fluxfire.supported import model_of
-from fluxfire.weights import DroppedWeight, StoredLinear
 
-Originals = Literal["host", "drop"]
-Activations = Literal["auto", "float8", "plain"]
-_ORIGINALS: tuple[Originals, ...] = get_args(Originals)
-_ACTIVATIONS: tuple[Activations, ...] = get_args(Activations)
 _MIN_CAPABILITY = (8, 9)
-_APPLY_AGAIN = "call restore(pipe), then optimize(pipe, …) with the same passes"
-_TAKE_BACK = "take that change back, because originals='drop' let go of the original weights"
 
 
 @dataclass(frozen=True)
@@ -73,9 +44,7 @@ class Float8:
     model. So it is in no preset. Plain with 21 steps takes as long on an H100. On 256 edits by
     Spark it keeps 46.5 dB to the pictures of 28 steps (worst 19.5), and `Float8` 37.4 (worst 16.8).
 
-    Float8 products need compute capability 8.9 (H100, RTX 40) or higher. On an older GPU (RTX 20
-    and 30, A100) only the weights are in float8: they take half the memory, and a step is no
-    faster. Nobody ran this on such a GPU yet.
+    Needs compute capability 8.9 (H100, RTX 40) or higher on a GPU; `Int8` needs no such GPU.
 
     A LoRA costs nothing: the pass quantizes `weight + scaling · B · A`, summed in float32. Load,
     scale, exchange, fuse or unload it at any time; the pass quantizes again before the next step.
@@ -93,18 +62,13 @@ class Float8:
         originals: `"host"` keeps the original weights in host memory; `restore` brings them back
             bit for bit, and `save_pretrained` works. `"drop"` frees them. Then `restore` raises an
             error, and so does everything else that needs them: saving, copying, fusing a LoRA.
-        activations: `"float8"` rounds the products' inputs to float8, too, and multiplies in
-            float8. `"plain"` keeps them, and casts each weight to the plain dtype before its
-            product: that saves as much memory, no time, and rounds less. `"auto"` is `"float8"`
-            where the GPU can, and `"plain"` on older ones.
 
     Raises:
-        ValueError: `originals` or `activations` is none of these.
+        ValueError: `originals` is neither `"host"` nor `"drop"`.
     """
 
     originals: Originals = "host"
     _: KW_ONLY
-    activations: Activations = "auto"
 
     name: ClassVar[str] = "float8"
     stage: ClassVar[Stage] = "weights"
@@ -113,44 +77,10 @@ class Float8:
     provides: ClassVar[frozenset[Trait]] = frozenset({"quantized"})
 
     def __post_init__(self) -> None:
-        for name, known in (("originals", _ORIGINALS), ("activations", _ACTIVATIONS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"{name}={value!r}; it must be one of {', '.join(known)}")
+        check_originals(self.originals)
 
     def check(self, target: Target) -> Iterator[Finding]:
         """Refuse devices without float8, and weights that are fused, offloaded or quantized."""
-        transformer = target.pipe.transformer
-        model = model_of(target.pipe)
-        yield from self._check_device(target)
-        for trait, why, remedy in (
-            (
-                "fused-qkv",
-                "the projections are fused already",
-                "leave the fusion out: Float8 fuses",
-            ),
-            ("quantized", "the weights are quantized already", "use one quantization"),
-        ):
-            if trait in target.traits:
-                yield Finding("error", why, remedy, trait=trait)
-        if moved := target.traits & (modules.SWAPPED | {"model-offload"}):
-            yield Finding(
-                "error",
-                f"offloading moves the weights while the pipeline runs "
-                f"({', '.join(sorted(moved))})",
-                "float8 halves them: take the offloading off",
-            )
-        if "lora" in target.traits and (why := self._left(model, transformer)):
-            yield Finding("info", f"layers with an adapter are not quantized where {why}")
-        found = _linears(model, transformer, below_adapters=self.originals == "host")
-        widths = {n for *_, linear in found for n in linear.weight.shape}
-        if odd := sorted(n for n in widths if n % 16):
-            yield Finding(
-                "error",
-                f"float8 products need widths that are multiples of 16, and layers have {odd}",
-                "leave Float8 out",
-            )
-
-    def _check_device(self, target: Target) -> Iterator[Finding]:
         environment = target.environment
         if not target.on_gpu:
             yield Finding(
@@ -159,488 +89,25 @@ class Float8:
             )
         elif environment.capability is not None and environment.capability < _MIN_CAPABILITY:
             capability = ".".join(map(str, environment.capability))
-            why = (
+            yield Finding(
+                "error",
                 f"{environment.gpu} has compute capability {capability}, "
-                f"and float8 products need 8.9"
+                f"and float8 products need 8.9",
+                "use Int8() in its place",
             )
-            if self.activations == "float8":
-                yield Finding("error", why, "leave activations out", Float8(self.originals))
-            else:
-                yield Finding("info", f"{why}; only the weights are in float8, to save memory")
-
-    def _rounds_input(self, device: torch.device) -> bool:
-        """Whether the products on a device round their input to float8, too."""
-        if self.activations != "auto":
-            return self.activations == "float8"
-        return device.type != "cuda" or torch.cuda.get_device_capability(device) >= _MIN_CAPABILITY
-
-    def _left(self, model: Model, transformer: Transformer) -> str:
-        """Return why layers with an adapter are not quantized; empty if all are."""
-        if self.originals == "drop":
-            return "originals='drop' would lose the weights that a LoRA adds to"
-        layers = [
-            getattr(*place) for block in model.blocks(transformer) for place in model.linears(block)
-        ]
-        found = (why_not_foldable(layer) for layer in layers if modules.has_adapter(layer))
-        return "; or where ".join(dict.fromkeys(why for why in found if why))
+        yield from eight_bits.check(target, type(self).__name__, self.originals)
 
     def apply(self, tx: Transaction) -> Change:
         """Quantize layer by layer, so that at most one layer is in memory twice."""
-        transformer, freed = tx.pipe.transformer, 0
-        model = model_of(tx.pipe)
-        off = AdaptersOff()
-        tx.on_undo(off.switch_on)
-        host = HostWeights.of(tx)
-        keeps = self.originals == "host"
+        return eight_bits.install(tx, FLOAT8, type(self).__name__, self.originals)
 
-        def product_of(linears: list[nn.Linear]) -> Float8Product:
-            device = computing_device(linears[0], host.model)
-            return Float8Product(linears, device, rounds_input=self._rounds_input(device))
 
-        # A block may stand twice.
-        layers = list(dict.fromkeys(_linears(model, transformer, below_adapters=keeps)))
-        plain = {linear for *_, linear in layers}
-        products: list[Float8Product] = []
-        stacked: list[nn.Linear] = []
-        fused: list[tuple[object, str, nn.Module]] = []
-        for attention in dict.fromkeys(model.attentions(transformer)):
-            if (groups := _stackable(model, attention, plain)) is None:
-                continue
-            made: dict[str, nn.Module] = {}
-            for stack, parts in groups:
-                products.append(product_of(parts))
-                made[stack] = products[-1]
-                stacked += parts
-                fused.append((attention, stack, products[-1]))
-                freed += sum(map(host.offload, parts))
-            install_products(tx, attention, made)
-        alone = plain.difference(stacked)
-        for linear in (linear for *_, linear in layers if linear in alone):
-            products.append(product_of([linear]))
-            tx.setattr(linear, "product", products[-1])
-            tx.set_class(linear, _float8_class(own_class(linear)))
-            freed += host.offload(linear)
-        move_adapters_to_weights(host.model)
-        watch = _WeightWatch(tx, fused, layers, stacked, products, host, off, drop=not keeps)
-        tx.listen(watch)
-        gained = sum(product.nbytes for product in products)
-        return Change(len(layers), "linear layers in float8", gained - freed, host_bytes=freed)
+def _multiply(
+    x: Input, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Round the input's rows, unless they are, and multiply."""
+    rows = x if isinstance(x, QuantizedRows) else QuantizedRows(*quantize_rows(x))
+    return float8_linear(rows, weight, scale, bias, dtype)
 
 
-class Float8Product(nn.Module):
-    """A float8 matrix product with the weights of one layer, or of several concatenated layers.
-
-    Attributes:
-        takes_float8: whether the input is rounded to float8, too.
-        weight: (width out, width), float8.
-        scale: (width out, 1), float32.
-        bias: (width out,), or None.
-        dtype: dtype of the results.
-        linears: the original layers; a tuple, so that they are no submodules.
-        layers: what stands in their places: the same, or PEFT's layers around them.
-    """
-
-    weight: Tensor
-    scale: Tensor
-    bias: Tensor | None
-
-    def __init__(
-        self, linears: list[nn.Linear], device: torch.device, *, rounds_input: bool = True
-    ) -> None:
-        super().__init__()
-        self.takes_float8 = rounds_input
-        self.linears = tuple(linears)
-        self.layers: tuple[nn.Module, ...] = self.linears
-        for name in ("weight", "scale", "bias"):
-            self.register_buffer(name, None, persistent=False)
-        self.quantize(device)
-
-    def quantize(
-        self, device: torch.device, layers: Sequence[nn.Module] = (), scale: float = 1.0
-    ) -> None:
-        """Quantize the layers' current weights on a device.
-
-        Args:
-            device: where the product will be computed.
-            layers: PEFT's layers around the own ones, whose adapters are added to the weights; an
-                own layer where there is no adapter. By default there is none.
-            scale: a factor for all adapters.
-        """
-        self.layers = tuple(layers) or self.linears
-        with modules.matching_inference_mode(self.linears[0].weight), torch.no_grad():
-            made = [_quantized(layer, scale, device) for layer in self.layers]
-            self.weight = torch.cat([w for w, _ in made])
-            self.scale = torch.cat([s for _, s in made])
-        self.copy_biases(device)
-        self.dtype = self.linears[0].weight.dtype
-
-    def copy_biases(self, device: torch.device) -> None:
-        """Copy the layers' current biases to a device."""
-        with modules.matching_inference_mode(self.weight):
-            if all(layer.bias is None for layer in self.linears):
-                self.bias = None
-                return
-            biases = [
-                layer.weight.new_zeros(len(layer.weight), device=device)
-                if layer.bias is None
-                else layer.bias.detach().to(device)
-                for layer in self.linears
-            ]
-            self.bias = torch.cat(biases)
-
-    @property
-    def widths(self) -> list[int]:
-        """Width out of each layer."""
-        return [len(layer.weight) for layer in self.linears]
-
-    def dequantized(self, like: Tensor) -> Tensor:
-        """Return the float8 weight in another tensor's dtype: (width out, width)."""
-        return self.weight.to(like.dtype) * self.scale.to(like.dtype)
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the buffers in bytes."""
-        return sum(buffer.nbytes for buffer in self.buffers())
-
-    def forward(self, x: Tensor | QuantizedRows) -> Tensor:
-        """Multiply (batch, tokens, width), which may be quantized already.
-
-        The gradients are those of the product without rounding. Under autocast the result has
-        autocast's dtype, like a linear layer's result.
-        """
-        if isinstance(x, QuantizedRows):
-            return self.multiply(x, self.dtype)
-        device, dtype = x.device.type, self.dtype
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            with torch.autocast(device, enabled=False):
-                return self._multiply_tensor(x.to(dtype), dtype)
-        return self._multiply_tensor(x, dtype)
-
-    def _multiply_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if not modules.computes_derivatives():
-            return self._multiply_plain_tensor(x, dtype)
-        apply: Any = _WithGradients.apply
-        made: Tensor = apply(
-            self,
-            dtype,
-            x,
-            *(_unless_dropped(layer.weight) for layer in self.linears),
-            *(layer.bias for layer in self.linears if layer.bias is not None),
-        )
-        if len(self.linears) > 1:  # nobody calls PEFT's layers in the place of these
-            parts = [adapter_gradients(layer, x).to(made) for layer in self.layers]
-            made = made + torch.cat(parts, dim=-1)
-        return made
-
-    def _multiply_plain_tensor(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        if self.takes_float8:
-            return self.multiply(QuantizedRows(*quantize_rows(x)), dtype)
-        return float8_weight_linear(x, self.weight, self.scale, self.bias).to(dtype)
-
-    def multiply(self, rows: QuantizedRows, dtype: torch.dtype) -> Tensor:
-        """Multiply quantized rows; return (batch, tokens, width out)."""
-        return float8_linear(rows, self.weight, self.scale, self.bias, dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:  # noqa: ARG002 - torch's signature
-        """Apply `.to()`: the device applies to all buffers, the dtype to bias and results."""
-        like = fn(torch.empty(0, dtype=self.dtype, device=self.weight.device))
-        self.dtype = like.dtype
-        self.weight, self.scale = self.weight.to(like.device), self.scale.to(like.device)
-        self.bias = None if self.bias is None else self.bias.to(like)
-        return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Pickle the weight as plain bytes: torch 2.13 cannot unpickle float8."""
-        state = dict(super().__getstate__())  # type: ignore[no-untyped-call]
-        state["_buffers"] = {**state["_buffers"], "weight": self.weight.view(torch.uint8)}
-        return state
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.weight = self.weight.view(E4M3)
-
-
-def _quantized(layer: nn.Module, scale: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return a layer's weight with its adapters in float8, and its scales.
-
-    A float8 checkpoint's weight is taken as it is.
-    """
-    if isinstance(layer, StoredLinear):
-        return layer.stored.data.to(device), layer.stored.scale.to(device)
-    return quantize_weight(folded_weight(layer, scale, device))
-
-
-def _unless_dropped(weight: Tensor) -> Tensor | None:
-    """Return a weight, or None for a dropped one, which has no derivative."""
-    return None if isinstance(weight, DroppedWeight) else weight
-
-
-class _WithGradients(torch.autograd.Function):
-    """The float8 product with straight-through derivatives: rounding counts as the identity.
-
-    The derivatives by the input use the float8 weight, so no full-precision weight is stored.
-    """
-
-    @staticmethod
-    def forward(product: Float8Product, dtype: torch.dtype, x: Tensor, *_: Any) -> Tensor:
-        """Multiply (batch, tokens, width). The layers' weights follow, then the biases.
-
-        The parameters are arguments only so that autograd asks for their derivatives.
-        """
-        return product._multiply_plain_tensor(x.detach(), dtype)  # noqa: SLF001 - its own half
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG004
-        """Save what the derivatives need."""
-        product, _, x, *parameters = inputs
-        ctx.product, ctx.like = product, [p is not None and (p.device, p.dtype) for p in parameters]
-        ctx.save_for_backward(x if any(ctx.needs_input_grad[3:]) else None)
-        ctx.save_for_forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        """Return the gradients of the input, the weights and the biases."""
-        (grad,), product = grads, ctx.product
-        (x,) = ctx.saved_tensors
-        by_layer = grad.split(product.widths, dim=-1)
-        with_bias = [
-            g
-            for g, linear in zip(by_layer, product.linears, strict=True)
-            if linear.bias is not None
-        ]
-        parts = zip(ctx.like, (*by_layer, *with_bias), strict=True)
-        parameter_grads: list[Tensor | None] = []
-        for index, (like, part) in enumerate(parts):
-            if not ctx.needs_input_grad[3 + index]:
-                parameter_grads.append(None)
-                continue
-            rows = part.flatten(0, -2)
-            is_weight = index < len(product.widths)
-            full = rows.t() @ x.flatten(0, -2).to(rows) if is_weight else rows.sum(0)
-            parameter_grads.append(full.to(*like))
-        input_grad = grad @ product.dequantized(grad) if ctx.needs_input_grad[2] else None
-        return None, None, input_grad, *parameter_grads
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        """Return the result's tangent, from the tangents of input, weights and biases."""
-        product, (_, _, of_x, *of_parameters) = ctx.product, tangents
-        (x,) = ctx.saved_tensors
-        made = x.new_zeros(*x.shape[:-1], sum(product.widths))
-        if of_x is not None:
-            made = made + of_x @ product.dequantized(of_x).t()
-        of_biases = iter(of_parameters[len(product.linears) :])
-        parts = []
-        for linear, of_weight in zip(product.linears, of_parameters, strict=False):
-            of_bias = None if linear.bias is None else next(of_biases)
-            part = x.new_zeros(*x.shape[:-1], len(linear.weight))
-            part = part if of_weight is None else part + x @ of_weight.to(x).t()
-            parts.append(part if of_bias is None else part + of_bias.to(x))
-        return (made + torch.cat(parts, dim=-1)).to(product.dtype)
-
-
-class Float8Linear(StandIn, nn.Linear):
-    """A linear layer that calls a `Float8Product`; its own weight is in host memory or dropped."""
-
-    of_ours = ("product",)
-    product: Float8Product
-
-    @property
-    def takes_float8(self) -> bool:
-        """Whether the input may be in float8 already."""
-        return self.product.takes_float8
-
-    @override
-    def forward(self, input: Tensor | QuantizedRows) -> Tensor:
-        """Multiply (batch, tokens, width), which may be quantized already."""
-        out: Tensor = self.product(input)
-        return out
-
-
-@cache
-def _float8_class(plain: type) -> type:
-    """Return `Float8Linear`, or for a float8 checkpoint's layer both classes in one."""
-    if plain is nn.Linear:
-        return Float8Linear
-    return type(Float8Linear.__name__, (Float8Linear, plain), {})
-
-
-@dataclass(eq=False)
-class _WeightWatch(Folder):
-    """Checks the layers before each generation, since the user may change them at any time.
-
-    Attributes:
-        tx: the transaction of the pass.
-        fused: the fused products: (attention, name of the attribute, product).
-        places: the quantized layers: (owner, name of the attribute, layer).
-        stacked: the layers that a fused product computes.
-        products: all products.
-        host: keeps the original weights.
-        off: PEFT's layers around quantized ones.
-        drop: whether to free the original weights.
-    """
-
-    tx: Transaction
-    fused: list[tuple[object, str, nn.Module]]
-    places: list[tuple[nn.Module, str, nn.Linear]]
-    stacked: list[nn.Linear]
-    products: list[Float8Product]
-    host: HostWeights
-    off: AdaptersOff
-    drop: bool
-    ignored = ("product",)
-
-    def __post_init__(self) -> None:
-        self.take(self._current_layers())
-        if not self._adapted():  # else the first generation quantizes with the adapters
-            self.accept()
-
-    @override
-    def prepare(self) -> None:
-        """Quantize changed weights again; with `originals="drop"`, free the original ones.
-
-        Raises:
-            FluxfireError: a layer was replaced, or got an adapter that cannot be folded; or a fused
-                layer got a hook, for example from layer-by-layer offloading, which nothing would
-                call.
-        """
-        self._refuse_replaced_or_hooked_layers()
-        self.host.prepare()
-        self.take(self._current_layers())
-        self.fold_if_changed()
-        if self.drop:
-            self._drop_originals()
-
-    @override
-    def fold(self, layers: Sequence[nn.Module], scale: float) -> None:
-        """Quantize the weights with the adapters."""
-        by_linear = {base_of(layer): layer for layer in layers}
-        for product in self.products:
-            _quantize_again(product, [by_linear[one] for one in product.linears], scale)
-        self.off.switch_off(self._adapted())
-
-    def _current_layers(self) -> list[nn.Module]:
-        """Return what stands in each layer's place now: the layer itself, or PEFT's around it."""
-        found: dict[nn.Linear, Any] = {}
-        for owner, name, layer in self.places:
-            now = modules.child(owner, name)
-            if found.setdefault(layer, now) is not now:
-                raise FluxfireError(
-                    f"{self._path(owner)}.{name} stands in two places of the transformer, and has "
-                    f"an adapter in one of them alone; give both the adapter, or leave Float8 out"
-                )
-        return list(found.values())
-
-    def _adapted(self) -> list[nn.Module]:
-        return [layer for layer in self.layers if modules.has_adapter(layer)]
-
-    def _refuse_replaced_or_hooked_layers(self) -> None:
-        for owner, name, layer in (*self.fused, *self.places):
-            now = modules.child(owner, name)
-            if now is layer:
-                continue
-            why = "was replaced after Float8 quantized it (by another layer, or by a fused one?)"
-            if now is not None and modules.has_adapter(now) and base_of(now) is layer:
-                reason = self._why_not_foldable(now)
-                if reason is None:
-                    continue
-                why = f"has an adapter that float8 weights cannot hold: {reason}"
-            raise FluxfireError(
-                f"{self._path(owner)}.{name} {why}; "
-                + (_TAKE_BACK if self._is_dropped() else _APPLY_AGAIN)
-            )
-        for linear in self.stacked:
-            if modules.is_hooked(linear):
-                raise FluxfireError(
-                    f"{self._path(linear)} has a hook that came after Float8 (offloading was "
-                    f"enabled?), and the fused product would not call that hook; "
-                    + (_TAKE_BACK if self._is_dropped() else f"take it off, or {_APPLY_AGAIN}")
-                )
-
-    def _why_not_foldable(self, layer: nn.Module) -> str | None:
-        if self.drop:
-            return "originals='drop' lets go of the weight that a LoRA adds to"
-        return why_not_foldable(layer)
-
-    def _is_dropped(self) -> bool:
-        linears = (linear for product in self.products for linear in product.linears)
-        return any(isinstance(linear.weight, DroppedWeight) for linear in linears)
-
-    def _path(self, module: object) -> str:
-        """Return a module's path in the transformer; its class, if it is there no more."""
-        transformer: Any = self.tx.pipe.transformer
-        paths = (str(path) for path, one in transformer.named_modules() if one is module)
-        return next(paths, own_class(module).__name__)
-
-    def _drop_originals(self) -> None:
-        linears = [linear for product in self.products for linear in product.linears]
-        if not all(isinstance(linear.weight, nn.Parameter) for linear in linears):
-            return  # `torch.func.functional_call` lends the layers other weights, for this call
-        if any(not isinstance(linear.weight, DroppedWeight) for linear in linears):
-            self.tx.mark_irreversible("Float8(originals='drop') let go of the original weights")
-            self.host.drop()
-            self.accept()  # the drop itself needs no new quantization
-
-
-def _quantize_again(product: Float8Product, layers: Sequence[nn.Module], scale: float) -> None:
-    """Quantize a product's weights again. If they were dropped, only the biases can have changed.
-
-    Args:
-        product: the product.
-        layers: what stands in the place of each of its layers: the layer, or PEFT's around it.
-        scale: a factor for all adapters.
-
-    Raises:
-        FluxfireError: some weights were dropped and others were not, or belong to another layer; or
-            offloading has taken the weights away.
-    """
-    weights = [linear.weight for linear in product.linears]
-    stored = any(isinstance(linear, StoredLinear) for linear in product.linears)
-    if stored or not any(isinstance(weight, DroppedWeight) for weight in weights):
-        if not stored and any(weight.is_meta for weight in weights) and not product.weight.is_meta:
-            raise FluxfireError(MOVED_ELSEWHERE)
-        product.quantize(product.weight.device, layers, scale)
-        return
-    own = (isinstance(x.weight, DroppedWeight) and x.weight.layer() is x for x in product.linears)
-    if product.weight.is_meta or not all(own):
-        raise FluxfireError(
-            "some of the weights that Float8(originals='drop') let go of were loaded again, and "
-            "others that share a product with them were not; load all weights of the transformer"
-        )
-    product.copy_biases(product.weight.device)
-
-
-def _stackable(
-    model: Model, attention: AttentionModule, plain: set[nn.Linear]
-) -> list[tuple[str, list[nn.Linear]]] | None:
-    """Return the projections to fuse, for the image and for the text.
-
-    Returns:
-        (name of the fused product, layers) for each group. None if a layer is not plain, since
-        diffusers calls either all fused products or none.
-    """
-    groups: list[tuple[str, list[nn.Linear]]] = []
-    for stack, names in model.projections(attention):
-        parts: list[Any] = [base_of(getattr(attention, name)) for name in names]
-        groups.append((stack, parts))
-    return groups if all(plain.issuperset(parts) for _, parts in groups) else None
-
-
-def _linears(
-    model: Model, transformer: Transformer, *, below_adapters: bool
-) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Yield the plain linear layers to quantize: (owner, name of the attribute, layer).
-
-    Args:
-        model: the architecture.
-        transformer: the transformer.
-        below_adapters: whether to yield the layer below a LoRA that can be folded.
-    """
-    for block in model.blocks(transformer):
-        for owner, name in model.linears(block):
-            linear: Any = getattr(owner, name)
-            if below_adapters and modules.has_adapter(linear) and why_not_foldable(linear) is None:
-                linear = base_of(linear)
-            if type(linear) in (nn.Linear, StoredLinear) and not modules.is_hooked(linear):
-                yield owner, name, linear
+FLOAT8 = Format(E4M3, quantize_weight, _multiply, takes_float8=True)

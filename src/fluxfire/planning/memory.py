@@ -10,7 +10,7 @@ import torch
 from fluxfire import modules
 from fluxfire.diffusers_types import Pipeline
 from fluxfire.errors import PlanError
-from fluxfire.passes import Float8, ModulationTable, Placement
+from fluxfire.passes import Int8, ModulationTable, Placement
 from fluxfire.passes.contrib.placement import ROOM, default_device
 from fluxfire.planning.resolve import Passes, resolve
 from fluxfire.planning.rules import sort_by_stage
@@ -25,7 +25,7 @@ class Sizes(NamedTuple):
     """Bytes of a pipeline's weights, by what can be done about them.
 
     Attributes:
-        blocks: the linear layers of the transformer's blocks; `Float8` halves those in bfloat16.
+        blocks: the linear layers of the transformer's blocks; `Int8` halves those in bfloat16.
         modulations: `ModulationTable(host=True)` keeps them in host memory.
         text: the linear layers of the largest text encoder, which `Placement` can stream.
         rest: everything else.
@@ -44,7 +44,7 @@ def fit(pipe: object, passes: Passes, memory: str | int) -> Passes:
 
     1. `Placement(memory=…)`, which changes no bit as long as the VAE needs no tiles;
     2. also `ModulationTable(host=True)`, which rounds differently;
-    3. also `Float8()`, which is lossy.
+    3. also `Int8()`, which is lossy.
 
     It adds no pass that the list has, and none to a slot that the list fills.
 
@@ -85,7 +85,7 @@ def advise(pipe: Pipeline, capacity: float) -> str:
         return "fits as a whole"
     needed = _passes_needed(sizes, capacity)
     least = sizes.rest + sizes.blocks // 2 + ROOM
-    if any(isinstance(p, Float8) for p in needed) and least > capacity:
+    if any(isinstance(p, Int8) for p in needed) and least > capacity:
         wanted = human_bytes(least).lstrip("+")
         return f"does not fit: fluxfire needs {wanted} for an edit of one megapixel"
     added = ", ".join(spell(p) for p in (Placement(), *needed))
@@ -117,7 +117,7 @@ def _passes_needed(sizes: Sizes, capacity: float) -> list[Pass]:
         return []
     if needed - sizes.modulations <= capacity:
         return [ModulationTable(host=True)]
-    return [Float8(), ModulationTable(host=True)]
+    return [Int8(), ModulationTable(host=True)]
 
 
 def _read(memory: str | int) -> int | None:

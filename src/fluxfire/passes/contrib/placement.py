@@ -46,7 +46,7 @@ class Placement:
     Everything else of the transformer, the VAE and CLIP lies on the GPU. T5's layers follow as long
     as `memory` has room for them. The other layers of T5 stay in pinned host memory, and each call
     copies their weights to the GPU. That costs time once for each new prompt, and changes no bit.
-    `Float8TextEncoder` halves it, and `EncodingCache` saves it for a known prompt.
+    `Int8TextEncoder` halves it, and `EncodingCache` saves it for a known prompt.
 
     Where the VAE would not fit beside all that, it decodes and encodes in tiles, as diffusers'
     `vae.enable_tiling()`. Tiles change the picture a little. `tiling=False` forbids them.

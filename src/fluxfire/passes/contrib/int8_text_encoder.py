@@ -1,4 +1,4 @@
-"""Float8TextEncoder: T5's weights in float8."""
+"""Int8TextEncoder: T5's weights in int8."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.edits.stand_in import own_class
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import float8_weight_linear, quantize_weight
+from fluxfire.kernels.float8 import eight_bit_linear
+from fluxfire.kernels.int8 import quantize_int8
 from fluxfire.passes.shared.host_weights import HostWeights, computing_device
 from fluxfire.passes.shared.streaming import Streaming
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -25,8 +26,8 @@ from fluxfire.weights import StoredLinear, StoredWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class Float8TextEncoder:
-    """Keeps the linear layers of T5 in float8 (e4m3): 4.6 GiB in place of 9.1.
+class Int8TextEncoder:
+    """Keeps the linear layers of T5 in int8: 4.6 GiB in place of 9.1.
 
     A weight has one scale for each output channel. Each call casts the weight to the plain dtype
     and multiplies in that, so activations are not rounded, and every GPU can do it. It saves
@@ -38,7 +39,7 @@ class Float8TextEncoder:
     Not measured yet.
     """
 
-    name: ClassVar[str] = "float8-text-encoder"
+    name: ClassVar[str] = "int8-text-encoder"
     stage: ClassVar[Stage] = "weights"
     slot: ClassVar[str | None] = "text-quantization"
     exactness: ClassVar[Exactness] = "lossy"
@@ -49,7 +50,7 @@ class Float8TextEncoder:
         if encoder is None:
             yield Finding("info", "the pipeline has no text encoder")
             return
-        if any(isinstance(part, _Float8Linear) for part in encoder.modules()):
+        if any(isinstance(part, _StoredLinear) for part in encoder.modules()):
             yield Finding(
                 "error",
                 "a pass on another pipeline that shares the text encoder has quantized it",
@@ -62,7 +63,7 @@ class Float8TextEncoder:
                 "use Placement() in place of offloading",
             )
         if any(isinstance(part, StoredLinear) for part in encoder.modules()):
-            yield Finding("info", "the checkpoint has the text encoder in float8 already")
+            yield Finding("info", "the checkpoint has the text encoder in int8 already")
         elif any(map(modules.is_quantized, encoder.parameters())):
             yield Finding("error", "the text encoder is quantized already", "leave it out")
         if any(map(modules.has_adapter, encoder.modules())):
@@ -73,16 +74,16 @@ class Float8TextEncoder:
         encoder = _largest(tx.pipe)
         linears = [] if encoder is None else list(dict.fromkeys(_linears(encoder)))
         if encoder is None or not linears:
-            return Change(0, "linear layers of T5 in float8")
+            return Change(0, "linear layers of T5 in int8")
         host = HostWeights.of(tx, encoder)
         freed = 0
         for linear in linears:
             tx.setattr(linear, "stored", _store(linear, computing_device(linear, encoder)))
-            tx.set_class(linear, _Float8Linear)
+            tx.set_class(linear, _StoredLinear)
             freed += host.offload(linear)
         tx.listen(_Watch(host, linears))
         gained = sum(linear.stored.nbytes for linear in linears)
-        return Change(len(linears), "linear layers of T5 in float8", gained - freed, freed)
+        return Change(len(linears), "linear layers of T5 in int8", gained - freed, freed)
 
 
 def _largest(pipe: Any) -> nn.Module | None:
@@ -109,12 +110,12 @@ def _store(linear: nn.Linear, device: torch.device) -> StoredWeight:
     """
     weight = linear.weight
     with modules.matching_inference_mode(weight), torch.no_grad():
-        data, scale = quantize_weight(weight.detach().to(device))
+        data, scale = quantize_int8(weight.detach().to(device))
         return StoredWeight(data.to(weight.device), scale.to(weight.device))
 
 
-class _Float8Linear(Streaming, nn.Linear):
-    """A linear layer that multiplies by its weight in float8, wherever that lies."""
+class _StoredLinear(Streaming, nn.Linear):
+    """A linear layer that multiplies by its weight in int8, wherever that lies."""
 
     of_ours = ("stored",)
     stored: StoredWeight
@@ -126,7 +127,7 @@ class _Float8Linear(Streaming, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., width)."""
-        return float8_weight_linear(input, *self.stored.tensors(input), self.bias)
+        return eight_bit_linear(input, *self.stored.tensors(input), self.bias)
 
 
 class _Watch(Listener):
@@ -147,7 +148,7 @@ class _Watch(Listener):
             linear.weight.is_meta for linear in self._linears
         ):
             raise FluxfireError(
-                "layers of the text encoder were changed or offloaded after Float8TextEncoder "
+                "layers of the text encoder were changed or offloaded after Int8TextEncoder "
                 "quantized them; call restore(pipe), then optimize(pipe, …) with the same passes"
             )
         self.host.prepare()
