@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -238,3 +239,26 @@ def test_the_command(folders, tmp_path, capsys):
     assert "exists already" in capsys.readouterr().err
     assert main(["quantize", "spark", str(tmp_path / "other")]) == 1
     assert "spark is no checkpoint" in capsys.readouterr().err
+
+
+def mapped_file(tensor):
+    """Return the file that a tensor's memory is a map of; empty for memory of the process's own."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        span, *_, path = line.split(maxsplit=5) if line.count(" ") >= 5 else (line.split()[0], "")
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= tensor.data_ptr() < high:
+            return path.strip()
+    return ""
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's /proc")
+def test_large_weights_are_the_files_themselves(folders, stored):
+    """So that the host never holds the whole model: the system reads what is used."""
+    plain = FluxKontextPipeline.from_pretrained(folders[0], dtype=torch.bfloat16)
+    for part in ("transformer", "text_encoder_2"):
+        linears = [m for m in getattr(plain, part).modules() if isinstance(m, torch.nn.Linear)]
+        assert all(mapped_file(one.weight).endswith(".safetensors") for one in linears)
+        layers = [m for m in getattr(stored, part).modules() if isinstance(m, StoredLinear)]
+        assert layers
+        for layer in layers:
+            assert "int8-" in mapped_file(layer.stored.data)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from fluxfire import bench, errors, extend, passes, presets, spark, testing
     from fluxfire.api import load, optimize, optimized, plan, report, restore, using, warmup
     from fluxfire.bench import Budget, Calibrated, Tuned, bisect, calibrate, tune
+    from fluxfire.loading import quantize
     from fluxfire.planning.plan import Plan
     from fluxfire.planning.resolve import order
     from fluxfire.protocol import Change, Finding, Pass, Target
@@ -41,6 +42,7 @@ __all__ = [
     "passes",
     "plan",
     "presets",
+    "quantize",
     "report",
     "restore",
     "spark",
@@ -59,6 +61,7 @@ _HOME = {
     "Plan": "planning.plan",
     "Report": "reporting.report",
     "order": "planning.resolve",
+    "quantize": "loading",
     # For the authors of passes, whom `fluxfire.extend` gives everything in one place.
     **dict.fromkeys(("Call", "Generation", "Listener", "Transaction"), "extend"),
 }

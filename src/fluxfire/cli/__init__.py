@@ -17,7 +17,18 @@ from contextlib import suppress
 from typing import NoReturn
 
 from fluxfire._version import __version__
-from fluxfire.cli import bench, bisect, calibrate, demo, info, megacache, run, serve, tune
+from fluxfire.cli import (
+    bench,
+    bisect,
+    calibrate,
+    demo,
+    info,
+    megacache,
+    quantize,
+    run,
+    serve,
+    tune,
+)
 from fluxfire.cli.console import UsageError, note, note_suggestion
 from fluxfire.errors import FluxfireError, PlanError
 
@@ -31,6 +42,7 @@ _MODULES = (
     tune,
     bisect,
     megacache,
+    quantize,
     demo,
     serve,
 )  # in the order of `fluxfire --help`
