@@ -23,7 +23,7 @@ CONSTRAINTS = Path(".ci/constraints.txt")
 TORCH = next(line for line in CONSTRAINTS.read_text().split() if line.startswith("torch=="))
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 PYPROJECT = nox.project.load_toml("pyproject.toml")
-TESTED = "[cli,bench,serve,s3]"
+TESTED = "[cli,bench,serve,s3,otel]"
 EXTRAS = tuple(PYPROJECT["project"]["optional-dependencies"])
 DIST = Path("dist")
 CHECKS = Path("tests/distribution")

@@ -68,6 +68,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "vocabulary": spark.vocabulary,
     "passes on spark": spark.passes_on_spark,
     "serving": serving.serving,
+    "serve load": serving.load_test,
     "deployment": serving.deployment,
     "claims": claims.table,
 }

@@ -23,6 +23,7 @@ from fluxfire.serve.job_store import JobStore
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.metrics import Metrics
 from fluxfire.serve.storage import fresh_name
+from fluxfire.serve.store_watch import StoreWatch
 
 SECRET = "a secret of many characters"
 
@@ -61,7 +62,7 @@ def test_the_page_may_load_pictures_from_the_store(monkeypatch, address):
     monkeypatch.setattr(app_module, "open_storage", lambda *_, **__: Bucket(address))
     told = policy(create_app(Settings(storage="s3://bucket")))
     assert address in told["img-src"].split()
-    assert told["connect-src"] == f"'self' {address}"
+    assert told["connect-src"] == "'self'"
 
 
 def test_without_a_store_elsewhere_the_page_loads_nothing_from_others(tmp_path):
@@ -130,6 +131,19 @@ def test_metrics_tell_keys_stores_and_the_gpus_memory():
         'fluxfire_gpu_memory_bytes{kind="reserved"} 4.0',
     ):
         assert line in lines
+    assert "fluxfire_ready 1.0" in lines
+    assert "fluxfire_ready 0.0" in metrics.text(engine, stores=False).decode().splitlines()
+
+
+def test_with_a_store_that_failed_it_is_alive_but_not_ready(tmp_path):
+    app = create_app(Settings(storage=str(tmp_path)))
+    app.state.engine = SimpleNamespace(state="ready", facts=None, trouble=None)
+    app.state.service = SimpleNamespace(store_watch=StoreWatch(app.state.storage))
+    assert ask(app, "GET", "/ready").status_code == 200
+    app.state.service.store_watch.note_failure()
+    response = ask(app, "GET", "/ready")
+    assert (response.status_code, response.json()["status"]) == (503, "no-store")
+    assert ask(app, "GET", "/health").status_code == 200  # a restart would not help
 
 
 def test_a_store_that_cannot_be_read_is_counted(tmp_path):

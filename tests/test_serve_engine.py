@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import idle_loop
-from fluxfire.serve import engine as engine_module
+from fluxfire.serve import supervisor as supervisor_module
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.logs import request_id
@@ -133,7 +133,7 @@ def on_a_loop(test):
 @pytest.fixture(autouse=True)
 def doubles(monkeypatch):
     Worker.workers.clear()
-    monkeypatch.setattr(engine_module, "WorkerProcess", Worker)
+    monkeypatch.setattr(supervisor_module, "WorkerProcess", Worker)
 
 
 @on_a_loop
@@ -282,7 +282,7 @@ async def test_a_worker_that_cannot_start():
 
 @on_a_loop
 async def test_workers_that_die_before_they_are_ready(monkeypatch):
-    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(supervisor_module, "_LONGEST_PAUSE", 0.001)
     bench = Bench()
     for _ in range(3):
         await bench.died()
@@ -292,7 +292,7 @@ async def test_workers_that_die_before_they_are_ready(monkeypatch):
 
 @on_a_loop
 async def test_a_worker_that_cannot_even_be_begun_is_tried_again(monkeypatch):
-    monkeypatch.setattr(engine_module, "_LONGEST_PAUSE", 0.001)
+    monkeypatch.setattr(supervisor_module, "_LONGEST_PAUSE", 0.001)
     begun = Worker.start
     full = iter([True, False])
 
@@ -672,7 +672,7 @@ class Story:
 async def test_every_request_ends_once_and_with_its_own_result(actions):
     Worker.workers.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "WorkerProcess", Worker)
+        patch.setattr(supervisor_module, "WorkerProcess", Worker)
         story = Story(await Bench(max_queue=5, max_batch=4).ready())
         for kind, *details in actions:
             await getattr(story, kind)(*details)

@@ -22,13 +22,8 @@ pytest.importorskip("httpx")
 import idle_loop
 from fluxfire.errors import FluxfireError
 from fluxfire.serve import fetching
-from fluxfire.serve.fetching import (
-    FetchRefusedError,
-    fetch,
-    is_public,
-    look_up,
-    read_allow_list,
-)
+from fluxfire.serve.allowed_hosts import FetchRefusedError, is_public, read_allow_list
+from fluxfire.serve.fetching import fetch, look_up
 
 PUBLIC, PRIVATE = "127.0.0.1", "127.0.0.2"
 PICTURE = b"\x89PNG " + bytes(range(256))

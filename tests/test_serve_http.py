@@ -372,6 +372,12 @@ def test_a_job_from_its_beginning_to_its_end(client):
     assert events[-1]["result"] == client.get(f"/jobs/{job['id']}").json()["result"]
     assert np.array_equal(pictures(events[-1]["result"])[0], pictures(edit(client, steps=4))[0])
     problem(client.get("/jobs/none"), 404, "job-unknown", "there is no such job")
+    (image,) = events[-1]["result"]["images"]
+    response = client.get(f"/jobs/{job['id']}/images/0")
+    assert response.headers["content-type"] == "image/png"
+    assert response.headers["content-disposition"] == f'inline; filename="{image["filename"]}"'
+    assert response.content == base64.b64decode(image["data_url"].partition(",")[2])
+    problem(client.get(f"/jobs/{job['id']}/images/1"), 404, "image-unknown", "no picture 1")
 
 
 def test_a_body_that_does_not_come_is_given_up(client, monkeypatch):
@@ -505,7 +511,7 @@ def test_a_full_queue_says_when_to_come_back(client, held):
 
 def worker_pid(client):
     """Of this service's own: an earlier one's may still be ending."""
-    return client.app.state.engine._worker._process.pid
+    return client.app.state.engine._supervisor._worker._process.pid
 
 
 def test_a_killed_worker_is_replaced_and_the_request_answered(client, held):
@@ -627,14 +633,14 @@ def worker_of(process):
     return worker
 
 
-def asked_while_it_is_stopped(process, url, held, *, goes_on):
-    """What an edit that runs at SIGTERM is answered, whether its worker then goes on or hangs."""
+def asked_while_it_is_stopped(process, url, held, *, goes_on, how=signal.SIGTERM):
+    """What an edit that runs at a signal is answered, whether its worker then goes on or hangs."""
     worker = worker_of(process)
     with ThreadPoolExecutor(1) as pool, held(worker) as go_on:
         answer = pool.submit(httpx.post, f"{url}/inference", json=body(), timeout=PATIENCE)
         until(lambda: counts(url, "fluxfire_requests_running 1.0"), "it is with the worker")
         with half_a_request(url) as heard:
-            process.terminate()
+            process.send_signal(how)
             assert b" 503 " in heard.readline()
         if goes_on:
             go_on()
@@ -693,8 +699,9 @@ def test_a_job_survives_a_restart(tmp_path, held, how):
 
 
 def test_told_to_stop_it_answers_what_it_has_begun(held):
-    with command("--drain", str(2 * PATIENCE)) as running:
-        assert asked_while_it_is_stopped(*running, held, goes_on=True).status_code == 200
+    with command("--drain", str(2 * PATIENCE)) as running:  # a closed terminal tells it so
+        response = asked_while_it_is_stopped(*running, held, goes_on=True, how=signal.SIGHUP)
+        assert response.status_code == 200
 
 
 @pytest.mark.slow

@@ -18,14 +18,15 @@ import idle_loop
 from fluxfire.errors import FluxfireError
 from fluxfire.serve import jobs as jobs_module
 from fluxfire.serve import webhooks as webhooks_module
+from fluxfire.serve.allowed_hosts import FetchRefusedError
 from fluxfire.serve.errors import RefusedError
-from fluxfire.serve.fetching import FetchRefusedError
 from fluxfire.serve.job_store import JobStore, StoredJob
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.keys import Keys, new_key
 from fluxfire.serve.request_body import SentRequest
 from fluxfire.serve.schema import EditAnswer, JobRequest, Timings
 from fluxfire.serve.settings import Settings
+from fluxfire.serve.store_watch import StoreWatch
 from fluxfire.serve.webhooks import PAUSES, Webhooks, read_secret, signed_headers
 
 SECRET = "whsec_" + base64.b64encode(bytes(range(32))).decode()
@@ -107,6 +108,7 @@ class Service:
     def __init__(self, **settings):
         self.settings, self.engine = Settings(**settings), Engine()
         self.ends, self.sent, self.began = [], [], 1.0
+        self.store_watch = StoreWatch(None)
 
     async def edit(self, sent, place, on_ticket):
         self.sent.append((sent.request.model_dump(exclude_unset=True), sent.file))
@@ -155,6 +157,24 @@ def test_an_ended_job_keeps_its_step_and_gives_its_place_back():
         shown = await seen(jobs, job)
         assert (shown.status, shown.step, shown.steps, shown.error.code) == ("failed", 3, 5, "no")
         assert service.engine.places == set()
+
+    idle_loop.run(story())
+
+
+def test_a_picture_of_a_job_is_its_owners():
+    async def story():
+        service = Service()
+        (job,) = await begun(service, jobs := jobs_of(service), owner="ann")
+        with pytest.raises(RefusedError, match="is running and has 0 pictures"):
+            await jobs.image(job, 0, "ann")
+        await end(service, 0)
+        await seen(jobs, job, "ann")
+        assert await jobs.image(job, 0, "ann") == DONE.images[0]
+        with pytest.raises(RefusedError, match="no picture 1; they are numbered from 0"):
+            await jobs.image(job, 1, "ann")
+        with pytest.raises(RefusedError, match="no such job") as refusal:
+            await jobs.image(job, 0, "bob")
+        assert refusal.value.status == 404
 
     idle_loop.run(story())
 

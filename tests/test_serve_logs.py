@@ -45,15 +45,16 @@ def ask(
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines():
     """Lines as the service writes them, in either format."""
     logger, made = logging.getLogger("fluxfire.serve"), []
+    usual = logger.level
 
     def collect(formatter):
         handler = logging.Handler()
         handler.emit = lambda record: made.append(formatter().format(record))
         logger.addHandler(handler)
-        monkeypatch.setattr(logger, "level", logging.INFO)
+        logger.setLevel(logging.INFO)
         handlers.append(handler)
         return made
 
@@ -61,6 +62,7 @@ def lines(monkeypatch):
     yield collect
     for handler in handlers:
         logger.removeHandler(handler)
+    logger.setLevel(usual)  # this forgets, too, which records the logger would write
 
 
 def test_a_request_has_one_id_in_its_lines_and_its_response(lines):

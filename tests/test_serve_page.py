@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
-from PIL import Image, ImageChops
+from PIL import Image
 
 pytest.importorskip("fastapi")
 httpx = pytest.importorskip("httpx")
@@ -24,6 +26,7 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import (  # noqa: E402
     PREFERRED_KONTEXT_RESOLUTIONS,
 )
 
+from fluxfire import serve  # noqa: E402
 from fluxfire.bench import held_out  # noqa: E402
 from fluxfire.serve import Settings, create_app  # noqa: E402
 from fluxfire.serve.errors import RefusedError  # noqa: E402
@@ -39,6 +42,7 @@ PATIENCE = 600
 START = 1800
 """The same for a service's start, which imports and loads a lot."""
 
+PAGE = Path(serve.__file__).parent / "page"
 FIELD = re.compile(r"--form-string '(\w+)=([^']*)'")
 """A field of a request in the page's command for curl."""
 
@@ -74,7 +78,7 @@ class Running:
 
     @property
     def worker_pid(self):
-        return self.app.state.engine._worker._process.pid
+        return self.app.state.engine._supervisor._worker._process.pid
 
 
 @pytest.fixture(scope="module")
@@ -281,11 +285,162 @@ def test_spark_offers_a_scene_of_the_kind_it_knows(page, service):
     page.click("#scene")
     sync_api.expect(page.locator("#chosen")).to_be_visible()
     assert width(page.locator("#chosen")) == 128
-    file = httpx.get(f"{service.url}/page/scene.png", timeout=PATIENCE).content
-    drawn = held_out(10)[9].picture
-    assert (
-        ImageChops.difference(Image.open(io.BytesIO(file)).convert("RGB"), drawn).getbbox() is None
+    assert page.locator("#prompt").input_value() == "replace the cactus with a castle"
+
+
+def test_examples_show_what_spark_makes_of_them(page, service):
+    """A click shows an example's pictures; sent, it gives the shipped picture again."""
+    cards = page.locator("#examples button")
+    sync_api.expect(cards).to_have_count(4)
+    shipped = [file for file in PAGE.iterdir() if file.suffix == ".webp"]
+    assert sum(file.stat().st_size for file in shipped) < 200_000
+    assert len(shipped) == 8
+    for card in cards.all():
+        words = card.inner_text()
+        card.click()
+        sync_api.expect(page.locator("#made-words")).to_have_text(words)
+        assert page.locator("#prompt").input_value() == words
+        assert page.locator("#seed").input_value() == page.locator("#made-seed").inner_text() == "7"
+        for name in ("#before", "#after", "#chosen"):
+            assert width(page.locator(name)) == 128
+        assert page.locator("#example-note").is_visible()
+        assert page.locator("#timings").is_hidden()
+    assert page.locator("#history").is_hidden()  # this browser made nothing
+    page.fill("#steps", "28")
+    page.press("#prompt", "Control+Enter")
+    sync_api.expect(page.locator("#timings")).to_be_visible()
+    with page.expect_download() as download:
+        page.click("#download")
+    made = pixels(download.value.path())
+    assert abs(made - pixels(PAGE / "boat-after.webp")).mean() < 4  # WebP loses a little
+    assert abs(made - pixels(PAGE / "boat-before.webp")).mean() > 6
+    sync_api.expect(page.locator("#kept button")).to_have_count(1)
+
+
+def pixels(path):
+    return np.asarray(Image.open(path).convert("RGB"), np.int16)
+
+
+def test_what_the_service_warns_of_is_shown_and_kept(page, photo):
+    fill(page, photo, prompt="a red circle " * 60, steps="1")
+    page.click("#edit")
+    warnings = page.locator("#warnings")
+    sync_api.expect(warnings).to_contain_text("CLIP reads the first 77 of them")
+    sync_api.expect(page.locator("#edit")).to_be_enabled()
+    page.reload()
+    page.locator("#kept button").first.click()
+    sync_api.expect(warnings).to_contain_text("CLIP reads the first 77 of them")
+    page.locator("#examples button").first.click()
+    sync_api.expect(page.locator("#example-note")).to_be_visible()
+    assert warnings.is_hidden()
+
+
+def test_a_picture_of_another_kind_is_converted(page, tmp_path):
+    drawn = Image.new("RGB", (64, 48), (200, 30, 40))
+    drawn.save(tmp_path / "a.bmp")  # the service would refuse it
+    fill(page, tmp_path / "a.bmp", steps="1")
+    assert 'image=@"a.png"' in page.locator("#curl").text_content()
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    assert width(page.locator("#before")) == 64
+
+
+def test_pasted_it_is_the_picture_to_edit(page, photo):
+    file = base64.b64encode(photo.read_bytes()).decode()
+    page.evaluate(
+        """file => {
+          const bytes = Uint8Array.from(atob(file), (char) => char.charCodeAt(0));
+          const data = new DataTransfer();
+          data.items.add(new File([bytes], "pasted.png", { type: "image/png" }));
+          document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: data }));
+        }""",
+        file,
     )
+    sync_api.expect(page.locator("#chosen")).to_be_visible()
+    assert width(page.locator("#chosen")) == 128
+
+
+def test_all_of_it_can_be_done_by_keyboard(page):
+    """From the top by Tab alone: an example, its edit, both pictures, the whole screen."""
+
+    def go_to(name):
+        for _ in range(80):
+            page.keyboard.press("Tab")
+            here = page.evaluate("document.activeElement.closest('[id]')?.id")
+            if here == name:
+                ring = page.evaluate(
+                    """() => {
+                      const at = document.activeElement;
+                      const seen = at.type === "range" ? at.parentElement : at;
+                      return getComputedStyle(seen).outlineStyle;
+                    }"""
+                )
+                assert ring == "solid", name
+                return
+        raise AssertionError(f"Tab does not reach {name}")
+
+    go_to("examples")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#example-note")).to_be_visible()
+    page.evaluate("document.activeElement.blur()")
+    go_to("prompt")
+    page.fill("#steps", "1")
+    page.keyboard.press("Control+Enter")
+    sync_api.expect(page.locator("#timings")).to_be_visible()
+    go_to("slider")
+    page.keyboard.press("ArrowRight")
+    assert page.locator("#slider").input_value() == "13"
+    go_to("hold")
+    page.keyboard.down("Space")
+    assert page.locator("#pair.held").count() == 1
+    page.keyboard.up("Space")
+    assert page.locator("#pair.held").count() == 0
+    go_to("full")
+    page.keyboard.press("Enter")
+    sync_api.expect(page.locator("#zoom")).to_be_visible()
+    page.keyboard.press("Escape")
+    sync_api.expect(page.locator("#zoom")).to_be_hidden()
+
+
+CONTRAST = """() => {
+  const read = (color) => color.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => {
+    const part = (c) => ((c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * part(r) + 0.7152 * part(g) + 0.0722 * part(b);
+  };
+  const ground = (at) => {
+    for (; at; at = at.parentElement) {
+      const [r, g, b, a = 1] = read(getComputedStyle(at).backgroundColor);
+      if (a > 0.6) return [r, g, b];
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  for (const at of document.querySelectorAll("body *")) {
+    const own = [...at.childNodes].some((n) => n.nodeType === 3 && n.textContent.trim());
+    if (!own || !at.checkVisibility() || at.disabled || at.closest(".waiting")) continue;
+    const pair = [light(read(getComputedStyle(at).color)), light(ground(at))];
+    const contrast = (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+    if (contrast < 4.5) found.push([at.outerHTML.slice(0, 80), contrast]);
+  }
+  return found;
+}"""
+"""Texts that stand out too little from what is behind them (WCAG AA)."""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_words_can_be_read_in_light_and_in_dark(browser, service, scheme):
+    for tab in opened(browser, service.url, color_scheme=scheme, reduced_motion="reduce"):
+        tab.locator("#examples button").first.click()
+        sync_api.expect(tab.locator("#example-note")).to_be_visible()
+        tab.click("#more summary")
+        tab.click("#as-code summary")
+        tab.fill("#prompt", "")
+        tab.click("#edit")
+        sync_api.expect(tab.locator("#problem")).to_be_visible()
+        ground = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", ground))) < 150) == (scheme == "dark")
+        assert tab.evaluate(CONTRAST) == []
 
 
 def test_the_interface_is_described_without_the_internet(browser, service):
@@ -363,7 +518,7 @@ def test_the_history_is_bounded(page):
     """Older pictures leave the browser's store, too."""
     page.evaluate(
         """async () => {
-          const blob = await (await fetch("page/scene.png")).blob();
+          const blob = await (await fetch("page/castle-before.webp")).blob();
           const image = { blob, filename: "a.png", seed: 1, width: 128, height: 128 };
           const opening = indexedDB.open("fluxfire", 1);
           await new Promise((resolve) => (opening.onsuccess = resolve));
@@ -381,16 +536,41 @@ def test_the_history_is_bounded(page):
     assert page.locator("#kept button").first.get_attribute("title") == "11"
 
 
-def test_pictures_in_another_store_are_shown_but_not_read(page, photo, service, monkeypatch):
-    class Elsewhere:
-        def put(self, *_):
-            pass
+class Elsewhere:
+    """A store that no page may read, as most buckets are."""
 
-        def url(self, name):
-            return f"https://store.example/{name}"
+    def __init__(self):
+        self.kept = {}
 
+    def put(self, name, data, kind):
+        self.kept[name] = data
+
+    def get(self, name):
+        return self.kept[name]
+
+    def url(self, name):
+        return f"https://store.example/{name}"
+
+
+def test_pictures_in_another_store_come_by_way_of_the_service(page, photo, service, monkeypatch):
+    monkeypatch.setattr(service.app.state.service, "storage", store := Elsewhere())
+    fill(page, photo, steps="1")
+    page.click("#edit")
+    sync_api.expect(page.locator("#outcome")).to_be_visible()
+    assert width(page.locator("#after")) == 128
+    with page.expect_download() as download:
+        page.click("#download")
+    assert {download.value.suggested_filename: download.value.path().read_bytes()} == store.kept
+    sync_api.expect(page.locator("#kept button")).to_have_count(1)
+    page.click("#further")
+    sync_api.expect(page.locator("#chosen")).to_be_visible()
+    assert page.locator("#unreadable").is_hidden()
+
+
+def test_what_cannot_be_read_is_shown_by_its_link(page, photo, service, monkeypatch):
     monkeypatch.setattr(service.app.state.service, "storage", Elsewhere())
     page.route("https://store.example/**", lambda route: route.fulfill(path=photo))
+    page.route("**/images/0", lambda route: route.abort())
     fill(page, photo, steps="1")
     page.click("#edit")
     sync_api.expect(page.locator("#outcome")).to_be_visible()
@@ -406,7 +586,7 @@ def test_pictures_in_another_store_are_shown_but_not_read(page, photo, service, 
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
-def test_the_command_for_curl_does_the_same(page, photo, tmp_path):
+def test_the_commands_for_curl_and_python_do_the_same(page, photo, tmp_path):
     words = """it's "@purple" $HOME; `x` \\ <a"""
     named = tmp_path / """a 'pic"ture".png"""
     shutil.copy(photo, named)
@@ -422,6 +602,12 @@ def test_the_command_for_curl_does_the_same(page, photo, tmp_path):
         page.click("#download")
     made = answer["images"][0]["data_url"].partition(",")[2]
     assert base64.b64decode(made) == download.value.path().read_bytes()
+    program, folder = page.locator("#python").text_content(), tmp_path / "python"
+    folder.mkdir()
+    shutil.copy(named, folder)
+    subprocess.run([sys.executable, "-c", program], cwd=folder, check=True, timeout=PATIENCE)
+    (file,) = set(folder.iterdir()) - {folder / named.name}
+    assert file.read_bytes() == download.value.path().read_bytes()
 
 
 def until(page, condition):
@@ -467,10 +653,15 @@ def test_what_is_waited_for_is_told_truly(page):
     page.route("**/about", lambda route: route.abort())
     said.to_have_text("The service cannot be reached; the page tries again")
     page.unroute("**/about")
+    page.route("**/about", lambda route: route.fulfill(json=about))
     job |= {"status": "running", "position": None, "step": 1}
     said.to_have_text("Step 1 of 40")
     job["step"] = 2
     sync_api.expect(page.locator("#clock")).to_contain_text("left")
+    job |= {"status": "queued", "position": 0, "step": 0}
+    about["state"] = "starting"
+    said.to_have_text("The worker was replaced; the model is loading")
+    about["state"] = "ready"
     job |= {"status": "failed", "error": {"code": "x", "message": "the GPU is gone"}}
     sync_api.expect(page.locator("#problem")).to_have_text("The GPU is gone.")
 
@@ -567,7 +758,7 @@ def test_on_a_phone_nothing_hangs_over(browser, service, photo):
         assert tab.locator("#edit").evaluate("b => b.getBoundingClientRect().bottom") <= 740
         fill(tab, photo, steps="1")
         tab.click("#more summary")
-        tab.click("#as-curl summary")
+        tab.click("#as-code summary")
         tab.click("#edit")
         sync_api.expect(tab.locator("#outcome")).to_be_visible()
         assert width(tab.locator("#after")) > 0
@@ -594,9 +785,10 @@ def test_a_key_is_asked_for_and_kept_for_the_session(browser, tmp_path):
         tab.press("#key", "Tab")
         sync_api.expect(tab.locator("#about")).to_contain_text("ready")
         assert tab.locator("#problem").is_hidden()
-        command = tab.locator("#curl").text_content()
+        command, program = (tab.locator(each).text_content() for each in ("#curl", "#python"))
         assert '-H "Authorization: Bearer $KEY"' in command
-        assert key not in command
+        assert """{"Authorization": f"Bearer {os.environ['KEY']}"}""" in program
+        assert key not in command + program
         tab.reload()
         sync_api.expect(tab.locator("#about")).to_contain_text("ready")
         assert tab.evaluate("localStorage.length") == 0

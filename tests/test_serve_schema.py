@@ -15,7 +15,7 @@ uvicorn = pytest.importorskip("uvicorn")
 from schemathesis.specs.openapi import checks  # noqa: E402
 
 from fluxfire.serve import Settings, create_app  # noqa: E402
-from fluxfire.serve import engine as engine_module  # noqa: E402
+from fluxfire.serve import supervisor as supervisor_module  # noqa: E402
 from fluxfire.serve.keys import new_key  # noqa: E402
 from fluxfire.serve.schema import MOST_PIXELS, EditRequest  # noqa: E402
 from fluxfire.serve.wire import LEVELS, Batch, Done, Facts, RawPicture, Ready, Result  # noqa: E402
@@ -54,6 +54,9 @@ class InstantWorker:
     def stop(self):
         pass
 
+    def join(self):
+        pass
+
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory):
@@ -62,7 +65,7 @@ def service(tmp_path_factory):
     key, line = new_key("ann")
     keys.write_text(line)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine_module, "WorkerProcess", InstantWorker)
+        patch.setattr(supervisor_module, "WorkerProcess", InstantWorker)
         app = create_app(Settings(max_jobs=1000, keys_file=keys, request_seconds=PATIENCE))
         server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
         thread = threading.Thread(target=server.run, daemon=True)

@@ -26,10 +26,13 @@ import idle_loop
 from fluxfire.serve import service as service_module
 from fluxfire.serve.engine import QueueSlot, Ticket
 from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.job_store import JobStore
+from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.request_body import SentRequest, race, read_request
 from fluxfire.serve.schema import EditRequest
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
+from fluxfire.serve.storage import StorageError
 from fluxfire.serve.wire import Facts, RawPicture, Result
 
 
@@ -146,6 +149,7 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
             assert end == "cancelled"
         assert service.engine.left
         service.engine.ticket = None
+        service._pictures.shutdown()  # a thread holds its last result until it looks for work
 
     gc.collect()
     gc.disable()  # which would find a circle in the end, after many a large picture
@@ -155,6 +159,47 @@ def test_an_edit_that_fails_keeps_no_pixels(monkeypatch, end):
         assert failures == [{"late": "deadline", "failed": "no"}.get(end, end)]
     finally:
         gc.enable()
+
+
+class Broken:
+    """A store that takes no pictures until it is mended."""
+
+    mended, checks = False, 0
+
+    def put(self, name, data, kind):
+        raise StorageError("the disk is full")
+
+    def check(self):
+        self.checks += 1
+        if not self.mended:
+            raise StorageError("the disk is full")
+
+
+def test_while_the_store_is_broken_nothing_is_made_in_vain():
+    async def story():
+        service = Service(Settings(), Engine(), store := Broken())
+        watching = asyncio.create_task(service.store_watch.watch())
+        editing = asyncio.create_task(service.edit(sent_as("file")))
+        ticket = await submitted(service)
+        ticket.done.set_result(Result((RawPicture(16, 16, bytes(768)),), ("computed",), 0.0))
+        with pytest.raises(StorageError):
+            await editing
+        jobs = Jobs(service, JobStore(None))
+        with pytest.raises(RefusedError, match="takes no pictures") as refusal:
+            await jobs.reserve(sent_as("file"), None)
+        assert (refusal.value.status, refusal.value.code) == (503, "storage")
+        await asyncio.sleep(25)  # two checks
+        assert store.checks == 2
+        assert service.store_watch.failed
+        store.mended = True
+        await asyncio.sleep(10)
+        await jobs.reserve(sent_as("file"), None)
+        await asyncio.sleep(100)
+        assert store.checks == 3  # a store that works is left alone
+        watching.cancel()
+        service.close()
+
+    idle_loop.run(story())
 
 
 def test_a_place_is_kept_until_the_pictures_are_stored():

@@ -16,14 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fluxfire.errors import FluxfireError
-from fluxfire.serve.storage import (
-    LinkRefusedError,
-    LocalStorage,
-    S3Storage,
-    StorageError,
-    fresh_name,
-    open_storage,
-)
+from fluxfire.serve.local_storage import LocalStorage
+from fluxfire.serve.s3_storage import S3Storage
+from fluxfire.serve.storage import LinkRefusedError, StorageError, fresh_name
+from fluxfire.serve.stores import open_storage
 
 SECRET = b"a secret of many bytes"
 NAME = "20250131-0123456789abcdef0123456789abcdef.png"
@@ -97,6 +93,7 @@ def test_local_links_lead_to_what_was_stored(local, file_format, media_type):
     local.put(name, b"picture", media_type)
     assert taken_apart(local.url(name))[0] == f"/files/{name}"
     assert read(local, local.url(name)) == (b"picture", media_type)
+    assert local.get(name) == b"picture"
 
 
 def test_local_links_expire(local, clock):
@@ -122,6 +119,8 @@ def test_a_link_to_what_is_gone(local):
     with pytest.raises(LinkRefusedError) as caught:
         read(local, local.url(NAME))
     assert (caught.value.status, caught.value.code) == (404, "file-gone")
+    with pytest.raises(LinkRefusedError, match="no longer kept"):
+        local.get(NAME)
 
 
 @settings(max_examples=200, deadline=None)
@@ -344,6 +343,9 @@ def test_a_bucket_keeps_pictures_with_links_that_work(s3, bucket):
     assert keys(s3, bucket) == set()
     storage.put(NAME, b"picture", "image/png")
     assert keys(s3, bucket) == {f"some/place/{NAME}"}
+    assert storage.get(NAME) == b"picture"
+    with pytest.raises(LinkRefusedError, match="no longer kept"):
+        storage.get(fresh_name("PNG"))
     url = storage.url(NAME)
     answer = httpx.get(url, trust_env=False, timeout=600)
     assert (answer.status_code, answer.content) == (200, b"picture")
@@ -367,6 +369,8 @@ def test_a_bucket_takes_no_other_names(s3, name):
     storage = s3_storage(s3[0], "bucket")
     with pytest.raises(StorageError, match="not a picture's name"):
         storage.put(name, b"", "image/png")
+    with pytest.raises(StorageError, match="not a picture's name"):
+        storage.get(name)
     with pytest.raises(StorageError, match="not a picture's name"):
         storage.url(name)
 

@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("httpx")
 
 import idle_loop
-from fluxfire.serve.fetching import FetchRefusedError, post
+from fluxfire.serve.allowed_hosts import FetchRefusedError
+from fluxfire.serve.fetching import post
 from test_serve_fetching import PRIVATE, PUBLIC, Web, answer, redirect
 
 

@@ -15,8 +15,13 @@ DATA = {
     "fluxfire/bench/schema.json",
     "fluxfire/serve/page/app.js",
     "fluxfire/serve/page/index.html",
-    "fluxfire/serve/page/scene.png",
+    "fluxfire/serve/page/examples.json",
     "fluxfire/serve/page/style.css",
+    *(
+        f"fluxfire/serve/page/{name}-{part}.webp"
+        for name in ("boat", "castle", "sea", "snow")
+        for part in ("before", "after")
+    ),
     "fluxfire/spark/spark.safetensors",
     "fluxfire/spark/things.png",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 # What each extra brings, and what of fluxfire works with it.
@@ -11,7 +12,8 @@ MODULES = {
     "para-attn": ["para_attn.first_block_cache.utils", "fluxfire.passes.article.para_attention"],
     "bench": ["flip_evaluator", "matplotlib", "pynvml", "skimage.metrics", "fluxfire.bench.plots"],
     "serve": ["uvicorn", "fluxfire.serve.app", "fluxfire.serve.worker"],
-    "s3": ["boto3", "fluxfire.serve.storage"],
+    "s3": ["boto3", "fluxfire.serve.stores"],
+    "otel": ["opentelemetry.sdk.trace", "fluxfire.serve.tracing"],
 }
 
 
@@ -40,9 +42,21 @@ def check_serve() -> None:
 
 def check_s3() -> None:
     """A bucket is opened; it is not asked."""
-    from fluxfire.serve.storage import open_storage
+    from fluxfire.serve.stores import open_storage
 
     open_storage("s3://b-u?region=auto", secret=b"", retention_seconds=9, link_seconds=9)
+
+
+def check_otel() -> None:
+    """A provider of spans is made for the collector that the environment names."""
+    os.environ["OTEL_EXPORTER_OTLP_ENDPOINT"] = "http://127.0.0.1:9"
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+
+    from fluxfire.serve import tracing
+
+    tracing.configure()
+    assert isinstance(trace.get_tracer_provider(), TracerProvider)
 
 
 if __name__ == "__main__":

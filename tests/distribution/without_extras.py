@@ -65,7 +65,7 @@ def check_commands() -> None:
     assert "first-block-cache" in fluxfire("passes")
     help_ = fluxfire("--help")
     assert all(command in help_ for command in ("doctor", "run", "bench", "tune", "serve"))
-    assert "memory-layout      applies" in fluxfire("doctor")
+    assert "memory-layout        applies" in fluxfire("doctor")
 
 
 def check_what_is_missing_is_told() -> None:
@@ -81,7 +81,8 @@ def check_what_is_missing_is_told() -> None:
         assert f'pip install "fluxfire[{extra}]"' in said, said
     plan = fluxfire("plan", "--passes", "para-attention", status=1)
     assert 'para-attn is not installed; pip install "fluxfire[para-attn]"' in plan, plan
-    from fluxfire.serve.storage import StorageError, open_storage
+    from fluxfire.serve.storage import StorageError
+    from fluxfire.serve.stores import open_storage
 
     try:
         open_storage("s3://b", secret=b"", retention_seconds=9, link_seconds=9)

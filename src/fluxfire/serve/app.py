@@ -19,14 +19,16 @@ from starlette.middleware.cors import CORSMiddleware
 import fluxfire
 from fluxfire.errors import FluxfireError
 from fluxfire.loading import model_folder
+from fluxfire.serve import tracing
+from fluxfire.serve.allowed_hosts import read_allow_list
 from fluxfire.serve.authentication import Owner
 from fluxfire.serve.edit_routes import add_edit_routes
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
-from fluxfire.serve.fetching import read_allow_list
 from fluxfire.serve.job_store import JobStore
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.keys import Keys
+from fluxfire.serve.local_storage import LocalStorage
 from fluxfire.serve.logs import RequestLogMiddleware
 from fluxfire.serve.loopback_only import LoopbackOnlyMiddleware
 from fluxfire.serve.max_body_size import MaxBodySizeMiddleware
@@ -35,13 +37,20 @@ from fluxfire.serve.problems import add_handlers, problems
 from fluxfire.serve.schema import About, Health, Quality
 from fluxfire.serve.service import Service
 from fluxfire.serve.settings import Settings
-from fluxfire.serve.storage import LocalStorage, Storage, StorageError, fresh_name, open_storage
+from fluxfire.serve.storage import Storage, StorageError, fresh_name
+from fluxfire.serve.stores import open_storage
 from fluxfire.serve.webhooks import Webhooks, read_secret
 from fluxfire.serve.wire import STEPS, Facts
 
 _log = logging.getLogger(__name__)
 _PAGE = Path(__file__).parent / "page"
-_PAGE_FILES = {"style.css": "text/css", "app.js": "text/javascript", "scene.png": "image/png"}
+_KINDS = {
+    ".css": "text/css",
+    ".js": "text/javascript",
+    ".json": "application/json",
+    ".webp": "image/webp",
+}
+_PAGE_FILES = {file.name: _KINDS[file.suffix] for file in _PAGE.iterdir() if file.suffix in _KINDS}
 _SWEEP_INTERVAL = 600.0  # seconds between deletions of old pictures
 
 
@@ -66,20 +75,13 @@ def create_app(
     keys = Keys.read(settings.keys_file) if settings.keys_file else None
     for hosts in (settings.image_hosts, settings.webhook_hosts):
         read_allow_list(hosts)
-    storage = None
-    if settings.storage is not None:
-        storage = open_storage(
-            settings.storage,
-            secret=(settings.secret or secrets.token_hex(32)).encode(),
-            retention_seconds=settings.retention_seconds,
-            link_seconds=settings.link_seconds,
-        )
-        storage.check()
+    storage = _open_storage(settings)
     if settings.webhook_secret is not None:
         read_secret(settings.webhook_secret)
     if settings.jobs_file is not None:
         JobStore(settings.jobs_file).close()
     metrics = Metrics()
+    tracing.configure()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -103,6 +105,7 @@ def create_app(
             asyncio.create_task(task)
             for task in (
                 _sweep(storage, jobs, metrics),
+                service.store_watch.watch(),
                 jobs.resume(),
                 jobs.suspend(),
                 webhooks.run(jobs.webhook_body),
@@ -121,6 +124,7 @@ def create_app(
             await engine.until_worker_ended()
             await asyncio.gather(*background, return_exceptions=True)
             store.close()
+            await asyncio.to_thread(tracing.flush)
 
     app = FastAPIOffline(  # so that /docs works without internet access
         redoc_url=None,
@@ -129,6 +133,8 @@ def create_app(
         version=fluxfire.__version__,
         summary="Edits pictures by instruction.",
         lifespan=lifespan,
+        # New versions of FastAPI record requests themselves; older ones ignore this.
+        telemetry={"tracing": False},
     )
     # Behind a proxy that strips a prefix, /docs needs it to find the description.
     app.root_path = urlsplit(settings.public_url or "").path.rstrip("/")
@@ -137,6 +143,7 @@ def create_app(
     app.state.content_policy = _content_policy(storage)
     add_edit_routes(app)
     _add_routes(app)
+    _add_probes(app)
     add_handlers(app)
     app.add_middleware(MaxBodySizeMiddleware, most=_largest_body(settings))
     if settings.origins:
@@ -150,6 +157,19 @@ def create_app(
         app.add_middleware(LoopbackOnlyMiddleware, host=settings.host, origins=settings.origins)
     app.add_middleware(RequestLogMiddleware, on_end=metrics.count_response)
     return app
+
+
+def _open_storage(settings: Settings) -> Storage | None:
+    if settings.storage is None:
+        return None
+    storage = open_storage(
+        settings.storage,
+        secret=(settings.secret or secrets.token_hex(32)).encode(),
+        retention_seconds=settings.retention_seconds,
+        link_seconds=settings.link_seconds,
+    )
+    storage.check()
+    return storage
 
 
 def _add_routes(app: FastAPI) -> None:
@@ -201,6 +221,37 @@ def _add_routes(app: FastAPI) -> None:
             default_steps=STEPS,
         )
 
+    @app.get(
+        "/metrics",
+        response_class=Response,
+        responses=problems(401),
+        summary="Counters, for Prometheus",
+    )
+    async def metrics(_owner: Owner) -> Response:
+        text = app.state.metrics.text(engine(), stores=not app.state.service.store_watch.failed)
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @app.head("/", include_in_schema=False)
+    @app.get("/", include_in_schema=False)
+    async def page() -> FileResponse:
+        headers = {
+            "Content-Security-Policy": app.state.content_policy,
+            "X-Content-Type-Options": "nosniff",
+        }
+        return FileResponse(_PAGE / "index.html", media_type="text/html", headers=headers)
+
+    @app.get("/page/{name}", include_in_schema=False)
+    async def page_file(name: str) -> FileResponse:
+        if name not in _PAGE_FILES:
+            raise HTTPException(404)
+        return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name])
+
+
+def _add_probes(app: FastAPI) -> None:
+    def engine() -> Engine:
+        running: Engine = app.state.engine
+        return running
+
     unwell = {
         **problems(),
         503: {"model": Health, "description": "The service is not alive, or not ready."},
@@ -230,33 +281,10 @@ def _add_routes(app: FastAPI) -> None:
     )
     async def ready(response: Response) -> Health:
         answer = await health(response)
+        if answer.status == "ok" and app.state.service.store_watch.failed:
+            answer.status, answer.message = "no-store", "the store takes no pictures"
         response.status_code = 200 if answer.status == "ok" else 503
         return answer
-
-    @app.get(
-        "/metrics",
-        response_class=Response,
-        responses=problems(401),
-        summary="Counters, for Prometheus",
-    )
-    async def metrics(_owner: Owner) -> Response:
-        text = app.state.metrics.text(engine())
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    @app.head("/", include_in_schema=False)
-    @app.get("/", include_in_schema=False)
-    async def page() -> FileResponse:
-        headers = {
-            "Content-Security-Policy": app.state.content_policy,
-            "X-Content-Type-Options": "nosniff",
-        }
-        return FileResponse(_PAGE / "index.html", media_type="text/html", headers=headers)
-
-    @app.get("/page/{name}", include_in_schema=False)
-    async def page_file(name: str) -> FileResponse:
-        if name not in _PAGE_FILES:
-            raise HTTPException(404)
-        return FileResponse(_PAGE / name, media_type=_PAGE_FILES[name])
 
 
 async def _sweep(storage: Storage | None, jobs: Jobs, metrics: Metrics) -> None:
@@ -280,11 +308,14 @@ def _largest_body(settings: Settings) -> int:
 
 
 def _content_policy(storage: Storage | None) -> str:
-    """Return what the page may load: its own files, and pictures from the store's address."""
+    """Return what the page may load: its own files, and pictures from the store's address.
+
+    It reads stored pictures by way of the service, and shows by their links what it cannot read.
+    """
     parts = urlsplit(storage.url(fresh_name("PNG"))) if storage else urlsplit("")
     store = f" {parts.scheme}://{parts.netloc}" if parts.netloc else ""
     return (
         f"default-src 'self'; img-src 'self' data: blob: https:{store}; style-src 'self'; "
-        f"script-src 'self'; connect-src 'self'{store}; frame-ancestors 'none'; base-uri 'none'; "
-        f"form-action 'self'"
+        "script-src 'self'; connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; "
+        "form-action 'self'"
     )

@@ -221,6 +221,12 @@ def media_type(format: Format) -> str:  # noqa: A002 - as in `encode`
     return MEDIA_TYPES[format]
 
 
+def media_type_of(name: str) -> str:
+    """Return the media type of a picture's file, by the end of its name."""
+    suffix = name.rpartition(".")[2].upper()
+    return next(kind for key, kind in MEDIA_TYPES.items() if key == suffix)
+
+
 def data_url(data: bytes, format: Format) -> str:  # noqa: A002 - as in `encode`
     """Return a file's bytes as a data: URL."""
     return f"data:{media_type(format)};base64,{base64.b64encode(data).decode('ascii')}"

@@ -7,15 +7,18 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request, Response
+from fastapi import Path as PathParameter
 from fastapi.responses import StreamingResponse
 
 from fluxfire.serve.authentication import Owner
+from fluxfire.serve.decoding import MEDIA_TYPES
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.jobs import Jobs
 from fluxfire.serve.problems import problems
 from fluxfire.serve.request_body import SentRequest, race, read_request, wait_for_disconnect
 from fluxfire.serve.schema import EditAnswer, EditRequest, JobAnswer, JobRequest, form_schema
 from fluxfire.serve.settings import Settings
+from fluxfire.serve.storage import StorageError
 
 IdempotencyKey = Annotated[
     str | None,
@@ -85,6 +88,29 @@ def add_edit_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
     @app.get("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="See a job")
     async def see_job(job_id: str, owner: Owner) -> Response:
         return await _json(await jobs().show(job_id, owner))
+
+    @app.get(
+        "/jobs/{job_id}/images/{number}",
+        responses={**known, 200: {"content": {kind: {} for kind in MEDIA_TYPES.values()}}},
+        response_class=Response,
+        summary="A picture of a job, as a file",
+    )
+    async def see_image(
+        job_id: str, number: Annotated[int, PathParameter(ge=0)], owner: Owner
+    ) -> Response:
+        # Most buckets let no page read their pictures, so the service passes them on.
+        image = await jobs().image(job_id, number, owner)
+        try:
+            data, kind = await app.state.service.read(image)
+        except StorageError:
+            app.state.metrics.count_store_failure("read")
+            raise
+        headers = {
+            "X-Content-Type-Options": "nosniff",
+            "Cache-Control": "private",
+            "Content-Disposition": f'inline; filename="{image.filename}"',
+        }
+        return Response(data, media_type=kind, headers=headers)
 
     @app.delete("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="Cancel a job")
     async def cancel_job(job_id: str, owner: Owner) -> JobAnswer:

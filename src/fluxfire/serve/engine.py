@@ -1,7 +1,7 @@
-"""The request queue, and the worker process that edits.
+"""The request queue, from which the worker process takes one batch at a time.
 
 All code here runs on the server's event loop and never blocks it: two threads carry messages to
-and from the worker. The worker has one batch at a time. The engine builds the next batch from
+and from the worker. The engine builds the next batch from
 waiting requests of one kind, in the order that `fair_turns.py` gives.
 """
 
@@ -15,13 +15,14 @@ from collections.abc import Callable, Mapping
 from statistics import fmean
 from typing import Literal, Never
 
-from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.batching import next_batch
+from fluxfire.serve.errors import RefusedError, failed_error, no_pipeline_error, stopping_error
 from fluxfire.serve.fair_turns import FairTurns
 from fluxfire.serve.logs import request_id
 from fluxfire.serve.places import Places
-from fluxfire.serve.process import WorkerProcess
 from fluxfire.serve.settings import Settings
-from fluxfire.serve.tickets import QueueSlot, Ticket
+from fluxfire.serve.supervisor import Supervisor
+from fluxfire.serve.tickets import QueueSlot, Ticket, mark_retrieved
 from fluxfire.serve.watchdog import Watchdog
 from fluxfire.serve.wire import (
     Alive,
@@ -40,21 +41,12 @@ from fluxfire.serve.wire import (
 )
 
 _log = logging.getLogger(__name__)
-_MOST_FAILED_STARTS = 3
-_LONGEST_PAUSE = 30.0
 _USUAL_SECONDS = 5.0  # assumed for an edit until the first one is measured
 State = Literal["starting", "ready", "stalled", "draining", "failed"]
-_STATUS = {"out-of-memory": 507, "edit-refused": 422, "edit-failed": 500}
 
 
 class Engine:
-    """Queues requests and keeps one worker process running.
-
-    Attributes:
-        facts: the worker's description of its pipeline; None until the first worker is ready.
-        trouble: why no worker can run; None while one can.
-        gpu_bytes: the worker's last count of the GPU's memory, by kind; empty without a GPU.
-    """
+    """Queues requests and has a worker process edit them."""
 
     def __init__(
         self,
@@ -77,29 +69,42 @@ class Engine:
             queue_of: most requests of a key in the queue, by the key's name; None for the
                 settings' own limit.
         """
-        self.facts: Facts | None = None
-        self.trouble: str | None = None
-        self.gpu_bytes: Mapping[str, int] = {}
         self._on_batch, self._on_ready = on_batch, on_ready
         self._on_restart, self._on_trouble = on_restart, on_trouble
+        self._supervisor = Supervisor(
+            settings,
+            on_message=self._on_message,
+            on_death=self._on_worker_death,
+            on_trouble=self._give_up,
+        )
         self._settings = settings
         self._waiting: deque[Ticket] = deque()
         self._turns = FairTurns()
         self._watchdog = Watchdog(
-            settings.hang_seconds, lambda: list(self._running.values()), self._kill_worker
+            settings.hang_seconds, lambda: list(self._running.values()), self._supervisor.kill
         )
         self._running: dict[int, Ticket] = {}
         self._numbers = itertools.count(1)
         self._seconds: deque[float] = deque(maxlen=20)
-        self._worker: WorkerProcess | None = None
-        self._ready = False
-        self._failed_starts = 0
         self._stopping = asyncio.Event()
         self._closed = asyncio.Event()
         most_of = queue_of or (lambda owner: settings.queue_per_key)  # noqa: ARG005
         self._places = Places(settings.max_queue, most_of)
-        self._restart: asyncio.TimerHandle | None = None
-        self._ending: list[WorkerProcess] = []
+
+    @property
+    def facts(self) -> Facts | None:
+        """The worker's description of its pipeline; None until the first worker is ready."""
+        return self._supervisor.facts
+
+    @property
+    def trouble(self) -> str | None:
+        """Why no worker can run; None while one can."""
+        return self._supervisor.trouble
+
+    @property
+    def gpu_bytes(self) -> Mapping[str, int]:
+        """The worker's last count of the GPU's memory, by kind; empty without a GPU."""
+        return self._supervisor.gpu_bytes
 
     @property
     def state(self) -> State:
@@ -112,7 +117,7 @@ class Engine:
             return "failed"
         if self._stopping.is_set():
             return "draining"
-        if not self._ready:
+        if not self._supervisor.ready:
             return "starting"
         return "stalled" if self._watchdog.stalled else "ready"
 
@@ -128,18 +133,7 @@ class Engine:
 
     def start(self) -> None:
         """Start a worker process, which then loads the pipeline."""
-        self._restart = None
-        loop = asyncio.get_running_loop()
-
-        def on_message(message: FromWorker | None) -> None:
-            loop.call_soon_threadsafe(self._on_message, worker, message)
-
-        try:
-            worker = self._worker = WorkerProcess(self._settings)
-            worker.start(on_message)
-        except (OSError, RuntimeError, MemoryError):  # the next attempt may find enough memory
-            _log.exception("the worker cannot be started")
-            self._on_worker_death()
+        self._supervisor.start()
 
     def reserve(
         self, level: Level | None, owner: str | None = None, *, accepted: bool = False
@@ -161,12 +155,12 @@ class Engine:
                 stopping or has no pipeline (503), or the passes cannot give this level (422).
         """
         if self.trouble is not None:
-            raise _no_pipeline_error(self.trouble)
+            raise no_pipeline_error(self.trouble)
         if self._stopping.is_set():
-            raise _stopping_error()
+            raise stopping_error()
         self._check_level(level)
         # An idle worker takes the next request at once, so that request needs no room.
-        spare = 1 if self._ready and not self._running else 0
+        spare = 1 if self._supervisor.ready and not self._running else 0
         return self._places.take(owner, self._waiting, spare, accepted=accepted)
 
     def release(self, slot: QueueSlot) -> None:
@@ -185,9 +179,9 @@ class Engine:
             RefusedError: for the reasons of `reserve`, except a full queue.
         """
         if self.trouble is not None:
-            raise _no_pipeline_error(self.trouble)
+            raise no_pipeline_error(self.trouble)
         if slot not in self._places:
-            raise _stopping_error()
+            raise stopping_error()
         self._check_level(request.level)
         slot.early = False
         loop = asyncio.get_running_loop()
@@ -201,7 +195,7 @@ class Engine:
         )
         present = {t.owner for t in (*self._waiting, *self._running.values())}
         self._turns.enter(ticket.owner, present)
-        ticket.done.add_done_callback(_mark_retrieved)
+        ticket.done.add_done_callback(mark_retrieved)
         self._waiting.append(ticket)
         self._advance()
         return ticket
@@ -214,13 +208,13 @@ class Engine:
         ticket.notify()
         if ticket in self._waiting:
             self._waiting.remove(ticket)
-        elif ticket.number in self._running and self._worker is not None:
-            self._worker.send(Cancel(ticket.number))
+        elif ticket.number in self._running and self._supervisor.has_worker:
+            self._supervisor.send(Cancel(ticket.number))
             self._watchdog.watch()
 
     def position(self, ticket: Ticket) -> int | None:
         """Number of requests ahead of this one in the queue; None if it is not in the queue."""
-        return self._in_order().index(ticket) if ticket in self._waiting else None
+        return self._turns.order(self._waiting).index(ticket) if ticket in self._waiting else None
 
     def retry_after(self) -> int:
         """Estimate in how many seconds the queue has room again; at least 1."""
@@ -234,7 +228,7 @@ class Engine:
             RefusedError: always, when that happens.
         """
         await self._stopping.wait()
-        raise _stopping_error()
+        raise stopping_error()
 
     async def until_closed(self) -> Never:
         """Wait until the engine is closed and running requests cannot finish.
@@ -243,7 +237,7 @@ class Engine:
             RefusedError: always, when that happens.
         """
         await self._closed.wait()
-        raise _stopping_error()
+        raise stopping_error()
 
     async def drain(self, seconds: float) -> None:
         """Accept no new requests, wait for the responses of the accepted ones, then close.
@@ -264,33 +258,22 @@ class Engine:
         self._stopping.set()
         self._closed.set()
         self._watchdog.stop()
-        if self._restart is not None:
-            self._restart.cancel()
         for ticket in [*self._waiting, *self._running.values()]:
             if not ticket.done.done():
-                ticket.done.set_exception(_stopping_error())
+                ticket.done.set_exception(stopping_error())
             ticket.notify()
         self._places.clear()
         self._waiting.clear()
         self._running.clear()
-        self._stop_worker()
+        self._supervisor.close()
 
     async def until_worker_ended(self) -> None:
         """Wait until each worker's process has ended, after `close`: at most some seconds."""
-        await asyncio.gather(*(asyncio.to_thread(worker.join) for worker in self._ending))
+        await self._supervisor.until_ended()
 
     def kill_workers(self) -> None:
         """Kill what has not ended yet, after `close`."""
-        for worker in self._ending:
-            worker.kill()
-
-    def _stop_worker(self) -> None:
-        worker, self._worker = self._worker, None
-        if worker is not None:
-            self._ending = [worker]
-            worker.stop()
-            if not self._ready:  # it loads the model, and would not listen until that is done
-                worker.kill()
+        self._supervisor.kill_ending()
 
     def _check_level(self, level: Level | None) -> None:
         facts = self.facts  # None until the first worker is ready; `_refuse_levels` checks then
@@ -304,20 +287,12 @@ class Engine:
 
     def _advance(self) -> None:
         """Send the next batch if the worker is idle and requests wait."""
-        if not self._ready or self._running or not self._waiting or self._worker is None:
+        if not self._supervisor.ready or self._running or not self._waiting:
             return
-        first, *others = self._in_order()
-        self._waiting.remove(first)
-        batch, room = [first], self._settings.at_once - len(first.request.seeds)
-        if not first.alone:
-            for ticket in others:
-                fits = (
-                    len(ticket.request.seeds) <= room and ticket.request.kind == first.request.kind
-                )
-                if fits:
-                    self._waiting.remove(ticket)
-                    batch.append(ticket)
-                    room -= len(ticket.request.seeds)
+        batch = next_batch(self._turns.order(self._waiting), self._settings.at_once)
+        first = batch[0]
+        for ticket in batch:
+            self._waiting.remove(ticket)
         now = asyncio.get_running_loop().time()
         for ticket in batch:
             ticket.began, ticket.step = now, 0
@@ -329,34 +304,21 @@ class Engine:
         at_once = 1 if first.tries > 1 else self._settings.at_once
         pictures = sum(len(t.request.seeds) for t in batch)
         self._watchdog.begin((first.request.kind, pictures, at_once))
-        self._worker.send(Batch({t.number: t.request for t in batch}, at_once))
+        self._supervisor.send(Batch({t.number: t.request for t in batch}, at_once))
 
-    def _in_order(self) -> list[Ticket]:
-        """Return what waits in the order in which it is served."""
-        return self._turns.order(self._waiting)
-
-    def _on_message(self, worker: WorkerProcess, message: FromWorker | None) -> None:
-        """Handle a message from a worker; None means that the worker died."""
-        if worker is not self._worker:
-            return  # a late message from an earlier worker
+    def _on_message(self, message: FromWorker) -> None:
+        """Handle a message from the worker."""
         self._watchdog.hear()
-        if message is None:
-            self._on_worker_death()
-        elif isinstance(message, Alive):
-            self.gpu_bytes = message.gpu_bytes
+        if isinstance(message, Alive | CannotStart):
             return
-        elif isinstance(message, Ready):
-            self.facts, self._ready = message.facts, True
+        if isinstance(message, Ready):
             self._refuse_levels()
-        elif isinstance(message, CannotStart):
-            self._give_up(message.message)
         elif isinstance(message, StepDone):
             self._watchdog.step()
             for ticket in self._running.values():
                 ticket.step, ticket.steps = message.step, message.steps
                 ticket.notify()
         elif isinstance(message, Done):
-            self._failed_starts = 0
             self._watchdog.end()
             self._on_done(message.results, message.seconds)
         else:
@@ -388,31 +350,17 @@ class Engine:
             _log.error("the pipeline failed on request %s\n%s", names, failure.details)
         else:
             _log.warning("%s: %s", failure.reason, failure.message)
-        error = RefusedError(
-            f"the edit failed: {failure.message}"
-            + ("; the service's log says where" if failure.details else ""),
-            status=_STATUS[failure.reason],
-            code=failure.reason,
-        )
+        error = failed_error(failure)
         self._try_again(batch, error, most=2 if several else 1)
 
     def _on_worker_death(self) -> None:
-        """Start another worker, and retry each request of the dead one in a batch of its own."""
-        when = "" if self._ready else " before it was ready"
-        how = self._worker.ending if self._worker is not None else "it did not start"
-        _log.error("the worker died%s: %s", when, how)
+        """Retry each request of a dead worker in a batch of its own."""
+        self._watchdog.hear()
         self._on_restart()
-        self._failed_starts = 0 if self._ready else self._failed_starts + 1
         died = RefusedError(
             "the edit failed twice: the worker process died", status=500, code="worker-died"
         )
         self._try_again(self._take_running_back(), died, most=2)
-        self._ready, self._worker = False, None
-        if self._failed_starts >= _MOST_FAILED_STARTS:
-            self._give_up(f"its worker died {self._failed_starts} times before it was ready")
-            return
-        pause = 0.0 if self._failed_starts == 0 else min(2.0**self._failed_starts, _LONGEST_PAUSE)
-        self._restart = asyncio.get_running_loop().call_later(pause, self.start)
 
     def _try_again(self, batch: list[Ticket], error: Exception, *, most: int) -> None:
         """Put tickets back at the head of the queue; a ticket with `most` tries fails instead."""
@@ -426,19 +374,13 @@ class Engine:
             ticket.notify()
 
     def _give_up(self, why: str) -> None:
-        _log.error("no pipeline: %s", why)
-        self.trouble = why
-        self._stop_worker()
+        """Refuse what waits, since no worker can run."""
         self._on_trouble(why)
         for ticket in self._waiting:
             if not ticket.done.done():
-                ticket.done.set_exception(_no_pipeline_error(why))
+                ticket.done.set_exception(no_pipeline_error(why))
             ticket.notify()
         self._waiting.clear()
-
-    def _kill_worker(self) -> None:
-        if self._worker is not None:
-            self._worker.kill()  # then _on_message(None) restarts it
 
     def _refuse_levels(self) -> None:
         """Refuse waiting requests whose level the loaded passes cannot give."""
@@ -452,17 +394,3 @@ class Engine:
         batch = list(self._running.values())
         self._running.clear()
         return batch
-
-
-def _stopping_error() -> RefusedError:
-    return RefusedError("the service is stopping", status=503, code="stopping")
-
-
-def _no_pipeline_error(why: str) -> RefusedError:
-    return RefusedError(f"the service has no pipeline: {why}", status=503, code="failed")
-
-
-def _mark_retrieved(future: asyncio.Future[Result]) -> None:
-    """Read the error so that asyncio does not log it, in case the client has disconnected."""
-    if not future.cancelled():
-        future.exception()

@@ -12,95 +12,31 @@ import asyncio
 import contextlib
 import functools
 import ipaddress
-import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import httpx
 
 from fluxfire._version import __version__
-from fluxfire.errors import FluxfireError
-from fluxfire.serve.errors import RefusedError
+from fluxfire.serve.allowed_hosts import (
+    PORTS,
+    QUOTED,
+    Address,
+    FetchRefusedError,
+    check_url,
+    check_url_against,
+    is_public,
+    not_allowed_error,
+    read_allow_list,
+)
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 Resolver = Callable[[str, int], Awaitable[Sequence[str]]]
 """Resolves a host and a port to addresses, or raises OSError."""
 
 MOST_REDIRECTS = 3
 _MOST_ADDRESSES = 4  # tried one after the other
-_LONGEST_URL = 4096  # characters; signed links of object stores have up to about 2000
-_QUOTED = 100  # most characters of a host in a message
-_PORTS = {"http": 80, "https": 443}
-# Only a plain name may match a wildcard. An address with a zone ("2001:db8::1%.example.org") would
-# match by its end.
-_NAME = re.compile(r"[a-z0-9_-]+(\.[a-z0-9_-]+)*", re.ASCII)
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
-# In IPv6 only global unicast is public. That excludes local addresses, and addresses that wrap an
-# IPv4 address (mapped, compatible, NAT64). The networks below are not public either.
-_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
-_NOT_PUBLIC = tuple(
-    ipaddress.ip_network(network)
-    for network in (
-        "192.0.0.0/24",  # protocol assignments
-        "192.88.99.0/24",  # 6to4 relays
-        "168.63.129.16/32",  # Azure's own services, seen only from inside
-        "2001::/23",  # protocol assignments, Teredo among them
-        "2001:db8::/32",  # documentation
-        "2002::/16",  # 6to4, wraps an IPv4 address
-        "3fff::/20",  # documentation
-    )
-)
-
-
-class FetchRefusedError(RefusedError):
-    """A URL is malformed (400), not allowed (403), too large (413) or cannot be fetched (424)."""
-
-
-@dataclass(frozen=True)
-class Origin:
-    """One entry of an allow-list.
-
-    Attributes:
-        scheme: http or https.
-        host: a name or an address; "*.example.org" matches all names below example.org.
-        port: the port number.
-    """
-
-    scheme: str
-    host: str
-    port: int
-
-    def covers(self, scheme: str, host: str, port: int) -> bool:
-        """Return whether the entry allows a URL with this scheme, host and port."""
-        if (scheme, port) != (self.scheme, self.port):
-            return False
-        if not self.host.startswith("*."):
-            return host == self.host
-        return host.endswith(self.host[1:]) and _NAME.fullmatch(host) is not None
-
-
-def read_allow_list(entries: Sequence[str]) -> tuple[Origin, ...]:
-    """Read an allow-list.
-
-    Args:
-        entries: each "host" or "host:port", after "https://" (the default) or "http://". The host
-            may begin with "*." to match all names below it.
-
-    Raises:
-        FluxfireError: an entry has another form.
-    """
-    return tuple(_read_entry(entry.strip()) for entry in entries)
-
-
-def is_public(address: Address) -> bool:
-    """Return whether an address is certainly one of the public Internet."""
-    if isinstance(address, ipaddress.IPv6Address):
-        wide = address in _GLOBAL_UNICAST
-    else:
-        wide = address.is_global and not (address.is_multicast or address.is_reserved)
-    return wide and not any(address in network for network in _NOT_PUBLIC)
 
 
 async def look_up(host: str, port: int) -> Sequence[str]:
@@ -148,7 +84,7 @@ async def fetch(
     try:
         async with asyncio.timeout(seconds):
             for _ in range(MOST_REDIRECTS + 1):
-                parsed = _check_url(target, origins)
+                parsed = check_url_against(target, origins)
                 addresses = await _look_up_public(parsed, resolver, public)
                 answer = await _request(parsed, addresses, max_bytes, seconds, tls)
                 if isinstance(answer, bytes):
@@ -214,95 +150,24 @@ async def post(
     raise _failed_error("the host cannot be connected to")
 
 
-def check_url(text: str, allowed: Sequence[str]) -> httpx.URL:
-    """Parse a URL, and refuse it unless the allow-list has its host. It resolves no name.
-
-    Args:
-        text: the URL.
-        allowed: the allow-list, as `read_allow_list` reads it.
-
-    Raises:
-        FetchRefusedError: the URL is malformed or not allowed.
-    """
-    return _check_url(text, read_allow_list(allowed))
-
-
-def _read_entry(entry: str) -> Origin:
-    scheme, mark, rest = entry.partition("://")
-    if not mark:
-        scheme, rest = "https", entry
-    try:
-        url = httpx.URL(f"{scheme}://{rest}")
-        host = url.raw_host.decode("ascii")
-        plain = scheme in _PORTS and not url.userinfo and url.raw_path == b"/"
-        if plain and not url.fragment and _is_host(host.removeprefix("*.")):
-            return Origin(scheme, host, url.port or _PORTS[scheme])
-    except (httpx.InvalidURL, ValueError):
-        pass
-    raise FluxfireError(
-        f"the allow-list of hosts has {entry!r}; an entry is a host such as "
-        '"images.example.org", "*.example.org" or "http://images.example.org:8080"'
-    )
-
-
-def _is_host(text: str) -> bool:
-    return _NAME.fullmatch(text) is not None or _is_address(text)
-
-
-def _is_address(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _check_url(text: str, origins: Sequence[Origin]) -> httpx.URL:
-    """Parse a URL, and refuse it unless the allow-list has its origin."""
-    if not origins:
-        raise _not_allowed_error(
-            "this server fetches no images by URL, since its allow-list is empty; send the image "
-            'itself, or have the server\'s operator allow its host, such as "images.example.org"'
-        )
-    if len(text) > _LONGEST_URL:
-        raise _malformed_error(f"it has more than {_LONGEST_URL} characters")
-    try:
-        url = httpx.URL(text)
-        host = url.raw_host.decode("ascii")
-    except (httpx.InvalidURL, ValueError) as error:
-        raise _malformed_error(str(error)) from None
-    if url.scheme not in _PORTS or not host:
-        raise _malformed_error("it does not begin with https:// and a host")
-    if url.userinfo:
-        raise _malformed_error("it has a user or a password in it")
-    port = url.port or _PORTS[url.scheme]
-    if not any(origin.covers(url.scheme, host, port) for origin in origins):
-        shown = f"{url.scheme}://{host[:_QUOTED]}:{port}"
-        raise _not_allowed_error(
-            f"images are not fetched from {shown}, which is not on the server's allow-list; send "
-            "the image itself, or have the server's operator allow it"
-        )
-    return url
-
-
 async def _look_up_public(
     url: httpx.URL, resolver: Resolver, public: Callable[[Address], bool]
 ) -> list[Address]:
     """Resolve a URL's host, and refuse it unless every address is public."""
     host = url.raw_host.decode("ascii")
     try:
-        found = await resolver(host, url.port or _PORTS[url.scheme])
+        found = await resolver(host, url.port or PORTS[url.scheme])
         addresses = [ipaddress.ip_address(address) for address in dict.fromkeys(found)]
     except TimeoutError:
         raise
     except (OSError, ValueError):  # a UnicodeError for a name that DNS cannot have
         addresses = []
     if not addresses:
-        raise _failed_error(f"the image's host {host[:_QUOTED]} has no address")
+        raise _failed_error(f"the image's host {host[:QUOTED]} has no address")
     # The message leaves the address out, so that clients learn nothing about the network inside.
     if not all(public(address) for address in addresses):
-        raise _not_allowed_error(
-            f"the image's host {host[:_QUOTED]} has an address that is not public; images are "
+        raise not_allowed_error(
+            f"the image's host {host[:QUOTED]} has an address that is not public; images are "
             "fetched from the public Internet only"
         )
     return addresses[:_MOST_ADDRESSES]
@@ -328,9 +193,9 @@ async def _request(
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
             reason = type(error).__name__
             raise _failed_error(
-                f"the image's host {host[:_QUOTED]} failed to answer ({reason})"
+                f"the image's host {host[:QUOTED]} failed to answer ({reason})"
             ) from (None)
-    raise _failed_error(f"the image's host {host[:_QUOTED]} cannot be connected to")
+    raise _failed_error(f"the image's host {host[:QUOTED]} cannot be connected to")
 
 
 @contextlib.asynccontextmanager
@@ -366,7 +231,7 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
         raise _failed_error(f"the image's host answered with the status {response.status_code}")
     encoding = response.headers.get("Content-Encoding", "identity")
     if encoding.lower() != "identity":
-        raise _failed_error(f"the image's host answered in the encoding {encoding[:_QUOTED]!r}")
+        raise _failed_error(f"the image's host answered in the encoding {encoding[:QUOTED]!r}")
     body = bytearray()
     # Content-Length may be wrong. If it is too large, this refuses the file without reading it.
     announced = int(response.headers.get("Content-Length", 0))
@@ -388,16 +253,6 @@ async def _body(response: httpx.Response, max_bytes: int) -> bytes:
 def _default_tls() -> ssl.SSLContext:
     # Cached, because reading all certificates takes long enough to delay other requests.
     return httpx.create_ssl_context(trust_env=False)
-
-
-def _malformed_error(reason: str) -> FetchRefusedError:
-    return FetchRefusedError(
-        f"the image's URL cannot be used: {reason}", status=400, code="image-url-invalid"
-    )
-
-
-def _not_allowed_error(message: str) -> FetchRefusedError:
-    return FetchRefusedError(message, status=403, code="image-url-not-allowed")
 
 
 def _failed_error(message: str) -> FetchRefusedError:

@@ -13,17 +13,17 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 from fluxfire.errors import FluxfireError
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.idempotency import check_key, fingerprint_of, same_job
 from fluxfire.serve.job_store import JobStore, StoredJob
 from fluxfire.serve.keys import Keys
+from fluxfire.serve.live_job import LiveJob, problem_of
 from fluxfire.serve.logs import request_id
 from fluxfire.serve.quotas import Quotas
 from fluxfire.serve.request_body import SentRequest
-from fluxfire.serve.schema import EditAnswer, JobAnswer, JobRequest, Problem
+from fluxfire.serve.schema import EditAnswer, ImageMade, JobAnswer, JobRequest, Problem
 from fluxfire.serve.service import Service
 from fluxfire.serve.storage import StorageError
 from fluxfire.serve.tickets import QueueSlot, Ticket
@@ -33,33 +33,6 @@ _log = logging.getLogger(__name__)
 _QUIET = 15.0  # seconds without a change after which `watch` yields None
 _MOST_TRIES = 2  # of a job that the service's end interrupts
 _POLL_SECONDS = 0.2
-
-
-@dataclass(eq=False)
-class LiveJob:
-    """A job that waits or runs in this process.
-
-    Attributes:
-        row: what the database has of it.
-        edit: the task that edits.
-        ticket: its ticket in the engine, from submission to the end.
-        placed: event that is set when it has a ticket, or ends without one.
-        suspended: whether it is left for the next start of the service.
-        cancelled: whether a client cancelled it.
-        result: the answer of a job that succeeded.
-        error: the reason why it has no result, and the HTTP status of that reason.
-        ended: event that is set when the database has its end.
-    """
-
-    row: StoredJob
-    edit: asyncio.Task[None] | None = None
-    ticket: Ticket | None = None
-    placed: asyncio.Event = field(default_factory=asyncio.Event)
-    suspended: bool = False
-    cancelled: bool = False
-    result: EditAnswer | None = None
-    error: tuple[Problem, int] | None = None
-    ended: asyncio.Event = field(default_factory=asyncio.Event)
 
 
 class Jobs:
@@ -91,8 +64,10 @@ class Jobs:
         """Reserve a place in the queue, and count the edit among the day's.
 
         Raises:
-            RefusedError: the engine refuses the request, or the key has no edits left today.
+            RefusedError: the engine refuses the request, the store takes no pictures, or the key
+                has no edits left today.
         """
+        self._service.store_watch.refuse()
         slot = self._service.engine.reserve(sent.request.quality, owner)
         try:
             await self._quotas.count_edit(owner)
@@ -187,6 +162,23 @@ class Jobs:
             raise RefusedError(error["message"], status=error["status"], code=error["code"])
         return row.result
 
+    async def image(self, name: str, number: int, owner: str | None) -> ImageMade:
+        """Return a picture of a job's answer.
+
+        Raises:
+            RefusedError: the job has no such picture; or as `show`.
+        """
+        row = await self._find(name, owner)
+        images = EditAnswer.model_validate_json(row.result).images if row.result else []
+        if number >= len(images):
+            raise RefusedError(
+                f"the job is {self._shown(row).status} and has {len(images)} pictures, so there is "
+                f"no picture {number}; they are numbered from 0",
+                status=404,
+                code="image-unknown",
+            )
+        return images[number]
+
     async def watch(self, name: str, owner: str | None) -> AsyncIterator[JobAnswer | None]:
         """Yield the job after each change until it ends; yield None after 15 s without one."""
         before, last_yield = None, time.monotonic()
@@ -233,7 +225,7 @@ class Jobs:
                 owner = row.owner or None
                 slot = self._service.engine.reserve(sent.request.quality, owner, accepted=True)
             except (RefusedError, ValueError) as refusal:
-                job.error = _problem(refusal)
+                job.error = problem_of(refusal)
                 await self._record(job)
                 continue
             request_id.set(row.request_id)
@@ -285,7 +277,7 @@ class Jobs:
         try:
             job.result = await self._service.edit(sent, slot, put)
         except RefusedError as refusal:
-            job.error = _problem(refusal)
+            job.error = problem_of(refusal)
             # The next start of the service makes what this one could not.
             job.suspended |= self._durable and refusal.code == "stopping"
         except StorageError as error:
@@ -384,12 +376,6 @@ class Jobs:
                 "error": json.loads(row.error) if row.error else None,
             }
         )
-
-
-def _problem(error: RefusedError | ValueError) -> tuple[Problem, int]:
-    if isinstance(error, RefusedError):
-        return Problem(code=error.code, message=str(error)), error.status
-    return Problem(code="internal", message="the request cannot be read any more"), 500
 
 
 def _interrupted_error() -> RefusedError:

@@ -8,16 +8,20 @@ import re
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, Literal
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from fluxfire.serve import tracing
+from fluxfire.serve.tracing import RequestSpan
+
 LogFormat = Literal["text", "json"]
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The id of the request that this task works for. A job's is that of the request that began it."""
 trace_id: ContextVar[str | None] = ContextVar("trace_id", default=None)
-"""The trace that the client's traceparent names, if it sent one (W3C Trace Context)."""
+"""The trace that the client's traceparent names (W3C Trace Context), or that begins here."""
 
 _log = logging.getLogger(__name__)
 _ID = re.compile(rb"[\w.:-]{1,64}")
@@ -55,9 +59,9 @@ class RequestLogMiddleware:
             return
         sent = dict(scope["headers"])
         wanted = sent.get(_HEADER, b"")
-        trace = _TRACEPARENT.fullmatch(sent.get(b"traceparent", b""))
+        parent = _TRACEPARENT.fullmatch(sent.get(b"traceparent", b""))
         name = wanted.decode() if _ID.fullmatch(wanted) else secrets.token_hex(8)
-        tokens = request_id.set(name), trace_id.set(trace[1].decode() if trace else None)
+        probe = scope["path"] in _PROBES
         began, status = time.perf_counter(), 500
 
         async def send_with_id(message: Message) -> None:
@@ -68,17 +72,22 @@ class RequestLogMiddleware:
                 message = {**message, "headers": headers}
             await send(message)
 
-        try:
-            await self._app(scope, receive, send_with_id)
-        finally:
-            self._on_end(getattr(scope.get("route"), "path", "other"), status)
-            if scope["path"] not in _PROBES:
-                milliseconds = round(1000 * (time.perf_counter() - began))
-                facts = (scope["method"], scope["path"], status, milliseconds)
-                fields = dict(zip(_FIELDS, facts, strict=True))
-                _log.info("%s %r %d in %d ms", *facts, extra={"fields": fields})
-            request_id.reset(tokens[0])
-            trace_id.reset(tokens[1])
+        with nullcontext(RequestSpan()) if probe else tracing.request(sent) as span:
+            trace = parent[1].decode() if parent else span.trace_id
+            tokens = request_id.set(name), trace_id.set(trace)
+            try:
+                await self._app(scope, receive, send_with_id)
+            finally:
+                route = getattr(scope.get("route"), "path", "other")
+                self._on_end(route, status)
+                span.end(scope["method"], route, status, name)
+                if not probe:
+                    milliseconds = round(1000 * (time.perf_counter() - began))
+                    facts = (scope["method"], scope["path"], status, milliseconds)
+                    fields = dict(zip(_FIELDS, facts, strict=True))
+                    _log.info("%s %r %d in %d ms", *facts, extra={"fields": fields})
+                request_id.reset(tokens[0])
+                trace_id.reset(tokens[1])
 
 
 class TextFormatter(logging.Formatter):

@@ -96,11 +96,16 @@ class Metrics:
         """Count a worker's death."""
         self._restarts.inc()
 
-    def text(self, engine: Engine) -> bytes:
-        """Return all metrics as text, with the engine's current state."""
+    def text(self, engine: Engine, *, stores: bool = True) -> bytes:
+        """Return all metrics as text, with the engine's current state.
+
+        Args:
+            engine: the service's engine.
+            stores: whether the store takes pictures, or there is none.
+        """
         self._waiting.set(engine.waiting)
         self._running.set(engine.running)
-        self._ready.set(engine.state == "ready")
+        self._ready.set(stores and engine.state == "ready")
         for kind, n in engine.gpu_bytes.items():
             self._gpu.labels(kind).set(n)
         return generate_latest(self._registry)

@@ -247,7 +247,7 @@ class About(BaseModel):
 class Health(BaseModel):
     """Whether the service is alive."""
 
-    status: Literal["starting", "ok", "stalled", "draining", "failed"]
+    status: Literal["starting", "ok", "stalled", "draining", "failed", "no-store"]
     gpu_available: bool
     message: str | None = None
 

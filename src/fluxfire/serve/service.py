@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import logging
 import secrets
 import time
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ParamSpec, TypeVar
 
-from fluxfire.serve import decoding, fetching
+from fluxfire.serve import decoding, fetching, tracing
 from fluxfire.serve.decoding_process import decode_apart
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
@@ -20,7 +21,9 @@ from fluxfire.serve.request_body import SentRequest
 from fluxfire.serve.schema import LARGEST_SEED, EditAnswer, EditRequest, ImageMade, Timings
 from fluxfire.serve.settings import Settings
 from fluxfire.serve.storage import Storage, StorageError, fresh_name
+from fluxfire.serve.store_watch import StoreWatch
 from fluxfire.serve.tickets import QueueSlot, Ticket
+from fluxfire.serve.tracing import Phase
 from fluxfire.serve.wire import PipelineRequest, RawPicture, Result
 
 P = ParamSpec("P")
@@ -57,6 +60,7 @@ class Service:
     def __post_init__(self) -> None:
         self._pictures = ThreadPoolExecutor(_PICTURE_THREADS, "pictures")
         self._storing = ThreadPoolExecutor(_STORING_THREADS, "storing")
+        self.store_watch = StoreWatch(self.storage)
         # One at a time, because a large picture may need more than a gigabyte.
         self._large = asyncio.Semaphore(1)
 
@@ -86,6 +90,8 @@ class Service:
             StorageError: the store did not take the pictures.
         """
         began = time.perf_counter()
+        decoded = made = None
+        written: list[Phase] = []
         request = sent.request
         ticket: Ticket | None = None
         failure: str | None = "internal"
@@ -96,7 +102,8 @@ class Service:
                 decoded = time.perf_counter()
                 on_ticket(ticket)
                 result = await asyncio.shield(ticket.done)
-                answer = await self._answer(request, ticket, result, began, decoded)
+                made = time.perf_counter()
+                answer = await self._answer(request, ticket, result, began, decoded, phases=written)
                 self.on_answer(answer, slot.owner)
                 failure = None
                 return answer
@@ -116,12 +123,31 @@ class Service:
             raise
         except StorageError:
             failure = "storage"
+            self.store_watch.note_failure()
             raise
         finally:
             self.engine.release(slot)
             if failure is not None:
                 self.on_failure(failure, slot.owner)
+            tracing.record([*_phases(ticket, began, decoded, made), *written])
             del ticket  # an error holds this frame, and the frame would hold all pixels
+
+    async def read(self, image: ImageMade) -> tuple[bytes, str]:
+        """Read a picture of an answer.
+
+        Returns:
+            Its file's bytes and their media type.
+
+        Raises:
+            LinkRefusedError: the store has deleted it.
+            StorageError: the store could not read it, or the service has no store any more.
+        """
+        kind = decoding.media_type_of(image.filename)
+        if image.data_url is not None:
+            return base64.b64decode(image.data_url.partition(",")[2]), kind
+        if self.storage is None:
+            raise StorageError(f"{image.filename} is in a store that this service does not use now")
+        return await _run_in(self._storing, self.storage.get, image.filename), kind
 
     async def _pipeline_request(self, sent: SentRequest) -> PipelineRequest:
         """Decode the picture and translate the fields into a request to the pipeline."""
@@ -174,7 +200,14 @@ class Service:
             return await decode_apart(file, most_pixels)
 
     async def _answer(
-        self, request: EditRequest, ticket: Ticket, result: Result, began: float, decoded: float
+        self,
+        request: EditRequest,
+        ticket: Ticket,
+        result: Result,
+        began: float,
+        decoded: float,
+        *,
+        phases: list[Phase],
     ) -> EditAnswer:
         made = time.perf_counter()
         encoded = await asyncio.gather(
@@ -186,6 +219,8 @@ class Service:
             *(self._image(data, raw, seed, request) for data, raw, seed in pictures)
         )
         ended = time.perf_counter()
+        phases.append(Phase("encoding", made, written))
+        phases.append(Phase("storing", written, ended, {"pictures": len(images)}))
         for warning in result.warnings:
             _log.warning("%s", warning)
         facts = self.engine.facts
@@ -233,6 +268,23 @@ class Service:
         """Return a link as clients can follow it: the store may know only the service's path."""
         base = self.settings.public_url
         return base.rstrip("/") + link if base and link.startswith("/") else link
+
+
+def _phases(
+    ticket: Ticket | None, began: float, decoded: float | None, made: float | None
+) -> list[Phase]:
+    """Say how long an edit was decoded, waited and ran, as far as it came."""
+    now = time.perf_counter()
+    found = [Phase("decoding", began, decoded or now)]
+    if ticket is not None and decoded is not None:
+        ran = made or now
+        if ticket.began is not None:  # in the loop's time
+            since = asyncio.get_running_loop().time() - ticket.began
+            facts = {"steps": ticket.request.steps, "tries": ticket.tries}
+            found.append(Phase("edit", max(decoded, now - since), ran, facts))
+            ran = found[-1].began
+        found.append(Phase("waiting", decoded, ran, {"key": ticket.owner}))
+    return found
 
 
 def _deadline_error(seconds: float) -> RefusedError:

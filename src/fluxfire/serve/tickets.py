@@ -65,3 +65,9 @@ class QueueSlot:
 
     owner: str | None = None
     early: bool = True
+
+
+def mark_retrieved(future: asyncio.Future[Result]) -> None:
+    """Read a ticket's error so that asyncio does not log it, in case the client has gone."""
+    if not future.cancelled():
+        future.exception()

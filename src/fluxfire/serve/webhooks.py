@@ -16,8 +16,8 @@ from collections.abc import Awaitable, Callable
 
 from fluxfire.errors import FluxfireError
 from fluxfire.serve import fetching
+from fluxfire.serve.allowed_hosts import FetchRefusedError, check_url
 from fluxfire.serve.errors import RefusedError
-from fluxfire.serve.fetching import FetchRefusedError
 from fluxfire.serve.job_store import JobStore, StoredJob
 from fluxfire.serve.settings import Settings
 
@@ -108,7 +108,7 @@ class Webhooks:
                 code="webhook-not-allowed",
             )
         try:
-            fetching.check_url(url, self._settings.webhook_hosts)
+            check_url(url, self._settings.webhook_hosts)
         except FetchRefusedError as refusal:
             raise RefusedError(
                 "webhook_url cannot be used: it needs https:// and a host that the server's "

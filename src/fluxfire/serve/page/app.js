@@ -25,6 +25,7 @@ const STATES = {
   draining: "the service is stopping",
 };
 const MOST_KEPT = 30; // pictures in the history
+const TAKEN = ["image/png", "image/jpeg", "image/webp"]; // what the service reads
 const LARGE = 2e6; // bytes above which the history keeps a smaller copy of a source picture
 const START = 12; // where the slider begins: nearly all of the new picture is seen
 
@@ -37,7 +38,8 @@ let shown = null; // the result on the stage
 let kept = []; // the results of the history, newest first
 let job = null;
 let stopSending = null; // ends the wait for an answer to what is being sent
-let run = null; // {began, first, last}: when the edit began, and made its first and last step
+let run = null; // {began, first, last, lost}: when the edit began, and made its first and last step;
+// and whether a worker that had it died
 
 async function start() {
   $("key").value = sessionStorage.getItem("key") ?? "";
@@ -45,7 +47,7 @@ async function start() {
   wirePicture();
   wireForm();
   wireResult();
-  await Promise.all([ask(), recall()]);
+  await Promise.all([ask(), recall(), offerExamples()]);
 }
 
 function wirePicture() {
@@ -66,7 +68,7 @@ function wirePicture() {
   drop.addEventListener("drop", (event) => choose(event.dataTransfer.files[0]));
   $("file").addEventListener("change", () => choose($("file").files[0]));
   document.addEventListener("paste", (event) => choose(event.clipboardData.files[0]));
-  $("scene").addEventListener("click", takeScene);
+  $("scene").addEventListener("click", () => $("examples").querySelector("button")?.click());
   $("remove").addEventListener("click", () => {
     take(null);
     drop.focus();
@@ -93,7 +95,9 @@ function wireForm() {
     ask();
   });
   $("cancel").addEventListener("click", cancel);
-  $("copy-curl").addEventListener("click", () => copy($("curl"), $("copy-curl")));
+  for (const kind of ["curl", "python"]) {
+    $(`copy-${kind}`).addEventListener("click", () => copy($(kind), $(`copy-${kind}`)));
+  }
   window.addEventListener("pagehide", () => {
     if (job) fetch(`jobs/${job.id}`, { method: "DELETE", headers: headers(), keepalive: true });
   });
@@ -209,7 +213,7 @@ function describe() {
   $("about").textContent = `${about.model}${where}, ${state}, version ${about.version}${trouble}`;
   const spark = about.model === "spark";
   $("spark-note").hidden = !spark;
-  if (spark) $("prompt").placeholder = "replace the cactus with a castle"; // in scene.png
+  if (spark) $("prompt").placeholder = "replace the cactus with a castle"; // the first example
   $("steps").value ||= about.default_steps;
   offerQualities(about.qualities, about.quality);
   command();
@@ -268,7 +272,8 @@ function steer() {
 }
 
 async function choose(file) {
-  if (!file) return;
+  if (!file) return false;
+  if (!TAKEN.includes(file.type)) file = await converted(file);
   if (about && file.size > about.max_bytes) {
     return tell(`This picture has ${file.size} bytes; the service takes ${about.max_bytes}.`);
   }
@@ -289,6 +294,18 @@ async function choose(file) {
   const shape = image.naturalWidth / image.naturalHeight;
   take({ blob: file, shape, name: file.name ?? "picture.png" });
   tell("");
+  return true;
+}
+
+// Makes a PNG of a file that this browser can read and the service cannot, such as an AVIF of a
+// phone; any other file stays as it is.
+async function converted(file) {
+  try {
+    const blob = await drawn(await createImageBitmap(file), Infinity, "image/png");
+    return new File([blob], `${file.name.replace(/\.\w+$/, "")}.png`, { type: blob.type });
+  } catch {
+    return file;
+  }
 }
 
 // Makes a picture the one to edit; null for none.
@@ -304,13 +321,44 @@ function take(chosen) {
   freeUrls();
 }
 
-async function takeScene() {
+// Shows the pictures that Spark has edited before, which fill the form when they are pressed.
+async function offerExamples() {
   try {
-    const scene = await (await call("page/scene.png")).blob();
-    await choose(new File([scene], "scene.png", { type: scene.type }));
-  } catch (error) {
-    tell(error.message);
+    const examples = await (await call("page/examples.json")).json();
+    $("examples").replaceChildren(...examples.map(cardOf));
+    $("examples").hidden = false;
+  } catch {
+    $("empty-hint").textContent = "The result comes here.";
   }
+}
+
+function cardOf(example) {
+  const card = element("button", "", "quiet");
+  card.type = "button";
+  for (const part of ["before", "after"]) {
+    const image = element("img");
+    Object.assign(image, { src: `page/${example.name}-${part}.webp`, alt: part });
+    card.append(image);
+  }
+  card.append(element("span", example.words));
+  card.addEventListener("click", () => takeExample(example).catch((error) => tell(error.message)));
+  return card;
+}
+
+async function takeExample({ name, words, seed }) {
+  const [before, after] = await Promise.all(
+    ["before", "after"].map(async (part) => (await call(`page/${name}-${part}.webp`)).blob()),
+  );
+  const file = new File([before], `${name}.webp`, { type: before.type });
+  if (!(await choose(file))) return;
+  $("prompt").value = words;
+  $("seed").value = seed;
+  command();
+  if (run) return; // the stage is the running edit's
+  const { width, height } = await createImageBitmap(after);
+  const made = { blob: after, url: null, filename: `${name}-after.webp`, seed, width, height };
+  show({ words, images: [made], before: picture, example: true });
+  $("stage").scrollIntoView({ block: "nearest" });
 }
 
 // ---- URLs of pictures ----
@@ -373,6 +421,43 @@ function command() {
     parts.push(`-F ${quoted(`image=@"${name}"`)}`);
   }
   $("curl").textContent = parts.join(" \\\n  ");
+  $("python").textContent = program(parts.some((part) => part.includes("$KEY")));
+}
+
+// Returns the request as a program. A JSON string is one of Python, too.
+function program(keyed) {
+  const number = (name) => NUMBERS.includes(name) || name === "width" || name === "height";
+  const fields = settings().map(([name, value]) => {
+    return `    "${name}": ${number(name) ? Number(value) : JSON.stringify(value)},`;
+  });
+  if (picture) {
+    const read = `Path(${JSON.stringify(picture.name)}).read_bytes()`;
+    fields.push(`    "image": base64.b64encode(${read}).decode(),`);
+  }
+  return [
+    "import base64",
+    ...(keyed ? ["import os"] : []),
+    "from pathlib import Path",
+    "from urllib.parse import urljoin",
+    "",
+    "import httpx",
+    "",
+    `url = ${JSON.stringify(new URL("inference", location.href).href)}`,
+    "request = {",
+    ...fields,
+    "}",
+    ...(keyed ? [`headers = {"Authorization": f"Bearer {os.environ['KEY']}"}`] : []),
+    `answer = httpx.post(url, json=request, ${keyed ? "headers=headers, " : ""}timeout=600)`,
+    "if answer.is_error:",
+    "    raise SystemExit(answer.text)",
+    'for image in answer.json()["images"]:',
+    '    if image["data_url"]:',
+    '        data = base64.b64decode(image["data_url"].partition(",")[2])',
+    "    else:",
+    '        data = httpx.get(urljoin(url, image["url"])).raise_for_status().content',
+    '    Path(image["filename"]).write_bytes(data)',
+    "",
+  ].join("\n");
 }
 
 async function edit() {
@@ -394,7 +479,7 @@ async function edit() {
     ask();
     await follow(job.id);
     if (job.status === "done") {
-      const result = await received(job.result, words, asked);
+      const result = await received(job, words, asked);
       show(result);
       await keep(result);
     } else {
@@ -470,6 +555,7 @@ async function follow(id) {
 function progress(now) {
   const last = { step: now.step, at: performance.now() };
   // A worker that died begins anew, so its steps are counted anew, too.
+  run.lost ||= job?.status === "running" && now.status === "queued";
   if (now.status === "queued" || now.step < (job?.step ?? 0)) run.first = run.last = null;
   else if (now.step > 0 && now.step !== run.last?.step) run.last = last;
   run.first ??= run.last;
@@ -485,6 +571,7 @@ function describeProgress() {
   let text = `Step ${job.step} of ${job.steps}`;
   if (!reached) text = "The service cannot be reached; the page tries again";
   else if (state === "stalled") text = "The model does not answer";
+  else if (state === "starting" && run.lost) text = "The worker was replaced; the model is loading";
   else if (queued && state === "starting") text = "The model is loading";
   else if (queued) text = ahead ? `${ahead} before this one` : "Next in the queue";
   if ($("progress-text").textContent !== text) $("progress-text").textContent = text;
@@ -510,7 +597,7 @@ function duration(milliseconds) {
 }
 
 function busy(is) {
-  run = is ? { began: performance.now(), first: null, last: null } : null;
+  run = is ? { began: performance.now(), first: null, last: null, lost: false } : null;
   $("edit").disabled = is;
   $("cancel").disabled = false;
   $("progress").hidden = !is;
@@ -527,28 +614,31 @@ function busy(is) {
 // ---- The result ----
 
 // Makes an answer a result as the page and its history have it: with blobs, where it may read them.
-async function received(answer, words, source) {
+async function received({ id, result }, words, source) {
   const images = await Promise.all(
-    answer.images.map(async ({ data_url, url, filename, seed, width, height }) => {
-      const blob = await blobOf(data_url ?? url).catch(() => null);
+    result.images.map(async ({ data_url, url, filename, seed, width, height }, number) => {
+      const blob = data_url ? decoded(data_url) : await read(id, number);
       return { blob, url, filename, seed, width, height };
     }),
   );
-  const { steps, quality, timings, total_time } = answer;
-  return { words, images, before: source, steps, quality, timings, total_time };
+  const { steps, quality, timings, total_time, warnings } = result;
+  return { words, images, before: source, steps, quality, timings, total_time, warnings };
 }
 
-// Reads a picture. The content policy forbids to fetch a data: URL or another host's, so this
-// decodes the one, and does not try the other.
-async function blobOf(source) {
-  if (source.startsWith("data:")) {
-    const [head, coded] = source.split(",");
-    const bytes = Uint8Array.from(atob(coded), (char) => char.charCodeAt(0));
-    return new Blob([bytes], { type: head.slice("data:".length).split(";")[0] });
+// Decodes a data: URL. The content policy forbids to fetch it.
+function decoded(source) {
+  const [head, coded] = source.split(",");
+  const bytes = Uint8Array.from(atob(coded), (char) => char.charCodeAt(0));
+  return new Blob([bytes], { type: head.slice("data:".length).split(";")[0] });
+}
+
+// Reads a stored picture by way of the service: most buckets let no page read them.
+async function read(id, number) {
+  try {
+    return await (await call(`jobs/${id}/images/${number}`)).blob();
+  } catch {
+    return null;
   }
-  if (new URL(source, location.href).origin !== location.origin) return null;
-  const response = await fetch(source);
-  return response.ok ? response.blob() : null;
 }
 
 const sourceOf = (made) => (made.blob ? urlOf(made.blob) : made.url);
@@ -571,8 +661,12 @@ function show(result) {
   $("thumbs").replaceChildren(...thumbs);
   $("thumbs").hidden = thumbs.length < 2;
   $("made-words").textContent = result.words;
+  $("warnings").replaceChildren(...(result.warnings ?? []).map((text) => element("li", sentence(text))));
+  $("warnings").hidden = !result.warnings?.length;
   pick(0);
-  account(result);
+  for (const id of ["strip", "saved", "legend", "timings"]) $(id).hidden = Boolean(result.example);
+  $("example-note").hidden = !result.example;
+  if (!result.example) account(result);
   $("outcome").hidden = false;
   showHistory();
   freeUrls();
@@ -691,15 +785,18 @@ async function keep(result) {
 // Returns a source picture with at most about a megapixel, if its file is large.
 async function smaller({ blob, shape, name }) {
   if (blob.size <= LARGE) return { blob, shape, name };
-  const image = await createImageBitmap(blob);
-  const scale = Math.min(1, Math.sqrt(1e6 / (image.width * image.height)));
+  return { blob: await drawn(await createImageBitmap(blob), 1e6, "image/webp"), shape, name };
+}
+
+// Draws a picture anew, with so many pixels at most, and returns it as a file of a kind.
+async function drawn(image, pixels, kind) {
+  const scale = Math.min(1, Math.sqrt(pixels / (image.width * image.height)));
   const canvas = element("canvas");
   canvas.width = Math.max(1, Math.round(image.width * scale));
   canvas.height = Math.max(1, Math.round(image.height * scale));
   canvas.getContext("2d").drawImage(image, 0, 0, canvas.width, canvas.height);
   image.close();
-  const drawn = await new Promise((resolve) => canvas.toBlob(resolve, "image/webp", 0.9));
-  return { blob: drawn, shape, name };
+  return new Promise((resolve) => canvas.toBlob(resolve, kind, 0.9));
 }
 
 async function forgetOldest() {
