@@ -331,7 +331,7 @@ def test_inverses_of_all_kinds_are_undone_on_the_copy_alone(plain):
 
 
 # What these change, whoever runs the models has.
-OF_THE_MODEL = ("float8", "int8-text-encoder", "attention", "scale-temb")
+OF_THE_MODEL = ("float8", "int8", "int8-text-encoder", "attention", "scale-temb")
 OF_AN_ENCODER = ("int8-text-encoder", "placement")
 CLOSE = 1e-5
 RELATIVES = {

@@ -30,6 +30,10 @@ class Tokens:
     text: int
 
 
+def _same(numbers: torch.Tensor) -> torch.Tensor:
+    return numbers
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Call:
     """One transformer call of a generation.
@@ -42,6 +46,9 @@ class Call:
             latents' dtype, and bfloat16 rounds it by up to the distance of two steps.
         sigma: the noise level: float32, without dimensions.
         tokens: number of tokens of each kind.
+        agree: returns the same numbers on all processes that compute this generation together: the
+            largest of each. A decision that depends on numbers must depend on these, or one process
+            would skip blocks at which the others wait for it. Waits for the device.
     """
 
     step: int
@@ -50,6 +57,7 @@ class Call:
     timestep: torch.Tensor
     sigma: torch.Tensor
     tokens: Tokens
+    agree: Callable[[torch.Tensor], torch.Tensor] = _same
 
 
 @dataclass(frozen=True, slots=True, eq=False)

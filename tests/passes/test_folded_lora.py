@@ -24,10 +24,9 @@ from fluxfire.passes import (
     ModulationTable,
     QKVFusion,
     ReferenceCache,
-    float8,
 )
 from fluxfire.passes.contrib import folded_lora
-from fluxfire.passes.shared import adapters
+from fluxfire.passes.shared import adapters, eight_bits
 from fluxfire.passes.shared.adapters import FoldedAdapter, FoldedLinear
 from fluxfire.testing import edit, fingerprint, tiny_kontext
 from test_interrupts import Interrupter
@@ -527,7 +526,7 @@ def test_an_interrupt_before_a_new_scale_is_folded(passes, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        for module in (folded_lora, float8):
+        for module in (folded_lora, eight_bits):
             patched.setattr(module, "folded_weight", interrupted)
         with pytest.raises(KeyboardInterrupt):
             edit(pipe, steps=1, **call)

@@ -211,6 +211,8 @@ def diagnose(arguments: argparse.Namespace) -> int:
     rows = [("python", env.python)]
     rows += [(name, version or "not installed") for name, version in env.packages.items()]
     rows += [("CUDA", env.cuda or "none"), ("GPU", env.gpu or "none")]
+    if env.gpu is not None:
+        rows.append(("Kontext in bfloat16", _room_for_kontext()))
     if env.gpu is None:
         rows.append(("OMP_WAIT_POLICY", _judge_wait_policy(arguments.wait_policy)))
     if lacking := missing():
@@ -228,6 +230,17 @@ def diagnose(arguments: argparse.Namespace) -> int:
     ]
     say(table(("pass", f"on {arguments.model}", "why"), verdicts))
     return 0
+
+
+def _room_for_kontext() -> str:
+    """Say how FLUX.1 Kontext fits into the GPU's memory."""
+    from fluxfire import modules
+    from fluxfire.kontext.random_weights import full_kontext
+    from fluxfire.passes.contrib.placement import default_device
+    from fluxfire.planning.memory import advise
+
+    pipe: Any = full_kontext(device="meta")
+    return advise(pipe, modules.usable_bytes(default_device()))
 
 
 def _judge_wait_policy(policy: str | None) -> str:

@@ -7,14 +7,22 @@ they come before torch is imported.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from fluxfire.cli import catalog
 from fluxfire.cli.console import UsageError, note, usage_errors
 from fluxfire.cli.files import check_output, check_picture_format, free_path
-from fluxfire.cli.values import positive_decimal, positive_number, prompt, seed, size, words
+from fluxfire.cli.values import (
+    memory,
+    positive_decimal,
+    positive_number,
+    prompt,
+    seed,
+    size,
+    words,
+)
 from fluxfire.loading import KONTEXT, RANDOM, SPARK, model_folder
 from fluxfire.planning import recipes
 from fluxfire.protocol import Pass
@@ -266,8 +274,22 @@ def selected_workload(arguments: argparse.Namespace, pipe: DiffusersPipeline) ->
     )
 
 
-def load_model(model: str) -> DiffusersPipeline:
-    """Load the pipeline that `--model` names."""
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    """Add `--memory`."""
+    parser.add_argument(
+        "--memory", type=memory, metavar="SIZE",
+        help="fit into this much GPU memory, such as 16GiB, or auto: adds the passes for it",
+    )  # fmt: skip
+
+
+def load_model(model: str, *, device: str | None = None, placed: bool = False) -> DiffusersPipeline:
+    """Load the pipeline that `--model` names.
+
+    Args:
+        model: the name.
+        device: where to compute; by default on the GPU, if there is one.
+        placed: whether a pass will place it: then it stays in host memory.
+    """
     from fluxfire import loading
 
     if model in RANDOM:
@@ -275,7 +297,16 @@ def load_model(model: str) -> DiffusersPipeline:
             f"note: {model} has random weights. The result is noise, and only shows that all parts "
             f"work"
         )
-    return loading.load(model)
+    if not placed:
+        return loading.load(model, device=device)
+    from fluxfire.passes.contrib.placement import default_device
+
+    return loading.load(model, device="cpu", dtype=loading.default_dtype(default_device().type))
+
+
+def needs_placing(arguments: argparse.Namespace, passes: Iterable[Pass]) -> bool:
+    """Whether `--memory` or a pass of the list places the pipeline."""
+    return arguments.memory is not None or any(p.name == "placement" for p in passes)
 
 
 def note_spark_limits(instruction: str, picture: Image.Image) -> None:

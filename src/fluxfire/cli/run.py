@@ -11,6 +11,7 @@ from fluxfire.cli.options import (
     Commands,
     add_command,
     add_guidance,
+    add_memory,
     add_model,
     add_output,
     add_passes,
@@ -18,18 +19,23 @@ from fluxfire.cli.options import (
     add_sampling,
     add_size,
     load_model,
+    needs_placing,
     note_spark_limits,
     selected_passes,
     selected_workload,
 )
+from fluxfire.cli.values import positive_number
 from fluxfire.errors import FluxfireError
 from fluxfire.loading import SPARK
 from fluxfire.text import human_seconds
 
 if TYPE_CHECKING:  # so that the command line answers before torch is loaded
+    from collections.abc import Sequence
+
     from PIL import Image
 
     from fluxfire.diffusers_types import DiffusersPipeline
+    from fluxfire.protocol import Pass
     from fluxfire.reporting.statistics import RunStatistics
 
 _NOTABLE_SECONDS = 1.0
@@ -43,11 +49,20 @@ def add(commands: Commands) -> None:
     )  # fmt: skip
     add_model(parser)
     add_passes(parser)
+    add_memory(parser)
     add_picture(parser, required=True)
     add_output(parser, "out.png", "the edited picture", picture=True)
     add_sampling(parser)
     add_guidance(parser)
     add_size(parser)
+    parser.add_argument(
+        "--gpus", type=positive_number, default=1, metavar="N",
+        help="GPUs that share the edit, each with a process of its own (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--device", choices=["cuda", "cpu"],
+        help="where to compute (default: cuda, if there is one)",
+    )  # fmt: skip
     report = parser.add_mutually_exclusive_group()
     report.add_argument(
         "-v", "--verbose", action="store_true",
@@ -61,14 +76,41 @@ def run(arguments: argparse.Namespace) -> int:
     passes = selected_passes(arguments)
     if arguments.model == SPARK:
         note_spark_limits(arguments.prompt, arguments.picture)
+    if arguments.gpus > 1:
+        from fluxfire.cli.processes import run_together
+
+        run_together(_edit_and_report, arguments, passes)
+    else:
+        _edit_and_report(arguments, passes)
+    return 0
+
+
+def _edit_and_report(arguments: argparse.Namespace, passes: Sequence[Pass]) -> None:
+    """Edit the picture; save it and report, unless another process does.
+
+    Args:
+        arguments: the parsed arguments. Its `output` is None in a process that saves nothing.
+        passes: the passes to apply.
+    """
+    import torch
+
     from fluxfire import api
     from fluxfire.environment import environment
 
-    pipe = load_model(arguments.model)
-    api.optimize(pipe, passes)
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        raise FluxfireError("--device cuda needs a GPU, and torch finds none")
+    placed = needs_placing(arguments, passes)
+    pipe = load_model(arguments.model, device=arguments.device, placed=placed)
+    if arguments.gpus > 1:
+        from fluxfire.cli.processes import share
+
+        passes = share(passes, pipe)
+    api.optimize(pipe, passes, memory=arguments.memory)
     began = time.perf_counter()
     picture = _edit(pipe, arguments)
     seconds = time.perf_counter() - began
+    if arguments.output is None:
+        return
     try:
         picture.save(arguments.output)
     except (OSError, ValueError) as error:
@@ -79,11 +121,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         note(saved)
         say_json({"environment": environment().to_dict(), **report.to_dict()})
-        return 0
+        return
     say(saved)
     if arguments.verbose:
         say(f"\n{report}")
-    return 0
 
 
 def _edit(pipe: DiffusersPipeline, arguments: argparse.Namespace) -> Image.Image:
@@ -92,7 +133,7 @@ def _edit(pipe: DiffusersPipeline, arguments: argparse.Namespace) -> Image.Image
 
     from fluxfire.bench import Example
 
-    pipe.set_progress_bar_config(disable=False)
+    pipe.set_progress_bar_config(disable=arguments.output is None)
     load = selected_workload(arguments, pipe)
     example = Example(arguments.prompt, arguments.picture)
     try:
@@ -100,7 +141,7 @@ def _edit(pipe: DiffusersPipeline, arguments: argparse.Namespace) -> Image.Image
             return load.run(pipe, example, seed=arguments.seed)
     except torch.OutOfMemoryError as error:
         first = str(error).splitlines()[0]
-        raise FluxfireError(f"{first} Try a smaller --size, or a GPU with more memory") from None
+        raise FluxfireError(f"{first} Try --memory auto, or a smaller --size") from None
 
 
 def _summary(seconds: float, run: RunStatistics | None) -> str:

@@ -15,6 +15,7 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.edits.stand_in import StandIn, own_class
 from fluxfire.kernels import in_heads, joint_heads
+from fluxfire.kernels.exchange import Shards
 from fluxfire.kernels.flash_attention import flash_attention, float8_attention
 from fluxfire.kernels.float8 import E4M3, E4M3_MAX, QuantizedRows, float8_scale, to_float8
 from fluxfire.kernels.heads import Pair, Stream, Triple, dequantize
@@ -77,7 +78,13 @@ class ReferenceKV(NamedTuple):
 
 
 class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
-    """Attends exactly as diffusers' processor does, bit for bit, and supports a reference KV."""
+    """Attends exactly as diffusers' processor does, bit for bit, and supports a reference KV.
+
+    Attributes:
+        shards: how several processes share the tokens; None if this process has all of them.
+    """
+
+    shards: Shards | None = None
 
     @override
     def __call__(
@@ -122,7 +129,7 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
         rotary: Pair,
         reference: ReferenceKV | None,
     ) -> Tensor | Pair:
-        if reference is None:
+        if reference is None and self.shards is None:
             plain: Tensor | Pair = super().__call__(attn, image, text, None, rotary)
             return plain
         streams = [_project_and_norm(attn, image)]
@@ -131,9 +138,9 @@ class ReferenceAttnProcessor(StandIn, PlainProcessor):  # type: ignore[misc]
         parts = zip(*streams, strict=True)
         query, key, value = (torch.cat(x, dim=1) if len(x) > 1 else x[0] for x in parts)
         query, key = (apply_rotary_emb(x, rotary, sequence_dim=1) for x in (query, key))
-        if reference.extract:
+        if reference is not None and reference.extract:
             key, value = _store_reference(key, value, reference)
-        else:
+        elif reference is not None:
             cached_key, cached_value = reference.attended_in(key.dtype)
             key = torch.cat([key, cached_key], dim=1)
             value = torch.cat([value, cached_value], dim=1)
@@ -303,8 +310,9 @@ def _attend(
     scales = None
     if isinstance(processor, Float8AttnProcessor):
         scales = _float8_scales(
-            getattr(attention, SCALES_ATTRIBUTE), streams, attention.head_dim, reference
-        )
+            getattr(attention, SCALES_ATTRIBUTE), streams, attention.head_dim, reference,
+            processor.shards,
+        )  # fmt: skip
     dtype = streams[0].projected[0].dtype
     cached = cached_scales = None
     if reference is not None and not reference.extract:
@@ -317,8 +325,16 @@ def _attend(
         key, value = _store_reference(key, value, reference)
     if scales is None:
         return _run_kernel(processor, query, key, value)
-    out: Tensor = float8_attention(query, key, value, *scales, dtype).flatten(2, 3)
-    return out
+    shards, of_heads = processor.shards, scales
+    if shards is None:
+        out: Tensor = float8_attention(query, key, value, *scales, dtype)
+    else:
+        of_value = scales[2][:, shards.heads(query.shape[2])].contiguous()
+        of_heads = *scales[:2], of_value
+        out = shards.attend(
+            query, key, value, lambda q, k, v: float8_attention(q, k, v, *of_heads, dtype)
+        )
+    return out.flatten(2, 3)
 
 
 def _store_reference(key: Tensor, value: Tensor, reference: ReferenceKV) -> Pair:
@@ -367,7 +383,11 @@ def _where(mask: Tensor, one: Tensor, other: Tensor) -> Tensor:
 
 
 def _float8_scales(
-    fixed: QueryKeyScales, streams: list[Stream], width: int, reference: ReferenceKV | None
+    fixed: QueryKeyScales,
+    streams: list[Stream],
+    width: int,
+    reference: ReferenceKV | None,
+    shards: Shards | None,
 ) -> Triple:
     """Return the divisors that quantize query, key and value.
 
@@ -380,7 +400,8 @@ def _float8_scales(
     if reference is not None and not reference.extract:
         return *of_heads, reference.value_scale
     largest = [in_heads(s.projected[2], width).abs().amax(dim=(1, 3)).float() for s in streams]
-    scale = float8_scale(torch.stack(largest).amax(0))
+    of_all = torch.stack(largest).amax(0)
+    scale = float8_scale(of_all if shards is None else shards.largest(of_all))
     if reference is not None:
         if reference.refresh_mask is not None:
             scale = torch.where(reference.refresh_mask, scale, reference.value_scale)
@@ -405,11 +426,18 @@ def _project_and_norm(attention: BlockAttention, x: Tensor, *, added: bool = Fal
 
 def _run_kernel(processor: PlainProcessor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Run the processor's kernel on (batch, tokens, heads, head width): (batch, tokens, width)."""
+    shards = getattr(processor, "shards", None)
+    if shards is None:
+        return _kernel(processor, query, key, value).flatten(2, 3)
+    out: Tensor = shards.attend(query, key, value, lambda q, k, v: _kernel(processor, q, k, v))
+    return out.flatten(2, 3)
+
+
+def _kernel(processor: PlainProcessor, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     if isinstance(processor, FlashAttnProcessor):
-        return flash_attention(query, key, value).flatten(2, 3)  # type: ignore[no-any-return]
+        return flash_attention(query, key, value)  # type: ignore[no-any-return]
     backend = processor._attention_backend  # noqa: SLF001 - set_attention_backend() stores it here
-    out: Tensor = dispatch_attention_fn(query, key, value, backend=backend).flatten(2, 3)
-    return out
+    return dispatch_attention_fn(query, key, value, backend=backend)  # type: ignore[no-any-return]
 
 
 def _project_out(attention: BlockAttention, attended: Tensor, text_tokens: int) -> Pair:

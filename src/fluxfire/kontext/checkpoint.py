@@ -221,4 +221,3 @@ def _read_part(part: str, folder: Path, dtype: torch.dtype) -> nn.Module:
             raise LoadError(f"{folder / part} lacks {name}")
         tensor.requires_grad_(False)
     return model  # type: ignore[no-any-return]
-

@@ -32,6 +32,7 @@ def tiny_kontext(
     device: str | torch.device = "cpu",
     double_blocks: int = 2,
     single_blocks: int = 3,
+    heads: int = 3,
 ) -> DiffusersPipeline:
     """Build a Kontext pipeline that edits a picture in milliseconds on a CPU.
 
@@ -45,6 +46,7 @@ def tiny_kontext(
         device: device of all weights.
         double_blocks: number of two-stream blocks.
         single_blocks: number of one-stream blocks.
+        heads: number of attention heads, each 16 wide.
 
     Returns:
         The pipeline in evaluation mode, without a progress bar.
@@ -56,7 +58,7 @@ def tiny_kontext(
             num_layers=double_blocks,
             num_single_layers=single_blocks,
             attention_head_dim=16,
-            num_attention_heads=3,
+            num_attention_heads=heads,
             joint_attention_dim=40,
             pooled_projection_dim=24,
             axes_dims_rope=(4, 4, 8),

@@ -394,7 +394,7 @@ class _FirstBlockWrapper(CacheWrapper[FirstBlockCache]):
             return None
         assert state.first_residual is not None  # noqa: S101 - the caller checks it
         distances = relative_distance(residual, state.first_residual, state.first_size)
-        found: list[float] = distances.tolist()
+        found: list[float] = call.agree(distances).tolist()
         return found
 
     def _is_hit(self, call: Call, consecutive: int, distance: float | None) -> bool:

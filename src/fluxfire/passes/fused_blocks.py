@@ -93,8 +93,7 @@ class FusedBlocks:
                 f"({', '.join(sorted(swapped))}), and the kernels read several layers at once",
                 "use enable_model_cpu_offload() or none",
             )
-        on_gpu = transformer.device.type == "cuda" or "model-offload" in target.traits
-        if on_gpu and importlib.util.find_spec("triton") is None:
+        if target.on_gpu and importlib.util.find_spec("triton") is None:
             yield Finding("error", "the kernels for CUDA need triton", "pip install triton")
 
     def apply(self, tx: Transaction) -> Change:

@@ -134,7 +134,8 @@ def fingerprint(pipe: Pipeline, passes: Sequence[Configured]) -> dict[str, str]:
     """Return everything that compiled artifacts depend on, by name."""
     transformer, vae = pipe.transformer, pipe.vae
     facts = machine() | {
-        "device": str(transformer.device),
+        # Without its number: processes that share an edit have one GPU each, and one file.
+        "device": transformer.device.type,
         "dtype": str(transformer.dtype),
         "transformer": _digest(transformer.config),
         "vae": "none" if vae is None else f"{_digest(vae.config)} {vae.dtype}",

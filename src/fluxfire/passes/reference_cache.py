@@ -146,11 +146,12 @@ class ReferenceCache:
                 f"cannot keep the reference's keys and values",
                 "leave ReferenceCache out",
             )
-        if any(map(modules.runs_on_several_gpus, processors)):
+        if "context-parallel" in target.traits:
             yield Finding(
                 "error",
-                "attention runs in parallel on several GPUs, and each has a part of the tokens",
-                "leave ReferenceCache out",
+                "several processes share each edit, and each has the keys and values of a part of "
+                "the tokens only",
+                "leave one of them out; FirstBlockCache works on several processes",
             )
 
     def apply(self, tx: Transaction) -> Change:

@@ -31,7 +31,7 @@ def make_plan(pipe: DiffusersPipeline, passes: Passes, applied: Sequence[Pass]) 
     entries = resolve_entries(passes)
     problems = [message for entry in entries for message in entry.errors]
     steps = [Step(p, faults=entry.errors) for entry in entries for p in entry.passes]
-    if (why := refusal(pipe) or _why_unusable(pipe)) is not None:
+    if (why := refusal(pipe) or _why_unusable(pipe, applied)) is not None:
         unchecked = (replace(step, faults=(why, *step.faults)) for step in steps)
         return Plan(tuple(unchecked), (why, *problems), tuple(applied))
     requested = [step.pass_ for step in steps]
@@ -51,7 +51,7 @@ def make_plan(pipe: DiffusersPipeline, passes: Passes, applied: Sequence[Pass]) 
     return replace(plan, suggestion=suggestion, left_out=(*unknown, *left_out))
 
 
-def _why_unusable(pipe: Pipeline) -> str | None:
+def _why_unusable(pipe: Pipeline, applied: Sequence[Pass]) -> str | None:
     """Return the reason why fluxfire cannot work on a Kontext pipeline now; None if it can."""
     conductor = conductor_of(pipe)
     if conductor is not None and (why := conductor.why_unusable(pipe)) is not None:
@@ -65,10 +65,12 @@ def _why_unusable(pipe: Pipeline) -> str | None:
     # see them run.
     if "foreign-cache" in modules.cache_traits(pipe.transformer):
         return "; ".join(modules.FOREIGN_CACHE)
-    if modules.runs_on_several_gpus(pipe.transformer):
+    ours = any("context-parallel" in provided_traits(p) for p in applied)
+    if modules.runs_on_several_gpus(pipe.transformer) and not ours:
         return (
-            "the transformer runs on several GPUs (enable_parallelism()), which no pass supports; "
-            "load the pipeline without it"
+            "the transformer runs on several GPUs already, outside fluxfire "
+            "(enable_parallelism()), where passes cannot see all of its tokens; load the pipeline "
+            "without it, and add ContextParallel() to the passes, which does the same"
         )
     return None
 

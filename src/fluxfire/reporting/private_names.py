@@ -86,9 +86,19 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "torch.nn.functional.scaled_mm.",
     ),
     PrivateName(
+        "torch", "_int_mm",
+        "Multiplies int8 matrices (kernels/int8.py).",
+        "A Triton kernel, or a public name of torch.",
+    ),
+    PrivateName(
         "torch", "_addmm_activation",
         "Computes a linear layer and its GELU in one cuBLASLt kernel (kernels/products.py).",
         "torch.nn.functional.linear and gelu, which are slower.",
+    ),
+    PrivateName(
+        "torch.ops", "_c10d_functional",
+        "Exchanges tensors between processes, also in a compiled graph (kernels/exchange.py).",
+        "torch.distributed._functional_collectives, whose functions change their names.",
     ),
     # torch: tensors.
     PrivateName(
@@ -355,7 +365,8 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     PrivateName(
         "diffusers.ModelMixin", "_parallel_config",
-        "Sees that a user split the transformer over several GPUs.",
+        "Sees that a user split the transformer over several GPUs, and lets diffusers see that "
+        "ContextParallel did.",
         "Nothing public; ask for a property.",
         since=(0, 36),
     ),
@@ -388,6 +399,16 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
         "diffusers.hooks.HookRegistry.check_if_exists_or_initialize", "_diffusers_hook",
         "Sees that a user turned on group offloading or layerwise casting.",
         "Nothing public; ask for a property.",
+    ),
+    PrivateName(
+        "diffusers.AutoencoderKL", "_encode",
+        "Turns tiles on inside `encode` where the memory needs it.",
+        "`AutoencoderKL.encode`; `EncodingCache` must then cache beneath it.",
+    ),
+    PrivateName(
+        "diffusers.AutoencoderKL", "_decode",
+        "Turns tiles on inside `decode` where the memory needs it.",
+        "`AutoencoderKL.decode`.",
     ),
     # Other packages.
     PrivateName(

@@ -51,10 +51,12 @@ class BlockStack:
 
     Attributes:
         wrappers: the outermost first. Without wrappers the transformer runs its blocks itself.
+        innermost: wrappers inside all of these.
     """
 
     def __init__(self, model: Model) -> None:
         self.wrappers: list[BlockWrapper] = []
+        self.innermost: list[BlockWrapper] = []
         self._model = model
 
     @contextmanager
@@ -75,7 +77,8 @@ class BlockStack:
             FluxfireError: another library's cache has taken the place of the blocks, or the whole
                 transformer was compiled.
         """
-        if not self.wrappers:
+        wrappers = [*self.wrappers, *self.innermost]
+        if not wrappers:
             yield inputs
             return
         if "foreign-cache" in modules.cache_traits(transformer):
@@ -90,7 +93,7 @@ class BlockStack:
             )
         inputs = dict(inputs)
         run = self._model.runner(transformer, inputs)
-        for wrapper in reversed(self.wrappers):
+        for wrapper in reversed(wrappers):
             run = functools.partial(_run_wrapped, wrapper, run, call)
         all_blocks = range(len(self._model.blocks(transformer)))
         with self._model.mount(transformer, lambda streams: run(streams, all_blocks)):

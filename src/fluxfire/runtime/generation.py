@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from fluxfire.configured import Configured
 from fluxfire.diffusers_types import Pipeline
 from fluxfire.model import Call, Model, Tokens
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "Decision",
@@ -99,6 +102,7 @@ class Generation:
         decisions: a block cache's decision for each transformer call; empty without such a cache.
         refreshes: for each transformer call, whether a reference cache computed the reference;
             empty without such a cache.
+        agree: a pass sets it if several processes compute this generation (see `Call.agree`).
     """
 
     number: int
@@ -111,6 +115,7 @@ class Generation:
     calls: int = 0
     decisions: list[Decision] = field(default_factory=list)
     refreshes: list[Refresh] = field(default_factory=list)
+    agree: Callable[[torch.Tensor], torch.Tensor] | None = None
     _branch: int = 0
     _timestep: object = None
     _identity: object = None
@@ -144,9 +149,10 @@ class Generation:
             self._tokens = self.model.tokens(inputs)
         branch = ("cond", "uncond")[self._branch] if self._branch < 2 else f"#{self._branch}"  # noqa: PLR2004
         timestep = inputs["timestep"]
-        return Call(
+        call = Call(
             self.step, pipe.num_timesteps, branch, timestep, self.model.sigma(pipe), self._tokens
         )
+        return call if self.agree is None else replace(call, agree=self.agree)
 
 
 @dataclass(eq=False)

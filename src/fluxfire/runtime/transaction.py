@@ -112,9 +112,17 @@ class Transaction(EditLog):
         """
         self.record(InverseCall(inverse))
 
-    def wrap_blocks(self, wrapper: BlockWrapper) -> None:
-        """Wrap the run through the blocks, inside the wrappers of earlier passes."""
-        self.record(ListEdit(self._conductor.stack.wrappers, wrapper, "wrap the blocks"))
+    def wrap_blocks(self, wrapper: BlockWrapper, *, innermost: bool = False) -> None:
+        """Wrap the run through the blocks, inside the wrappers of earlier passes.
+
+        Args:
+            wrapper: the wrapper.
+            innermost: also stay inside the wrappers of later passes. A wrapper that changes how
+                the blocks compute, and not which of them run, belongs there.
+        """
+        stack = self._conductor.stack
+        wrappers = stack.innermost if innermost else stack.wrappers
+        self.record(ListEdit(wrappers, wrapper, "wrap the blocks"))
 
     def listen(self, listener: Listener) -> None:
         """Add a listener, which hears of this pipeline's generations."""

@@ -194,7 +194,7 @@ def _traits(pipe: Pipeline) -> set[str]:
     """Return the traits of a pipeline, those included that its passes gave it."""
     found: set[str] = set(modules.traits(pipe))
     conductor = conductor_of(pipe)
-    if conductor is not None and conductor.stack.wrappers:
+    if conductor is not None and (conductor.stack.wrappers or conductor.stack.innermost):
         found.add("wraps-blocks")
     # A pass may compute with quantized copies, and keep the plain parameters for `restore`.
     for _, component in modules.optimizable_components(pipe):

@@ -101,6 +101,13 @@ class ParaAttention:
                 'FirstBlockCache, which needs nothing, and with predict="hold" gives the same',
             )
         yield from check_for_other_caches(target)
+        if "context-parallel" in target.traits:
+            yield Finding(
+                "error",
+                "several processes share each edit, and para-attn lets each decide for itself "
+                "whether to skip the blocks",
+                "use FirstBlockCache, with which they agree",
+            )
 
     def apply(self, tx: Transaction) -> Change:
         """Wrap the run through the blocks, and listen to the generations."""
