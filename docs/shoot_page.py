@@ -14,13 +14,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import httpx
 from PIL import Image
 from playwright.sync_api import Browser, expect, sync_playwright
 
 ASSETS = Path(__file__).parent / "pages" / "assets"
-SHOTS: dict[str, dict[str, object]] = {
+SHOTS: dict[str, dict[str, Any]] = {
     "serve-page.webp": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "light"},
     "serve-page-dark.webp": {"viewport": {"width": 1280, "height": 860}, "color_scheme": "dark"},
     "serve-page-phone.webp": {"viewport": {"width": 390, "height": 844}, "color_scheme": "light"},
@@ -41,9 +42,9 @@ def main() -> None:
         browser.close()
 
 
-def shoot(browser: Browser, url: str, options: dict[str, object]) -> Image.Image:
+def shoot(browser: Browser, url: str, options: dict[str, Any]) -> Image.Image:
     """Edit the first example, and return what is seen then."""
-    page = browser.new_context(**options).new_page()  # type: ignore[arg-type]
+    page = browser.new_context(**options).new_page()
     page.set_default_timeout(_PATIENCE * 1000)
     page.goto(url)
     expect(page.locator("#about")).to_contain_text("ready")

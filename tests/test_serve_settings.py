@@ -42,6 +42,10 @@ def test_others_do(host, tmp_path):
         ({"request_seconds": 0}, "request_seconds=0; it must be above 0"),
         ({"preset": "fast", "passes": "compile"}, "preset and passes exclude each other"),
         ({"origins": ("*",)}, "would allow every site; name the sites"),
+        (
+            {"memory": "much"},
+            "memory: 'much' is no amount of memory; write such as '16GiB', or auto",
+        ),
         ({"warm_up": ((1, 1),)}, "warm_up has the size 1x1; it must be a width and a height, both"),
         ({"warm_up": ((1024, 1000),)}, "warm_up has the size 1024x1000"),
         ({"warm_up": ((8192, 1024),)}, "multiples of 16 up to 4096"),
@@ -203,6 +207,7 @@ WANTED = {
     "drain_seconds": 75.0,
     "hang_seconds": 76.0,
     "log_format": "json",
+    "memory": "12GiB",
     "warm_up": ((1024, 768), (512, 512)),
 }
 SECRETS = ("secret", "webhook_secret")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxfire.cli import catalog
-from fluxfire.cli.values import port, positive_decimal, positive_number, size
+from fluxfire.cli.values import memory, port, positive_decimal, positive_number, size
 from fluxfire.loading import KONTEXT, RANDOM, SPARK
 from fluxfire.serve.settings import Settings
 
@@ -87,6 +87,12 @@ def _add_model(group: _Group) -> None:
     )
     _complete(preset, catalog.presets)
     group.add("passes", "names in order, separated by commas, or none; instead of a preset")
+    group.add(
+        "memory",
+        "fit into this much GPU memory, such as 16GiB, or auto: adds the passes for it",
+        type=memory,
+        metavar="SIZE",
+    )
     group.add(
         "warm_up",
         "size to run before the service is ready (repeatable)",

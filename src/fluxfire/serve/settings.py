@@ -9,6 +9,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 from fluxfire.errors import FluxfireError
+from fluxfire.text import read_bytes
 
 _HOUR, _DAY = 3600.0, 86400.0
 _LARGEST_PORT = 65535
@@ -44,6 +45,9 @@ class Settings:
             `faithful`, and each request may ask for `balanced` or `fast`, which are lossy. A CPU
             compiles nothing.
         passes: names of passes in order, separated by commas, or none; instead of a preset.
+        memory: how much GPU memory the pipeline may need, such as `16GiB`, or `auto`: adds the
+            passes for it, as `optimize(pipe, memory=…)`. With None the whole pipeline is on the
+            GPU.
         host: address to listen on.
         port: port to listen on; 0 for any free port.
         keys_file: file of keys; `fluxfire serve --new-key` prints its lines of name and hash.
@@ -92,6 +96,7 @@ class Settings:
     model: str = "spark"
     preset: str | None = None
     passes: str | None = None
+    memory: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     keys_file: Path | None = None
@@ -131,6 +136,7 @@ class Settings:
             raise FluxfireError(f"port={self.port!r}; it must be from 0 to {_LARGEST_PORT}")
         if self.preset is not None and self.passes is not None:
             raise FluxfireError("preset and passes exclude each other; give one of them")
+        _check_memory(self.memory)
         if self.log_format not in ("text", "json"):
             raise FluxfireError(f"log_format={self.log_format!r}; it must be text or json")
         for size in self.warm_up or ():
@@ -165,6 +171,14 @@ class Settings:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _check_memory(memory: str | None) -> None:
+    if memory is not None and memory != "auto":
+        try:
+            read_bytes(memory)
+        except ValueError as error:
+            raise FluxfireError(f"memory: {error}, or auto") from None
 
 
 def _check_size(size: tuple[int, int]) -> None:

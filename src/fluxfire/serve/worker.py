@@ -108,24 +108,33 @@ def _load_editor(settings: Settings) -> PipelineEditor:
     import torch
 
     from fluxfire import api, loading
+    from fluxfire.applying import applied_passes
+    from fluxfire.passes.contrib.placement import default_device
     from fluxfire.planning.resolve import passes_from_options
     from fluxfire.serve import quality_levels
     from fluxfire.serve.pipeline_editor import PipelineEditor
 
     try:
-        pipe = loading.load(settings.model)
+        computes_on = default_device().type
+        host = settings.memory is not None  # Placement then moves what fits
+        pipe = loading.load(
+            settings.model,
+            device="cpu" if host else None,
+            dtype=loading.default_dtype(computes_on),
+        )
         pipe.set_progress_bar_config(disable=True)
         if settings.preset is None and settings.passes is None:
-            passes = quality_levels.default_passes(pipe.device.type)
+            passes = quality_levels.default_passes(computes_on)
         else:
             passes = tuple(passes_from_options(settings.preset, settings.passes))
-        api.optimize(pipe, passes)
+        api.optimize(pipe, passes, memory=settings.memory)
+        passes = tuple(applied_passes(pipe))
         editor = PipelineEditor(pipe, passes, settings.model)
         editor.warm_up(settings.warm_up, {1, min(2, settings.at_once), settings.at_once})
     except torch.OutOfMemoryError as error:
         raise FluxfireError(
-            f"{str(error).splitlines()[0]} Serve a smaller model, make fewer pictures at once, or "
-            f"warm up smaller sizes"
+            f"{str(error).splitlines()[0]} Serve with --memory auto, make fewer pictures at once, "
+            f"or warm up smaller sizes"
         ) from error
     return editor
 
