@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import FluxKontextPipeline
+from safetensors.torch import load_file, save_file
 
 import fluxfire
 from fluxfire.cli import main
@@ -185,10 +188,6 @@ def test_memory_is_kept_with_it(folders):
 
 @pytest.mark.parametrize("spoil", ["format", "tensor"])
 def test_a_spoilt_folder_is_refused(folders, tmp_path, spoil):
-    import shutil
-
-    from safetensors.torch import load_file, save_file
-
     folder = tmp_path / "spoilt"
     shutil.copytree(folders[1], folder)
     if spoil == "format":
@@ -209,7 +208,8 @@ def test_bad_sources_and_targets_are_refused(folders, tmp_path):
     for source, target, words in (
         (plain, made, "exists already"),
         (made, tmp_path / "new", "is an int8 checkpoint already"),
-        (tmp_path, tmp_path / "new", "no transformer/config.json"),
+        (tmp_path, plain.parent / "new", "no transformer/config.json"),
+        (plain, plain / "int8", "lies in .*a folder outside of it"),
     ):
         with pytest.raises(LoadError, match=words):
             checkpoint.quantize(source, target)
@@ -262,3 +262,72 @@ def test_large_weights_are_the_files_themselves(folders, stored):
         assert layers
         for layer in layers:
             assert "int8-" in mapped_file(layer.stored.data)
+
+
+@pytest.mark.parametrize("stale", ["variant", "single", "other"])
+def test_only_the_files_that_diffusers_reads_count(folders, tmp_path, stale):
+    source = tmp_path / "source"
+    shutil.copytree(folders[0], source)
+    other = tiny_kontext(dtype=torch.bfloat16, seed=1).transformer
+    name = {
+        "variant": "diffusion_pytorch_model.fp16.safetensors",
+        "single": "diffusion_pytorch_model.safetensors",  # beside shards, which come first
+        "other": "zz.safetensors",
+    }[stale]
+    tensors = {k: v.contiguous() for k, v in other.state_dict().items()}
+    save_file(tensors, source / "transformer" / name)
+    (source / "flux1-kontext-dev.safetensors").write_bytes(b"not a part of the pipeline")
+    made = tmp_path / "made"
+    checkpoint.quantize(source, made)
+    for file in (folders[1] / "transformer").glob("*.safetensors"):
+        assert file.read_bytes() == (made / "transformer" / file.name).read_bytes()
+    assert {p.name for p in made.iterdir()} == {p.name for p in folders[1].iterdir()}
+
+
+def test_an_incomplete_source_is_refused(folders, tmp_path):
+    source, made = tmp_path / "source", tmp_path / "made"
+    shutil.copytree(folders[0], source)
+    index = source / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    last = max((source / "transformer").glob("*.safetensors"))
+    tensors = load_file(last)
+    gone = min(tensors)
+    tensors.pop(gone)
+    save_file(tensors, last)
+    with pytest.raises(LoadError, match=f"lacks {gone}; download"):
+        checkpoint.quantize(source, made)
+    last.write_bytes(b"cut")
+    with pytest.raises(LoadError, match="cannot be read"):
+        checkpoint.quantize(source, made)
+    last.unlink()
+    with pytest.raises(LoadError, match=f"there is no .*{last.name}"):
+        checkpoint.quantize(source, made)
+    index.write_text("{")
+    with pytest.raises(LoadError, match=r"index\.json cannot be read"):
+        checkpoint.quantize(source, made)
+    assert not made.exists()
+
+
+def test_copies_and_pickles_keep_hooks_and_numbers(stored):
+    made, calls = edit(stored), []
+    layer = stored.transformer.transformer_blocks[0].attn.to_q
+    handle = layer.register_forward_hook(lambda *_: calls.append(1))
+    twin = copy.deepcopy(stored.transformer)
+    handle.remove()
+    again = pickle.loads(pickle.dumps(stored.transformer))
+    for one in (twin, again):
+        layer = one.transformer_blocks[0].attn.to_q
+        assert layer.weight.layer() is layer
+        assert not layer.training
+        stored.register_modules(transformer=one)
+        assert np.array_equal(edit(stored), made)
+    assert calls
+
+
+def test_t5_keeps_in_float32_what_transformers_keeps(folders):
+    pipe = fluxfire.load(str(folders[1]), dtype=torch.float16)
+    plain = FluxKontextPipeline.from_pretrained(folders[0], dtype=torch.float16)
+    for one in (pipe, plain):
+        layer = one.text_encoder_2.encoder.block[0].layer[1].DenseReluDense
+        assert (layer.wo.weight.dtype, layer.wi.weight.dtype) == (torch.float32, torch.float16)
+    words = pipe.encode_prompt("x", "x", max_sequence_length=8)[0]
+    assert torch.isfinite(words).all()

@@ -477,7 +477,7 @@ def test_two_optimized_pipelines_that_share_encoders_and_vae(pass_, first):
     before = [fingerprint(pipe) for pipe in pipes]
     fluxfire.optimize(one, [pass_])
     if pass_.name in OF_AN_ENCODER:
-        with pytest.raises(PlanError, match="another pipeline that shares the .*encod.* restore"):
+        with pytest.raises(PlanError, match="another pipeline that shares the .* restore"):
             fluxfire.optimize(two, [pass_])
         fluxfire.restore(one)
         assert all(map(np.array_equal, map(edit, pipes), pictures))

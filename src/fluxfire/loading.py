@@ -117,7 +117,11 @@ def quantize(
             raise LoadError(_explain(model, error)) from error
     where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return checkpoint.quantize(
-        source, Path(folder), dtype=dtype or torch.bfloat16, device=where, progress=progress
+        source,
+        Path(folder).expanduser(),
+        dtype=dtype or torch.bfloat16,
+        device=where,
+        progress=progress,
     )
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -163,8 +162,10 @@ class StoredWeight(nn.Module):
     def quantize(self, weight: Tensor, device: torch.device) -> None:
         """Take another weight: quantize it on a device, and keep the result where it was."""
         with modules.matching_inference_mode(weight), torch.no_grad():
-            made = quantize_int8(weight.detach().to(device))
-            self.data, self.scale = (tensor.to(self.data.device) for tensor in made)
+            data, scale = quantize_int8(weight.detach().to(device))
+            # In place, since `Placement` moves these tensors.
+            self.data.copy_(data)
+            self.scale.copy_(scale)
 
     @property
     def nbytes(self) -> int:
@@ -198,8 +199,31 @@ class _NowhereWeight(DroppedWeight):
     def device(self) -> torch.device:  # type: ignore[override]
         """Where the layer computes, since PEFT creates a LoRA where the weight is."""
         layer: Any = self.layer()
+        if layer is None:
+            return torch.device("meta")
         like: Tensor = layer.stored.data if layer.bias is None else layer.bias
         return like.device
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DroppedWeight:
+        """Copy the shape and the dtype; the layer's copy takes the copy over."""
+        made = memo.setdefault(id(self), _nowhere(self.shape, self.dtype, self.why))
+        return cast("DroppedWeight", made)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickle the shape and the dtype."""
+        return _nowhere, (tuple(self.shape), self.dtype, self.why)
+
+
+def _nowhere(shape: Sequence[int], dtype: torch.dtype, why: str) -> DroppedWeight:
+    """Create a placeholder whose layer is not known yet."""
+    empty = torch.empty(tuple(shape), dtype=dtype, device="meta")
+    made = _NowhereWeight.like(empty, nn.Identity(), why=why)
+    made.layer = _no_layer  # type: ignore[assignment]
+    return made
+
+
+def _no_layer() -> None:
+    return None
 
 
 class StoredLinear(LayerWithoutWeight, nn.Linear):
@@ -266,10 +290,7 @@ class StoredLinear(LayerWithoutWeight, nn.Linear):
         else:
             self.stored.quantize(given, self.stored.data.device)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> StoredLinear:
-        """Copy the stored weight and the bias."""
-        stored = copy.deepcopy(self.stored, memo)
-        bias = None if self.bias is None else copy.deepcopy(self.bias, memo)
-        made = type(self).of(stored.data, stored.scale, bias, self.weight.dtype)
-        memo[id(self)] = made
-        return made
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a copied or pickled layer; its placeholder belongs to it."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        cast("DroppedWeight", self.weight).layer = weakref.ref(self)

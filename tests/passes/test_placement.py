@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 
 import fluxfire
 from fluxfire import modules
@@ -242,3 +244,85 @@ def test_memory_is_read(text, number):
 def test_what_is_no_amount_of_memory_is_refused(text):
     with pytest.raises(ValueError, match="no amount of memory"):
         Placement(memory=text)
+
+
+def with_t5_adapter(pipe):
+    config = LoraConfig(r=2, target_modules=["q", "v"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        inject_adapter_in_model(config, pipe.text_encoder_2)
+
+
+LATER = [(load, [THERE]), (load, LOW_MEMORY), (with_t5_adapter, [THERE])]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(("adapt", "passes"), LATER, ids=["plain", "int8", "t5"])
+def test_an_adapter_that_comes_later_goes_back_with_the_weights(adapt, passes, streamed):
+    pipe, twin = tiny_kontext(), tiny_kontext()
+    if streamed:
+        passes = [replace(passes[0], memory=ROOM), *passes[1:]]
+    fluxfire.optimize(pipe, passes)
+    edit(pipe)
+    for one in (pipe, twin):
+        adapt(one)
+    made = edit(pipe)
+    copied = copy.deepcopy(pipe)
+    fluxfire.restore(pipe)
+    plain = edit(twin)
+    assert {*places(pipe).values()} == {*places(copied).values()} == {torch.device("cpu")}
+    assert np.array_equal(edit(pipe), plain)
+    assert np.array_equal(edit(copied), plain)
+    assert np.abs(made - plain).max() < (2e-5 if passes[1:] == [] else 0.1)
+
+
+def test_a_pipeline_on_the_device_comes_back_to_it(reference):
+    """Also what had to leave it, since the memory does not hold all."""
+    pipe = tiny_kontext().to(DEVICE)
+    fluxfire.optimize(pipe, [Placement(device=str(DEVICE), memory=ROOM)])
+    assert np.array_equal(edit(pipe), reference)
+    assert fluxfire.report(pipe).passes[0].facts["streamed_layers"] > 0
+    fluxfire.restore(pipe)
+    assert {*places(pipe).values()} == {DEVICE}
+    assert np.array_equal(edit(pipe), reference)
+
+
+@pytest.mark.parametrize("part", ["vae", "text_encoder", "text_encoder_2"])
+def test_a_part_that_another_pipeline_has_placed_is_refused(part, reference):
+    one, two = tiny_kontext(), tiny_kontext()
+    two.register_modules(**{part: getattr(one, part)})
+    fluxfire.optimize(one, [THERE])
+    others = [[THERE]] + ([[Int8TextEncoder()]] if part == "text_encoder_2" else [])
+    for passes in others:
+        with pytest.raises(PlanError, match="shares the .* decides where it lies; restore"):
+            fluxfire.optimize(two, passes)
+    fluxfire.restore(one)
+    fluxfire.optimize(two, [THERE])
+    assert np.array_equal(edit(two), reference)
+    fluxfire.restore(two)
+    assert np.array_equal(edit(one), reference)
+
+
+def test_weights_that_are_loaded_go_back_with_the_others(tmp_path):
+    tiny_kontext().save_pretrained(tmp_path / "plain")
+    fluxfire.quantize(str(tmp_path / "plain"), tmp_path / "int8", dtype=torch.float32)
+    pipe = fluxfire.load(str(tmp_path / "int8"), dtype=torch.float32)
+    other = tiny_kontext(seed=1).transformer.state_dict()
+    fluxfire.optimize(pipe, [THERE])
+    edit(pipe)
+    pipe.transformer.load_state_dict(other)
+    made = edit(pipe)
+    fluxfire.restore(pipe)
+    assert {*places(pipe).values()} <= {torch.device("cpu")}
+    assert np.array_equal(edit(pipe), made)
+
+
+def test_a_device_that_there_is_not_is_refused():
+    with pytest.raises(ValueError, match="device='gpu' is no device"):
+        Placement(device="gpu")
+
+
+def test_silencing_a_warning_is_no_move(pipe):
+    fluxfire.optimize(pipe, [THERE])
+    pipe.to(torch.bfloat16, silence_dtype_warnings=True)
+    assert edit(pipe).shape[-1] == 3

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
@@ -34,7 +34,9 @@ MARK = "fluxfire.json"
 FORMAT = "int8-rows-1"
 _SCALE = ".scale"  # after the name of a weight
 _SHARD = 2 * 2**30
-_PARTS = ("transformer", "text_encoder_2")
+_NAMES = {"transformer": "diffusion_pytorch_model", "text_encoder_2": "model"}
+"""The parts to quantize, and what their files are called."""
+_PARTS = tuple(_NAMES)
 
 Progress = Callable[[str, int, int], object]
 """Called with a part, the bytes read of it so far, and its bytes in all."""
@@ -72,12 +74,11 @@ def quantize(
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as scratch:
         made = Path(scratch, folder.name)
-        shutil.copytree(source, made, ignore=_leave_weights)
+        made.mkdir()
+        _copy_the_rest(source, made)
         for part in _PARTS:
-            names = _quantized_names(_on_meta(part, source))
-            _Writer(made / part, dtype, device or torch.device("cpu")).write(
-                part, _weight_files(source / part), names, progress
-            )
+            writer = _Writer(made / part, dtype, device or torch.device("cpu"))
+            writer.write(part, _plain_files(part, source), _on_meta(part, source), progress)
         facts = {"format": FORMAT, "fluxfire": __version__, "dtype": str(dtype).split(".")[1]}
         (made / MARK).write_text(json.dumps(facts, indent=1) + "\n")
         made.rename(folder)
@@ -99,39 +100,74 @@ def read(folder: Path, dtype: torch.dtype) -> dict[str, nn.Module]:
     Raises:
         LoadError: the folder was written by another version, or lacks a tensor.
     """
-    facts = json.loads((folder / MARK).read_text())
-    if facts.get("format") != FORMAT:
+    try:
+        found = dict(json.loads((folder / MARK).read_text())).get("format")
+    except (ValueError, TypeError) as error:
+        raise LoadError(f"{folder / MARK} cannot be read: {error}") from error
+    if found != FORMAT:
         raise LoadError(
-            f"{folder} has the format {facts.get('format')!r}, and this fluxfire reads {FORMAT!r}; "
+            f"{folder} has the format {found!r}, and this fluxfire reads {FORMAT!r}; "
             f"write it again with fluxfire quantize"
         )
     return {part: _read_part(part, folder, dtype) for part in _PARTS}
 
 
 def _check_source(source: Path, folder: Path) -> None:
-    if folder.exists():
+    if folder.exists() or folder.is_symlink():
         raise LoadError(f"{folder} exists already; give another folder, or remove it")
+    if folder.resolve().is_relative_to(source.resolve()):
+        raise LoadError(f"{folder} lies in {source}; give a folder outside of it")
     if is_int8(source):
         raise LoadError(f"{source} is an int8 checkpoint already")
     for part in _PARTS:
         if not (source / part / "config.json").is_file():
-            raise LoadError(f"{source} has no {part}/config.json: it is no FLUX.1 Kontext pipeline")
-        if not _weight_files(source / part):
             raise LoadError(
-                f"{source / part} has no .safetensors files; save the pipeline with "
-                f"pipe.save_pretrained(…, safe_serialization=True)"
+                f"{source} has no {part}/config.json: fluxfire quantizes FLUX.1 Kontext pipelines "
+                f"that have all their parts"
             )
+        _plain_files(part, source)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(folder.glob("*.safetensors"))
+def _plain_files(part: str, source: Path) -> list[Path]:
+    """Return the files that diffusers or transformers would read: no variant, nothing stale.
+
+    Raises:
+        LoadError: there is none.
+    """
+    folder = source / part
+    name = _NAMES[part]
+    index, single = folder / f"{name}.safetensors.index.json", folder / f"{name}.safetensors"
+    # diffusers prefers shards, and transformers a single file.
+    if index.is_file() and (part == "transformer" or not single.is_file()):
+        try:
+            names = set(json.loads(index.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise LoadError(f"{index} cannot be read: {error!r}") from error
+        files = sorted(folder / str(one) for one in names)
+    else:
+        files = [single]
+    if missing := next((file for file in files if not file.is_file()), None):
+        raise LoadError(
+            f"there is no {missing}; save the pipeline with pipe.save_pretrained(…), which writes "
+            f"safetensors files without a variant"
+        )
+    return files
 
 
-def _leave_weights(folder: str, names: list[str]) -> list[str]:
-    """Name the files of a folder that the copy leaves out."""
-    if Path(folder).name not in _PARTS:
-        return []
-    return [name for name in names if ".safetensors" in name or name.endswith((".bin", ".pt"))]
+def _own_files(folder: Path) -> list[Path]:
+    """Return the files of a part of an int8 checkpoint."""
+    return sorted(folder.glob("int8-*.safetensors"))
+
+
+def _copy_the_rest(source: Path, made: Path) -> None:
+    """Copy what belongs to the pipeline, apart from the weights of two parts."""
+    shutil.copy2(source / "model_index.json", made)
+    for name in json.loads((source / "model_index.json").read_text()):
+        if name in _PARTS:
+            (made / name).mkdir()
+            shutil.copy2(source / name / "config.json", made / name)
+        elif (source / name).is_dir():
+            shutil.copytree(source / name, made / name)
 
 
 def _on_meta(part: str, folder: Path) -> nn.Module:
@@ -164,11 +200,18 @@ class _Writer:
         self._count = 0
 
     def write(
-        self, part: str, files: list[Path], quantized: set[str], progress: Progress | None
+        self, part: str, files: list[Path], model: nn.Module, progress: Progress | None
     ) -> None:
-        """Copy all tensors of some files, and quantize the weights of some layers."""
+        """Copy all tensors of some files, and quantize the weights of some layers.
+
+        Raises:
+            LoadError: the files lack a tensor of the model.
+        """
+        quantized = _quantized_names(model)
+        missing = {name for name, _ in model.named_parameters()}
         total, done = sum(file.stat().st_size for file in files), 0
         for name, tensor in _tensors(files):
+            missing.discard(name)
             if name.removesuffix(".weight") in quantized and name.endswith(".weight"):
                 data, scale = quantize_int8(tensor.to(self._device))
                 self._add(name, data)
@@ -180,6 +223,10 @@ class _Writer:
             if progress is not None:
                 progress(part, done, total)
         self._flush()
+        if missing:
+            raise LoadError(f"{files[0].parent} lacks {min(missing)}; download the model again")
+        if progress is not None:
+            progress(part, total, total)
 
     def _add(self, name: str, tensor: Tensor) -> None:
         self._shard[name] = tensor.cpu().contiguous()
@@ -196,14 +243,20 @@ class _Writer:
 
 def _tensors(files: list[Path]) -> Iterator[tuple[str, Tensor]]:
     for file in files:
-        with safe_open(file, "pt") as opened:
+        try:
+            opened: Any = safe_open(file, "pt")
+        except (OSError, SafetensorError) as error:
+            raise LoadError(f"{file} cannot be read: {error}") from error
+        with opened:
             for name in opened.keys():  # noqa: SIM118 - it is no mapping
                 yield name, opened.get_tensor(name)
 
 
 def _read_part(part: str, folder: Path, dtype: torch.dtype) -> nn.Module:
     model: Any = _on_meta(part, folder)
-    tensors = dict(_tensors(_weight_files(folder / part)))
+    tensors = dict(_tensors(_own_files(folder / part)))
+    # transformers keeps T5's `wo` in float32 where the rest is in float16, which it overflows.
+    precise = getattr(model, "_keep_in_fp32_modules", None) or ()
     for name in sorted(_quantized_names(model)):
         data = tensors.pop(f"{name}.weight", None)
         scale = tensors.pop(f"{name}.weight{_SCALE}", None)
@@ -211,7 +264,9 @@ def _read_part(part: str, folder: Path, dtype: torch.dtype) -> nn.Module:
             raise LoadError(f"{folder / part} lacks {name}.weight or its scales")
         bias = tensors.pop(f"{name}.bias", None)
         owner, _, last = name.rpartition(".")
-        setattr(model.get_submodule(owner), last, StoredLinear.of(data, scale, bias, dtype))
+        keeps = dtype is torch.float16 and last in precise
+        layer = StoredLinear.of(data, scale, bias, torch.float32 if keeps else dtype)
+        setattr(model.get_submodule(owner), last, layer)
     plain = {n: t.to(dtype) if t.is_floating_point() else t for n, t in tensors.items()}
     nn.Module.load_state_dict(model, plain, strict=False, assign=True)
     if part == "text_encoder_2":

@@ -17,6 +17,7 @@ from fluxfire.planning.rules import sort_by_stage
 from fluxfire.protocol import Pass
 from fluxfire.supported import model_of, refusal
 from fluxfire.text import human_bytes, read_bytes, spell
+from fluxfire.weights import DroppedWeight
 
 AUTO = "auto"
 
@@ -61,6 +62,8 @@ def fit(pipe: object, passes: Passes, memory: str | int) -> Passes:
     if errors or refusal(pipe) is not None:
         return passes
     own = next((p for p in given if isinstance(p, Placement)), Placement())
+    if limit is None and own.memory is not None:
+        limit = read_bytes(own.memory)
     placement = own if limit is None else replace(own, memory=limit)
     known: Pipeline = pipe  # type: ignore[assignment]
     device = default_device(own.device)
@@ -107,7 +110,9 @@ def measure(pipe: Pipeline) -> Sizes:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(weight.nbytes for weight in {*module.parameters(), *module.buffers()})
+    tensors = {*module.parameters(), *module.buffers()}
+    # The placeholder of a weight that an int8 checkpoint has elsewhere takes no memory.
+    return sum(tensor.nbytes for tensor in tensors if not isinstance(tensor, DroppedWeight))
 
 
 def _passes_needed(sizes: Sizes, capacity: float) -> list[Pass]:

@@ -412,6 +412,11 @@ PRIVATE_NAMES: tuple[PrivateName, ...] = (
     ),
     # Other packages.
     PrivateName(
+        "transformers.T5EncoderModel", "_keep_in_fp32_modules",
+        "Keeps T5's `wo` in float32 in an int8 checkpoint that is read in float16.",
+        "The name `wo` itself.",
+    ),
+    PrivateName(
         "accelerate.hooks.add_hook_to_module", "_hf_hook",
         "Sees that a user turned on offloading, and finds the weights that it moved.",
         "Nothing public; ask accelerate for a reader.",

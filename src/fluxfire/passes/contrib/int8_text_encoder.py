@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from fluxfire.errors import FluxfireError
 from fluxfire.kernels.float8 import eight_bit_linear
 from fluxfire.kernels.int8 import quantize_int8
 from fluxfire.passes.shared.host_weights import HostWeights, computing_device
-from fluxfire.passes.shared.streaming import Streaming
+from fluxfire.passes.shared.streaming import OWNER, Streaming, is_owned_by_another
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
 from fluxfire.runtime.freshness import Watch
 from fluxfire.runtime.generation import Listener
@@ -50,10 +51,10 @@ class Int8TextEncoder:
         if encoder is None:
             yield Finding("info", "the pipeline has no text encoder")
             return
-        if any(isinstance(part, _StoredLinear) for part in encoder.modules()):
+        if is_owned_by_another(encoder, target.pipe):
             yield Finding(
                 "error",
-                "a pass on another pipeline that shares the text encoder has quantized it",
+                "a pass on another pipeline that shares the text encoder decides where it lies",
                 "restore that pipeline first",
             )
         if modules.is_moved(encoder):
@@ -75,6 +76,7 @@ class Int8TextEncoder:
         linears = [] if encoder is None else list(dict.fromkeys(_linears(encoder)))
         if encoder is None or not linears:
             return Change(0, "linear layers of T5 in int8")
+        tx.setattr(encoder, OWNER, weakref.ref(tx.pipe))
         host = HostWeights.of(tx, encoder)
         freed = 0
         for linear in linears:

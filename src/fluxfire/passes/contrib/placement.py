@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,13 @@ from fluxfire import modules
 from fluxfire.errors import FluxfireError
 from fluxfire.passes.shared.adapters import base_of, move_adapters_to_weights
 from fluxfire.passes.shared.host_weights import kept_in_host_memory
-from fluxfire.passes.shared.streaming import StreamedLinear, Streaming, place, streamed
+from fluxfire.passes.shared.streaming import (
+    OWNER,
+    StreamedLinear,
+    is_owned_by_another,
+    place,
+    streamed,
+)
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
 from fluxfire.runtime.generation import Listener
 from fluxfire.runtime.transaction import Transaction
@@ -22,10 +29,10 @@ from fluxfire.supported import model_of
 from fluxfire.text import human_bytes, read_bytes
 from fluxfire.weights import StoredLinear
 
-ROOM = 1536 * 2**20
-"""Bytes to leave free for a step's activations: one megapixel with a reference of one megapixel."""
 DECODING = 2600
 """Bytes that the VAE needs for each pixel that it decodes or encodes at once, in bfloat16."""
+ROOM = DECODING * 2**20
+"""Bytes to leave free: for decoding one megapixel, or for a step, which needs less."""
 _MOVERS = (
     "to",
     "enable_model_cpu_offload",
@@ -64,7 +71,7 @@ class Placement:
         tiling: whether the VAE works in tiles: None means only where it would not fit otherwise.
 
     Raises:
-        ValueError: `memory` is no amount of memory.
+        ValueError: `memory` is no amount of memory, or `device` is no device.
     """
 
     device: str | None = None
@@ -78,6 +85,11 @@ class Placement:
     def __post_init__(self) -> None:
         if self.memory is not None:
             read_bytes(self.memory)
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except (RuntimeError, TypeError):
+                raise ValueError(f"device={self.device!r} is no device of torch's") from None
 
     @property
     def exactness(self) -> Exactness:
@@ -99,10 +111,10 @@ class Placement:
                     f"the {name} has hooks that place it (offloading was enabled?)",
                     "load the pipeline without offloading: Placement does the same",
                 )
-            if any(isinstance(part, Streaming) for part in component.modules()):
+            if is_owned_by_another(component, target.pipe):
                 yield Finding(
                     "error",
-                    f"a pass on another pipeline that shares the {name} has placed it",
+                    f"a pass on another pipeline that shares the {name} decides where it lies",
                     "restore that pipeline first",
                 )
         if default_device(self.device).type == "cuda" and not torch.cuda.is_available():
@@ -119,9 +131,12 @@ class Placement:
         large += [base_of(norm.linear) for b in blocks for norm in model.modulated_norms(b)]  # type: ignore[arg-type]
         waiting = {id(layer.weight) for layer in (*large, *later)}
         waiting |= {id(t) for layer in (*large, *later) for t in streamed(layer)}
-        moves = _Moves(device)
+        parts = [component for _, component in modules.components(pipe)]
+        moves = _Moves(device, parts)
         tx.on_undo(moves.take_back)
         keeper = _Keeper(tx, self, moves, list(dict.fromkeys(large)), later)
+        for part in parts:
+            tx.setattr(part, OWNER, weakref.ref(pipe))
         for _, component in modules.components(pipe):
             for module in component.modules():
                 moves.move(t for t in _tensors(module) if id(t) not in waiting)
@@ -137,8 +152,8 @@ class Placement:
                 tx.override(pipe.vae, name, keeper.run_vae)
         tx.listen(keeper)
         tx.report_facts(keeper.facts)
-        parts = len(list(modules.components(pipe)))
-        return Change(parts, f"parts placed on {device} and in host memory", moves.gained)
+        what = f"parts placed on {device} and in host memory"
+        return Change(len(parts), what, moves.gained)
 
 
 def default_device(name: str | None = None) -> torch.device:
@@ -166,37 +181,61 @@ def _streamable(encoder: nn.Module | None) -> Iterator[nn.Linear]:
             yield cast("nn.Linear", module)
 
 
+class _Move(NamedTuple):
+    """A tensor that moved, where it came from, and whether it was pinned there."""
+
+    tensor: Tensor
+    home: torch.device
+    pinned: bool
+
+
 @dataclass(eq=False)
 class _Moves:
-    """Moves tensors to a device, and brings them back.
+    """Moves tensors, and brings them back.
 
     Attributes:
-        device: the device.
-        done: the tensors that this moved, and where each came from.
+        device: where the pipeline computes.
+        parts: the pipeline's models, which may get adapters at any time.
+        done: what moved.
     """
 
     device: torch.device
-    done: list[tuple[Tensor, torch.device]] = field(default_factory=list)
+    parts: list[nn.Module]
+    done: list[_Move] = field(default_factory=list)
 
     @property
     def gained(self) -> int:
         """How many bytes moved to the device."""
-        return sum(tensor.nbytes for tensor, _ in self.done)
+        return sum(move.tensor.nbytes for move in self.done if move.tensor.device == self.device)
 
     def move(self, tensors: Iterable[Tensor]) -> None:
-        """Move tensors, and remember where they came from."""
+        """Move tensors to the device, and remember where they came from."""
         for tensor in tensors:
             if tensor.device != self.device and not tensor.is_meta:
-                self.done.append((tensor, tensor.device))
+                self._remember(tensor)
                 place(tensor, self.device)
 
+    def keep_on_host(self, tensors: Iterable[Tensor]) -> None:
+        """Put tensors into pinned host memory, and remember where they came from."""
+        for tensor in tensors:
+            self._remember(tensor)
+            place(tensor, torch.device("cpu"), pin=self.device.type == "cuda")
+
+    def _remember(self, tensor: Tensor) -> None:
+        pinned = tensor.device.type == "cpu" and tensor.is_pinned()
+        self.done.append(_Move(tensor, tensor.device, pinned))
+
     def take_back(self) -> None:
-        """Move everything back to where it came from."""
+        """Move everything back to where it came from, with the adapters that came since."""
         while self.done:
-            tensor, home = self.done[-1]
+            tensor, home, pinned = self.done[-1]
             if not tensor.is_meta:
                 place(tensor, home)
+                if home.type == "cpu" and not pinned and tensor.is_pinned():
+                    tensor.data = tensor.data.clone()
             self.done.pop()
+        for part in self.parts:
+            move_adapters_to_weights(part)
 
 
 @dataclass(eq=False)
@@ -230,6 +269,7 @@ class _Keeper(Listener):
     def prepare(self) -> None:
         """Place the large layers that no other pass keeps in host memory."""
         if self.placed:
+            self._place_adapters()
             return
         kept = kept_in_host_memory(self.tx)
         large = [layer for layer in self.large if layer not in kept]
@@ -241,10 +281,20 @@ class _Keeper(Listener):
             room -= sum(t.nbytes for t in tensors if t.device != self.device)
             if room >= 0:
                 self.moves.move(tensors)
-            elif self.device.type == "cuda":
-                for tensor in tensors:
-                    place(tensor, torch.device("cpu"), pin=True)
+            elif self.device.type != "cpu":
+                self.moves.keep_on_host(tensors)
+        self._place_adapters()
         self.placed = True
+
+    def _place_adapters(self) -> None:
+        """Move adapters of streamed layers to the device: PEFT creates them beside the weight."""
+        for component in model_of(self.tx.pipe).text_encoders(self.tx.pipe):
+            for layer in filter(modules.has_adapter, modules.submodules(component)):
+                below = {id(weight) for weight in base_of(layer).parameters()}
+                own = [p for p in layer.parameters() if id(p) not in below]
+                for tensor in own:
+                    if tensor.device != self.device:
+                        place(tensor, self.device)
 
     def _capacity(self) -> float:
         """Return how many bytes of the device the pipeline may use, with what it uses now."""
@@ -259,7 +309,7 @@ class _Keeper(Listener):
             for _, component in modules.components(self.tx.pipe)
             for module in component.modules()
             for tensor in _tensors(module)
-            if tensor.device == self.device
+            if tensor.device == self.device and not tensor.is_meta
         }
         return sum(tensors.values())
 
@@ -284,7 +334,8 @@ class _Keeper(Listener):
             return self.settings.tiling
         vae: Any = self.tx.pipe.vae
         factor = 1 if picture.shape[1] == vae.config.in_channels else _scale(vae)
-        pixels = picture.shape[-1] * picture.shape[-2] * factor**2
+        at_once = 1 if vae.use_slicing else len(picture)
+        pixels = at_once * picture.shape[-1] * picture.shape[-2] * factor**2
         needed = pixels * DECODING * picture.element_size() / 2
         return needed > self._capacity() - self._on_device()
 
@@ -314,14 +365,15 @@ class _Refusal:
     device: torch.device
 
     def __call__(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Let a change of the dtype pass, and a move to where the pipeline is already.
+        """Let a change of the dtype pass.
 
         Raises:
             FluxfireError: the call would move the pipeline.
         """
         if self.name == "to":
             given = (*args, *kwargs.values())
-            places = [x for x in given if isinstance(x, str | torch.device | int)]
+            numbers = [x for x in given if not isinstance(x, bool)]
+            places = [x for x in numbers if isinstance(x, str | torch.device | int)]
             if not places:
                 return plain(*args, **kwargs)
         raise FluxfireError(

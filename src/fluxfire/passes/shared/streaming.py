@@ -13,6 +13,16 @@ from fluxfire import modules
 from fluxfire.edits.stand_in import StandIn
 from fluxfire.weights import StoredLinear, beside
 
+OWNER = "_fluxfire_places"
+"""The attribute of a model whose weights a pass places or stores: a weak reference to the pipeline
+that carries the pass."""
+
+
+def is_owned_by_another(model: nn.Module, pipe: object) -> bool:
+    """Whether a pass on another living pipeline decides where a model's weights lie."""
+    owner = vars(model).get(OWNER, lambda: None)()
+    return owner is not None and owner is not pipe
+
 
 class Streaming(StandIn):
     """A layer that works wherever its large tensors lie.
