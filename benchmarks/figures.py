@@ -67,6 +67,7 @@ REGIONS: dict[str, Callable[[], str]] = {
     "realism": realism.realism,
     "vocabulary": spark.vocabulary,
     "passes on spark": spark.passes_on_spark,
+    "eight bits": spark.eight_bits,
     "serving": serving.serving,
     "serve load": serving.load_test,
     "deployment": serving.deployment,

@@ -72,9 +72,18 @@ def _filled(wording: str) -> str:
     )  # fmt: skip
 
 
+def eight_bits() -> str:
+    """What the formats of eight bits do to Spark's edits, and what fewer steps do."""
+    return _stacks("eight_bits_on_cpu.json")
+
+
 def passes_on_spark() -> str:
     """What the passes do to Spark's edits, and what fewer steps do."""
-    result = load("passes_on_spark.json")
+    return _stacks("passes_on_spark.json")
+
+
+def _stacks(file: str) -> str:
+    result = load(file)
     table = [
         (
             row["stack"],
