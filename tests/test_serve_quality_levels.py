@@ -19,7 +19,9 @@ from fluxfire.serve.quality_levels import (
     describe_level,
     settings_by_level,
 )
+from fluxfire.serve.settings import Settings
 from fluxfire.serve.wire import AS_APPLIED, LEVELS, STEPS, PipelineRequest, RawPicture
+from fluxfire.serve.worker import _load_editor
 
 LOOSE = FirstBlockCache(0.9, predict="hold")
 PAGE = Path(__file__).parent.parent / "docs" / "pages" / "how-to" / "serve.md"
@@ -249,3 +251,11 @@ def test_words_that_clip_cuts_are_told_and_not_logged(caplog):
     assert f"the prompt has {n} tokens, and CLIP reads the first {most} of them" in first
     assert second.startswith("the negative_prompt has")
     assert "purple" not in first + second + caplog.text
+
+
+def test_a_placed_pipeline_keeps_its_levels():
+    """What places it changes no step."""
+    placed = _load_editor(Settings(model="spark", memory="auto", warm_up=((64, 64),), max_batch=1))
+    assert placed.facts.passes[0] == "Placement()"
+    assert [*placed.facts.levels] == ["faithful", "balanced", "fast"]
+    assert placed.facts.level == "faithful"

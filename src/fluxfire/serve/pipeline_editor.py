@@ -25,9 +25,22 @@ _SIDES = (1024, 1024)
 
 
 class PipelineEditor:
-    """Edits with one optimized pipeline, at each request's quality level."""
+    """Edits with one optimized pipeline, at each request's quality level.
 
-    def __init__(self, pipe: Pipeline, passes: tuple[Pass, ...], model: str) -> None:
+    Args:
+        pipe: the pipeline.
+        passes: the passes that the service was asked for, which decide about the levels.
+        model: the model's name.
+        applied: all applied passes, with those that place the pipeline; by default `passes`.
+    """
+
+    def __init__(
+        self,
+        pipe: Pipeline,
+        passes: tuple[Pass, ...],
+        model: str,
+        applied: tuple[Pass, ...] | None = None,
+    ) -> None:
         self._pipe = pipe
         self._levels = settings_by_level(passes)
         for each in type(pipe).__mro__:  # diffusers logs in the module of the class
@@ -35,7 +48,7 @@ class PipelineEditor:
         self.facts = Facts(
             model,
             str(pipe.device),
-            tuple(map(spell, passes)),
+            tuple(map(spell, passes if applied is None else applied)),
             {level: describe_level(settings) for level, settings in self._levels.items()},
             current_level(passes),
         )

@@ -128,8 +128,8 @@ def _load_editor(settings: Settings) -> PipelineEditor:
         else:
             passes = tuple(passes_from_options(settings.preset, settings.passes))
         api.optimize(pipe, passes, memory=settings.memory)
-        passes = tuple(applied_passes(pipe))
-        editor = PipelineEditor(pipe, passes, settings.model)
+        applied = tuple(applied_passes(pipe))
+        editor = PipelineEditor(pipe, passes, settings.model, applied)
         editor.warm_up(settings.warm_up, {1, min(2, settings.at_once), settings.at_once})
     except torch.OutOfMemoryError as error:
         raise FluxfireError(
