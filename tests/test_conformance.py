@@ -28,7 +28,7 @@ from fluxfire.passes import (
 from fluxfire.runtime.generation import Listener, Live
 from fluxfire.testing import ConformanceError, check_pass, edit, forward_errors, tiny_kontext
 from own_passes import own_passes
-from thinned import half
+from thinned import exhaustive, half
 
 OURS = own_passes()
 DOUBLES = [Listen(), ScaleTemb(), SkipBlock(), HalfTheTokens()]
@@ -57,6 +57,7 @@ def test_passes_conform_in_bfloat16(pass_):
     check_pass(pass_, functools.partial(tiny_kontext, dtype=torch.bfloat16))
 
 
+@exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "pass_", half([Compile(), Compile(region="transformer", fullgraph=False)], 0)

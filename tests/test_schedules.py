@@ -42,8 +42,6 @@ def test_two_caches_are_tried_together():
     assert hits.schedule
     assert refreshes.schedule[0] == 0
     assert 1 < len(refreshes.schedule) < 6
-    (alone,) = schedule_passes([ReferenceCache(1)], 8)
-    assert alone.schedule == (0,)
 
 
 def test_limits_do_not_overrule_a_schedule_that_is_timed():
