@@ -132,14 +132,14 @@ class Placement:
         waiting = {id(layer.weight) for layer in (*large, *later)}
         waiting |= {id(t) for layer in (*large, *later) for t in streamed(layer)}
         parts = [component for _, component in modules.components(pipe)]
-        moves = _Moves(device, parts)
-        tx.on_undo(moves.take_back)
-        keeper = _Keeper(tx, self, moves, list(dict.fromkeys(large)), later)
+        # One for each model, since a copy of one model undoes only what was done to that.
+        moves = {part: _Moves(device, part) for part in parts}
+        keeper = _Keeper(tx, self, device, moves, list(dict.fromkeys(large)), later, encoder)
         for part in parts:
+            tx.on_undo(moves[part].take_back)
             tx.setattr(part, OWNER, weakref.ref(pipe))
-        for _, component in modules.components(pipe):
-            for module in component.modules():
-                moves.move(t for t in _tensors(module) if id(t) not in waiting)
+            for module in part.modules():
+                moves[part].move(t for t in _tensors(module) if id(t) not in waiting)
         for linear in later:
             if type(linear) is nn.Linear:
                 tx.set_class(linear, StreamedLinear)
@@ -153,7 +153,7 @@ class Placement:
         tx.listen(keeper)
         tx.report_facts(keeper.facts)
         what = f"parts placed on {device} and in host memory"
-        return Change(len(parts), what, moves.gained)
+        return Change(len(parts), what, sum(of_one.gained for of_one in moves.values()))
 
 
 def default_device(name: str | None = None) -> torch.device:
@@ -191,16 +191,16 @@ class _Move(NamedTuple):
 
 @dataclass(eq=False)
 class _Moves:
-    """Moves tensors, and brings them back.
+    """Moves tensors of a model, and brings them back.
 
     Attributes:
         device: where the pipeline computes.
-        parts: the pipeline's models, which may get adapters at any time.
+        part: the model, which may get adapters at any time.
         done: what moved.
     """
 
     device: torch.device
-    parts: list[nn.Module]
+    part: nn.Module
     done: list[_Move] = field(default_factory=list)
 
     @property
@@ -234,8 +234,7 @@ class _Moves:
                 if home.type == "cpu" and not pinned and tensor.is_pinned():
                     tensor.data = tensor.data.clone()
             self.done.pop()
-        for part in self.parts:
-            move_adapters_to_weights(part)
+        move_adapters_to_weights(self.part)
 
 
 @dataclass(eq=False)
@@ -245,25 +244,24 @@ class _Keeper(Listener):
     Attributes:
         tx: the transaction of the pass.
         settings: the pass.
-        moves: what moved to the device.
+        device: where the pipeline computes.
+        moves: what moved, by the model.
         large: the linear layers of the blocks, which other passes may keep in host memory.
-        streamed: the text encoder's linear layers.
+        streamed: the linear layers of the largest text encoder.
+        encoder: that text encoder; None if there is none.
         placed: whether the large layers have their places.
         tiled: how often the VAE worked in tiles.
     """
 
     tx: Transaction
     settings: Placement
-    moves: _Moves
+    device: torch.device
+    moves: dict[nn.Module, _Moves]
     large: list[nn.Module]
     streamed: list[nn.Linear]
+    encoder: nn.Module | None
     placed: bool = False
     tiled: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        """Where the pipeline computes."""
-        return self.moves.device
 
     @override
     def prepare(self) -> None:
@@ -273,16 +271,19 @@ class _Keeper(Listener):
             return
         kept = kept_in_host_memory(self.tx)
         large = [layer for layer in self.large if layer not in kept]
-        self.moves.move(t for layer in large for t in (*_tensors(layer), *streamed(layer)))
-        move_adapters_to_weights(cast("nn.Module", self.tx.pipe.transformer))
+        transformer = cast("nn.Module", self.tx.pipe.transformer)
+        tensors = (t for layer in large for t in (*_tensors(layer), *streamed(layer)))
+        self.moves[transformer].move(tensors)
+        move_adapters_to_weights(transformer)
         room = self._room()
         for layer in self.streamed:
-            tensors = [t for t in streamed(layer) if not t.is_meta]
-            room -= sum(t.nbytes for t in tensors if t.device != self.device)
+            assert self.encoder is not None  # noqa: S101 - it has these layers
+            own = [t for t in streamed(layer) if not t.is_meta]
+            room -= sum(t.nbytes for t in own if t.device != self.device)
             if room >= 0:
-                self.moves.move(tensors)
+                self.moves[self.encoder].move(own)
             elif self.device.type != "cpu":
-                self.moves.keep_on_host(tensors)
+                self.moves[self.encoder].keep_on_host(own)
         self._place_adapters()
         self.placed = True
 
