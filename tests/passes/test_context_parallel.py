@@ -208,8 +208,14 @@ def start(folder, count, *cases):
     """Run the cases in some processes; return what each process made of them, and their status."""
     threads = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     command = [sys.executable, str(SCRIPT), str(folder)]
+    said = [folder / f"{rank}.txt" for rank in range(count)]
     started = [
-        subprocess.Popen([*command, str(rank), str(count), *cases], env={**os.environ, **threads})
+        subprocess.Popen(
+            [*command, str(rank), str(count), *cases],
+            env={**os.environ, **threads},
+            stdout=said[rank].open("w"),
+            stderr=subprocess.STDOUT,
+        )
         for rank in range(count)
     ]
     try:
@@ -217,6 +223,8 @@ def start(folder, count, *cases):
     finally:
         for one in started:
             one.kill()
+    if 1 in codes:  # an exception that no case expects
+        pytest.fail("\n".join(file.read_text()[-3000:] for file in said))
     files = [folder / f"{rank}.pt" for rank in range(count)]
     return codes, [torch.load(f, weights_only=False) for f in files if f.is_file()]
 
