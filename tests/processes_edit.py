@@ -42,7 +42,7 @@ from fluxfire.testing import check_pass, differences, edit, fingerprint, tiny_ko
 from fluxfire.testing.promises import SIZE
 
 ODD = (36, 36)  # 81 tokens, and as many of the reference
-SECONDS = 20.0
+SECONDS = 60.0  # a busy machine may need some of them; no case waits for all
 PASSES = {
     "nothing": [],
     "fused": [FusedBlocks()],
@@ -204,7 +204,7 @@ def told(pipe, **call):
     try:
         run(pipe, **call)
     except (FluxfireError, ZeroDivisionError, ValueError) as error:
-        soon = "soon" if time.perf_counter() - began < SECONDS / 2 else "late"
+        soon = "soon" if time.perf_counter() - began < SECONDS else "late"
         return f"{soon}: {type(error).__name__}: {error}"
     return "no error"
 
@@ -274,10 +274,10 @@ def a_process_is_stuck():
     """One of them sleeps for longer than the others wait: between two steps, and in a step."""
     for name in ("between", "within"):
         pipe = pipeline()
-        fluxfire.optimize(pipe, [ContextParallel(timeout_seconds=3.0)])
+        fluxfire.optimize(pipe, [ContextParallel(timeout_seconds=8.0)])
 
         def sleep(*_):
-            time.sleep(5.5)
+            time.sleep(12)
 
         call = {}
         if dist.get_rank() == 1 and name == "between":
