@@ -29,7 +29,13 @@ from fluxfire.passes import (
     ReferenceCache,
 )
 from fluxfire.passes.mega_cache import fingerprint
-from fluxfire.passes.shared.processes import State, difference, digest, message
+from fluxfire.passes.shared.processes import (
+    State,
+    difference,
+    digest,
+    is_from_a_group,
+    message,
+)
 from fluxfire.protocol import configured
 from fluxfire.testing import tiny_kontext
 
@@ -202,6 +208,16 @@ def test_other_inputs_are_told_apart(name, word):
 def test_inputs_that_are_no_numbers_are_told_apart():
     broken = inputs(hidden_states=torch.full((1, 128, 16), float("nan")))
     assert difference(said(inputs(), broken)) is not None
+
+
+@pytest.mark.parametrize("words", [
+    "Application timeout caused pair closure",
+    "[/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:59625",
+    "Connection reset by peer",
+])  # fmt: skip
+def test_an_error_of_gloo_is_known_by_its_words(words):
+    assert is_from_a_group(RuntimeError(words))
+    assert not is_from_a_group(RuntimeError("CUDA out of memory"))
 
 
 def start(folder, count, *cases):

@@ -107,10 +107,14 @@ class State(IntEnum):
     FAILED = 3
 
 
+_OF_GLOO = ("gloo", "pair closure", "closed by peer", "reset by peer", "Broken pipe")
+"""Words of gloo's errors. Which of them comes depends on who notices first."""
+
+
 def is_from_a_group(error: BaseException) -> bool:
     """Whether torch.distributed raised an error. That of gloo has no class of its own."""
     return isinstance(error, RuntimeError) and (
-        isinstance(error, dist.DistError) or "gloo" in str(error)
+        isinstance(error, dist.DistError) or any(words in str(error) for words in _OF_GLOO)
     )
 
 
