@@ -22,7 +22,7 @@ from fluxfire.loading import model_folder
 from fluxfire.serve import tracing
 from fluxfire.serve.allowed_hosts import read_allow_list
 from fluxfire.serve.authentication import Owner
-from fluxfire.serve.edit_routes import add_edit_routes
+from fluxfire.serve.edit_routes import add_edit_routes, picture_file
 from fluxfire.serve.engine import Engine
 from fluxfire.serve.errors import RefusedError
 from fluxfire.serve.job_store import JobStore
@@ -191,17 +191,8 @@ def _add_routes(app: FastAPI) -> None:
             raise RefusedError(
                 "this service stores no pictures in a folder", status=404, code="file-gone"
             )
-        try:
-            data, kind = await asyncio.to_thread(storage.read, name, expires, signature)
-        except StorageError:
-            app.state.metrics.count_store_failure("read")
-            raise
-        headers = {
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "private",
-            "Content-Disposition": f'inline; filename="{name}"',
-        }
-        return Response(data, media_type=kind, headers=headers)
+        reading = asyncio.to_thread(storage.read, name, expires, signature)
+        return await picture_file(app, reading, name)
 
     @app.get("/about", response_model=About, responses=problems(401), summary="The service")
     async def about(_owner: Owner) -> About:

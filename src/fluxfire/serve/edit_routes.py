@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Header, Request, Response
@@ -100,17 +100,7 @@ def add_edit_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
     ) -> Response:
         # Most buckets let no page read their pictures, so the service passes them on.
         image = await jobs().image(job_id, number, owner)
-        try:
-            data, kind = await app.state.service.read(image)
-        except StorageError:
-            app.state.metrics.count_store_failure("read")
-            raise
-        headers = {
-            "X-Content-Type-Options": "nosniff",
-            "Cache-Control": "private",
-            "Content-Disposition": f'inline; filename="{image.filename}"',
-        }
-        return Response(data, media_type=kind, headers=headers)
+        return await picture_file(app, app.state.service.read(image), image.filename)
 
     @app.delete("/jobs/{job_id}", response_model=JobAnswer, responses=known, summary="Cancel a job")
     async def cancel_job(job_id: str, owner: Owner) -> JobAnswer:
@@ -135,6 +125,29 @@ def add_edit_routes(app: FastAPI) -> None:  # noqa: C901 - a list of routes
 
         quiet = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events(), media_type="text/event-stream", headers=quiet)
+
+
+async def picture_file(
+    app: FastAPI, reading: Awaitable[tuple[bytes, str]], filename: str
+) -> Response:
+    """Answer with a stored picture as a file.
+
+    Args:
+        app: the app, which counts failures of the store.
+        reading: gives the picture's bytes and media type.
+        filename: what a browser calls the file.
+    """
+    try:
+        data, kind = await reading
+    except StorageError:
+        app.state.metrics.count_store_failure("read")
+        raise
+    headers = {
+        "X-Content-Type-Options": "nosniff",
+        "Cache-Control": "private",
+        "Content-Disposition": f'inline; filename="{filename}"',
+    }
+    return Response(data, media_type=kind, headers=headers)
 
 
 def _body(model: type[EditRequest]) -> dict[str, Any]:
