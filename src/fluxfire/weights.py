@@ -13,8 +13,7 @@ from typing_extensions import override
 
 from fluxfire import modules
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import eight_bit_linear
-from fluxfire.kernels.int8 import quantize_int8
+from fluxfire.kernels.int8 import int8_weight_linear, quantize_int8
 
 _DROPPED = (
     "a weight that Float8(originals='drop') let go of was read or written (is a LoRA fused, are "
@@ -262,7 +261,7 @@ class StoredLinear(LayerWithoutWeight, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., width)."""
-        return eight_bit_linear(input, *self.stored.tensors(input), self.bias)
+        return int8_weight_linear(input, *self.stored.tensors(input), self.bias)
 
     def _save_to_state_dict(self, _destination: Any, prefix: str, _keep_vars: bool) -> None:
         """Refuse to save: diffusers could not load the file."""

@@ -9,8 +9,7 @@ from torch.nn import functional
 
 import fluxfire
 from fluxfire import modules
-from fluxfire.kernels.float8 import eight_bit_linear
-from fluxfire.kernels.int8 import int8_linear, quantize_int8
+from fluxfire.kernels.int8 import int8_linear, int8_weight_linear, quantize_int8
 from fluxfire.passes import (
     EncodingCache,
     FusedBlocks,
@@ -84,7 +83,7 @@ def test_an_int8_product_is_exact_in_its_numbers(tokens):
     exact = functional.linear(rows.double() * row_scale, data.double() * scale, bias.double())
     made = int8_linear(x, data, scale, bias, BF16)
     assert (made.double() - exact).norm() < 0.004 * exact.norm()
-    alone = eight_bit_linear(x, data, scale, bias)
+    alone = int8_weight_linear(x, data, scale, bias)
     exact = functional.linear(x.double(), data.double() * scale, bias.double())
     assert (alone.double() - exact).norm() < 0.006 * exact.norm()
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F  # noqa: N812 - torch's own habit
 from torch import Tensor
 
 from fluxfire.kernels.modulated import modulated_norm
-from fluxfire.kernels.operator import operator
 from fluxfire.kernels.segments import block_size, contiguous_rows, segments, with_equal_strides
 
 E4M3 = torch.float8_e4m3fn
@@ -121,39 +120,6 @@ def float8_linear(
     if bias is not None and within is None:
         made = made + bias
     return made.view(shape)
-
-
-def eight_bit_linear(
-    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
-) -> Tensor:
-    """Compute `x · weightᵀ + bias` with an eight-bit weight, in the dtype of `x`.
-
-    It rounds no activation, and runs on every device: it casts the weight, and scales the result's
-    columns. In float16 it scales the weight instead, since 448 · x could exceed float16's range.
-
-    Args:
-        x: (batch, tokens, width).
-        weight: (width out, width), float8 or int8.
-        weight_scale: (width out, 1), float32.
-        bias: (width out,), or None.
-
-    Returns:
-        (batch, tokens, width out).
-    """
-    if weight.is_cuda and weight.dtype is E4M3:
-        dense = cast_float8(weight, x.dtype)
-    else:
-        dense = weight.to(x.dtype)
-    if x.dtype is torch.float16:
-        return F.linear(x, (dense * weight_scale).to(x.dtype), bias)
-    made = F.linear(x, dense) * weight_scale.view(-1)
-    return (made if bias is None else made + bias).to(x.dtype)
-
-
-@operator(lambda weight, dtype: torch.empty_like(weight, dtype=dtype))
-def cast_float8(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """Cast a float8 weight: an operator, since Triton has no e4m3 below capability 8.9."""
-    return weight.to(dtype)
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,3 +48,27 @@ def int8_linear(
         made = F.linear(rows.float() * scale.flatten(0, -2), weight.float() * weight_scale)
     made = made if bias is None else made + bias.float()
     return made.to(dtype).view(*x.shape[:-1], weight.shape[0])
+
+
+def int8_weight_linear(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None
+) -> Tensor:
+    """Compute `x · weightᵀ + bias` with an int8 weight, in the dtype of `x`.
+
+    It rounds no activation: it casts the weight, and scales the result's columns. In float16 it
+    scales the weight instead, since 127 · x could exceed float16's range.
+
+    Args:
+        x: (batch, tokens, width).
+        weight: (width out, width), int8.
+        weight_scale: (width out, 1), float32.
+        bias: (width out,), or None.
+
+    Returns:
+        (batch, tokens, width out).
+    """
+    dense = weight.to(x.dtype)
+    if x.dtype is torch.float16:
+        return F.linear(x, (dense * weight_scale).to(x.dtype), bias)
+    made = F.linear(x, dense) * weight_scale.view(-1)
+    return (made if bias is None else made + bias).to(x.dtype)

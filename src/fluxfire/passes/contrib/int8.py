@@ -9,8 +9,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from fluxfire.kernels.float8 import eight_bit_linear
-from fluxfire.kernels.int8 import int8_linear, quantize_int8
+from fluxfire.kernels.int8 import int8_linear, int8_weight_linear, quantize_int8
 from fluxfire.passes.shared import eight_bits
 from fluxfire.passes.shared.eight_bits import Format, Input, Originals, check_originals
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target, Trait
@@ -104,7 +103,7 @@ def _multiply_weights(
     x: Input, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     assert isinstance(x, Tensor)  # noqa: S101 - as above
-    return eight_bit_linear(x, weight, scale, bias).to(dtype)
+    return int8_weight_linear(x, weight, scale, bias).to(dtype)
 
 
 INT8 = Format(torch.int8, quantize_int8, _multiply)

@@ -14,8 +14,7 @@ from typing_extensions import override
 from fluxfire import modules
 from fluxfire.edits.stand_in import own_class
 from fluxfire.errors import FluxfireError
-from fluxfire.kernels.float8 import eight_bit_linear
-from fluxfire.kernels.int8 import quantize_int8
+from fluxfire.kernels.int8 import int8_weight_linear, quantize_int8
 from fluxfire.passes.shared.host_weights import HostWeights, computing_device
 from fluxfire.passes.shared.streaming import OWNER, Streaming, is_owned_by_another
 from fluxfire.protocol import Change, Exactness, Finding, Stage, Target
@@ -129,7 +128,7 @@ class _StoredLinear(Streaming, nn.Linear):
     @override
     def forward(self, input: Tensor) -> Tensor:
         """Multiply (..., width)."""
-        return eight_bit_linear(input, *self.stored.tensors(input), self.bias)
+        return int8_weight_linear(input, *self.stored.tensors(input), self.bias)
 
 
 class _Watch(Listener):
